@@ -1,0 +1,50 @@
+package uring
+
+import (
+	"fmt"
+	"os"
+
+	"golang.org/x/sys/unix"
+)
+
+// An Arena is anonymous memory outside the Go heap: page aligned (so it suits
+// O_DIRECT), never moved and never freed by the collector. Every buffer whose
+// address the kernel keeps after a system call has returned must come from one.
+//
+// An Arena holds no Go pointers the collector would see: it is for bytes only.
+type Arena struct {
+	mem []byte
+}
+
+// NewArena maps an arena of at least size bytes, rounded up to whole pages and
+// zeroed. The pages are populated on first touch.
+func NewArena(size int) (*Arena, error) {
+	if size <= 0 {
+		return nil, fmt.Errorf("uring: arena of %d bytes", size)
+	}
+	page := os.Getpagesize()
+	size = (size + page - 1) / page * page
+	mem, err := unix.Mmap(-1, 0, size, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS)
+	if err != nil {
+		return nil, fmt.Errorf("uring: map an arena of %d bytes: %w", size, err)
+	}
+	return &Arena{mem: mem}, nil
+}
+
+// Bytes returns the whole arena. The slice and all parts of it are invalid
+// after Close.
+func (a *Arena) Bytes() []byte { return a.mem }
+
+// Close unmaps the arena. No operation that uses it may be in flight. A second
+// Close does nothing.
+func (a *Arena) Close() error {
+	if a.mem == nil {
+		return nil
+	}
+	mem := a.mem
+	a.mem = nil
+	if err := unix.Munmap(mem); err != nil {
+		return fmt.Errorf("uring: unmap an arena: %w", err)
+	}
+	return nil
+}
