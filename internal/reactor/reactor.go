@@ -1,0 +1,396 @@
+// Package reactor is an event loop: one goroutine, locked to its OS thread,
+// with one io_uring, that owns whatever state its functions touch.
+//
+// A turn of the loop is: completions, posted functions, timers, turn hooks,
+// then one system call that submits what all of these queued and, if nothing is
+// left to do, waits. Everything in a turn runs on the reactor's goroutine, so
+// state that only a reactor touches needs no lock. Nothing in a turn may block;
+// what must block goes to [Reactor.Spawn].
+//
+// A panic in a turn ends that reactor and no other: see [Config.OnPanic].
+package reactor
+
+import (
+	"errors"
+	"fmt"
+	"log/slog"
+	"runtime"
+	"runtime/debug"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/lsd-ceph/lsd/internal/uring"
+	"golang.org/x/sys/unix"
+)
+
+// Errors of [Reactor.Call].
+var (
+	// ErrStopped says that the reactor has stopped.
+	ErrStopped = errors.New("reactor: stopped")
+	// ErrOwnThread says that a reactor was asked to wait for itself.
+	ErrOwnThread = errors.New("reactor: Call from the reactor's own goroutine")
+)
+
+// Config of [New].
+type Config struct {
+	// Entries is the size of the ring's submission queue (uring.Options). 0
+	// means its default.
+	Entries uint32
+
+	// Name says in logs and errors which reactor it is.
+	Name string
+
+	// Logger receives what the reactor has to say; nil means slog.Default().
+	Logger *slog.Logger
+
+	// OnPanic is called when a handler panicked, with the reactor's name and
+	// the panic's value as the error; the stack is in the log. It runs on the
+	// dying goroutine after the reactor's end, when Call already fails. It may
+	// be nil.
+	OnPanic func(err error)
+}
+
+// A Reactor is an event loop. Only Post, Call, Stop, Done and Err may be
+// called from other goroutines; everything else is for functions that run on
+// the reactor.
+type Reactor struct {
+	name    string
+	log     *slog.Logger
+	onPanic func(error)
+	tid     int
+	base    time.Time // Now's zero
+	done    chan struct{}
+
+	// Set by Post, cleared by the reactor.
+	mu     sync.Mutex
+	inbox  []func() // guarded by mu
+	ended  bool     // guarded by mu: the inbox takes no more
+	posted atomic.Bool
+
+	sleeping atomic.Bool // the reactor waits, or is about to: it needs a wake-up
+	stopping atomic.Bool
+
+	// The rest is the reactor's own.
+	ring   *uring.Ring
+	waker  *uring.Waker
+	spare  []func() // the inbox's other half
+	hooks  []func()
+	timers timerHeap
+	now    time.Duration
+	timed  bool // now has been read in this turn
+
+	err error // why it ended; written before done is closed
+}
+
+// New starts a reactor. It returns an error when the kernel gives no ring.
+func New(c Config) (*Reactor, error) {
+	r := &Reactor{
+		name:    c.Name,
+		log:     c.Logger,
+		onPanic: c.OnPanic,
+		base:    time.Now(),
+		done:    make(chan struct{}),
+	}
+	if r.log == nil {
+		r.log = slog.Default()
+	}
+	if c.Name != "" {
+		r.log = r.log.With("reactor", c.Name)
+	}
+	ready := make(chan error)
+	onOwnThread(func() { r.run(c.Entries, ready) })
+	if err := <-ready; err != nil {
+		return nil, fmt.Errorf("reactor %s: %w", c.Name, err)
+	}
+	return r, nil
+}
+
+// onOwnThread runs fn on a new goroutine whose thread is its own and ends with
+// it: the kernel frees what it holds for a thread (ublk queues, the ring's work)
+// when the thread ends. The process's main thread never ends in Go, so it is
+// kept away from fn.
+func onOwnThread(fn func()) {
+	go func() {
+		runtime.LockOSThread()
+		if unix.Gettid() == unix.Getpid() {
+			// Start from here while this thread is taken, then give it back.
+			other := make(chan struct{})
+			go func() {
+				runtime.LockOSThread()
+				close(other)
+				fn()
+			}()
+			<-other
+			runtime.UnlockOSThread()
+			return
+		}
+		fn()
+	}()
+}
+
+// run is the reactor's goroutine.
+func (r *Reactor) run(entries uint32, ready chan<- error) {
+	// Not unlocked: the thread ends with the goroutine, see onOwnThread.
+	r.tid = unix.Gettid()
+	if err := r.open(entries); err != nil {
+		ready <- err
+		return
+	}
+	r.setIOFlusher()
+	close(ready)
+
+	err := r.loop()
+
+	r.mu.Lock()
+	r.ended = true
+	r.inbox = nil
+	r.mu.Unlock()
+	if cerr := r.ring.Close(); cerr != nil {
+		r.log.Error("ring does not close", "err", cerr)
+	} else if cerr := r.waker.Close(); cerr != nil {
+		r.log.Error("waker does not close", "err", cerr)
+	}
+	r.err = err
+	go r.awaitThread()
+	if err != nil && r.onPanic != nil {
+		r.reportPanic(err)
+	}
+}
+
+// reportPanic calls OnPanic, which must not take the process down either.
+func (r *Reactor) reportPanic(err error) {
+	defer func() {
+		if v := recover(); v != nil {
+			r.log.Error("panic in OnPanic", "panic", v, "stack", string(debug.Stack()))
+		}
+	}()
+	r.onPanic(err)
+}
+
+// awaitThread closes done once the reactor's thread is gone, or is not going:
+// until then the kernel may still count it as a ublk device's server.
+func (r *Reactor) awaitThread() {
+	for range 100 {
+		if unix.Tgkill(unix.Getpid(), r.tid, 0) == unix.ESRCH {
+			break
+		}
+		time.Sleep(time.Millisecond)
+	}
+	close(r.done)
+}
+
+func (r *Reactor) open(entries uint32) error {
+	ring, err := uring.New(uring.Options{Entries: entries})
+	if err != nil {
+		return err
+	}
+	waker, err := uring.NewWaker(ring)
+	if err != nil {
+		ring.Close()
+		return err
+	}
+	r.ring, r.waker = ring, waker
+	return nil
+}
+
+// setIOFlusher tells the kernel that this thread serves I/O: it must not wait
+// in memory reclaim for a disk that this very thread serves
+// (PR_SET_IO_FLUSHER, prctl(2), since Linux 5.6).
+func (r *Reactor) setIOFlusher() {
+	if err := unix.Prctl(unix.PR_SET_IO_FLUSHER, 1, 0, 0, 0); err != nil {
+		r.log.Debug("no PR_SET_IO_FLUSHER: a disk served to this host may deadlock in memory reclaim", "err", err)
+	}
+}
+
+// loop runs turns until Stop or a panic, which it returns.
+func (r *Reactor) loop() (err error) {
+	// A fault on mapped memory (a truncated file) becomes a panic too.
+	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
+	defer func() {
+		if v := recover(); v != nil {
+			err = fmt.Errorf("reactor %s: panic: %v", r.name, v)
+			if e, ok := v.(error); ok {
+				err = fmt.Errorf("reactor %s: panic: %w", r.name, e)
+			}
+			r.log.Error("panic in the reactor", "panic", v, "stack", string(debug.Stack()))
+		}
+	}()
+	for {
+		r.timed = false
+		r.ring.Reap()
+		r.runInbox()
+		r.runTimers()
+		for _, fn := range r.hooks {
+			fn()
+		}
+		if r.stopping.Load() && !r.posted.Load() {
+			return nil
+		}
+		if err := r.submit(); err != nil {
+			panic(err)
+		}
+	}
+}
+
+// submit ends a turn with one system call, and sleeps in it if there is nothing
+// to do.
+func (r *Reactor) submit() error {
+	if r.ring.Ready() || r.posted.Load() {
+		return r.ring.SubmitAndWait(0)
+	}
+	timeout := time.Duration(-1)
+	if len(r.timers) != 0 {
+		r.timed = false
+		timeout = max(r.timers[0].when-r.Now(), 0)
+	}
+	// Post looks at sleeping after it has set posted, the reactor at posted
+	// after it has set sleeping: one of the two sees the other.
+	r.sleeping.Store(true)
+	if r.posted.Load() {
+		timeout = 0
+	}
+	err := r.ring.SubmitAndWait(timeout)
+	r.sleeping.Store(false)
+	if err == nil {
+		err = r.waker.Err()
+	}
+	return err
+}
+
+// runInbox runs the functions posted before its call; those posted meanwhile
+// have their turn in the next round, so that completions are not starved.
+func (r *Reactor) runInbox() {
+	if !r.posted.Load() {
+		return
+	}
+	r.mu.Lock()
+	fns := r.inbox
+	r.inbox = r.spare[:0]
+	r.posted.Store(false)
+	r.mu.Unlock()
+	for i, fn := range fns {
+		fns[i] = nil
+		fn()
+	}
+	r.spare = fns[:0]
+}
+
+func (r *Reactor) runTimers() {
+	if len(r.timers) == 0 {
+		return
+	}
+	now := r.Now()
+	// A timer that a function sets to fire at once fires in the next turn.
+	for n := len(r.timers); n > 0 && len(r.timers) != 0 && r.timers[0].when <= now; n-- {
+		t := r.timers[0]
+		r.timers.remove(t)
+		t.fn()
+	}
+}
+
+// Post makes fn run on the reactor, in a later turn than the current one when
+// it is called on the reactor itself. Functions posted by one goroutine run in
+// order. Once the reactor has ended, fn is dropped. Any goroutine may call Post;
+// it does not block, and allocates nothing while the inbox does not grow.
+func (r *Reactor) Post(fn func()) { r.post(fn) }
+
+func (r *Reactor) post(fn func()) bool {
+	r.mu.Lock()
+	if r.ended {
+		r.mu.Unlock()
+		return false
+	}
+	r.inbox = append(r.inbox, fn)
+	r.posted.Store(true)
+	// Under the lock, so that the waker is not closed meanwhile.
+	if r.sleeping.Load() && r.sleeping.CompareAndSwap(true, false) {
+		r.waker.Wake()
+	}
+	r.mu.Unlock()
+	return true
+}
+
+// Call runs fn on the reactor and returns when it has run. It fails with
+// ErrStopped when the reactor ended without having run it to its end, and with
+// ErrOwnThread on the reactor itself. Any other goroutine may call it.
+func (r *Reactor) Call(fn func()) error {
+	if unix.Gettid() == r.tid {
+		return ErrOwnThread
+	}
+	ran := make(chan struct{})
+	if !r.post(func() { fn(); close(ran) }) {
+		return ErrStopped
+	}
+	select {
+	case <-ran:
+		return nil
+	case <-r.done:
+	}
+	select {
+	case <-ran: // it ran in the last turn
+		return nil
+	default:
+		return ErrStopped
+	}
+}
+
+// Stop makes the reactor end after it has run what was posted before. It does
+// not wait: see Done. Operations in flight are cancelled, and their Completers
+// are not called any more, so the owner first lets its work come to an end. Any
+// goroutine may call Stop.
+func (r *Reactor) Stop() {
+	r.stopping.Store(true)
+	r.Post(func() {})
+}
+
+// Done returns a channel that is closed when the reactor has ended and its
+// thread is gone.
+func (r *Reactor) Done() <-chan struct{} { return r.done }
+
+// Err returns the panic that ended the reactor, nil after Stop. It is valid
+// after Done.
+func (r *Reactor) Err() error { return r.err }
+
+// Now returns the time since the reactor was made, on the monotonic clock. It
+// is read at most once in a turn, so it can be as old as the turn.
+func (r *Reactor) Now() time.Duration {
+	if !r.timed {
+		r.now = time.Since(r.base)
+		r.timed = true
+	}
+	return r.now
+}
+
+// AfterFunc makes fn run on the reactor d from now.
+func (r *Reactor) AfterFunc(d time.Duration, fn func()) *Timer {
+	t := &Timer{r: r, fn: fn, pos: -1}
+	t.Reset(d)
+	return t
+}
+
+// OnTurn makes fn run at the end of each turn, after the turn's completions,
+// posted functions and timers, and before the operations that they and fn
+// queued are submitted. Hooks run in the order in which they were added.
+func (r *Reactor) OnTurn(fn func()) { r.hooks = append(r.hooks, fn) }
+
+// Spawn runs work on a goroutine of its own, where it may block, and then done
+// on the reactor. A panic in work becomes one of the reactor. done may be nil;
+// it is not run when the reactor has ended.
+func (r *Reactor) Spawn(work func(), done func()) {
+	go func() {
+		defer func() {
+			if v := recover(); v != nil {
+				r.log.Error("panic in spawned work", "panic", v, "stack", string(debug.Stack()))
+				r.Post(func() { panic(v) })
+			}
+		}()
+		work()
+		if done != nil {
+			r.Post(done)
+		}
+	}()
+}
+
+// Ring returns the reactor's ring, which only the reactor may use.
+func (r *Reactor) Ring() *uring.Ring { return r.ring }
