@@ -1,0 +1,164 @@
+package writelog
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"time"
+
+	"github.com/lsd-ceph/lsd/internal/uring"
+	"golang.org/x/sys/unix"
+)
+
+// OSFile is a log's file or block device, opened for direct I/O and locked.
+//
+// The lock belongs to the open file, which every operation in flight refers to:
+// so whoever gets the lock knows that nothing a dead process had begun to write
+// can still arrive.
+type OSFile struct {
+	f    *os.File
+	size int64
+}
+
+// ErrLocked is matched when another process has the log open.
+var ErrLocked = errors.New("write log is in use by another process")
+
+// MakeFile makes the file of a log at path, which must not exist, with the given
+// number of bytes, all written, and durable. progress, if set, is called now and
+// then with the bytes written so far. On an error nothing is left behind.
+func MakeFile(ctx context.Context, path string, size int64, progress func(int64)) (err error) {
+	if size < MinSize || size > MaxSize || size%BlockSize != 0 {
+		return fmt.Errorf("a write log of %d bytes: it must have from %d to %d, a multiple of %d", size, MinSize, int64(MaxSize), BlockSize)
+	}
+	tmp := path + ".new"
+	// What a crash left half-made under this name is nobody's.
+	if err := os.Remove(tmp); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return fmt.Errorf("make write log: %w", err)
+	}
+	f, err := openDirect(tmp, unix.O_CREAT|unix.O_EXCL)
+	if err != nil {
+		return err
+	}
+	defer func() {
+		f.Close()
+		if err != nil {
+			os.Remove(tmp)
+		}
+	}()
+	if err := unix.Fallocate(int(f.Fd()), 0, 0, size); err != nil {
+		return fmt.Errorf("make write log %s of %d bytes: %w", path, size, err)
+	}
+	// Written through once: a flush into extents that the file system holds as
+	// unwritten would cost one of its transactions each time.
+	zero := uring.AlignedBuffer(4 << 20)
+	for off := int64(0); off < size; {
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+		n := min(int64(len(zero)), size-off)
+		if _, err := f.WriteAt(zero[:n], off); err != nil {
+			return fmt.Errorf("make write log %s: %w", path, err)
+		}
+		off += n
+		if progress != nil {
+			progress(off)
+		}
+	}
+	if err := f.Sync(); err != nil {
+		return fmt.Errorf("make write log %s: %w", path, err)
+	}
+	if err := unix.Renameat2(unix.AT_FDCWD, tmp, unix.AT_FDCWD, path, unix.RENAME_NOREPLACE); err != nil {
+		return fmt.Errorf("make write log %s: %w", path, err)
+	}
+	return syncDir(filepath.Dir(path))
+}
+
+// RemoveFile removes the file of a log, durably.
+func RemoveFile(path string) error {
+	if err := os.Remove(path); err != nil {
+		return fmt.Errorf("remove write log: %w", err)
+	}
+	return syncDir(filepath.Dir(path))
+}
+
+func syncDir(dir string) error {
+	d, err := os.Open(dir)
+	if err != nil {
+		return err
+	}
+	defer d.Close()
+	return d.Sync()
+}
+
+func openDirect(path string, flags int) (*os.File, error) {
+	fd, err := unix.Open(path, unix.O_RDWR|unix.O_DIRECT|unix.O_CLOEXEC|flags, 0o600)
+	switch {
+	case errors.Is(err, unix.EINVAL):
+		if flags&unix.O_CREAT != 0 {
+			os.Remove(path) // created before O_DIRECT was refused
+		}
+		return nil, fmt.Errorf("%s is on a file system without direct I/O (O_DIRECT): choose a directory on a local disk", filepath.Dir(path))
+	case err != nil:
+		return nil, &os.PathError{Op: "open write log", Path: path, Err: err}
+	}
+	return os.NewFile(uintptr(fd), path), nil
+}
+
+// OpenFile opens and locks the log at path, a file or a block device. While a
+// process that died still has writes in flight the lock is held: OpenFile waits
+// for it, at most as long as ctx lasts, and then fails with ErrLocked.
+func OpenFile(ctx context.Context, path string) (*OSFile, error) {
+	f, err := openDirect(path, 0)
+	if err != nil {
+		return nil, err
+	}
+	for {
+		err = unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+		if !errors.Is(err, unix.EWOULDBLOCK) && !errors.Is(err, unix.EINTR) {
+			break
+		}
+		select {
+		case <-ctx.Done():
+			f.Close()
+			return nil, fmt.Errorf("%s: %w", path, ErrLocked)
+		case <-time.After(5 * time.Millisecond):
+		}
+	}
+	if err != nil {
+		f.Close()
+		return nil, fmt.Errorf("lock write log %s: %w", path, err)
+	}
+	size, err := f.Seek(0, io.SeekEnd) // a block device's size too
+	if err != nil {
+		f.Close()
+		return nil, fmt.Errorf("size of write log %s: %w", path, err)
+	}
+	return &OSFile{f: f, size: size}, nil
+}
+
+// Fd returns the descriptor, good until Close.
+func (f *OSFile) Fd() int { return int(f.f.Fd()) }
+
+// Name returns the path that the file was opened by.
+func (f *OSFile) Name() string { return f.f.Name() }
+
+// ReadAt implements File.
+func (f *OSFile) ReadAt(p []byte, off int64) (int, error) { return f.f.ReadAt(p, off) }
+
+// WriteAt implements File.
+func (f *OSFile) WriteAt(p []byte, off int64) (int, error) { return f.f.WriteAt(p, off) }
+
+// Sync makes durable what was written (fdatasync: sizes never change).
+func (f *OSFile) Sync() error { return unix.Fdatasync(int(f.f.Fd())) }
+
+// Size returns the size in bytes that the file had when it was opened.
+func (f *OSFile) Size() int64 { return f.size }
+
+// Close closes the file and lets go of its lock.
+func (f *OSFile) Close() error { return f.f.Close() }
+
+// Buffer returns zeroed memory that suits direct I/O.
+func (f *OSFile) Buffer(n int) []byte { return uring.AlignedBuffer(n) }

@@ -1,0 +1,236 @@
+package writelog
+
+import (
+	"fmt"
+	"hash/crc32"
+	"io"
+
+	"github.com/google/uuid"
+)
+
+// A File is the blocking view of a log's file or device. Offsets, lengths and
+// addresses passed to it suit direct I/O: multiples of BlockSize, and memory
+// from Buffer. It is safe for concurrent use.
+type File interface {
+	io.ReaderAt
+	io.WriterAt
+	io.Closer
+	Sync() error
+	Size() int64
+	// Buffer returns zeroed memory that suits direct I/O on this file.
+	Buffer(n int) []byte
+}
+
+// Create makes f, all of which is zeroed or was a log before, an empty log. The
+// size of the log follows from that of the file.
+func Create(f File, h Header) error {
+	if f.Size() < MinSize || f.Size() > MaxSize {
+		return fmt.Errorf("a write log of %d bytes: it must have at least %d and at most %d", f.Size(), MinSize, int64(MaxSize))
+	}
+	if h.FirstSeq == 0 || len(h.ImageURL) > maxImageURL {
+		return fmt.Errorf("bad header for a write log")
+	}
+	h.Size = uint64(f.Size()-DataOffset) / SegmentSize * SegmentSize
+	h.generation = 1
+	for i := range 2 {
+		if err := writeHeader(f, &h, i); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func writeHeader(f File, h *Header, copyNo int) error {
+	b := f.Buffer(BlockSize)
+	copy(b, h.encode())
+	if _, err := f.WriteAt(b, int64(copyNo)*BlockSize); err != nil {
+		return fmt.Errorf("write header of the log: %w", err)
+	}
+	if err := f.Sync(); err != nil {
+		return fmt.Errorf("flush header of the log: %w", err)
+	}
+	return nil
+}
+
+// ReadHeader returns the newer of the two copies of a log's header that are
+// whole, and which it is.
+func ReadHeader(f File) (Header, int, error) {
+	b := f.Buffer(2 * BlockSize)
+	if _, err := f.ReadAt(b, 0); err != nil {
+		return Header{}, 0, fmt.Errorf("read header of the log: %w", err)
+	}
+	h0, err0 := decodeHeader(b[:BlockSize])
+	h1, err1 := decodeHeader(b[BlockSize:])
+	h, n := h0, 0
+	switch {
+	case err0 != nil && err1 != nil:
+		return Header{}, 0, err0
+	case err0 != nil || err1 == nil && h1.generation > h0.generation:
+		h, n = h1, 1
+	}
+	if h.Size > uint64(max(f.Size(), DataOffset))-DataOffset {
+		return Header{}, 0, fmt.Errorf("%w: its file has %d bytes, its header says %d", ErrCorrupt, f.Size(), h.Size+DataOffset)
+	}
+	return h, n, nil
+}
+
+// Open reads the header of a log and returns the log, which Recover then fills.
+// It keeps f.
+func Open(f File) (*Log, error) {
+	h, n, err := ReadHeader(f)
+	if err != nil {
+		return nil, err
+	}
+	return &Log{
+		file: f, hdr: h, header: n,
+		crcs:    make([]uint32, h.Size/BlockSize),
+		readers: make([]uint16, h.Size/SegmentSize),
+	}, nil
+}
+
+// A Record is what recovery found: one atomic group of writes, in order.
+type Record struct {
+	Seq     uint64
+	Pos     uint64 // position of the record, in bytes
+	End     uint64 // position after it, in bytes
+	Epoch   uint64
+	Extents []Extent // good until the visitor returns
+}
+
+// A Start says where recovery begins: after the last record that the store has.
+type Start struct {
+	Pos uint64 // bytes
+	Seq uint64 // of the first record that the store does not have
+}
+
+// Recover reads the records from start on, for an image of the given number of
+// sectors, and calls visit for each, in order. The log ends at the first record
+// that is not whole, unless a later one proves that it had been flushed: then
+// the error matches ErrCorrupt and says where.
+//
+// boot is the identity of this boot of the host: if the log was last opened in
+// the same one, no power was lost, and only what was in flight can be torn, so
+// that the search for later records can be short. uuid.Nil makes it whole.
+func (l *Log) Recover(start Start, sectors uint64, boot uuid.UUID, visit func(Record) error) error {
+	s := scanner{log: l, sectors: sectors, buf: l.file.Buffer(SegmentSize), seg: -1}
+	pos, seq := start.Pos, start.Seq
+	limit := start.Pos + l.hdr.Size
+	known := false // the checksum of the record before is known
+	var extents []Extent
+	for pos < limit {
+		r, hdr, err := s.at(pos, seq, known)
+		if err != nil {
+			return err
+		}
+		if hdr == nil {
+			break
+		}
+		extents = extents[:0]
+		for i := range r.extents {
+			e, off := getExtent(hdr, i)
+			e.Pos = r.pos / Sector
+			if !e.Zero {
+				e.Pos += BlockSize/Sector + uint64(off)
+			}
+			extents = append(extents, e)
+		}
+		for i := range r.data / BlockSize {
+			l.crcs[l.blockIndex(r.pos)+1+i] = r.blockSum(hdr, i)
+		}
+		pos = r.pos + r.size()
+		if err := visit(Record{Seq: r.seq, Pos: r.pos, End: pos, Epoch: r.epoch, Extents: extents}); err != nil {
+			return err
+		}
+		s.epoch, s.prev, known = r.epoch, r.sum, true
+		seq++
+	}
+	far := limit
+	if boot != uuid.Nil && boot == l.hdr.Boot {
+		far = min(far, pos+MaxInFlight*(MaxData+BlockSize)+SegmentSize)
+	}
+	if err := s.contradiction(pos, far, seq); err != nil {
+		return err
+	}
+	l.head, l.trimmed, l.reclaimed = pos, start.Pos, start.Pos
+	l.nextSeq, l.completed, l.prev = seq, seq-1, s.prev
+	// What was read may still be in the disk's volatile cache. The header that
+	// Adopt writes and flushes makes it durable.
+	l.durable = seq - 1
+	return nil
+}
+
+// scanner reads a log segment by segment.
+type scanner struct {
+	log     *Log
+	sectors uint64
+	buf     []byte
+	seg     int64 // position/SegmentSize of what buf holds
+	epoch   uint64
+	prev    uint32
+}
+
+// load makes buf hold the segment that pos is in.
+func (s *scanner) load(pos uint64) error {
+	seg := int64(pos / SegmentSize)
+	if s.seg == seg {
+		return nil
+	}
+	s.seg = -1
+	start := uint64(seg) * SegmentSize
+	if _, err := s.log.file.ReadAt(s.buf, s.log.offset(start)); err != nil {
+		return fmt.Errorf("read the log: %w", err)
+	}
+	s.seg = seg
+	return nil
+}
+
+// at returns the record with the given number at pos, or at the segment after it,
+// where the writer goes when a record does not fit. The header is nil when there
+// is none.
+func (s *scanner) at(pos, seq uint64, known bool) (record, []byte, error) {
+	for _, p := range [2]uint64{pos, (pos + SegmentSize - 1) / SegmentSize * SegmentSize} {
+		if err := s.load(p); err != nil {
+			return record{}, nil, err
+		}
+		b := s.buf[p%SegmentSize:]
+		r, ok := decodeRecord(b, &s.log.hdr.Log, s.sectors)
+		if !ok || r.pos != p || r.seq != seq || r.epoch < s.epoch || r.epoch > s.log.hdr.Epoch || known && r.prev != s.prev {
+			continue
+		}
+		if s.whole(&r, b) {
+			return r, b[:BlockSize], nil
+		}
+	}
+	return record{}, nil, nil
+}
+
+// whole reports whether the data of the record at b is as its header says.
+func (s *scanner) whole(r *record, b []byte) bool {
+	for i := range r.data / BlockSize {
+		if crc32.Checksum(b[BlockSize*(i+1):][:BlockSize], castagnoli) != r.blockSum(b, i) {
+			return false
+		}
+	}
+	return true
+}
+
+// contradiction looks for a record after pos that says that the record seq, which
+// is not there, had been flushed. Such a record belongs to this log, is newer,
+// and its own place is where its position says.
+func (s *scanner) contradiction(pos, end, seq uint64) error {
+	for p := pos; p < end; p += BlockSize {
+		if err := s.load(p); err != nil {
+			return err
+		}
+		b := s.buf[p%SegmentSize:]
+		if !looksLikeRecord(b) {
+			continue
+		}
+		r, ok := decodeRecord(b, &s.log.hdr.Log, s.sectors)
+		if ok && r.pos == p && r.seq >= seq && r.epoch >= s.epoch && r.flushed >= seq {
+			return fmt.Errorf("%w: record %d, at offset %d of its file, is damaged although record %d says that it had been flushed",
+				ErrCorrupt, seq, s.log.offset(pos), r.seq)
+		}
+	}
+	return nil
+}
