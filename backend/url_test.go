@@ -1,0 +1,206 @@
+package backend
+
+import (
+	"encoding/json"
+	"strings"
+	"testing"
+)
+
+func TestParseStore(t *testing.T) {
+	tests := []struct {
+		in   string
+		want URL
+		str  string // if not in
+	}{
+		{"file:///srv/lsd", URL{Scheme: "file", Dir: "/srv/lsd"}, ""},
+		{"file:///srv//lsd/../lsd/.", URL{Scheme: "file", Dir: "/srv/lsd"}, "file:///srv/lsd"},
+		{"file:///srv/lsd/", URL{Scheme: "file", Dir: "/srv/lsd"}, "file:///srv/lsd"},
+		{"file:////srv", URL{Scheme: "file", Dir: "/srv"}, "file:///srv"},
+		{"file:///a b%25%3f&#é", URL{Scheme: "file", Dir: "/a b%?&#é"}, "file:///a%20b%25%3F%26%23%C3%A9"},
+		{"rados://rbd", URL{Scheme: "rados", Pool: "rbd"}, ""},
+		{"rados://.Rbd_1/ns", URL{Scheme: "rados", Pool: ".Rbd_1", Namespace: "ns"}, ""},
+		{"rados://p/n?conf=/etc/ceph/x.conf&id=lsd", URL{Scheme: "rados", Pool: "p", Namespace: "n", Conf: "/etc/ceph/x.conf", ID: "lsd"}, ""},
+		{"rados://p?id=client.lsd", URL{Scheme: "rados", Pool: "p", ID: "lsd"}, "rados://p?id=lsd"},
+		{"rados://p?id=a&conf=/a/../b", URL{Scheme: "rados", Pool: "p", Conf: "/b", ID: "a"}, "rados://p?conf=/b&id=a"},
+		{"rados://p?conf=/a%26b", URL{Scheme: "rados", Pool: "p", Conf: "/a&b"}, ""},
+		{"mem:", URL{Scheme: "mem"}, ""},
+		{"mem:x", URL{Scheme: "mem", Pool: "x"}, ""},
+		{"mem://x", URL{Scheme: "mem", Pool: "x"}, "mem:x"},
+	}
+	for _, tt := range tests {
+		got, err := ParseStore(tt.in)
+		if err != nil || got != tt.want {
+			t.Errorf("ParseStore(%q) = %+v, %v; want %+v", tt.in, got, err, tt.want)
+			continue
+		}
+		str := tt.str
+		if str == "" {
+			str = tt.in
+		}
+		if got.String() != str {
+			t.Errorf("ParseStore(%q).String() = %q; want %q", tt.in, got.String(), str)
+		}
+	}
+}
+
+func TestParseImage(t *testing.T) {
+	tests := []struct {
+		in   string
+		want URL
+		name string
+	}{
+		{"file:///srv/lsd/vm1", URL{Scheme: "file", Dir: "/srv/lsd"}, "vm1"},
+		{"rados://rbd/vm1", URL{Scheme: "rados", Pool: "rbd"}, "vm1"},
+		{"rados://rbd/ns/vm1", URL{Scheme: "rados", Pool: "rbd", Namespace: "ns"}, "vm1"},
+		{"rados://rbd/ns/vm1?id=x", URL{Scheme: "rados", Pool: "rbd", Namespace: "ns", ID: "x"}, "vm1"},
+		{"mem:vm1", URL{Scheme: "mem"}, "vm1"},
+		{"mem:s/vm1", URL{Scheme: "mem", Pool: "s"}, "vm1"},
+	}
+	for _, tt := range tests {
+		got, name, err := ParseImage(tt.in)
+		if err != nil || got != tt.want || name != tt.name {
+			t.Errorf("ParseImage(%q) = %+v, %q, %v; want %+v, %q", tt.in, got, name, err, tt.want, tt.name)
+			continue
+		}
+		if s := got.Image(name); s != tt.in {
+			t.Errorf("Image = %q; want %q", s, tt.in)
+		}
+	}
+}
+
+func TestParseErrors(t *testing.T) {
+	tests := []struct {
+		in    string
+		image bool
+		want  string // a part of the error
+	}{
+		{"", false, "not a URL"},
+		{"/srv/lsd", false, "write file:///dir"},
+		{"http://x", false, "known are file, rados, mem"},
+		{"s3://bucket", false, "known are"},
+		{"FILE:///x", false, "unknown scheme"},
+		{"file:dir", false, "write file:///dir"},
+		{"file://dir/x", false, "write file:///dir"},
+		{"file://./x", false, "write file:///dir"},
+		{"file:///", false, "names no directory"},
+		{"file:///a/..", false, "names no directory"},
+		{"file:///a%2fb", false, "slash"},
+		{"file:///a?x=1", false, "no parameters"},
+		{"file:///a%00b", false, "control"},
+		{"file:///a\nb", false, "control"},
+		{"file:///a%zz", false, "%25"},
+		{"file:///" + strings.Repeat("a", maxURL), false, "limit"},
+		{"file:///" + strings.Repeat("a", maxPath), false, "limit"},
+		{"rados://p?conf=/" + strings.Repeat("a", maxPath), false, "limit"},
+		{"rados:pool", false, "write rados://pool"},
+		{"rados://", false, "empty pool name"},
+		{"rados:///x", false, "empty pool name"},
+		{"rados://p/", false, "empty namespace"},
+		{"rados://p/n/x", false, "too many"},
+		{"rados://u:sesame@p", false, "'@'"},
+		{"rados://" + strings.Repeat("p", 129), false, "limit"},
+		{"rados://p?key=sesame", false, `unknown parameter "key"`},
+		{"rados://p?conf=ceph.conf", false, "absolute"},
+		{"rados://p?conf=", false, "absolute"},
+		{"rados://p?id=", false, "empty client id"},
+		{"rados://p?id=client.", false, "empty client id"},
+		{"rados://p?id=a&id=b", false, "twice"},
+		{"rados://p?", false, "unknown parameter"},
+		{"mem:a/b", false, "too many"},
+		{"file:///srv/lsd/", true, "empty image name"},
+		{"file:///vm1", true, "names no directory"},
+		{"file:///a/..", true, "begins with"},
+		{"rados://p", true, "names no image"},
+		{"rados://p/n/", true, "empty image name"},
+		{"rados://p/n/i/x", true, "too many"},
+		{"rados://p/vm@snap", true, "bad image name"},
+		{"mem:", true, "empty image name"},
+		{"mem:a/b/c", true, "too many"},
+	}
+	for _, tt := range tests {
+		var err error
+		if tt.image {
+			_, _, err = ParseImage(tt.in)
+		} else {
+			_, err = ParseStore(tt.in)
+		}
+		if err == nil || !strings.Contains(err.Error(), tt.want) {
+			t.Errorf("%q: error %v; want one with %q", tt.in, err, tt.want)
+			continue
+		}
+		if s := err.Error(); strings.Contains(s, "\n") || strings.Contains(s, "sesame") || len(s) > 200 {
+			t.Errorf("%q: error %q is not one short line without secrets", tt.in, s)
+		}
+	}
+}
+
+func TestCheckImageName(t *testing.T) {
+	for _, name := range []string{"a", "0", "_x", "vm-100-disk-0", "A.b_c:d+e~f-", strings.Repeat("x", MaxImageName)} {
+		if err := CheckImageName(name); err != nil {
+			t.Errorf("CheckImageName(%q) = %v", name, err)
+		}
+	}
+	for _, name := range []string{"", ".", "..", ".a", "-a", "~a", "a/b", "a@b", "a b", "é", "a\x00", strings.Repeat("x", MaxImageName+1)} {
+		if err := CheckImageName(name); err == nil {
+			t.Errorf("CheckImageName(%q) = nil", name)
+		}
+	}
+}
+
+func TestURLText(t *testing.T) {
+	u := URL{Scheme: "rados", Pool: "p", ID: "x"}
+	b, err := json.Marshal(u)
+	if err != nil || string(b) != `"rados://p?id=x"` {
+		t.Fatalf("Marshal = %s, %v", b, err)
+	}
+	var v URL
+	if err := json.Unmarshal(b, &v); err != nil || v != u {
+		t.Fatalf("Unmarshal = %+v, %v", v, err)
+	}
+	if err := json.Unmarshal([]byte(`"nfs:x"`), &v); err == nil || v != u {
+		t.Fatalf("Unmarshal of a bad URL = %+v, %v", v, err)
+	}
+}
+
+func FuzzParse(f *testing.F) {
+	for _, s := range []string{"file:///srv/a%20b/vm", "rados://p/n/i?conf=/c&id=client.x", "mem:a/b", "rados://p?id=%26", "file:///a/../b"} {
+		f.Add(s)
+	}
+	f.Fuzz(func(t *testing.T, s string) {
+		if u, err := ParseStore(s); err == nil {
+			v, err := ParseStore(u.String())
+			if err != nil || v != u {
+				t.Errorf("%q: %+v became %q, which is %+v, %v", s, u, u.String(), v, err)
+			}
+		}
+		if u, name, err := ParseImage(s); err == nil {
+			v, n, err := ParseImage(u.Image(name))
+			if err != nil || v != u || n != name {
+				t.Errorf("%q: %+v %q became %q, which is %+v, %q, %v", s, u, name, u.Image(name), v, n, err)
+			}
+		}
+	})
+}
+
+func TestCheckKey(t *testing.T) {
+	for _, key := range []string{"a", "0/1/2", "a.b_c-d", "a/b.c", "-", "_", strings.Repeat("k", MaxKey)} {
+		if err := CheckKey(key); err != nil {
+			t.Errorf("CheckKey(%q) = %v", key, err)
+		}
+	}
+	for _, key := range []string{"", "/", "/a", "a/", "a//b", ".", "..", ".a", "a/.b", "a/../b", "A", "a b", "a\x00", "é", "a+b", strings.Repeat("k", MaxKey+1)} {
+		if err := CheckKey(key); err == nil {
+			t.Errorf("CheckKey(%q) = nil", key)
+		}
+	}
+	for _, prefix := range []string{"", "a", "a/", "a/b"} {
+		if err := CheckPrefix(prefix); err != nil {
+			t.Errorf("CheckPrefix(%q) = %v", prefix, err)
+		}
+	}
+	for _, prefix := range []string{"/", ".", "a//", "A"} {
+		if err := CheckPrefix(prefix); err == nil {
+			t.Errorf("CheckPrefix(%q) = nil", prefix)
+		}
+	}
+}
