@@ -1,0 +1,267 @@
+package backend
+
+import (
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"hash/crc32"
+	"math/rand/v2"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/google/uuid"
+)
+
+// DirectoryKey is the key of the mutable object that holds the names of a
+// store's images. Its format is described in docs/format-directory.md.
+const DirectoryKey = "directory"
+
+// An Entry of the directory is one image.
+type Entry struct {
+	Name string
+	ID   uuid.UUID
+}
+
+// Lookup returns the id of the image of that name, or ErrNotFound.
+func Lookup(ctx context.Context, s Store, name string) (uuid.UUID, error) {
+	d, _, err := loadDirectory(ctx, s)
+	if err != nil {
+		return uuid.Nil, err
+	}
+	i, ok := d.find(name)
+	if !ok {
+		return uuid.Nil, &Error{Op: "look up", Key: name, Class: ErrNotFound}
+	}
+	return d[i].ID, nil
+}
+
+// Names returns all images of the store, in the byte order of their names. It
+// is empty, without an error, for a store that never held one.
+func Names(ctx context.Context, s Store) ([]Entry, error) {
+	d, _, err := loadDirectory(ctx, s)
+	return d, err
+}
+
+// Link adds the image id under that name, which CheckImageName accepts. It
+// fails with ErrExists when the name belongs to another image, and succeeds
+// when it belongs to id: so a caller may repeat a Link that failed.
+func Link(ctx context.Context, s Store, name string, id uuid.UUID) error {
+	if err := CheckImageName(name); err != nil {
+		return &Error{Op: "link", Class: ErrPermanent, Cause: err}
+	}
+	if id == uuid.Nil {
+		return &Error{Op: "link", Key: name, Class: ErrPermanent, Cause: errors.New("the image has no id")}
+	}
+	return changeDirectory(ctx, s, func(d directory, _ bool) (directory, error) {
+		i, ok := d.find(name)
+		if ok && d[i].ID != id {
+			return nil, &Error{Op: "link", Key: name, Class: ErrExists}
+		}
+		if ok {
+			return nil, nil
+		}
+		return slices.Insert(d, i, Entry{name, id}), nil
+	})
+}
+
+// Unlink removes the name, if it belongs to the image id. It fails with
+// ErrNotFound when there is no such name, and with ErrConflict when it belongs
+// to another image.
+func Unlink(ctx context.Context, s Store, name string, id uuid.UUID) error {
+	return changeDirectory(ctx, s, func(d directory, unknown bool) (directory, error) {
+		i, ok := d.find(name)
+		switch {
+		case unknown && (!ok || d[i].ID != id):
+			return nil, nil // that was us
+		case !ok:
+			return nil, &Error{Op: "unlink", Key: name, Class: ErrNotFound}
+		case d[i].ID != id:
+			return nil, &Error{Op: "unlink", Key: name, Class: ErrConflict, Cause: fmt.Errorf("it is image %v now", d[i].ID)}
+		}
+		return slices.Delete(d, i, i+1), nil
+	})
+}
+
+// Rename gives the image of the name old the name new, in one step that others
+// see whole or not at all. It fails with ErrNotFound when there is no image
+// old, and with ErrExists when there is an image new, also if the two are the
+// same name.
+func Rename(ctx context.Context, s Store, old, new string) error {
+	if err := CheckImageName(new); err != nil {
+		return &Error{Op: "rename", Key: old, Class: ErrPermanent, Cause: err}
+	}
+	var id uuid.UUID // of the image that is being renamed
+	return changeDirectory(ctx, s, func(d directory, unknown bool) (directory, error) {
+		i, ok := d.find(old)
+		j, taken := d.find(new)
+		if unknown && taken && d[j].ID == id && (!ok || d[i].ID != id) {
+			return nil, nil // that was us
+		}
+		if !ok {
+			return nil, &Error{Op: "rename", Key: old, Class: ErrNotFound}
+		}
+		if taken {
+			return nil, &Error{Op: "rename", Key: old, Class: ErrExists, Cause: fmt.Errorf("there is an image %s", new)}
+		}
+		id = d[i].ID
+		d = slices.Delete(d, i, i+1)
+		j, _ = d.find(new)
+		return slices.Insert(d, j, Entry{new, id}), nil
+	})
+}
+
+// The limits of changeDirectory. Conflicts are progress, of somebody else;
+// temporary failures are not.
+const (
+	maxDirectoryConflicts = 1000
+	maxDirectoryFailures  = 5
+	maxDirectoryPause     = 500 * time.Millisecond
+)
+
+// changeDirectory replaces the directory d by change(d). It calls change again
+// for each state of the directory that it meets. unknown says that an earlier
+// result of change may have been stored. A nil directory without an error
+// means that d is as it should be.
+//
+// A Swap whose outcome is unknown may also take effect later; trying again is
+// safe, since then the version is another one and the new try conflicts.
+func changeDirectory(ctx context.Context, s Store, change func(d directory, unknown bool) (directory, error)) error {
+	unknown := false
+	pause := 2 * time.Millisecond
+	for conflicts, failures := 0, 0; ; {
+		d, version, err := loadDirectory(ctx, s)
+		if err == nil {
+			if d, err = change(d, unknown); err != nil || d == nil {
+				return err
+			}
+			var data []byte
+			if data, err = d.encode(); err != nil {
+				return err
+			}
+			_, err = s.Swap(ctx, DirectoryKey, version, data)
+			unknown = unknown || errors.Is(err, ErrTemporary)
+		}
+		switch {
+		case errors.Is(err, ErrConflict) && conflicts < maxDirectoryConflicts:
+			conflicts++
+		case errors.Is(err, ErrTemporary) && failures < maxDirectoryFailures:
+			failures++
+		default:
+			return err
+		}
+		// Jitter keeps those who conflicted from meeting again.
+		select {
+		case <-time.After(pause/2 + rand.N(pause)):
+		case <-ctx.Done():
+			return fmt.Errorf("change the directory of images: %w", ctx.Err())
+		}
+		pause = min(2*pause, maxDirectoryPause)
+	}
+}
+
+func loadDirectory(ctx context.Context, s Store) (directory, Version, error) {
+	data, version, err := s.Load(ctx, DirectoryKey)
+	if errors.Is(err, ErrNotFound) {
+		return directory{}, NoVersion, nil
+	}
+	if err != nil {
+		return nil, NoVersion, err
+	}
+	d, err := decodeDirectory(data)
+	if err != nil {
+		return nil, NoVersion, &Error{Op: "load", Key: DirectoryKey, Class: ErrPermanent, Cause: err}
+	}
+	return d, version, nil
+}
+
+// A directory is sorted by name, and no name is there twice.
+type directory []Entry
+
+// find returns the index of name, or where it would be inserted, and whether
+// it is there.
+func (d directory) find(name string) (int, bool) {
+	return slices.BinarySearchFunc(d, name, func(e Entry, name string) int {
+		return strings.Compare(e.Name, name)
+	})
+}
+
+const (
+	directoryMagic   = "lsd dir\n"
+	directoryVersion = 1
+	directoryHeader  = len(directoryMagic) + 4 + 4
+	directoryTrailer = 4
+	directoryMinSize = 1 + 1 + 16 // of an entry
+)
+
+var castagnoli = crc32.MakeTable(crc32.Castagnoli)
+
+// encode returns d in the format of docs/format-directory.md.
+func (d directory) encode() ([]byte, error) {
+	size := directoryHeader + directoryTrailer
+	for _, e := range d {
+		size += 1 + len(e.Name) + len(e.ID)
+	}
+	if size > MaxMutable {
+		return nil, &Error{Op: "swap", Key: DirectoryKey, Class: ErrPermanent, Cause: fmt.Errorf("the store is full of images: it has %d", len(d)-1)}
+	}
+	b := make([]byte, 0, size)
+	b = append(b, directoryMagic...)
+	b = binary.LittleEndian.AppendUint32(b, directoryVersion)
+	b = binary.LittleEndian.AppendUint32(b, uint32(len(d)))
+	for _, e := range d {
+		b = append(b, byte(len(e.Name)))
+		b = append(b, e.Name...)
+		b = append(b, e.ID[:]...)
+	}
+	return binary.LittleEndian.AppendUint32(b, crc32.Checksum(b, castagnoli)), nil
+}
+
+// decodeDirectory returns the directory that encode made b of, or an error of
+// one line that says what is wrong with b.
+func decodeDirectory(b []byte) (directory, error) {
+	if len(b) < directoryHeader+directoryTrailer || string(b[:len(directoryMagic)]) != directoryMagic {
+		return nil, errors.New("not a directory of images")
+	}
+	if v := binary.LittleEndian.Uint32(b[8:]); v != directoryVersion {
+		return nil, fmt.Errorf("directory of images has format version %d: this program knows %d", v, directoryVersion)
+	}
+	body, sum := b[:len(b)-directoryTrailer], binary.LittleEndian.Uint32(b[len(b)-directoryTrailer:])
+	if crc32.Checksum(body, castagnoli) != sum {
+		return nil, errors.New("directory of images is corrupt: CRC32C mismatch")
+	}
+	count := binary.LittleEndian.Uint32(b[12:])
+	body = body[directoryHeader:]
+	if uint64(count) > uint64(len(body)/directoryMinSize) {
+		return nil, errors.New("directory of images is corrupt: count is too large")
+	}
+	d := make(directory, 0, count)
+	for range count {
+		e, n := decodeEntry(body)
+		if n == 0 || CheckImageName(e.Name) != nil {
+			return nil, fmt.Errorf("directory of images is corrupt: bad entry %d", len(d))
+		}
+		if len(d) > 0 && d[len(d)-1].Name >= e.Name {
+			return nil, fmt.Errorf("directory of images is corrupt: entry %d is out of order", len(d))
+		}
+		d, body = append(d, e), body[n:]
+	}
+	if len(body) != 0 {
+		return nil, errors.New("directory of images is corrupt: bytes after the last entry")
+	}
+	return d, nil
+}
+
+// decodeEntry returns the entry that b begins with and its length in bytes, or
+// 0 if b is too short.
+func decodeEntry(b []byte) (Entry, int) {
+	if len(b) == 0 {
+		return Entry{}, 0
+	}
+	n := 1 + int(b[0])
+	if len(b) < n+16 {
+		return Entry{}, 0
+	}
+	return Entry{string(b[1:n]), uuid.UUID(b[n : n+16])}, n + 16
+}
