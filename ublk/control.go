@@ -357,7 +357,13 @@ func (c *Control) List(ctx context.Context) ([]Info, error) {
 func (c *Control) Stop(ctx context.Context, id int, force bool) error {
 	cmd := cmdStopDev
 	if !force {
-		if c.features.Has(FeatureSafeStop) {
+		info, err := c.Info(ctx, id)
+		if err != nil {
+			return err
+		}
+		// TRY_STOP_DEV takes the disk's open_mutex, which a partition scan
+		// holds for ever when its reads wait for a server that is gone.
+		if c.features.Has(FeatureSafeStop) && info.State == StateLive {
 			cmd = cmdTryStopDev
 		} else if h := Holders(id); len(h) != 0 {
 			return &BusyError{ID: id, Holders: h}

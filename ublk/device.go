@@ -315,9 +315,9 @@ func (d *Device) tagEnded(res int32) {
 	}
 }
 
-// watch waits for the queues' end and closes the character device, so that the
-// kernel can let go of the device. A reactor must not do that itself: the close
-// can wait for what the reactor has yet to do.
+// watch waits for the queues' end and closes the character device and its
+// mappings, so that the kernel can let go of the device. A reactor must not do
+// that itself: the close can wait for what the reactor has yet to do.
 func (d *Device) watch() {
 	select {
 	case <-d.drained:
@@ -344,6 +344,11 @@ func (d *Device) closeChar() error {
 	}
 	err := unix.Close(d.char)
 	d.char = -1
+	// A mapping holds the file open as much as a descriptor does.
+	for _, desc := range d.desc {
+		err = errors.Join(err, unix.Munmap(desc))
+	}
+	d.desc = nil
 	if err != nil {
 		return fmt.Errorf("ublk: close %s: %w", charPath(d.info.ID), err)
 	}
@@ -421,9 +426,6 @@ func (d *Device) Close() error {
 		}
 	}
 	err := d.closeChar()
-	for _, desc := range d.desc {
-		err = errors.Join(err, unix.Munmap(desc))
-	}
-	d.desc, d.tags = nil, nil
+	d.tags = nil
 	return errors.Join(err, d.mem.Close())
 }

@@ -5,6 +5,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 )
 
@@ -33,26 +34,36 @@ func (e *BusyError) Unwrap() error { return e.Err }
 // looks at names in /proc and /sys only and never touches the device, which
 // might not answer. It is a snapshot, and for people to read.
 func Holders(id int) []string {
-	name := fmt.Sprintf("ublkb%d", id)
-	parts, _ := filepath.Glob(filepath.Join("/sys/block", name, name+"p*"))
-	names := []string{name}
-	for _, p := range parts {
-		names = append(names, filepath.Base(p))
-	}
-	found := slices.Concat(openBy(names), mountsOf(name, names), swapOn(names), stackedOn(name, names))
+	disk := disk(fmt.Sprintf("ublkb%d", id))
+	found := slices.Concat(disk.openBy(), disk.mounts(), disk.swap(), disk.stacked())
 	slices.Sort(found)
 	return slices.Compact(found)
 }
 
-// openBy finds processes that have one of the devices open.
-func openBy(names []string) []string {
+// disk is the name of a block device.
+type disk string
+
+// is reports whether path is the node of the disk or of a partition of it, even
+// of a disk that has been removed already.
+func (d disk) is(path string) bool {
+	name, ok := strings.CutPrefix(strings.TrimSuffix(path, " (deleted)"), "/dev/"+string(d))
+	if !ok || name == "" {
+		return ok
+	}
+	part, ok := strings.CutPrefix(name, "p")
+	_, err := strconv.Atoi(part)
+	return ok && err == nil
+}
+
+// openBy finds processes that have the disk open.
+func (d disk) openBy() []string {
 	var found []string
 	procs, _ := filepath.Glob("/proc/[0-9]*")
 	for _, proc := range procs {
 		fds, _ := os.ReadDir(filepath.Join(proc, "fd"))
 		for _, fd := range fds {
 			to, err := os.Readlink(filepath.Join(proc, "fd", fd.Name()))
-			if err != nil || !slices.Contains(names, strings.TrimPrefix(to, "/dev/")) {
+			if err != nil || !d.is(to) {
 				continue
 			}
 			comm, _ := os.ReadFile(filepath.Join(proc, "comm"))
@@ -63,16 +74,13 @@ func openBy(names []string) []string {
 	return found
 }
 
-// mountsOf finds mounts of the devices, in this mount namespace and in init's.
-func mountsOf(disk string, names []string) []string {
+// mounts finds mounts of the disk, in this mount namespace and in init's.
+func (d disk) mounts() []string {
 	var found []string
 	devs := map[string]bool{}
-	for _, name := range names {
-		path := filepath.Join("/sys/block", disk, name, "dev")
-		if name == disk {
-			path = filepath.Join("/sys/block", disk, "dev")
-		}
-		if dev, err := os.ReadFile(path); err == nil {
+	files, _ := filepath.Glob(fmt.Sprintf("/sys/block/%s/%[1]sp*/dev", d))
+	for _, file := range append(files, fmt.Sprintf("/sys/block/%s/dev", d)) {
+		if dev, err := os.ReadFile(file); err == nil {
 			devs[strings.TrimSpace(string(dev))] = true
 		}
 	}
@@ -82,13 +90,7 @@ func mountsOf(disk string, names []string) []string {
 			// 36 35 98:0 /root /mount/point ... (proc_pid_mountinfo(5)). btrfs
 			// shows a device number of its own, and the device as its source.
 			f := strings.Fields(line)
-			if len(f) < 5 {
-				continue
-			}
-			source := slices.ContainsFunc(f[5:], func(s string) bool {
-				return slices.Contains(names, strings.TrimPrefix(s, "/dev/"))
-			})
-			if devs[f[2]] || source {
+			if len(f) >= 5 && (devs[f[2]] || slices.ContainsFunc(f[5:], d.is)) {
 				found = append(found, "mount "+f[4])
 			}
 		}
@@ -96,25 +98,24 @@ func mountsOf(disk string, names []string) []string {
 	return found
 }
 
-// swapOn finds the devices among the swap spaces.
-func swapOn(names []string) []string {
+// swap finds the disk among the swap spaces.
+func (d disk) swap() []string {
 	var found []string
 	text, _ := os.ReadFile("/proc/swaps")
 	for line := range strings.Lines(string(text)) {
-		path, _, _ := strings.Cut(line, " ")
-		if slices.Contains(names, strings.TrimPrefix(path, "/dev/")) {
-			found = append(found, "swap on "+path)
+		if f := strings.Fields(line); len(f) > 0 && d.is(f[0]) {
+			found = append(found, "swap on "+f[0])
 		}
 	}
 	return found
 }
 
-// stackedOn finds block devices built on the devices: device mapper, md and
-// the like in holders, loop devices by their backing file.
-func stackedOn(disk string, names []string) []string {
+// stacked finds block devices built on the disk: device mapper, md and the like
+// in holders, loop devices by their backing file.
+func (d disk) stacked() []string {
 	var found []string
-	for _, pattern := range []string{"/sys/block/" + disk + "/holders/*", "/sys/block/" + disk + "/" + disk + "p*/holders/*"} {
-		holders, _ := filepath.Glob(pattern)
+	for _, pattern := range []string{"/sys/block/%s/holders/*", "/sys/block/%s/%[1]sp*/holders/*"} {
+		holders, _ := filepath.Glob(fmt.Sprintf(pattern, d))
 		for _, h := range holders {
 			found = append(found, "block device "+filepath.Base(h))
 		}
@@ -122,7 +123,7 @@ func stackedOn(disk string, names []string) []string {
 	loops, _ := filepath.Glob("/sys/block/loop*/loop/backing_file")
 	for _, l := range loops {
 		file, _ := os.ReadFile(l)
-		if slices.Contains(names, strings.TrimPrefix(strings.TrimSpace(string(file)), "/dev/")) {
+		if d.is(strings.TrimSpace(string(file))) {
 			found = append(found, "block device "+strings.Split(l, "/")[3])
 		}
 	}

@@ -156,3 +156,21 @@ func TestLoadBounds(t *testing.T) {
 		}
 	}
 }
+
+func TestDiskIs(t *testing.T) {
+	for path, want := range map[string]bool{
+		"/dev/ublkb1":             true,
+		"/dev/ublkb1p2":           true,
+		"/dev/ublkb1 (deleted)":   true,
+		"/dev/ublkb1p2 (deleted)": true,
+		"/dev/ublkb10":            false,
+		"/dev/ublkb1p":            false,
+		"/dev/ublkc1":             false,
+		"/tmp/ublkb1":             false,
+		"ublkb1":                  false,
+	} {
+		if got := disk("ublkb1").is(path); got != want {
+			t.Errorf("is(%q) = %v", path, got)
+		}
+	}
+}

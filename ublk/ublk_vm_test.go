@@ -410,13 +410,16 @@ func TestVMFlushAndFUA(t *testing.T) {
 		}
 		before := m.flushes.Load()
 		fio(t, d.Path(), "--rw=write", "--bs=4k", "--size=64k", "--fsync=1")
-		if got := m.flushes.Load() - before; got < 16 || got > 20 {
-			t.Errorf("%d flushes for 16 fsyncs", got)
+		// fio does not sync after its last write.
+		if got := m.flushes.Load() - before; got < 15 || got > 20 {
+			t.Errorf("%d flushes for 15 fsyncs", got)
 		}
 		before = m.flushes.Load()
 		fio(t, d.Path(), "--rw=write", "--bs=4k", "--size=64k", "--sync=dsync")
 		flushes := m.flushes.Load() - before
-		if fua && (m.fua.Load() != 16 || flushes > 4) || !fua && (m.fua.Load() != 0 || flushes < 16) {
+		// For O_DSYNC the kernel's block device sends both a FUA write, where it
+		// can, and a flush.
+		if fua && m.fua.Load() != 16 || !fua && m.fua.Load() != 0 || flushes < 16 {
 			t.Errorf("FUA %v: 16 O_DSYNC writes were %d FUA writes and %d flushes", fua, m.fua.Load(), flushes)
 		}
 	}
@@ -514,6 +517,7 @@ func TestVMBusy(t *testing.T) {
 	}
 	f.Close()
 	want := fmt.Sprintf("process %d (sleep)", holder.Process.Pid)
+	defer holder.Process.Kill()
 
 	var busy *BusyError
 	if err := d.Delete(testContext(t), false); !errors.As(err, &busy) || !slices.Contains(busy.Holders, want) {
@@ -528,8 +532,8 @@ func TestVMBusy(t *testing.T) {
 	busy = nil
 	if err := d.Delete(ctx, true); !errors.As(err, &busy) || !errors.Is(err, context.DeadlineExceeded) {
 		t.Errorf("forced Delete of a device in use: %v", err)
-	} else {
-		t.Log(err)
+	} else if !slices.Contains(busy.Holders, want) {
+		t.Errorf("forced Delete of a device in use: %v, want %s", err, want)
 	}
 	if took := time.Since(begin); took > 10*time.Second {
 		t.Errorf("a Delete bounded to a second took %v", took)
@@ -795,7 +799,8 @@ func TestVMKillServer(t *testing.T) {
 	}
 	t.Logf("%d kills; the slowest recovery took %v", kills, slowest)
 	load.Process.Signal(os.Interrupt)
-	if err := <-exited; err != nil {
+	// fio ends with status 128 after an interrupt, and says whether all was well.
+	if err := <-exited; !strings.Contains(out.String(), " err= 0:") || strings.Contains(out.String(), "verify:") {
 		t.Errorf("fio: %v\n%s", err, out.String())
 	}
 }
