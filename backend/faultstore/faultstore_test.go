@@ -124,7 +124,8 @@ func TestChanceIsSeeded(t *testing.T) {
 		}
 		return s
 	}
-	if draw(1) != draw(1) || draw(1) == draw(2) {
+	first, second := draw(1), draw(1)
+	if first != second || first == draw(2) {
 		t.Error("the same seed gives different draws, or another seed the same")
 	}
 }

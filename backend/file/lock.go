@@ -1,0 +1,160 @@
+package file
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"hash/fnv"
+	"io"
+	"io/fs"
+	"math/rand/v2"
+	"os"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// numLocks is part of the format: all processes must take the same lock for
+// the same key.
+const numLocks = 64
+
+// A keyLock is held by who has put a value into it. It orders the goroutines
+// of one handle, so that only one of them polls for the lock file.
+type keyLock chan struct{}
+
+// lock locks the mutable object key against all other handles of all
+// processes, until the function that it returns is called. The error is that
+// of ctx, unless a file operation failed.
+func (s *Store) lock(ctx context.Context, key string) (unlock func(), err error) {
+	h := fnv.New32a()
+	io.WriteString(h, key)
+	i := h.Sum32() % numLocks
+	select {
+	case s.locks[i] <- struct{}{}:
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	}
+	f, err := s.flock(ctx, fmt.Sprintf("%s/%02x", locksDir, i))
+	if err != nil {
+		<-s.locks[i]
+		return nil, err
+	}
+	return func() { f.Close(); <-s.locks[i] }, nil
+}
+
+// flock opens the file, which it makes if need be, and locks it. Closing it
+// unlocks it. It polls, because flock(2) cannot be interrupted: the lock is
+// held for a few flushes of the disk, and rarely asked for by two.
+func (s *Store) flock(ctx context.Context, name string) (*os.File, error) {
+	f, err := s.root.OpenFile(name, os.O_RDWR|os.O_CREATE|unix.O_NOFOLLOW, fileMode)
+	if err != nil {
+		return nil, notAbsent(err)
+	}
+	for pause := time.Millisecond; ; pause = min(2*pause, 20*time.Millisecond) {
+		ok, err := tryFlock(f)
+		if ok {
+			return f, nil
+		}
+		if err == nil {
+			select {
+			case <-time.After(pause/2 + rand.N(pause)):
+				continue
+			case <-ctx.Done():
+				err = ctx.Err()
+			}
+		}
+		f.Close()
+		return nil, err
+	}
+}
+
+// tryFlock locks f if nobody else has locked it, and says whether it did.
+func tryFlock(f *os.File) (bool, error) {
+	for {
+		switch err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err {
+		case nil:
+			return true, nil
+		case unix.EWOULDBLOCK:
+			return false, nil
+		case unix.EINTR:
+		default:
+			return false, err
+		}
+	}
+}
+
+// openTmp makes this handle's directory in tmp, and removes those of handles
+// that are gone: their lock is free. The lock of tmp keeps a directory that is
+// just being made, and not locked yet, from looking like one of those.
+func (s *Store) openTmp(ctx context.Context) error {
+	all, err := s.flock(ctx, tmpLock)
+	if err != nil {
+		return err
+	}
+	defer all.Close()
+	if err := s.removeStale(); err != nil {
+		return err
+	}
+	s.tmp = tmpDir + "/" + randomID()
+	if err := s.root.Mkdir(s.tmp, dirMode); err != nil {
+		return notAbsent(err)
+	}
+	s.alive, err = s.flock(ctx, s.tmp+"/lock")
+	return err
+}
+
+// removeStale removes what dead handles left in tmp. The lock of tmp is held.
+func (s *Store) removeStale() error {
+	d, err := s.root.Open(tmpDir)
+	if err != nil {
+		return notAbsent(err)
+	}
+	defer d.Close()
+	synced := false
+	for {
+		entries, err := d.ReadDir(100)
+		for _, e := range entries {
+			name := tmpDir + "/" + e.Name()
+			if !e.IsDir() {
+				// A file of create, at work or dead: it does not matter to it,
+				// nor to us.
+				continue
+			}
+			f, err := s.root.OpenFile(name+"/lock", os.O_RDWR|os.O_CREATE|unix.O_NOFOLLOW, fileMode)
+			if errors.Is(err, fs.ErrNotExist) {
+				continue // Close was faster
+			}
+			if err != nil {
+				return err
+			}
+			dead, err := tryFlock(f)
+			if dead && !synced {
+				// An object that was linked, but its directory not flushed,
+				// loses its second name now, which says so.
+				synced, err = true, unix.Syncfs(int(d.Fd()))
+			}
+			if dead && err == nil {
+				err = s.root.RemoveAll(name)
+			}
+			f.Close()
+			if err != nil {
+				return err
+			}
+		}
+		if err == io.EOF {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+	}
+}
+
+// closeTmp removes what openTmp made. A file that is still there is the second
+// name of an object whose directory could not be flushed: it is left to
+// removeStale, which flushes first.
+func (s *Store) closeTmp() {
+	s.root.Remove(s.tmp + "/lock")
+	s.root.Remove(s.tmp)
+	s.alive.Close()
+}
