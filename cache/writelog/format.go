@@ -53,7 +53,7 @@ type Header struct {
 	Log        uuid.UUID // this log, made anew whenever a log is created
 	Image      uuid.UUID // the image it belongs to
 	Epoch      uint64    // the ownership of the image it belongs to
-	FirstSeq   uint64    // sequence number of the record at position 0
+	FirstSeq   uint64    // sequence number of the record at position 0; 0 until the log is adopted
 	Size       uint64    // bytes that hold records, a multiple of SegmentSize
 	Boot       uuid.UUID // boot of the host that last opened it
 	ImageURL   string    // where the image lives, for people and salvage
@@ -103,7 +103,7 @@ func decodeHeader(b []byte) (Header, error) {
 	h.Size = le.Uint64(b[72:])
 	copy(h.Boot[:], b[80:])
 	n := int(le.Uint16(b[96:]))
-	if n > maxImageURL || h.Size == 0 || h.Size%SegmentSize != 0 || h.Size > MaxSize || h.FirstSeq == 0 {
+	if n > maxImageURL || h.Size == 0 || h.Size%SegmentSize != 0 || h.Size > MaxSize {
 		return h, fmt.Errorf("%w: its header is out of range", ErrCorrupt)
 	}
 	h.ImageURL = string(b[98 : 98+n])

@@ -101,6 +101,7 @@ type Log struct {
 	pins    []uint64 // positions from which on memory must stay
 	readers []uint16 // reads from the SSD in each segment
 	refused bool     // an append was refused: tell the client when there is room
+	writing int      // record writes that the device has
 	err     error
 }
 
@@ -140,6 +141,16 @@ func (l *Log) Head() uint64 { return l.end() }
 // Idle reports that no record is open or in flight.
 func (l *Log) Idle() bool { return !l.isOpen && l.first == l.last }
 
+// Quiet reports whether nothing is in flight to or from the SSD.
+func (l *Log) Quiet() bool {
+	for _, n := range l.readers {
+		if n > 0 {
+			return false
+		}
+	}
+	return l.writing == 0 && l.syncing == 0 && len(l.pins) == 0
+}
+
 // end is the position after the last byte appended, the open record's included.
 func (l *Log) end() uint64 {
 	if l.isOpen {
@@ -148,7 +159,9 @@ func (l *Log) end() uint64 {
 	return l.head
 }
 
-func blocks(sectors int) int { return (sectors + BlockSize/Sector - 1) / (BlockSize / Sector) }
+const perBlock = BlockSize / Sector
+
+func blocks(sectors int) int { return (sectors + perBlock - 1) / perBlock }
 
 // Start hands the log to the reactor that owns dev. mem, whose length is a
 // multiple of SegmentSize, is kept until the log is dropped. depth is the most
@@ -219,8 +232,8 @@ func (l *Log) space(end uint64) Status {
 // record: writes of whole blocks begin at a block, so that they can be read back
 // without a detour.
 func (l *Log) aligned(sectors int) int {
-	if sectors >= BlockSize/Sector {
-		return blocks(l.used) * (BlockSize / Sector)
+	if sectors >= perBlock {
+		return blocks(l.used) * perBlock
 	}
 	return l.used
 }
@@ -295,6 +308,7 @@ func (l *Log) Commit() {
 	f := &l.ring[l.last%MaxInFlight]
 	f.pos, f.seq, f.buf, f.off, f.done = r.pos, r.seq, buf, l.offset(r.pos), false
 	l.last++
+	l.writing++
 	l.dev.WriteAt(f.buf, f.off, f)
 }
 
@@ -306,6 +320,7 @@ func (l *Log) blockIndex(pos uint64) int { return int(pos % l.hdr.Size / BlockSi
 // Complete receives the result of writing a record.
 func (f *inflight) Complete(res int32, _ uint32) {
 	l := f.log
+	l.writing--
 	switch {
 	case res < 0:
 		l.fail(fmt.Errorf("write to the log failed: %w", syscall.Errno(-res)))
@@ -316,6 +331,7 @@ func (f *inflight) Complete(res int32, _ uint32) {
 			return
 		}
 		f.buf, f.off = f.buf[res:], f.off+int64(res)
+		l.writing++
 		l.dev.WriteAt(f.buf, f.off, f)
 		return
 	}
@@ -435,6 +451,19 @@ func (l *Log) inMemory(pos uint64) bool {
 	return pos >= l.memStart && pos+uint64(len(l.mem)) >= l.end()
 }
 
+// A Mirror is the memory in which the newest part of a log is. What is pinned in
+// it may be read on any goroutine.
+type Mirror struct{ mem []byte }
+
+// At returns n bytes from the position in sectors, which lie in one record.
+func (m Mirror) At(pos uint64, n int) []byte {
+	i := pos * Sector % uint64(len(m.mem))
+	return m.mem[i : i+uint64(n) : i+uint64(n)]
+}
+
+// Mirror returns the log's memory.
+func (l *Log) Mirror() Mirror { return Mirror{l.mem} }
+
 // Memory returns n sectors from the position in sectors, which lie in one
 // record, if they are in memory, else nil. The slice is good until the next
 // append, or as long as its position is pinned.
@@ -457,7 +486,7 @@ func (l *Log) Release(pos uint64) {
 
 // Direct reports whether Read can serve a read of n sectors at the position.
 func (l *Log) Direct(pos uint64, n uint32) bool {
-	return pos%(BlockSize/Sector) == 0 && n%(BlockSize/Sector) == 0
+	return pos%perBlock == 0 && n%perBlock == 0
 }
 
 // Read starts to read whole blocks from the SSD into p, whose address must suit
@@ -478,17 +507,17 @@ func (l *Log) Verify(p []byte, pos uint64) error {
 	return nil
 }
 
-// ReadBlocking reads n sectors from the position in sectors, which lie in one
-// record, from the SSD into dst. Any goroutine may call it, for a position that
-// is held or not yet trimmed. scratch must hold the blocks that the range meets
-// and suit direct I/O.
+// ReadBlocking reads whole sectors from the position in sectors, which lie in
+// one record, from the SSD into dst. Any goroutine may call it, for a position
+// that is held or not yet trimmed. scratch must hold the blocks that the range
+// meets and suit direct I/O.
 func (l *Log) ReadBlocking(dst []byte, pos uint64, scratch []byte) error {
-	const perBlock = BlockSize / Sector
+	n := uint64(len(dst) / Sector)
 	from := pos / perBlock * perBlock
-	to := (pos + uint64(len(dst)/Sector) + perBlock - 1) / perBlock * perBlock
+	to := (pos + n + perBlock - 1) / perBlock * perBlock
 	p := scratch[:(to-from)*Sector]
-	if _, err := l.file.ReadAt(p, l.offset(from*Sector)); err != nil {
-		return fmt.Errorf("read of the log: %w", err)
+	if err := l.ReadWindow(p, from); err != nil {
+		return err
 	}
 	if err := l.Verify(p, from); err != nil {
 		return err
@@ -497,14 +526,45 @@ func (l *Log) ReadBlocking(dst []byte, pos uint64, scratch []byte) error {
 	return nil
 }
 
-// Adopt makes the log belong to a new ownership of its image, durably. It is
-// called after recovery and before Start.
-func (l *Log) Adopt(epoch uint64, boot uuid.UUID) error {
-	if epoch < l.hdr.Epoch {
-		panic("writelog: Adopt: epoch goes back")
+// Buffer returns memory that suits ReadWindow.
+func (l *Log) Buffer(n int) []byte { return l.file.Buffer(n) }
+
+// Window returns a range of positions, in sectors, that begins at the block of
+// pos, ends at end, the next segment, or n bytes further, and can be read at
+// once by ReadWindow.
+func (l *Log) Window(pos, end uint64, n int) (from, to uint64) {
+	const perSegment = SegmentSize / Sector
+	from = pos / perBlock * perBlock
+	to = min((end+perBlock-1)/perBlock*perBlock, (pos/perSegment+1)*perSegment, from+uint64(n/Sector))
+	return from, to
+}
+
+// ReadWindow reads whole blocks of one segment into p, without a check; any
+// goroutine may call it, as ReadBlocking.
+func (l *Log) ReadWindow(p []byte, from uint64) error {
+	if _, err := l.file.ReadAt(p, l.offset(from*Sector)); err != nil {
+		return fmt.Errorf("read of the log: %w", err)
+	}
+	return nil
+}
+
+// VerifyWindow checks the blocks in which the n sectors of data from pos lie, in
+// a window that was read from the position from.
+func (l *Log) VerifyWindow(p []byte, from, pos, n uint64) error {
+	a := pos / perBlock * perBlock
+	b := (pos + n + perBlock - 1) / perBlock * perBlock
+	return l.Verify(p[(a-from)*Sector:(b-from)*Sector], a)
+}
+
+// Adopt makes the log belong to a new ownership of its image, durably; first is
+// the number of the record at position 0. It is called after recovery and before
+// Start.
+func (l *Log) Adopt(epoch, first uint64, boot uuid.UUID) error {
+	if epoch < l.hdr.Epoch || first == 0 {
+		panic("writelog: Adopt: bad arguments")
 	}
 	h := l.hdr
-	h.Epoch, h.Boot, h.generation = epoch, boot, h.generation+1
+	h.Epoch, h.FirstSeq, h.Boot, h.generation = epoch, first, boot, h.generation+1
 	copyNo := 1 - l.header
 	if err := writeHeader(l.file, &h, copyNo); err != nil {
 		return err

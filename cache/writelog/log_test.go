@@ -48,7 +48,7 @@ func start(t *testing.T, d *simdisk.Disk, c *client, from Start, visit func(Reco
 	if err := l.Recover(from, testSectors, uuid.Nil, visit); err != nil {
 		t.Fatal(err)
 	}
-	if err := l.Adopt(l.Header().Epoch+1, uuid.New()); err != nil {
+	if err := l.Adopt(l.Header().Epoch+1, 1, uuid.New()); err != nil {
 		t.Fatal(err)
 	}
 	l.Start(d.Device(), c, make([]byte, 2*SegmentSize), 8)

@@ -27,7 +27,7 @@ func Create(f File, h Header) error {
 	if f.Size() < MinSize || f.Size() > MaxSize {
 		return fmt.Errorf("a write log of %d bytes: it must have at least %d and at most %d", f.Size(), MinSize, int64(MaxSize))
 	}
-	if h.FirstSeq == 0 || len(h.ImageURL) > maxImageURL {
+	if len(h.ImageURL) > maxImageURL {
 		return fmt.Errorf("bad header for a write log")
 	}
 	h.Size = uint64(f.Size()-DataOffset) / SegmentSize * SegmentSize
@@ -72,6 +72,58 @@ func ReadHeader(f File) (Header, int, error) {
 		return Header{}, 0, fmt.Errorf("%w: its file has %d bytes, its header says %d", ErrCorrupt, f.Size(), h.Size+DataOffset)
 	}
 	return h, n, nil
+}
+
+// Blank reports whether f holds no log's header, only zeroes in its place.
+func Blank(f File) (bool, error) {
+	b := f.Buffer(2 * BlockSize)
+	if _, err := f.ReadAt(b, 0); err != nil {
+		return false, fmt.Errorf("read header of the log: %w", err)
+	}
+	for _, c := range b {
+		if c != 0 {
+			return false, nil
+		}
+	}
+	return true, nil
+}
+
+// A Found is a whole record that a search of a log's file came upon.
+type Found struct {
+	Seq, Pos uint64 // Pos in bytes
+	Epoch    uint64
+	Data     int // bytes
+	Extents  int
+}
+
+// Search looks at every block of a log's file for records of that log whose
+// headers are whole, in the order of their places, whatever their order in time.
+func Search(f File, visit func(Found)) error {
+	l, err := Open(f)
+	if err != nil {
+		return err
+	}
+	s := scanner{log: l, sectors: 1 << 63, buf: f.Buffer(SegmentSize), seg: -1}
+	for p := uint64(0); p < l.hdr.Size; p += BlockSize {
+		if err := s.load(p); err != nil {
+			return err
+		}
+		b := s.buf[p%SegmentSize:]
+		if !looksLikeRecord(b) {
+			continue
+		}
+		if r, ok := decodeRecord(b, &l.hdr.Log, s.sectors); ok && r.pos%l.hdr.Size == p {
+			visit(Found{Seq: r.seq, Pos: r.pos, Epoch: r.epoch, Data: r.data, Extents: r.extents})
+		}
+	}
+	return nil
+}
+
+// LastSeq returns the greatest sequence number of the records that Search finds,
+// 0 if there is none.
+func LastSeq(f File) (last uint64, err error) {
+	err = Search(f, func(r Found) { last = max(last, r.Seq) })
+	return last, err
 }
 
 // Open reads the header of a log and returns the log, which Recover then fills.

@@ -1,0 +1,208 @@
+package engine
+
+import (
+	"fmt"
+	"slices"
+	"time"
+
+	"github.com/lsd-ceph/lsd/cache/writelog"
+)
+
+// batch is a run of whole records on its way into one data object. The reactor
+// owns it; while building, a worker reads its extents, which do not change any
+// more by then.
+type batch struct {
+	object   uint64 // number, given when sealed
+	firstSeq uint64
+	lastSeq  uint64
+	start    uint64 // log positions in bytes: [start, end)
+	end      uint64
+	extents  []writelog.Extent // in order of writing
+	sectors  uint64            // of data, overwritten ones included
+	began    time.Duration     // env.Now() when its first write arrived
+
+	state     batchState
+	buf       []byte        // the object, once built
+	header    *objectHeader // once built
+	tries     int
+	notBefore time.Duration // of another attempt
+}
+
+type batchState int
+
+const (
+	batchSealed   batchState = iota // waits for its turn
+	batchBuilding                   // a worker reads the log
+	batchBuilt                      // waits for its put
+	batchPutting                    // a worker puts it
+	batchDurable                    // waits for the ones before it
+)
+
+// piece is a part of a batch that is not overwritten inside it.
+type piece struct {
+	sector uint64
+	pos    uint64 // in the log, in sectors
+	n      uint32
+	zero   bool
+	at     int // offset of its data in the object's data, in bytes
+}
+
+// survivors returns what is left of the extents when each sector keeps only its
+// newest write, in ascending order of sectors, adjoining zeroes merged.
+func survivors(extents []writelog.Extent) []piece {
+	covered := make([]span, 0, len(extents))
+	pieces := make([]piece, 0, len(extents))
+	for i := len(extents) - 1; i >= 0; i-- {
+		e := extents[i]
+		covered = uncovered(covered, span{e.Sector, e.Sector + uint64(e.N)}, func(s span) {
+			p := piece{sector: s.from, pos: e.Pos, n: uint32(s.to - s.from), zero: e.Zero}
+			if !e.Zero {
+				p.pos += s.from - e.Sector
+			}
+			pieces = append(pieces, p)
+		})
+	}
+	slices.SortFunc(pieces, func(a, b piece) int {
+		if a.sector < b.sector {
+			return -1
+		}
+		return 1
+	})
+	return mergeZeroes(pieces)
+}
+
+func mergeZeroes(pieces []piece) []piece {
+	out := pieces[:0]
+	for _, p := range pieces {
+		if k := len(out) - 1; k >= 0 && p.zero && out[k].zero && out[k].sector+uint64(out[k].n) == p.sector &&
+			uint64(out[k].n)+uint64(p.n) < 1<<32 {
+			out[k].n += p.n
+			continue
+		}
+		out = append(out, p)
+	}
+	return out
+}
+
+// span is a run of sectors, [from, to).
+type span struct{ from, to uint64 }
+
+// uncovered calls fn for the parts of s that are in none of the spans, which are
+// sorted and apart, and returns the spans with s joined to them.
+func uncovered(spans []span, s span, fn func(span)) []span {
+	i, _ := slices.BinarySearchFunc(spans, s.from, func(x span, from uint64) int {
+		if x.to < from {
+			return -1
+		}
+		return 1
+	})
+	joined, j, at := s, i, s.from
+	for ; j < len(spans) && spans[j].from <= s.to; j++ {
+		if at < spans[j].from {
+			fn(span{at, spans[j].from})
+		}
+		at = max(at, spans[j].to)
+		joined.from, joined.to = min(joined.from, spans[j].from), max(joined.to, spans[j].to)
+	}
+	if at < s.to {
+		fn(span{at, s.to})
+	}
+	return slices.Replace(spans, i, j, joined)
+}
+
+// layout gives each piece of data its place and returns the object's extents,
+// in which pieces that adjoin in the image are one.
+func layout(pieces []piece) (extents []objectExtentInfo, size int) {
+	extents = make([]objectExtentInfo, 0, len(pieces))
+	for i := range pieces {
+		p := &pieces[i]
+		if !p.zero {
+			p.at = size
+			size += int(p.n) * SectorSize
+		}
+		if k := len(extents) - 1; k >= 0 && !p.zero && !extents[k].zero && extents[k].sector+uint64(extents[k].n) == p.sector {
+			extents[k].n += p.n
+			continue
+		}
+		extents = append(extents, objectExtentInfo{p.sector, p.n, p.zero})
+	}
+	return extents, size
+}
+
+// A logSource reads the data of a batch, in ascending order of positions.
+type logSource interface {
+	// read copies the sectors from the position in sectors to dst.
+	read(dst []byte, pos uint64) error
+}
+
+// mirrorSource reads from the log's memory, whose place is pinned.
+type mirrorSource struct{ mirror writelog.Mirror }
+
+func (s mirrorSource) read(dst []byte, pos uint64) error {
+	copy(dst, s.mirror.At(pos, len(dst)))
+	return nil
+}
+
+// diskSource reads from the SSD, a window at a time.
+type diskSource struct {
+	log    *writelog.Log
+	end    uint64 // sectors
+	window []byte
+	buf    []byte
+	from   uint64 // sectors; what buf holds
+}
+
+const readWindow = 2 << 20
+
+func (s *diskSource) read(dst []byte, pos uint64) error {
+	n := uint64(len(dst) / SectorSize)
+	if s.buf == nil || pos < s.from || pos+n > s.from+uint64(len(s.buf)/SectorSize) {
+		if s.window == nil {
+			s.window = s.log.Buffer(readWindow)
+		}
+		from, to := s.log.Window(pos, s.end, readWindow)
+		if pos+n > to {
+			return fmt.Errorf("%w: extent crosses its segment of the log", ErrCorrupt)
+		}
+		s.buf, s.from = s.window[:(to-from)*SectorSize], from
+		if err := s.log.ReadWindow(s.buf, from); err != nil {
+			s.buf = nil
+			return err
+		}
+	}
+	at := (pos - s.from) * SectorSize
+	src := s.buf[at : at+uint64(len(dst))]
+	if err := s.log.VerifyWindow(s.buf, s.from, pos, n); err != nil {
+		return err
+	}
+	copy(dst, src)
+	return nil
+}
+
+// build makes the data object of b from what src reads. h says whose it is.
+func (b *batch) build(h *objectHeader, src logSource, buffer func(int) []byte) ([]byte, error) {
+	pieces := survivors(b.extents)
+	h.extents, h.data = layout(pieces)
+	h.header = headerSize(len(h.extents), h.data)
+	buf := buffer(h.header + h.data)
+	slices.SortFunc(pieces, func(x, y piece) int {
+		switch {
+		case x.pos < y.pos:
+			return -1
+		case x.pos > y.pos:
+			return 1
+		}
+		return 0
+	})
+	for _, p := range pieces {
+		if p.zero {
+			continue
+		}
+		dst := buf[h.header+p.at:][:int(p.n)*SectorSize]
+		if err := src.read(dst, p.pos); err != nil {
+			return nil, err
+		}
+	}
+	h.encode(buf)
+	return buf, nil
+}

@@ -1,0 +1,280 @@
+package engine
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/lsd-ceph/lsd/backend"
+	"github.com/lsd-ceph/lsd/cache/writelog"
+)
+
+// seal ends the open batch, whose records are closed, and gives it its number.
+func (im *Image) seal() {
+	if im.log.Err() != nil {
+		return // its last record is not closed and never will be
+	}
+	im.sealAt(im.log.Seq(), im.log.Head())
+	im.pumpNow()
+}
+
+// sealAt ends the open batch with the record seq, which ends at the log position
+// end.
+func (im *Image) sealAt(seq, end uint64) {
+	b := im.open
+	im.open = nil
+	if im.sealed.object == maxObjectSeq {
+		panic("engine: the image has used up its object numbers")
+	}
+	b.object, b.lastSeq, b.end, b.state = im.sealed.object+1, seq, end, batchSealed
+	im.sealed = position{b.object, seq, end}
+	im.queue = append(im.queue, b)
+}
+
+// sealByAge seals a batch that did not fill in time.
+func (im *Image) sealByAge() {
+	if im.open == nil || im.state == Fenced || im.state == Released {
+		return
+	}
+	im.log.Commit()
+	im.seal()
+}
+
+// pumpNow starts what the window allows of building and putting.
+func (im *Image) pumpNow() {
+	if im.state == Fenced || im.state == Released {
+		return
+	}
+	next := time.Duration(0)
+	for _, b := range im.queue[:min(len(im.queue), im.window)] {
+		if b.state != batchSealed && b.state != batchBuilt {
+			continue
+		}
+		if wait := b.notBefore - im.env.Now(); wait > 0 {
+			if next == 0 || wait < next {
+				next = wait
+			}
+			continue
+		}
+		if b.state == batchSealed {
+			im.build(b)
+		} else {
+			im.put(b)
+		}
+	}
+	if next > 0 {
+		im.pump.Reset(next)
+	}
+}
+
+// backoff returns the pause before another attempt.
+func (im *Image) backoff(tries int) time.Duration {
+	d := im.cfg.RetryMin << min(tries, 16)
+	return min(d, im.cfg.RetryMax)
+}
+
+// retry puts b back to an earlier state after a failure.
+func (im *Image) retry(b *batch, to batchState, err error) {
+	b.state = to
+	b.notBefore = im.env.Now() + im.backoff(b.tries)
+	b.tries++
+	im.storeFailed(err)
+	im.pumpNow()
+}
+
+// storeFailed counts an error of the store, and logs the first of a run of them.
+func (im *Image) storeFailed(err error) {
+	if errors.Is(err, context.Canceled) {
+		return
+	}
+	im.stats.storeErrors++
+	im.stats.lastStoreErr, im.stats.lastStoreErrAt = err, im.env.Now()
+	if !im.stats.storeDown {
+		im.stats.storeDown = true
+		im.logger.Warn("the store does not take objects: trying again until it does; writes go on until the log is full", "err", err)
+	}
+}
+
+func (im *Image) storeWorks() {
+	if im.stats.storeDown {
+		im.stats.storeDown = false
+		im.logger.Info("the store takes objects again", "errors", im.stats.storeErrors)
+	}
+}
+
+// build makes b's object on a worker, from memory if all of b is still there.
+func (im *Image) build(b *batch) {
+	b.state = batchBuilding
+	h := &objectHeader{
+		image: im.id, epoch: im.super.sb.Epoch, seq: b.object,
+		firstSeq: b.firstSeq, lastSeq: b.lastSeq, log: im.logID, logEnd: b.end,
+	}
+	var src logSource
+	pinned := im.log.Pin(b.start)
+	if pinned {
+		src = mirrorSource{im.log.Mirror()}
+	} else {
+		src = &diskSource{log: im.log, end: b.end / SectorSize}
+	}
+	var buf []byte
+	var err error
+	im.spawn(func() { buf, err = b.build(h, src, im.buffer) }, func() {
+		if pinned {
+			im.log.Unpin(b.start)
+		}
+		if im.state == Fenced || im.state == Released {
+			return
+		}
+		if err != nil {
+			im.logger.Error("cannot read back the write log: what it holds cannot be destaged", "log", im.logID, "err", err)
+			im.retry(b, batchSealed, fmt.Errorf("log %s: %w", im.logID, err))
+			return
+		}
+		b.buf, b.header, b.state, b.tries = buf, h, batchBuilt, 0
+		im.pumpNow()
+	})
+}
+
+// buffer returns n bytes for an object, perhaps used before.
+func (im *Image) buffer(n int) []byte {
+	if p, _ := im.buffers.Get().(*[]byte); p != nil && cap(*p) >= n {
+		return (*p)[:n]
+	}
+	return make([]byte, n, max(n, int(im.object)*SectorSize+128<<10))
+}
+
+// put writes b's object to the store.
+func (im *Image) put(b *batch) {
+	b.state = batchPutting
+	key := dataKey(im.id, b.object, b.header.epoch)
+	var err error
+	im.spawn(func() { err = im.putObject(key, b.buf, b.header.header) }, func() {
+		switch {
+		case im.state == Fenced || im.state == Released:
+		case errors.Is(err, errOtherContents):
+			im.fenced(err)
+		case err != nil:
+			im.retry(b, batchBuilt, err)
+		default:
+			im.storeWorks()
+			im.stats.objects++
+			im.stats.objectBytes += uint64(len(b.buf))
+			b.state = batchDurable
+			buf := b.buf[:0]
+			b.buf = nil
+			im.buffers.Put(&buf)
+			im.advance()
+		}
+	})
+}
+
+var errOtherContents = errors.New("another writer has put an object of this number")
+
+// putObject puts an object. One that is there already is our own, of an attempt
+// whose outcome was not known, if its header, which vouches for the data, is the
+// same.
+func (im *Image) putObject(key string, object []byte, header int) error {
+	ctx, stop := context.WithTimeout(im.ctx, im.cfg.StoreTimeout)
+	defer stop()
+	err := im.store.Put(ctx, key, object)
+	if !errors.Is(err, backend.ErrExists) {
+		return err
+	}
+	there := make([]byte, header)
+	n, err := im.store.Get(ctx, key, there, 0)
+	if err != nil {
+		return err
+	}
+	if n != header || !bytes.Equal(there, object[:header]) {
+		return fmt.Errorf("%w: %s", errOtherContents, key)
+	}
+	return nil
+}
+
+// advance accepts the durable objects at the front of the queue, in order. An
+// owner whose lease has run out accepts nothing: another may have taken over
+// before the object was there, and does not know of it.
+func (im *Image) advance() {
+	for len(im.queue) > 0 && im.queue[0].state == batchDurable && im.leased() {
+		b := im.queue[0]
+		im.queue = append(im.queue[:0], im.queue[1:]...)
+		im.accept(b.header)
+		for _, e := range b.header.extents {
+			im.dirty.RemoveRange(e.sector, uint64(e.n), b.start/SectorSize, b.end/SectorSize)
+		}
+		im.log.Trim(b.end)
+		if len(im.spare) < 2*im.window {
+			b.header = nil
+			im.spare = append(im.spare, b)
+		}
+		im.notifyDestaged()
+		im.checkpoint.maybe()
+	}
+	im.pumpNow()
+}
+
+// accept enters a data object, the next in order, into the map.
+func (im *Image) accept(h *objectHeader) {
+	if h.seq != im.accepted.object+1 {
+		panic("engine: objects accepted out of order")
+	}
+	ref := refOfSeq(h.seq)
+	im.table.add(objectInfo{ref: ref, epoch: h.epoch, header: uint32(h.header), sectors: uint32(h.data / SectorSize), live: uint32(h.data / SectorSize)})
+	off := 0
+	for _, e := range h.extents {
+		im.checkpoint.touch(e.sector, uint64(e.n))
+		if e.zero {
+			im.objs.Remove(e.sector, uint64(e.n))
+			continue
+		}
+		im.objs.Insert(e.sector, uint64(e.n), ref.loc(off))
+		off += int(e.n)
+	}
+	im.sums.add(ref, h.sums)
+	im.accepted = position{h.seq, h.lastSeq, h.logEnd}
+}
+
+// replaced is told by the object map of data that it does not refer to any more.
+func (im *Image) replaced(loc uint64, n uint32) {
+	o := im.table.find(refOf(loc))
+	if o == nil || o.live < n {
+		panic("engine: the map refers to an object that is not in the table")
+	}
+	o.live -= n
+}
+
+// notifyDestaged tells those who waited for what has been accepted.
+func (im *Image) notifyDestaged() {
+	kept := im.waiters[:0]
+	var ready []waiter
+	for _, w := range im.waiters {
+		if w.seq <= im.accepted.seq {
+			ready = append(ready, w)
+		} else {
+			kept = append(kept, w)
+		}
+	}
+	im.waiters = kept
+	for _, w := range ready {
+		w.fn(nil)
+	}
+}
+
+// recoverRecord enters a record that recovery found in the log into the dirty
+// map and the batches that are to be destaged.
+func (im *Image) recoverRecord(r writelog.Record, before position) {
+	sectors := uint32(0)
+	for _, e := range r.Extents {
+		if !e.Zero {
+			sectors += e.N
+		}
+	}
+	if im.open != nil && (im.open.sectors+uint64(sectors) > im.object || len(im.open.extents)+len(r.Extents) > maxBatchExtents || r.End-im.open.start > im.log.Size()/8) {
+		im.sealAt(before.seq, before.logEnd)
+	}
+	for _, e := range r.Extents {
+		im.note(e)
+	}
+}

@@ -1,0 +1,202 @@
+// Package engine is the image: a log-structured virtual disk over a write log on
+// the local SSD and immutable objects in a store.
+//
+// An Image is a state machine owned by one reactor. Requests are submitted, and
+// completed, on that reactor; slow work is handed to Env.Spawn, whose results
+// come back to it. Nothing else touches an image's state, so there are no locks,
+// and a simulation that implements Env, aio.Device, writelog.File and
+// backend.Store can drive the real engine step by step.
+package engine
+
+import (
+	"fmt"
+	"log/slog"
+	"syscall"
+	"time"
+)
+
+// Env is what an image needs from the reactor that owns it. All its methods are
+// called on the reactor, and all functions given to it but work run there.
+type Env interface {
+	// Now returns the time on a monotonic clock of this host.
+	Now() time.Duration
+	// Spawn runs work where it may block, then done on the reactor.
+	Spawn(work, done func())
+	// AfterFunc runs fn on the reactor d from now.
+	AfterFunc(d time.Duration, fn func()) Timer
+}
+
+// A Timer is what Env.AfterFunc returns; the reactor owns it.
+type Timer interface {
+	// Stop keeps the timer from firing and reports whether it was going to.
+	Stop() bool
+	// Reset makes it fire once, d from now.
+	Reset(d time.Duration)
+}
+
+// Limits of an image.
+const (
+	MaxSize           = 64 << 40 // bytes
+	MinObjectSize     = 1 << 20  // bytes
+	MaxObjectSize     = 32 << 20 // bytes
+	DefaultObjectSize = 8 << 20  // bytes
+	MinLease          = time.Second
+	MaxLease          = time.Hour
+	DefaultLease      = time.Minute
+
+	maxWindow       = 64
+	defaultWindow   = 8
+	maxBatchExtents = 1 << 16
+)
+
+// An Op is what a request asks for.
+type Op uint8
+
+const (
+	// Read fills Buf.
+	Read Op = iota
+	// Write stores Buf; with FUA it completes once that is on stable media.
+	Write
+	// Flush completes once every write that completed before is on stable media.
+	Flush
+	// Discard makes the sectors read as zeroes.
+	Discard
+	// WriteZeroes makes the sectors read as zeroes, durably so with FUA.
+	WriteZeroes
+)
+
+// A Request is one operation on an image. Its owner allocates it, once, and may
+// use it again when it has completed. Everything but the exported fields is the
+// image's.
+type Request struct {
+	Op      Op
+	FUA     bool
+	Sector  uint64 // first sector
+	Sectors uint32 // 0 for Flush
+	// Buf holds Sectors sectors for Read and Write. It lies outside the Go heap,
+	// aligned to 512 bytes, and belongs to the image until the request is done.
+	Buf []byte
+	// Done is told when the request has ended, on the reactor, possibly before
+	// Submit returns.
+	Done Completer
+	// Err is how it ended: 0, or the errno for the client.
+	Err syscall.Errno
+
+	next    *Request
+	at      uint32 // sectors appended to the log so far
+	seq     uint64 // record that must be complete, or durable, first
+	pending int    // parts of a read that are under way
+}
+
+// errEvicted is what writes get that come too late.
+const errEvicted = syscall.EIO
+
+// A Completer is told that a request has ended.
+type Completer interface{ RequestDone(*Request) }
+
+// fifo is a queue of requests, linked through them.
+type fifo struct {
+	head, tail *Request
+	n          int
+}
+
+func (q *fifo) push(r *Request) {
+	r.next = nil
+	if q.tail == nil {
+		q.head = r
+	} else {
+		q.tail.next = r
+	}
+	q.tail = r
+	q.n++
+}
+
+func (q *fifo) pop() *Request {
+	r := q.head
+	q.head = r.next
+	if q.head == nil {
+		q.tail = nil
+	}
+	r.next = nil
+	q.n--
+	return r
+}
+
+// Config tunes an image. The zero value of a field means its default.
+type Config struct {
+	// BatchAge is the longest that a write waits in the log before its batch is
+	// put, when the batch does not fill before. Default 5 s.
+	BatchAge time.Duration
+	// CheckpointEvery is the number of data objects after which the map is
+	// checkpointed; recovery reads at most these, and those put since. Default 64.
+	CheckpointEvery int
+	// StoreTimeout bounds one attempt of an operation on the store; it is then
+	// repeated. Default 20 s.
+	StoreTimeout time.Duration
+	// RetryMin and RetryMax bound the pause between attempts, which doubles.
+	// Defaults 100 ms and 5 s.
+	RetryMin, RetryMax time.Duration
+	// ReadTimeout is how long a read from a failing store is repeated before the
+	// client gets EIO; 0 means for ever.
+	ReadTimeout time.Duration
+	// LogDepth is the most records of the write log in flight, up to
+	// writelog.MaxInFlight. Default 8.
+	LogDepth int
+	// Logger gets what an operator should know. Default: slog.Default().
+	Logger *slog.Logger
+}
+
+func (c Config) withDefaults() Config {
+	set := func(d *time.Duration, v time.Duration) {
+		if *d == 0 {
+			*d = v
+		}
+	}
+	set(&c.BatchAge, 5*time.Second)
+	set(&c.StoreTimeout, 20*time.Second)
+	set(&c.RetryMin, 100*time.Millisecond)
+	set(&c.RetryMax, 5*time.Second)
+	if c.CheckpointEvery == 0 {
+		c.CheckpointEvery = 64
+	}
+	if c.LogDepth == 0 {
+		c.LogDepth = 8
+	}
+	if c.Logger == nil {
+		c.Logger = slog.Default()
+	}
+	return c
+}
+
+// A State is what an image is doing.
+type State int
+
+const (
+	// Active: it serves.
+	Active State = iota
+	// Evicting: another host wants it; what was acknowledged is being destaged.
+	Evicting
+	// Closing: its owner is letting go of it.
+	Closing
+	// Released: it has let go; every request fails.
+	Released
+	// Fenced: another host owns it; every request fails.
+	Fenced
+)
+
+// String returns the state in lower case.
+func (s State) String() string {
+	switch s {
+	case Active:
+		return "active"
+	case Evicting:
+		return "evicting"
+	case Closing:
+		return "closing"
+	case Released:
+		return "released"
+	case Fenced:
+		return "fenced"
+	}
+	return fmt.Sprintf("state %d", int(s))
+}

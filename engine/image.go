@@ -1,0 +1,509 @@
+package engine
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"sync"
+	"syscall"
+	"time"
+
+	"github.com/google/uuid"
+	"github.com/lsd-ceph/lsd/backend"
+	"github.com/lsd-ceph/lsd/cache/writelog"
+	"github.com/lsd-ceph/lsd/internal/aio"
+	"github.com/lsd-ceph/lsd/internal/extmap"
+)
+
+// Image is an opened image. Open returns it; after Start its reactor owns it and
+// alone may call its methods.
+type Image struct {
+	// Fixed once opened.
+	id       uuid.UUID
+	store    backend.Store
+	log      *writelog.Log // nil when read-only
+	logID    uuid.UUID
+	cfg      Config
+	logger   *slog.Logger
+	readOnly bool
+	sectors  uint64
+	object   uint64 // size of a data object's data, in sectors
+	window   int    // data objects beyond the last accepted one that may be put
+	ctx      context.Context
+	cancel   context.CancelFunc
+	buffers  sync.Pool // of *[]byte, for data objects being built
+	sums     sumCache  // shared by the workers that read objects
+
+	// The reactor owns all that follows.
+	env   Env
+	state State
+	why   error // why it is not active any more
+
+	dirty *extmap.Map // what is in the log and not in an accepted object: log positions in sectors
+	objs  *extmap.Map // what is in accepted objects
+	table objectTable
+
+	recoveredLog uuid.UUID // whose positions the last recovered object gives
+	accepted     position  // of the last data object in the map
+	sealed       position  // of the last batch that was sealed
+	open         *batch    // the batch being filled
+	queue        []*batch  // sealed batches, oldest first; those up to window are being put
+	spare        []*batch  // done with; kept for their capacity
+
+	blocked  fifo // writes that the log had no room for, in order of arrival
+	acks     fifo // writes in the log, in order of records
+	flushes  fifo // flushes and FUA writes, by the record that must be durable
+	unblock  bool // the log may have room again
+	waiters  []waiter
+	readOps  []*logRead // free
+	slowOps  []*slowRead
+	reading  int // slow reads running
+	slow     []*slowRead
+	ageTimer Timer
+	pumpAt   time.Duration // when pumpTimer fires; 0: not set
+	pump     Timer
+
+	jobs       int // workers running for this image
+	super      superWriter
+	checkpoint checkpointer
+	stats      counters
+}
+
+// position is a point in the order of writes at which an object ends.
+type position struct {
+	object uint64 // number of the object
+	seq    uint64 // last record in it
+	logEnd uint64 // log position after that record, in bytes
+}
+
+// waiter wants everything up to a record accepted by the store.
+type waiter struct {
+	seq uint64
+	fn  func(error)
+}
+
+// counters are what an image counts; all since it was opened.
+type counters struct {
+	reads, writes, flushes, discards uint64
+	readBytes, writeBytes            uint64
+	objects, objectBytes             uint64 // put
+	storeErrors, readErrors          uint64
+	lastStoreErr                     error
+	lastStoreErrAt                   time.Duration
+	storeDown                        bool
+	reads0, writes0                  uint64 // at the last rate sample
+	readRate, writeRate              float64
+	sampledAt                        time.Duration
+	stalls                           uint64        // writes that had to wait for room in the log
+	stalledSince                     time.Duration // 0: nothing is waiting
+}
+
+// ID returns the image's id.
+func (im *Image) ID() uuid.UUID { return im.id }
+
+// Sectors returns the image's size.
+func (im *Image) Sectors() uint64 { return im.sectors }
+
+// ReadOnly reports whether it was opened read-only.
+func (im *Image) ReadOnly() bool { return im.readOnly }
+
+// Start hands the image to the reactor behind env, whose device dev is the write
+// log's file and mem its memory: outside the Go heap, a multiple of
+// writelog.SegmentSize, kept until the image is dropped. Both are nil for a
+// read-only image. It is called on the reactor, which calls EndTurn from then on.
+func (im *Image) Start(env Env, dev aio.Device, mem []byte) {
+	im.env = env
+	im.sums.init()
+	if im.readOnly {
+		return
+	}
+	im.log.Start(dev, im, mem, im.cfg.LogDepth)
+	im.ageTimer = env.AfterFunc(im.cfg.BatchAge, im.sealByAge)
+	im.pump = env.AfterFunc(0, im.pumpNow)
+	im.startSuper()
+	im.checkpoint.start(im)
+}
+
+// Submit starts a request. Its Done is called when it has ended.
+func (im *Image) Submit(r *Request) {
+	r.Err, r.at, r.seq, r.pending = 0, 0, 0, 0
+	switch {
+	case r.Op != Flush && (uint64(r.Sectors) > im.sectors || r.Sector > im.sectors-uint64(r.Sectors)),
+		(r.Op == Read || r.Op == Write) && len(r.Buf) != int(r.Sectors)*SectorSize:
+		im.finish(r, syscall.EINVAL)
+	case im.state == Fenced || im.state == Released:
+		im.finish(r, syscall.EIO)
+	case r.Op == Read:
+		im.stats.reads++
+		im.stats.readBytes += uint64(len(r.Buf))
+		im.read(r)
+	case r.Op == Flush:
+		im.stats.flushes++
+		im.flush(r)
+	case im.readOnly:
+		im.finish(r, syscall.EROFS)
+	case im.state != Active:
+		im.finish(r, syscall.EIO)
+	default:
+		if r.Op == Write {
+			im.stats.writes++
+			im.stats.writeBytes += uint64(len(r.Buf))
+		} else {
+			im.stats.discards++
+		}
+		im.write(r)
+	}
+}
+
+func (im *Image) finish(r *Request, err syscall.Errno) {
+	if r.Err == 0 {
+		r.Err = err
+	}
+	r.Done.RequestDone(r)
+}
+
+// EndTurn closes the turn's record and starts what has become possible. The
+// reactor calls it at the end of each turn.
+func (im *Image) EndTurn() {
+	if im.readOnly {
+		return
+	}
+	if im.unblock {
+		im.unblock = false
+		im.admitBlocked()
+	}
+	im.log.Commit()
+	if im.open != nil && im.full(im.open, 0) {
+		im.seal()
+	}
+	im.checkpoint.step()
+}
+
+// write appends r to the log, or makes it wait until there is room.
+func (im *Image) write(r *Request) {
+	if r.Sectors == 0 {
+		im.finish(r, 0)
+		return
+	}
+	if im.blocked.n > 0 || !im.appendWrite(r) {
+		im.block(r)
+	}
+}
+
+func (im *Image) block(r *Request) {
+	if im.log.Err() != nil {
+		im.finish(r, syscall.EIO)
+		return
+	}
+	im.stats.stalls++
+	if im.stats.stalledSince == 0 {
+		im.stats.stalledSince = max(im.env.Now(), 1)
+	}
+	im.blocked.push(r)
+}
+
+// appendWrite appends what is left of r, as records take it, and reports whether
+// all of it is in the log.
+func (im *Image) appendWrite(r *Request) bool {
+	for r.at < r.Sectors {
+		sector, n := r.Sector+uint64(r.at), r.Sectors-r.at
+		data := r.Op == Write
+		if data {
+			n = min(n, writelog.MaxData/SectorSize)
+		}
+		if im.open != nil && im.full(im.open, n) {
+			im.log.Commit()
+			im.seal()
+		}
+		var pos uint64
+		var st writelog.Status
+		if data {
+			pos, st = im.log.Append(sector, r.Buf[r.at*SectorSize:][:n*SectorSize])
+		} else {
+			pos, st = im.log.AppendZeroes(sector, n)
+		}
+		if st != writelog.Appended {
+			if st == writelog.Full && im.open != nil {
+				// Room comes from destaging what is there, however little.
+				im.log.Commit()
+				im.seal()
+			}
+			return false
+		}
+		im.note(writelog.Extent{Sector: sector, N: n, Pos: pos, Zero: !data})
+		r.at += n
+	}
+	r.seq = im.log.Seq()
+	im.acks.push(r)
+	return true
+}
+
+// full reports whether a batch should be sealed rather than take n more sectors.
+func (im *Image) full(b *batch, n uint32) bool {
+	return b.sectors+uint64(n) > im.object || n == 0 && b.sectors == im.object ||
+		len(b.extents) >= maxBatchExtents || im.log.Head()-b.start > im.log.Size()/8
+}
+
+// note enters a write that is in the log into the dirty map and the open batch.
+func (im *Image) note(e writelog.Extent) {
+	if im.open == nil {
+		im.openBatch()
+	}
+	b := im.open
+	b.extents = append(b.extents, e)
+	if !e.Zero {
+		b.sectors += uint64(e.N)
+		im.dirty.Insert(e.Sector, uint64(e.N), e.Pos)
+		return
+	}
+	// A hole needs an entry only where something would show through.
+	for s, end := e.Sector, e.Sector+uint64(e.N); s < end; {
+		d, ok1 := im.dirty.Next(s, end)
+		o, ok2 := im.objs.Next(s, end)
+		switch {
+		case !ok1 && !ok2:
+			return
+		case !ok1 || ok2 && o.Sector < d.Sector:
+			s = o.Sector
+		default:
+			s = d.Sector
+		}
+		to := min((s/extmap.PageSectors+1)*extmap.PageSectors, end)
+		im.dirty.Insert(s, to-s, extmap.Fixed|e.Pos)
+		s = to
+	}
+}
+
+func (im *Image) openBatch() {
+	var b *batch
+	if k := len(im.spare); k > 0 {
+		b, im.spare = im.spare[k-1], im.spare[:k-1]
+		*b = batch{extents: b.extents[:0]}
+	} else {
+		b = new(batch)
+	}
+	b.start, b.firstSeq = im.sealed.logEnd, im.sealed.seq+1
+	im.open = b
+	if im.env != nil { // nil during recovery
+		b.began = im.env.Now()
+		im.ageTimer.Reset(im.cfg.BatchAge)
+	}
+}
+
+// flush completes r when everything that has completed is durable.
+func (im *Image) flush(r *Request) {
+	if im.readOnly {
+		im.finish(r, 0)
+		return
+	}
+	r.seq = im.log.Completed()
+	im.awaitDurable(r)
+}
+
+// awaitDurable completes r once record r.seq, which is complete, is durable.
+func (im *Image) awaitDurable(r *Request) {
+	switch {
+	case im.log.Err() != nil:
+		im.finish(r, syscall.EIO)
+	case r.seq <= im.log.Durable() && im.leased():
+		im.finish(r, 0)
+	default:
+		im.flushes.push(r)
+		im.syncNext()
+	}
+}
+
+// syncNext makes the log durable up to what the oldest flush waits for.
+func (im *Image) syncNext() {
+	if im.flushes.n > 0 && im.flushes.head.seq > im.log.Durable() {
+		im.log.Sync(im.flushes.head.seq)
+	}
+}
+
+// LogCompleted implements writelog.Client.
+func (im *Image) LogCompleted(uint64) { im.acknowledge() }
+
+// LogDurable implements writelog.Client.
+func (im *Image) LogDurable(uint64) {
+	im.acknowledge()
+	im.syncNext()
+}
+
+// LogSpace implements writelog.Client.
+func (im *Image) LogSpace() { im.unblock = true }
+
+// LogFailed implements writelog.Client. Reads go on, and so does the destaging
+// of what is still in memory; nothing is acknowledged any more.
+func (im *Image) LogFailed(err error) {
+	im.logger.Error("the write log failed: writes get errors until the image is attached with another log", "err", err)
+	im.why = err
+	im.failPending(syscall.EIO)
+}
+
+// acknowledge completes the writes whose records are written, in log order, and
+// the flushes whose records are durable, unless the lease has run out.
+func (im *Image) acknowledge() {
+	if !im.leased() {
+		return
+	}
+	for im.acks.n > 0 && im.acks.head.seq <= im.log.Completed() {
+		r := im.acks.pop()
+		if r.FUA {
+			im.awaitDurable(r)
+		} else {
+			im.finish(r, 0)
+		}
+	}
+	for im.flushes.n > 0 && im.flushes.head.seq <= im.log.Durable() {
+		im.finish(im.flushes.pop(), 0)
+	}
+}
+
+// admitBlocked lets waiting writes into the log, in order.
+func (im *Image) admitBlocked() {
+	for im.blocked.n > 0 {
+		if im.log.Err() != nil {
+			im.finish(im.blocked.pop(), syscall.EIO)
+			continue
+		}
+		r := im.blocked.head
+		rest := r.next
+		if !im.appendHead(r, rest) {
+			return
+		}
+	}
+	im.stats.stalledSince = 0
+}
+
+// appendHead appends the first blocked request. It leaves the queue before it is
+// appended, since that links it into another one, and goes back to its front if
+// it does not fit.
+func (im *Image) appendHead(r, rest *Request) bool {
+	im.blocked.pop()
+	if im.appendWrite(r) {
+		return true
+	}
+	r.next = rest
+	im.blocked.head = r
+	if rest == nil {
+		im.blocked.tail = r
+	}
+	im.blocked.n++
+	return false
+}
+
+// failPending ends every write and flush that is waiting.
+func (im *Image) failPending(err syscall.Errno) {
+	for _, q := range []*fifo{&im.blocked, &im.acks, &im.flushes} {
+		for q.n > 0 {
+			im.finish(q.pop(), err)
+		}
+	}
+}
+
+// Destage makes everything that is in the log durable in the store; fn is told
+// when it is, or why it will not be.
+func (im *Image) Destage(fn func(error)) {
+	switch {
+	case im.readOnly:
+		fn(nil)
+		return
+	case im.state == Fenced || im.state == Released:
+		fn(im.why)
+		return
+	}
+	im.log.Commit()
+	seq := im.log.Seq()
+	if im.open != nil {
+		im.seal()
+	}
+	if seq <= im.accepted.seq {
+		fn(nil)
+		return
+	}
+	im.waiters = append(im.waiters, waiter{seq, fn})
+}
+
+// Close destages everything, checkpoints the map and gives up the ownership; fn
+// is told when that is done, or why it cannot be. Requests must have ended;
+// new ones fail.
+func (im *Image) Close(fn func(error)) {
+	if im.readOnly {
+		im.state = Released
+		im.cancel()
+		fn(nil)
+		return
+	}
+	if im.state == Fenced || im.state == Released {
+		fn(im.why)
+		return
+	}
+	if im.state == Active {
+		im.state = Closing
+	}
+	im.letGo(fn)
+}
+
+// letGo destages, checkpoints and releases.
+func (im *Image) letGo(fn func(error)) {
+	im.Destage(func(err error) {
+		if err != nil {
+			fn(err)
+			return
+		}
+		im.checkpoint.now(func(err error) {
+			if err != nil {
+				fn(err)
+				return
+			}
+			im.release(fn)
+		})
+	})
+}
+
+// Abandon ends the image's work where it stands, as a crash would: the log keeps
+// what was acknowledged, and the superblock the ownership.
+func (im *Image) Abandon() {
+	im.fence(Released, errors.New("the image was closed"))
+}
+
+// spawn runs work on a worker and done on the reactor.
+func (im *Image) spawn(work, done func()) {
+	im.jobs++
+	im.env.Spawn(work, func() {
+		im.jobs--
+		done()
+	})
+}
+
+// Quiet reports whether nothing of the image is running any more, so that its
+// memory and files may go. An image that was closed, abandoned or fenced comes
+// to this by itself.
+func (im *Image) Quiet() bool {
+	return im.jobs == 0 && im.reading == 0 && (im.readOnly || im.log.Quiet())
+}
+
+// fence ends the image's service.
+func (im *Image) fence(s State, why error) {
+	if im.state == Fenced || im.state == Released {
+		return
+	}
+	im.state, im.why = s, why
+	im.cancel()
+	im.failPending(syscall.EIO)
+	for _, w := range im.waiters {
+		w.fn(why)
+	}
+	im.waiters = nil
+	im.checkpoint.fail(why)
+	if im.super.timer != nil {
+		im.super.timer.Stop()
+	}
+}
+
+// fenced says that another host owns the image.
+func (im *Image) fenced(why error) {
+	im.logger.Error("the image is owned by another host now: every request fails from here on; what is in the log is kept", "err", why)
+	im.fence(Fenced, fmt.Errorf("fenced: %w", why))
+}

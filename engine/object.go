@@ -1,0 +1,186 @@
+package engine
+
+import (
+	"bytes"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"hash/crc32"
+
+	"github.com/google/uuid"
+)
+
+// The format of a data object; docs/formats.md gives it byte for byte.
+const (
+	objectMagic     = "LSDDATA\x00"
+	objectVersion   = 1
+	objectFixed     = 128
+	objectExtent    = 16
+	objectBlock     = 4096 // unit of the checksums
+	objectZeroFlag  = 1 << 31
+	objectAlign     = 4096 // the data begins at a multiple of this
+	maxObjectHeader = 8 << 20
+
+	// firstRead is what is read of an object whose header's length is not known.
+	firstRead = 64 << 10
+)
+
+var castagnoli = crc32.MakeTable(crc32.Castagnoli)
+
+// ErrCorrupt is matched by errors that name an object or log that is damaged.
+var ErrCorrupt = errors.New("corrupt")
+
+// objectExtentInfo is one write in a data object. Extents are in ascending order
+// and do not overlap; their data follow one another in that order.
+type objectExtentInfo struct {
+	sector uint64
+	n      uint32
+	zero   bool
+}
+
+// objectHeader is a data object's header.
+type objectHeader struct {
+	image    uuid.UUID
+	epoch    uint64
+	seq      uint64 // number of the object
+	firstSeq uint64 // records of the write log that it holds
+	lastSeq  uint64
+	log      uuid.UUID // the write log that these came from
+	logEnd   uint64    // position in it, in bytes, after the last of them
+	extents  []objectExtentInfo
+	sums     []uint32 // CRC32C of each block of the data
+	header   int      // bytes before the data
+	data     int      // bytes of data
+}
+
+func headerSize(extents, data int) int {
+	n := objectFixed + extents*objectExtent + 4*((data+objectBlock-1)/objectBlock)
+	return (n + objectAlign - 1) / objectAlign * objectAlign
+}
+
+// dataSize returns the bytes of data that the extents have.
+func dataSize(extents []objectExtentInfo) int {
+	n := 0
+	for _, e := range extents {
+		if !e.zero {
+			n += int(e.n) * SectorSize
+		}
+	}
+	return n
+}
+
+// encode writes the header to the front of object, whose data is there already,
+// and computes the checksums of both.
+func (h *objectHeader) encode(object []byte) {
+	le := binary.LittleEndian
+	b := object[:h.header]
+	clear(b)
+	copy(b, objectMagic)
+	le.PutUint32(b[8:], objectVersion)
+	copy(b[16:], h.image[:])
+	le.PutUint64(b[32:], h.epoch)
+	le.PutUint64(b[40:], h.seq)
+	le.PutUint64(b[48:], h.firstSeq)
+	le.PutUint64(b[56:], h.lastSeq)
+	copy(b[64:], h.log[:])
+	le.PutUint64(b[80:], h.logEnd)
+	le.PutUint32(b[88:], uint32(h.header))
+	le.PutUint32(b[92:], uint32(h.data))
+	le.PutUint32(b[96:], uint32(len(h.extents)))
+	p := b[objectFixed:]
+	for _, e := range h.extents {
+		le.PutUint64(p, e.sector)
+		le.PutUint32(p[8:], e.n)
+		if e.zero {
+			le.PutUint32(p[12:], objectZeroFlag)
+		}
+		p = p[objectExtent:]
+	}
+	h.sums = h.sums[:0]
+	for data := object[h.header:]; len(data) > 0; {
+		n := min(objectBlock, len(data))
+		sum := crc32.Checksum(data[:n], castagnoli)
+		h.sums = append(h.sums, sum)
+		le.PutUint32(p, sum)
+		p, data = p[4:], data[n:]
+	}
+	le.PutUint32(b[12:], crc32.Checksum(b, castagnoli))
+}
+
+// objectHeaderSize returns the length of the header that b, at least objectFixed
+// bytes, begins.
+func objectHeaderSize(b []byte) (int, error) {
+	if len(b) < objectFixed || !bytes.Equal(b[:8], []byte(objectMagic)) {
+		return 0, fmt.Errorf("%w: not a data object", ErrCorrupt)
+	}
+	if v := binary.LittleEndian.Uint32(b[8:]); v != objectVersion {
+		return 0, fmt.Errorf("%w or too new: version %d of the object format is not known here", ErrCorrupt, v)
+	}
+	n := int(binary.LittleEndian.Uint32(b[88:]))
+	if n < objectAlign || n > maxObjectHeader || n%objectAlign != 0 {
+		return 0, fmt.Errorf("%w: header of %d bytes", ErrCorrupt, n)
+	}
+	return n, nil
+}
+
+// decodeObjectHeader decodes the header, which is all of b, of a data object of
+// an image with the given number of sectors.
+func decodeObjectHeader(b []byte, sectors uint64) (*objectHeader, error) {
+	le := binary.LittleEndian
+	n, err := objectHeaderSize(b)
+	if err != nil {
+		return nil, err
+	}
+	if n != len(b) {
+		return nil, fmt.Errorf("%w: %d bytes where its header has %d", ErrCorrupt, len(b), n)
+	}
+	sum := le.Uint32(b[12:])
+	c := crc32.Update(0, castagnoli, b[:12])
+	c = crc32.Update(c, castagnoli, make([]byte, 4))
+	if crc32.Update(c, castagnoli, b[16:]) != sum {
+		return nil, fmt.Errorf("%w: checksum of its header is wrong", ErrCorrupt)
+	}
+	h := &objectHeader{
+		epoch: le.Uint64(b[32:]), seq: le.Uint64(b[40:]),
+		firstSeq: le.Uint64(b[48:]), lastSeq: le.Uint64(b[56:]), logEnd: le.Uint64(b[80:]),
+		header: n, data: int(le.Uint32(b[92:])),
+	}
+	copy(h.image[:], b[16:])
+	copy(h.log[:], b[64:])
+	count := int(le.Uint32(b[96:]))
+	if h.data%SectorSize != 0 || h.data > MaxObjectSize || count > maxObjectHeader/objectExtent || headerSize(count, h.data) != n ||
+		h.seq == 0 || h.seq > maxObjectSeq || h.firstSeq == 0 || h.lastSeq < h.firstSeq {
+		return nil, fmt.Errorf("%w: its header is out of range", ErrCorrupt)
+	}
+	h.extents = make([]objectExtentInfo, count)
+	p, end := b[objectFixed:], uint64(0)
+	for i := range h.extents {
+		e := objectExtentInfo{sector: le.Uint64(p), n: le.Uint32(p[8:]), zero: le.Uint32(p[12:])&objectZeroFlag != 0}
+		if e.n == 0 || e.sector < end || uint64(e.n) > sectors || e.sector > sectors-uint64(e.n) {
+			return nil, fmt.Errorf("%w: extent %d is out of range", ErrCorrupt, i)
+		}
+		end = e.sector + uint64(e.n)
+		h.extents[i] = e
+		p = p[objectExtent:]
+	}
+	if dataSize(h.extents) != h.data {
+		return nil, fmt.Errorf("%w: its extents do not add up to its data", ErrCorrupt)
+	}
+	h.sums = make([]uint32, (h.data+objectBlock-1)/objectBlock)
+	for i := range h.sums {
+		h.sums[i] = le.Uint32(p[4*i:])
+	}
+	return h, nil
+}
+
+// verifyBlocks checks data that begins at block first of an object's data.
+func verifyBlocks(data []byte, sums []uint32, first int) error {
+	for i := 0; len(data) > 0; i++ {
+		n := min(objectBlock, len(data))
+		if first+i >= len(sums) || crc32.Checksum(data[:n], castagnoli) != sums[first+i] {
+			return fmt.Errorf("%w: checksum of block %d is wrong", ErrCorrupt, first+i)
+		}
+		data = data[n:]
+	}
+	return nil
+}

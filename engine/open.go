@@ -1,0 +1,640 @@
+package engine
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"hash/crc32"
+	"time"
+
+	"github.com/google/uuid"
+	"github.com/lsd-ceph/lsd/backend"
+	"github.com/lsd-ceph/lsd/cache/writelog"
+	"github.com/lsd-ceph/lsd/internal/extmap"
+)
+
+// CreateOptions says what a new image is like.
+type CreateOptions struct {
+	Size       uint64 // bytes, a multiple of BlockSize, at most MaxSize
+	BlockSize  uint32 // bytes: 512 or 4096; 0 means 4096
+	ObjectSize uint32 // bytes of data in a data object, a multiple of 4096; 0 means DefaultObjectSize
+}
+
+func (o *CreateOptions) check() error {
+	if o.BlockSize == 0 {
+		o.BlockSize = 4096
+	}
+	if o.ObjectSize == 0 {
+		o.ObjectSize = DefaultObjectSize
+	}
+	switch {
+	case o.BlockSize != 512 && o.BlockSize != 4096:
+		return fmt.Errorf("block size %d: it must be 512 or 4096", o.BlockSize)
+	case o.Size == 0:
+		return errors.New("size 0: an image must have at least one block")
+	case o.Size%uint64(o.BlockSize) != 0:
+		return fmt.Errorf("size %d is not a multiple of the block size %d", o.Size, o.BlockSize)
+	case o.Size > MaxSize:
+		return fmt.Errorf("size %d is beyond the limit of %d bytes (64 TiB)", o.Size, uint64(MaxSize))
+	case o.ObjectSize < MinObjectSize || o.ObjectSize > MaxObjectSize || o.ObjectSize%4096 != 0:
+		return fmt.Errorf("object size %d: it must be from %d to %d bytes, a multiple of 4096", o.ObjectSize, MinObjectSize, MaxObjectSize)
+	}
+	return nil
+}
+
+// Create makes an empty image of that name in the store and returns its id. It
+// fails with an error that matches backend.ErrExists when the name is taken.
+func Create(ctx context.Context, st backend.Store, name string, o CreateOptions) (uuid.UUID, error) {
+	if err := o.check(); err != nil {
+		return uuid.Nil, err
+	}
+	if _, err := backend.Lookup(ctx, st, name); !errors.Is(err, backend.ErrNotFound) {
+		if err == nil {
+			err = fmt.Errorf("image %s %w", name, backend.ErrExists)
+		}
+		return uuid.Nil, err
+	}
+	id := uuid.New()
+	sb := &superblock{
+		Image: id, Name: name, Created: time.Now().UTC().Truncate(time.Second),
+		Sectors: o.Size / SectorSize, BlockSize: o.BlockSize, ObjectSize: o.ObjectSize, Window: defaultWindow,
+	}
+	if _, err := st.Swap(ctx, SuperblockKey(id), backend.NoVersion, sb.encode()); err != nil {
+		return uuid.Nil, fmt.Errorf("create image %s: %w", name, err)
+	}
+	// The name comes last: an image that can be found is whole.
+	if err := backend.Link(ctx, st, name, id); err != nil {
+		if errors.Is(err, backend.ErrExists) {
+			_ = st.Delete(ctx, SuperblockKey(id)) // lost the race; nobody knows the id
+		}
+		return uuid.Nil, fmt.Errorf("create image %s: %w", name, err)
+	}
+	return id, nil
+}
+
+// A Clock is how Open tells and spends time. Real is the one of this host.
+type Clock interface {
+	Now() time.Duration
+	Sleep(ctx context.Context, d time.Duration) error
+}
+
+// Real is this host's monotonic clock.
+type Real struct{ began time.Time }
+
+// NewReal returns a clock that begins at zero.
+func NewReal() *Real { return &Real{time.Now()} }
+
+// Now returns the time since the clock was made.
+func (c *Real) Now() time.Duration { return time.Since(c.began) }
+
+// Sleep waits for d or until ctx ends.
+func (c *Real) Sleep(ctx context.Context, d time.Duration) error {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-t.C:
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+// OpenOptions says how an image is opened.
+type OpenOptions struct {
+	// ReadOnly opens the image as the store has it now; it takes no ownership
+	// and needs no log.
+	ReadOnly bool
+	// Log is the file of the write log, locked: zeroed, or a log of this image.
+	// The image keeps it.
+	Log writelog.File
+	// URL is where the image lives, for messages and the log's header.
+	URL string
+	// Host names this host to others.
+	Host string
+	// Boot identifies this boot of the host; uuid.Nil if that is not known.
+	Boot uuid.UUID
+	// Force takes the image over from a live owner, which is asked to let go.
+	Force bool
+	// Lease is how long a renewal of the ownership is good for; 0 means
+	// DefaultLease.
+	Lease time.Duration
+	Clock Clock // nil means NewReal()
+	// Progress is told in a few words what takes time; may be nil.
+	Progress func(string)
+	Config   Config
+}
+
+// OwnedError says that an image is attached elsewhere.
+type OwnedError struct {
+	Image string
+	Host  string
+	Since time.Time
+	Lease time.Duration
+}
+
+// Error returns one line that says what to do.
+func (e *OwnedError) Error() string {
+	return fmt.Sprintf("%s is attached by %s since %s: detach it there, or take it over with --force",
+		e.Image, e.Host, e.Since.Local().Format("2006-01-02 15:04:05"))
+}
+
+// StaleLogError says that a log belongs to an ownership that is over, and holds
+// what never reached the store.
+type StaleLogError struct {
+	Image   string
+	Epoch   uint64 // of the log
+	Now     uint64 // of the image
+	Records uint64 // that the store does not have
+}
+
+// Error returns one line; the caller adds the log's name and what to do.
+func (e *StaleLogError) Error() string {
+	return fmt.Sprintf("the write log belongs to epoch %d of %s, which is at epoch %d now, and holds %d records that never reached the store",
+		e.Epoch, e.Image, e.Now, e.Records)
+}
+
+// ErrForeignLog is matched when a log belongs to another image.
+var ErrForeignLog = errors.New("the write log belongs to another image")
+
+// Open opens the image id, takes its ownership and recovers it from store and
+// log. It blocks; ctx bounds it. The image works under ctx's values, not its
+// cancellation, until it is closed.
+func Open(ctx context.Context, st backend.Store, id uuid.UUID, o OpenOptions) (*Image, error) {
+	if o.Lease == 0 {
+		o.Lease = DefaultLease
+	}
+	if o.Lease < MinLease || o.Lease > MaxLease {
+		return nil, fmt.Errorf("lease %v: it must be from %v to %v", o.Lease, MinLease, MaxLease)
+	}
+	if o.Clock == nil {
+		o.Clock = NewReal()
+	}
+	if o.Progress == nil {
+		o.Progress = func(string) {}
+	}
+	sb, _, err := loadSuperblock(ctx, st, id)
+	if err != nil {
+		return nil, err
+	}
+	im := newImage(ctx, st, sb, &o)
+	if o.ReadOnly {
+		if err := im.recoverStore(ctx, sb); err != nil {
+			im.cancel()
+			return nil, err
+		}
+		return im, nil
+	}
+	if err := im.takeAndRecover(ctx, &o); err != nil {
+		im.cancel()
+		return nil, err
+	}
+	return im, nil
+}
+
+func newImage(ctx context.Context, st backend.Store, sb *superblock, o *OpenOptions) *Image {
+	im := &Image{
+		id: sb.Image, store: st, cfg: o.Config.withDefaults(), readOnly: o.ReadOnly,
+		sectors: sb.Sectors, object: uint64(sb.ObjectSize / SectorSize), window: sb.Window,
+		dirty: extmap.New(sb.Sectors), objs: extmap.New(sb.Sectors),
+	}
+	im.logger = im.cfg.Logger
+	im.ctx, im.cancel = context.WithCancel(context.WithoutCancel(ctx))
+	im.objs.Replaced = im.replaced
+	im.checkpoint.im = im
+	im.checkpoint.dirty = map[uint32]bool{}
+	return im
+}
+
+// takeAndRecover makes this host the owner and brings map and log up to date.
+func (im *Image) takeAndRecover(ctx context.Context, o *OpenOptions) error {
+	log, err := im.examineLog(ctx, o)
+	if err != nil {
+		return err
+	}
+	ours := log != nil
+	if !ours {
+		// The log is there before the superblock names it: whatever stops this
+		// attempt, the next one finds that the image is its own.
+		h := writelog.Header{Log: uuid.New(), Image: im.id, ImageURL: o.URL, Boot: o.Boot}
+		if err := writelog.Create(o.Log, h); err != nil {
+			return err
+		}
+		if log, err = writelog.Open(o.Log); err != nil {
+			return err
+		}
+	}
+	im.log, im.logID = log, log.Header().Log
+	sb, err := im.acquire(ctx, o, ours)
+	if err != nil {
+		return err
+	}
+	if err = im.recoverOwned(ctx, sb, o); err != nil && !ours {
+		im.giveBack(ctx)
+	}
+	return err
+}
+
+// recoverOwned brings map and log up to date once the image is this host's.
+func (im *Image) recoverOwned(ctx context.Context, sb *superblock, o *OpenOptions) error {
+	o.Progress("recovering the map")
+	if err := im.recoverStore(ctx, sb); err != nil {
+		return err
+	}
+	o.Progress("recovering the write log")
+	first, err := im.recoverLog(o)
+	if err != nil {
+		return err
+	}
+	if err := im.log.Adopt(sb.Epoch, first, o.Boot); err != nil {
+		return err
+	}
+	return im.settleOwnership(ctx)
+}
+
+// giveBack releases an ownership that was taken a moment ago, with an empty log,
+// and cannot be used.
+func (im *Image) giveBack(ctx context.Context) {
+	_, _, err := changeSuperblock(ctx, im.store, im.id, func(sb *superblock) error {
+		if sb.Owner == nil || sb.Owner.Log != im.logID {
+			return backend.ErrConflict
+		}
+		sb.Owner, sb.Evict = nil, nil
+		return nil
+	})
+	if err != nil {
+		im.logger.Warn("could not give back the ownership of the image", "err", err)
+	}
+}
+
+// examineLog returns the log that was given if it is the image's present one, and
+// nil if it is blank or may be made anew. Otherwise it is refused.
+func (im *Image) examineLog(ctx context.Context, o *OpenOptions) (*writelog.Log, error) {
+	empty, err := writelog.Blank(o.Log)
+	if err != nil {
+		return nil, err
+	}
+	if empty {
+		return nil, nil
+	}
+	l, err := writelog.Open(o.Log)
+	if err != nil {
+		return nil, err
+	}
+	h := l.Header()
+	if h.Image != im.id {
+		return nil, fmt.Errorf("%w: %s (%s)", ErrForeignLog, h.ImageURL, h.Image)
+	}
+	sb, _, err := loadSuperblock(ctx, im.store, im.id)
+	if err != nil {
+		return nil, err
+	}
+	if sb.Owner != nil && sb.Owner.Log == h.Log {
+		return l, nil
+	}
+	// Its ownership is over. It may go if the store has all that it holds.
+	last, err := writelog.LastSeq(o.Log)
+	if err != nil {
+		return nil, err
+	}
+	have, err := im.endOfEpoch(ctx, sb, h.Epoch)
+	if err != nil {
+		return nil, err
+	}
+	if last > have {
+		return nil, &StaleLogError{Image: o.URL, Epoch: h.Epoch, Now: sb.Epoch, Records: last - have}
+	}
+	return nil, nil
+}
+
+// endOfEpoch returns the last record that the store took from the ownership
+// epoch, or from those before it.
+func (im *Image) endOfEpoch(ctx context.Context, sb *superblock, epoch uint64) (uint64, error) {
+	for _, e := range sb.Epochs {
+		if e.Epoch > epoch {
+			return e.Seq - 1, nil
+		}
+	}
+	// It was the last one to write: what the store has in all.
+	at, err := im.storeEnd(ctx, sb)
+	return at.seq, err
+}
+
+// acquire makes this host the owner, in a new epoch. ours says that im.logID is
+// the log of the present owner, which is this host then: it has died, for the
+// log could be locked.
+func (im *Image) acquire(ctx context.Context, o *OpenOptions, ours bool) (*superblock, error) {
+	for {
+		sb, version, err := loadSuperblock(ctx, im.store, im.id)
+		if err != nil {
+			return nil, err
+		}
+		if sb.Owner != nil && !(ours && sb.Owner.Log == im.logID) {
+			if !o.Force {
+				return nil, &OwnedError{Image: o.URL, Host: sb.Owner.Host, Since: sb.Owner.Since, Lease: sb.Owner.Lease}
+			}
+			if err := im.waitForOwner(ctx, o); err != nil {
+				return nil, err
+			}
+			if sb, version, err = loadSuperblock(ctx, im.store, im.id); err != nil {
+				return nil, err
+			}
+		} else if sb.Owner == nil && ours {
+			return nil, fmt.Errorf("the image was released by another host meanwhile: try again")
+		}
+		sb.Epoch++
+		sb.Evict = nil
+		sb.Owner = &owner{Host: o.Host, Log: im.logID, Lease: o.Lease, Since: time.Now().UTC().Truncate(time.Second)}
+		version, err = im.store.Swap(ctx, SuperblockKey(im.id), version, sb.encode())
+		if errors.Is(err, backend.ErrConflict) {
+			continue
+		}
+		if err != nil {
+			return nil, fmt.Errorf("take the ownership: %w", err)
+		}
+		im.super.sb, im.super.version = sb, version
+		return sb, nil
+	}
+}
+
+// waitForOwner asks the owner to let go, and returns when it has, or when its
+// lease has gone unrenewed for its whole length on this host's clock. The wait
+// counts only while the store answers: while it does not, the owner cannot renew
+// either.
+func (im *Image) waitForOwner(ctx context.Context, o *OpenOptions) error {
+	sb, _, err := changeSuperblock(ctx, im.store, im.id, func(sb *superblock) error {
+		sb.Evict = &eviction{Epoch: sb.Epoch, By: o.Host}
+		return nil
+	})
+	if err != nil || sb.Owner == nil {
+		return err
+	}
+	o.Progress(fmt.Sprintf("waiting for %s to let go, at most %v after its last sign of life", sb.Owner.Host, sb.Owner.Lease))
+	step := min(max(sb.Owner.Lease/20, 100*time.Millisecond), 2*time.Second)
+	epoch, renewal := sb.Epoch, sb.Owner.Renewal
+	seen, before := o.Clock.Now(), o.Clock.Now()
+	for {
+		if err := o.Clock.Sleep(ctx, step); err != nil {
+			return err
+		}
+		sb, _, err := loadSuperblock(ctx, im.store, im.id)
+		now := o.Clock.Now()
+		switch {
+		case errors.Is(err, backend.ErrTemporary):
+			seen, before = now, now
+			continue
+		case err != nil:
+			return err
+		case sb.Owner == nil || sb.Epoch != epoch:
+			return nil
+		case sb.Owner.Renewal != renewal || now-before > sb.Owner.Lease/4+step:
+			renewal, seen = sb.Owner.Renewal, now
+		case now-seen > sb.Owner.Lease:
+			return nil
+		}
+		before = now
+	}
+}
+
+// settleOwnership records where this epoch begins, and so where the one before
+// ended, and removes what that one may have left beyond.
+func (im *Image) settleOwnership(ctx context.Context) error {
+	first, before := im.accepted.object+1, uint64(0)
+	sb, version, err := changeSuperblock(ctx, im.store, im.id, func(sb *superblock) error {
+		if sb.Epoch != im.super.sb.Epoch || sb.Owner == nil || sb.Owner.Log != im.logID {
+			return errors.New("another host has taken the image over meanwhile")
+		}
+		if n := len(sb.Epochs); n > 0 && sb.Epochs[n-1].Epoch == sb.Epoch {
+			return nil // an attempt whose outcome was not known
+		}
+		before = sb.epochOf(first)
+		sb.Epochs = append(sb.Epochs, epochStart{Epoch: sb.Epoch, Object: first, Seq: im.accepted.seq + 1})
+		sb.pruneEpochs()
+		return nil
+	})
+	if err != nil {
+		return fmt.Errorf("take the ownership: %w", err)
+	}
+	im.super.sb, im.super.version = sb, version
+	if before == 0 {
+		return nil
+	}
+	for n := first; n < first+uint64(im.window); n++ {
+		err := im.store.Delete(ctx, dataKey(im.id, n, before))
+		if err != nil && !errors.Is(err, backend.ErrNotFound) {
+			im.logger.Warn("an object of an earlier owner could not be removed: it wastes space", "object", dataKey(im.id, n, before), "err", err)
+		}
+	}
+	return nil
+}
+
+// recoverStore loads the last checkpoint and replays the data objects after it:
+// the longest unbroken run.
+func (im *Image) recoverStore(ctx context.Context, sb *superblock) error {
+	im.super.sb = sb
+	if err := im.loadCheckpoint(ctx, sb); err != nil {
+		return err
+	}
+	for {
+		h, err := im.loadHeader(ctx, sb, im.accepted.object+1)
+		switch {
+		case errors.Is(err, backend.ErrNotFound):
+			return nil
+		case err != nil:
+			return err
+		}
+		if h.firstSeq != im.accepted.seq+1 {
+			return fmt.Errorf("object %s: %w: it begins at record %d, the one before ends at %d",
+				dataKey(im.id, h.seq, h.epoch), ErrCorrupt, h.firstSeq, im.accepted.seq)
+		}
+		im.accept(h)
+		im.recoveredLog = h.log
+	}
+}
+
+// storeEnd returns where the store's unbroken run of objects ends.
+func (im *Image) storeEnd(ctx context.Context, sb *superblock) (position, error) {
+	var at position
+	if sb.Checkpoint != nil {
+		m, err := im.loadManifest(ctx, sb)
+		if err != nil {
+			return at, err
+		}
+		at = m.at
+	}
+	for {
+		h, err := im.loadHeader(ctx, sb, at.object+1)
+		if errors.Is(err, backend.ErrNotFound) {
+			return at, nil
+		}
+		if err != nil {
+			return at, err
+		}
+		at = position{h.seq, h.lastSeq, h.logEnd}
+	}
+}
+
+// loadHeader reads the header of a data object, and makes sure that all of the
+// object is there. It fails with ErrNotFound where the run of objects ends.
+func (im *Image) loadHeader(ctx context.Context, sb *superblock, seq uint64) (*objectHeader, error) {
+	epoch := sb.epochOf(seq)
+	if epoch == 0 || seq > maxObjectSeq {
+		return nil, backend.ErrNotFound // no epoch has been settled: no object was put
+	}
+	key := dataKey(im.id, seq, epoch)
+	b := make([]byte, firstRead)
+	n, err := im.store.Get(ctx, key, b, 0)
+	if err != nil {
+		return nil, err
+	}
+	fail := func(err error) (*objectHeader, error) { return nil, fmt.Errorf("object %s: %w", key, err) }
+	size, err := objectHeaderSize(b[:n])
+	if err != nil {
+		return fail(err)
+	}
+	if size > n {
+		rest := make([]byte, size)
+		m, err := im.store.Get(ctx, key, rest[copy(rest, b[:n]):], int64(n))
+		if err != nil {
+			return nil, err
+		}
+		b, n = rest, n+m
+	}
+	if n < size {
+		return fail(fmt.Errorf("%w: it ends after %d bytes, its header has %d", ErrCorrupt, n, size))
+	}
+	h, err := decodeObjectHeader(b[:size], im.sectors)
+	if err != nil {
+		return fail(err)
+	}
+	if h.image != im.id || h.seq != seq || h.epoch != epoch {
+		return fail(fmt.Errorf("%w: it is another object than its name says", ErrCorrupt))
+	}
+	whole, err := im.store.Stat(ctx, key)
+	if err != nil {
+		return nil, err
+	}
+	if whole != int64(h.header+h.data) {
+		return fail(fmt.Errorf("%w: it has %d bytes, it should have %d", ErrCorrupt, whole, h.header+h.data))
+	}
+	return h, nil
+}
+
+// readWhole reads all of an object.
+func readWhole(ctx context.Context, st backend.Store, key string) ([]byte, error) {
+	size, err := st.Stat(ctx, key)
+	if err != nil {
+		return nil, err
+	}
+	if size > backend.MaxObject {
+		return nil, fmt.Errorf("object %s: %w: %d bytes", key, ErrCorrupt, size)
+	}
+	b := make([]byte, size)
+	n, err := st.Get(ctx, key, b, 0)
+	if err != nil {
+		return nil, err
+	}
+	return b[:n], nil
+}
+
+func (im *Image) loadManifest(ctx context.Context, sb *superblock) (*manifest, error) {
+	key := manifestKey(im.id, sb.Checkpoint.Object, sb.Checkpoint.Epoch)
+	b, err := readWhole(ctx, im.store, key)
+	if err != nil {
+		return nil, fmt.Errorf("checkpoint: %w", err)
+	}
+	m, err := decodeManifest(b, im.id, im.sectors)
+	if err == nil && (m.at.object != sb.Checkpoint.Object || m.epoch != sb.Checkpoint.Epoch) {
+		err = fmt.Errorf("%w: it is another checkpoint than its name says", ErrCorrupt)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("checkpoint %s: %w", key, err)
+	}
+	return m, nil
+}
+
+// loadCheckpoint loads the map as of the last checkpoint.
+func (im *Image) loadCheckpoint(ctx context.Context, sb *superblock) error {
+	im.checkpoint.segments = map[uint32]segmentRef{}
+	if sb.Checkpoint == nil {
+		return nil
+	}
+	m, err := im.loadManifest(ctx, sb)
+	if err != nil {
+		return err
+	}
+	live := make(map[objectRef]uint64, len(m.objects))
+	im.table.list = m.objects
+	for i := range m.segmentsBound() {
+		s, ok := m.segments[i]
+		if !ok {
+			continue
+		}
+		if err := im.loadSegment(ctx, i, s, live); err != nil {
+			return err
+		}
+	}
+	for _, o := range m.objects {
+		if live[o.ref] != uint64(o.live) {
+			return fmt.Errorf("checkpoint %s: %w: the map holds %d sectors of data object %d, its table says %d",
+				manifestKey(im.id, m.at.object, m.epoch), ErrCorrupt, live[o.ref], o.ref.seq(), o.live)
+		}
+	}
+	im.checkpoint.segments = m.segments
+	last := *sb.Checkpoint
+	im.checkpoint.last = &last
+	im.accepted, im.recoveredLog = m.at, m.log
+	return nil
+}
+
+func (im *Image) loadSegment(ctx context.Context, i uint32, s segmentRef, live map[objectRef]uint64) error {
+	key := segmentKey(im.id, i, s.object, s.epoch)
+	b, err := readWhole(ctx, im.store, key)
+	if err != nil {
+		return fmt.Errorf("map segment: %w", err)
+	}
+	if crc32.Checksum(b, castagnoli) != s.sum {
+		return fmt.Errorf("map segment %s: %w: its checksum is wrong", key, ErrCorrupt)
+	}
+	err = decodeSegment(b, im.id, i, im.objs, func(loc uint64, n uint32) error {
+		o := im.table.find(refOf(loc))
+		if o == nil || uint64(offsetOf(loc))+uint64(n) > uint64(o.sectors) {
+			return fmt.Errorf("%w: it refers to what data object %d does not have", ErrCorrupt, refOf(loc).seq())
+		}
+		live[o.ref] += uint64(n)
+		return nil
+	})
+	if err != nil {
+		return fmt.Errorf("map segment %s: %w", key, err)
+	}
+	return nil
+}
+
+// recoverLog replays what the log holds beyond the store, and returns the number
+// of the first record that it can ever have held.
+func (im *Image) recoverLog(o *OpenOptions) (first uint64, err error) {
+	h := im.log.Header()
+	first = h.FirstSeq
+	if first == 0 { // never used
+		first = im.accepted.seq + 1
+	}
+	start := writelog.Start{Pos: 0, Seq: first}
+	if im.recoveredLog == h.Log {
+		start = writelog.Start{Pos: im.accepted.logEnd, Seq: im.accepted.seq + 1}
+	}
+	if start.Seq != im.accepted.seq+1 {
+		return 0, fmt.Errorf("%w: it begins at record %d, the store ends at %d", writelog.ErrCorrupt, start.Seq, im.accepted.seq)
+	}
+	// Positions of other logs mean nothing here.
+	im.accepted.logEnd = start.Pos
+	im.sealed = im.accepted
+	before := im.accepted
+	err = im.log.Recover(start, im.sectors, o.Boot, func(r writelog.Record) error {
+		im.recoverRecord(r, before)
+		before.seq, before.logEnd = r.Seq, r.End
+		return nil
+	})
+	if err == nil && im.open != nil {
+		im.sealAt(before.seq, before.logEnd)
+	}
+	return first, err
+}

@@ -1,0 +1,243 @@
+package engine
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/lsd-ceph/lsd/backend"
+)
+
+// superWriter changes the superblock for the owner: one change at a time, each a
+// compare-and-swap that also renews the lease. The reactor owns it.
+type superWriter struct {
+	sb      *superblock // as last written or read
+	version backend.Version
+	timer   Timer // renews the lease
+	tries   int
+
+	running bool
+	renew   bool           // a renewal is due
+	point   *checkpointRef // a checkpoint to publish, or nil
+	pointFn func(error)
+	release func(error) // the ownership is to be given up
+
+	// until is when the lease runs out, by this host's clock: a renewal counts
+	// from before it was sent, and a tenth of the lease is kept as a margin for
+	// clocks that run at different rates.
+	until time.Duration
+	lost  bool // the lease has run out, and this was logged
+}
+
+// startSuper begins to renew the lease.
+func (im *Image) startSuper() {
+	s := &im.super
+	s.timer = im.env.AfterFunc(im.renewEvery(), im.renewLease)
+	// Open took the ownership a moment ago, but its clock is another: renew first.
+	s.renew = true
+	im.updateSuper()
+}
+
+func (im *Image) renewEvery() time.Duration { return im.super.sb.Owner.Lease / 4 }
+
+func (im *Image) renewLease() {
+	if im.state == Fenced || im.state == Released {
+		return
+	}
+	im.super.renew = true
+	im.super.timer.Reset(im.renewEvery())
+	im.updateSuper()
+	im.leased()
+}
+
+// leased reports whether this host may still acknowledge: nobody else can own
+// the image before the lease has run out.
+func (im *Image) leased() bool {
+	s := &im.super
+	if im.state == Fenced || im.state == Released {
+		return false
+	}
+	if im.env.Now() < s.until {
+		return true
+	}
+	if !s.lost && s.until > 0 {
+		s.lost = true
+		im.logger.Warn("the lease could not be renewed in time: writes wait until it is", "lease", s.sb.Owner.Lease)
+	}
+	return false
+}
+
+// updateSuper starts the next change of the superblock, if one is wanted and
+// none is running.
+func (im *Image) updateSuper() {
+	s := &im.super
+	if s.running || !s.renew && s.point == nil && s.release == nil || im.state == Fenced || im.state == Released {
+		return
+	}
+	next := s.sb.clone()
+	next.Owner.Renewal++
+	if s.point != nil {
+		next.Checkpoint = s.point
+		next.pruneEpochs()
+	}
+	releasing := s.release != nil
+	if releasing {
+		next.Owner, next.Evict = nil, nil
+	}
+	point := s.point
+	began := im.env.Now()
+	var version backend.Version
+	var err error
+	s.running = true
+	im.spawn(func() {
+		ctx, stop := context.WithTimeout(im.ctx, im.cfg.StoreTimeout)
+		defer stop()
+		version, err = im.store.Swap(ctx, SuperblockKey(im.id), s.version, next.encode())
+	}, func() {
+		s.running = false
+		switch {
+		case im.state == Fenced || im.state == Released:
+		case errors.Is(err, backend.ErrConflict):
+			im.reloadSuper()
+		case errors.Is(err, backend.ErrNotFound):
+			im.fenced(errors.New("the image has been removed"))
+		case err != nil:
+			im.retrySuper(err)
+		default:
+			im.superWritten(next, version, began, point, releasing)
+		}
+	})
+}
+
+// superWritten takes over the superblock that was written.
+func (im *Image) superWritten(next *superblock, version backend.Version, began time.Duration, point *checkpointRef, releasing bool) {
+	s := &im.super
+	s.sb, s.version, s.renew, s.tries = next, version, false, 0
+	im.storeWorks()
+	if point != nil && s.point == point {
+		fn := s.pointFn
+		s.point, s.pointFn = nil, nil
+		fn(nil)
+	}
+	if releasing {
+		im.released()
+		return
+	}
+	s.until = max(s.until, began+next.Owner.Lease*9/10)
+	if s.lost {
+		s.lost = false
+		im.logger.Info("the lease is renewed: writes go on")
+	}
+	im.acknowledge()
+	im.advance()
+	im.updateSuper()
+}
+
+func (im *Image) retrySuper(err error) {
+	s := &im.super
+	im.storeFailed(err)
+	wait := min(im.backoff(s.tries), im.renewEvery())
+	s.tries++
+	im.env.AfterFunc(wait, im.updateSuper)
+}
+
+// reloadSuper reads the superblock after a conflict: somebody else has changed
+// it, or an earlier attempt of ours, whose outcome was not known.
+func (im *Image) reloadSuper() {
+	s := &im.super
+	var sb *superblock
+	var version backend.Version
+	var err error
+	s.running = true
+	im.spawn(func() {
+		ctx, stop := context.WithTimeout(im.ctx, im.cfg.StoreTimeout)
+		defer stop()
+		sb, version, err = loadSuperblock(ctx, im.store, im.id)
+	}, func() {
+		s.running = false
+		switch {
+		case im.state == Fenced || im.state == Released:
+		case errors.Is(err, backend.ErrNotFound):
+			im.fenced(errors.New("the image has been removed"))
+		case err != nil:
+			im.retrySuper(err)
+		default:
+			im.superReloaded(sb, version)
+		}
+	})
+}
+
+func (im *Image) superReloaded(sb *superblock, version backend.Version) {
+	s := &im.super
+	switch {
+	case sb.Epoch == s.sb.Epoch && sb.Owner == nil && s.release != nil:
+		// An earlier attempt to release had gone through.
+		s.sb, s.version = sb, version
+		im.released()
+	case sb.Epoch != s.sb.Epoch || sb.Owner == nil || sb.Owner.Log != im.logID:
+		who := "nobody"
+		if sb.Owner != nil {
+			who = sb.Owner.Host
+		}
+		im.fenced(fmt.Errorf("epoch %d is over: the image is at epoch %d, owned by %s", s.sb.Epoch, sb.Epoch, who))
+	default:
+		s.sb, s.version, s.renew = sb, version, true
+		if sb.Evict != nil && sb.Evict.Epoch == sb.Epoch {
+			im.evict(sb.Evict.By)
+		}
+		im.updateSuper()
+	}
+}
+
+// evict lets go of the image because another host asks for it: no new write is
+// taken, what was acknowledged is destaged.
+func (im *Image) evict(by string) {
+	if im.state != Active {
+		return
+	}
+	im.state = Evicting
+	im.why = fmt.Errorf("%s has asked for the image with --force", by)
+	im.logger.Warn("another host takes the image over: new writes get errors, what was acknowledged is being destaged", "by", by)
+	for im.blocked.n > 0 {
+		im.finish(im.blocked.pop(), errEvicted)
+	}
+	im.letGo(func(err error) {
+		if err != nil {
+			im.logger.Error("could not let go of the image in an orderly way", "err", err)
+			return
+		}
+		im.logger.Warn("let go of the image: everything that was acknowledged is in the store", "by", by)
+	})
+}
+
+// release gives up the ownership.
+func (im *Image) release(fn func(error)) {
+	if im.super.release != nil {
+		prev := im.super.release
+		im.super.release = func(err error) { prev(err); fn(err) }
+		return
+	}
+	im.super.release = fn
+	im.updateSuper()
+}
+
+// released ends the image's service after the ownership has been given up.
+func (im *Image) released() {
+	fn := im.super.release
+	im.super.release = nil
+	why := im.why
+	if why == nil {
+		why = errors.New("the image was detached")
+	}
+	im.fence(Released, why)
+	fn(nil)
+}
+
+// pruneEpochs forgets where old ownerships ended, as far as neither the objects
+// after the checkpoint nor the bound on their number need it.
+func (s *superblock) pruneEpochs() {
+	for len(s.Epochs) > maxEpochs && s.Checkpoint != nil && s.Epochs[1].Object <= s.Checkpoint.Object+1 {
+		s.Epochs = s.Epochs[1:]
+	}
+}

@@ -1,0 +1,305 @@
+package engine
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"syscall"
+	"time"
+
+	"github.com/lsd-ceph/lsd/backend"
+	"github.com/lsd-ceph/lsd/cache/writelog"
+	"github.com/lsd-ceph/lsd/internal/extmap"
+)
+
+// maxSlowReads bounds the reads of an image that run on workers at one time.
+const maxSlowReads = 64
+
+// read splits r into runs and starts all of them at once.
+func (im *Image) read(r *Request) {
+	r.pending = 1 // held until all parts are started
+	im.readRange(r, r.Sector, uint64(r.Sectors))
+	im.partDone(r, 0)
+}
+
+// readRange starts the reads of n of r's sectors from s.
+func (im *Image) readRange(r *Request, s, n uint64) {
+	for end := s + n; s < end; {
+		e, ok := im.dirty.Next(s, end)
+		stop := end
+		if ok {
+			stop = e.Sector
+		}
+		if s < stop {
+			im.readObjects(r, s, stop)
+		}
+		if !ok {
+			return
+		}
+		dst := r.part(e.Sector, e.N)
+		if e.Loc&extmap.Fixed != 0 {
+			clear(dst)
+		} else {
+			im.readLog(r, dst, e.Loc, e.N)
+		}
+		s = e.End()
+	}
+}
+
+// part returns r's buffer for n sectors from s.
+func (r *Request) part(s uint64, n uint32) []byte {
+	at := (s - r.Sector) * SectorSize
+	return r.Buf[at : at+uint64(n)*SectorSize]
+}
+
+// partDone ends one part of a read.
+func (im *Image) partDone(r *Request, err syscall.Errno) {
+	if err != 0 {
+		r.Err = err
+	}
+	if r.pending--; r.pending == 0 {
+		im.finish(r, 0)
+	}
+}
+
+// readObjects reads from the object map, where nothing is dirty.
+func (im *Image) readObjects(r *Request, s, end uint64) {
+	for s < end {
+		e, ok := im.objs.Next(s, end)
+		stop := end
+		if ok {
+			stop = e.Sector
+		}
+		if s < stop {
+			clear(r.part(s, uint32(stop-s)))
+		}
+		if !ok {
+			return
+		}
+		o := im.newSlowRead(r, e.Sector, e.N, r.part(e.Sector, e.N))
+		o.object, o.loc, o.info = true, e.Loc, *im.table.find(refOf(e.Loc))
+		im.startSlow(o)
+		s = e.End()
+	}
+}
+
+// readLog reads n sectors at the log position pos: from memory, else the SSD.
+func (im *Image) readLog(r *Request, dst []byte, pos uint64, n uint32) {
+	if m := im.log.Memory(pos, n); m != nil {
+		copy(dst, m)
+		return
+	}
+	im.log.Hold(pos)
+	if !im.log.Direct(pos, n) {
+		o := im.newSlowRead(r, 0, n, dst)
+		o.object, o.loc = false, pos
+		im.startSlow(o)
+		return
+	}
+	var o *logRead
+	if k := len(im.readOps); k > 0 {
+		o, im.readOps = im.readOps[k-1], im.readOps[:k-1]
+	} else {
+		o = &logRead{im: im}
+	}
+	o.r, o.dst, o.pos = r, dst, pos
+	r.pending++
+	im.log.Read(dst, pos, o)
+}
+
+// logRead is a read of whole blocks of the log, through the reactor's ring.
+type logRead struct {
+	im  *Image
+	r   *Request
+	dst []byte
+	pos uint64
+}
+
+// Complete receives the device's result.
+func (o *logRead) Complete(res int32, _ uint32) {
+	im, r := o.im, o.r
+	var err error
+	switch {
+	case res < 0:
+		err = fmt.Errorf("read of the log: %w", syscall.Errno(-res))
+	case int(res) != len(o.dst):
+		err = fmt.Errorf("read of the log ended after %d of %d bytes", res, len(o.dst))
+	default:
+		err = im.log.Verify(o.dst, o.pos)
+	}
+	im.log.Release(o.pos)
+	o.r, o.dst = nil, nil
+	im.readOps = append(im.readOps, o)
+	im.partDone(r, im.readErr(err))
+}
+
+// readErr counts and logs an error of a read, and returns the client's.
+func (im *Image) readErr(err error) syscall.Errno {
+	if err == nil {
+		return 0
+	}
+	im.stats.readErrors++
+	if !errors.Is(err, context.Canceled) {
+		im.logger.Error("read failed: the client gets an I/O error", "err", err)
+	}
+	return syscall.EIO
+}
+
+// slowRead is a part of a read that a worker does: from an object, or from the
+// log where the position does not suit direct I/O.
+type slowRead struct {
+	im      *Image
+	r       *Request
+	object  bool // else the log
+	sector  uint64
+	n       uint32
+	dst     []byte
+	loc     uint64 // in an object, or log position
+	info    objectInfo
+	err     error
+	tries   int
+	began   time.Duration
+	scratch []byte
+	next    *slowRead
+	// The functions for Env.Spawn, made once.
+	work, done func()
+}
+
+func (im *Image) newSlowRead(r *Request, sector uint64, n uint32, dst []byte) *slowRead {
+	var o *slowRead
+	if k := len(im.slowOps); k > 0 {
+		o, im.slowOps = im.slowOps[k-1], im.slowOps[:k-1]
+	} else {
+		o = &slowRead{im: im}
+		o.work, o.done = o.run, o.finished
+	}
+	o.r, o.sector, o.n, o.dst, o.err, o.tries = r, sector, n, dst, nil, 0
+	o.began = im.env.Now()
+	r.pending++
+	return o
+}
+
+// startSlow runs o on a worker, now or when one of those running has ended.
+func (im *Image) startSlow(o *slowRead) {
+	if im.reading >= maxSlowReads {
+		im.slow = append(im.slow, o)
+		return
+	}
+	im.reading++
+	im.env.Spawn(o.work, o.done)
+}
+
+// run reads, on a worker.
+func (o *slowRead) run() {
+	im := o.im
+	if o.object {
+		o.err = im.readObject(o.info, offsetOf(o.loc), o.dst)
+		return
+	}
+	if need := len(o.dst) + 2*writelog.BlockSize; cap(o.scratch) < need {
+		o.scratch = im.log.Buffer(need)
+	}
+	o.err = im.log.ReadBlocking(o.dst, o.loc, o.scratch[:cap(o.scratch)])
+}
+
+// finished takes the result, on the reactor.
+func (o *slowRead) finished() {
+	im := o.im
+	im.reading--
+	if k := len(im.slow); k > 0 {
+		next := im.slow[0]
+		im.slow = append(im.slow[:0], im.slow[1:]...)
+		im.startSlow(next)
+	}
+	if o.object && im.again(o) {
+		return
+	}
+	if !o.object {
+		im.log.Release(o.loc)
+	}
+	r, err := o.r, o.err
+	o.r, o.dst, o.err = nil, nil, nil
+	if cap(o.scratch) > 128<<10 {
+		o.scratch = nil
+	}
+	im.slowOps = append(im.slowOps, o)
+	im.partDone(r, im.readErr(err))
+}
+
+// again arranges another attempt of a read from the store that failed for now.
+func (im *Image) again(o *slowRead) bool {
+	switch {
+	case o.err == nil:
+		im.storeWorks()
+		return false
+	case errors.Is(o.err, ErrCorrupt), errors.Is(o.err, backend.ErrNotFound),
+		errors.Is(o.err, context.Canceled), im.state == Fenced, im.state == Released:
+		return false
+	case im.cfg.ReadTimeout > 0 && im.env.Now()-o.began > im.cfg.ReadTimeout:
+		return false
+	}
+	im.storeFailed(o.err)
+	wait := im.backoff(o.tries)
+	o.tries++
+	im.jobs++
+	im.env.AfterFunc(wait, func() {
+		im.jobs--
+		im.startSlow(o)
+	})
+	return true
+}
+
+// readObject reads from an object's data at the offset in sectors into dst, and
+// verifies what it reads. Workers call it.
+func (im *Image) readObject(info objectInfo, off int, dst []byte) error {
+	ctx, stop := context.WithTimeout(im.ctx, im.cfg.StoreTimeout)
+	defer stop()
+	key := dataKey(im.id, info.ref.seq(), info.epoch)
+	sums, err := im.objectSums(ctx, key, info)
+	if err != nil {
+		return fmt.Errorf("object %s: %w", key, err)
+	}
+	size := int(info.sectors) * SectorSize
+	from := off * SectorSize / objectBlock * objectBlock
+	to := min((off*SectorSize+len(dst)+objectBlock-1)/objectBlock*objectBlock, size)
+	p := dst
+	if to-from != len(dst) {
+		p = make([]byte, to-from)
+	}
+	n, err := im.store.Get(ctx, key, p, int64(info.header)+int64(from))
+	if err != nil {
+		return err
+	}
+	if n != len(p) {
+		return fmt.Errorf("object %s: %w: it ends after %d bytes, it should have %d", key, ErrCorrupt, int(info.header)+from+n, int(info.header)+size)
+	}
+	if err := verifyBlocks(p, sums, from/objectBlock); err != nil {
+		return fmt.Errorf("object %s: %w", key, err)
+	}
+	if to-from != len(dst) {
+		copy(dst, p[off*SectorSize-from:])
+	}
+	return nil
+}
+
+// objectSums returns the checksums of an object's data, from its header if they
+// are not at hand.
+func (im *Image) objectSums(ctx context.Context, key string, info objectInfo) ([]uint32, error) {
+	if s := im.sums.get(info.ref); s != nil {
+		return s, nil
+	}
+	b := make([]byte, info.header)
+	n, err := im.store.Get(ctx, key, b, 0)
+	if err != nil {
+		return nil, err
+	}
+	h, err := decodeObjectHeader(b[:n], im.sectors)
+	if err != nil {
+		return nil, err
+	}
+	if h.image != im.id || h.seq != info.ref.seq() || h.epoch != info.epoch || h.data != int(info.sectors)*SectorSize {
+		return nil, fmt.Errorf("%w: it is another object than its name says", ErrCorrupt)
+	}
+	im.sums.add(info.ref, h.sums)
+	return h.sums, nil
+}

@@ -1,0 +1,167 @@
+package engine
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/google/uuid"
+	"github.com/lsd-ceph/lsd/backend"
+	"github.com/lsd-ceph/lsd/internal/frame"
+)
+
+const (
+	superMagic   = "LSDSUPER"
+	superVersion = 1
+	// maxEpochs is how many ends of ownerships a superblock remembers; they tell
+	// whether a log that turns up holds anything that never reached the store.
+	maxEpochs = 256
+)
+
+// superblock is an image's one mutable object; docs/formats.md describes it.
+type superblock struct {
+	Image      uuid.UUID      `json:"image"`
+	Name       string         `json:"name"` // at creation; the directory has the current one
+	Created    time.Time      `json:"created"`
+	Sectors    uint64         `json:"sectors"`
+	BlockSize  uint32         `json:"block_size"`
+	ObjectSize uint32         `json:"object_size"`
+	Epoch      uint64         `json:"epoch"`
+	Owner      *owner         `json:"owner,omitempty"`
+	Evict      *eviction      `json:"evict,omitempty"`
+	Epochs     []epochStart   `json:"epochs,omitempty"`
+	Checkpoint *checkpointRef `json:"checkpoint,omitempty"`
+	Window     int            `json:"window"` // objects that an owner may have put beyond an unbroken run
+}
+
+// owner says who may write the image.
+type owner struct {
+	Host    string        `json:"host"`
+	Log     uuid.UUID     `json:"log"`     // its write log
+	Lease   time.Duration `json:"lease"`   // how long a renewal is good for, in nanoseconds
+	Renewal uint64        `json:"renewal"` // counts renewals
+	Since   time.Time     `json:"since"`   // by its own clock, for people
+}
+
+// eviction asks the owner of an epoch to let go.
+type eviction struct {
+	Epoch uint64 `json:"epoch"`
+	By    string `json:"by"`
+}
+
+// epochStart says where an ownership began, which is where the one before ended.
+type epochStart struct {
+	Epoch  uint64 `json:"epoch"`
+	Object uint64 `json:"object"` // first object of this epoch
+	Seq    uint64 `json:"seq"`    // first record that no earlier epoch's object holds
+}
+
+// checkpointRef names a checkpoint's manifest.
+type checkpointRef struct {
+	Object uint64 `json:"object"` // the checkpoint holds the map after this object
+	Epoch  uint64 `json:"epoch"`  // that wrote it
+}
+
+// epochOf returns the epoch that wrote, or would have written, the object.
+func (s *superblock) epochOf(object uint64) uint64 {
+	for i := len(s.Epochs) - 1; i >= 0; i-- {
+		if s.Epochs[i].Object <= object {
+			return s.Epochs[i].Epoch
+		}
+	}
+	return 0
+}
+
+func (s *superblock) encode() []byte {
+	p, err := json.Marshal(s)
+	if err != nil {
+		panic("engine: superblock does not marshal: " + err.Error())
+	}
+	return frame.Encode(superMagic, superVersion, p)
+}
+
+// decodeSuperblock decodes and checks the superblock of the image id.
+func decodeSuperblock(b []byte, id uuid.UUID) (*superblock, error) {
+	p, err := frame.Decode(superMagic, superVersion, b)
+	if err != nil {
+		return nil, err
+	}
+	s := new(superblock)
+	if err := json.Unmarshal(p, s); err != nil {
+		return nil, fmt.Errorf("%w: %v", frame.ErrCorrupt, err)
+	}
+	bad := func(what string) (*superblock, error) {
+		return nil, fmt.Errorf("%w: %s is out of range", frame.ErrCorrupt, what)
+	}
+	switch {
+	case s.Image != id:
+		return nil, fmt.Errorf("%w: it is that of image %s", frame.ErrCorrupt, s.Image)
+	case s.BlockSize != 512 && s.BlockSize != 4096:
+		return bad("block_size")
+	case s.Sectors == 0 || s.Sectors > MaxSize/SectorSize || s.Sectors%uint64(s.BlockSize/SectorSize) != 0:
+		return bad("sectors")
+	case s.ObjectSize < MinObjectSize || s.ObjectSize > MaxObjectSize:
+		return bad("object_size")
+	case s.Window < 1 || s.Window > maxWindow:
+		return bad("window")
+	case s.Owner != nil && (s.Owner.Lease < MinLease || s.Owner.Lease > MaxLease):
+		return bad("lease")
+	}
+	for i, e := range s.Epochs {
+		if e.Epoch > s.Epoch || e.Object == 0 || e.Object > maxObjectSeq || e.Seq == 0 ||
+			i > 0 && (e.Epoch <= s.Epochs[i-1].Epoch || e.Object < s.Epochs[i-1].Object || e.Seq < s.Epochs[i-1].Seq) {
+			return bad("epochs")
+		}
+	}
+	if c := s.Checkpoint; c != nil && (c.Object == 0 || c.Object > maxObjectSeq || c.Epoch > s.Epoch) {
+		return bad("checkpoint")
+	}
+	return s, nil
+}
+
+// clone returns a copy that shares nothing that changes.
+func (s *superblock) clone() *superblock {
+	c := *s
+	if s.Owner != nil {
+		o := *s.Owner
+		c.Owner = &o
+	}
+	c.Epochs = append([]epochStart(nil), s.Epochs...)
+	return &c
+}
+
+// loadSuperblock reads the superblock of an image.
+func loadSuperblock(ctx context.Context, st backend.Store, id uuid.UUID) (*superblock, backend.Version, error) {
+	b, v, err := st.Load(ctx, SuperblockKey(id))
+	if err != nil {
+		return nil, "", fmt.Errorf("superblock of image %s: %w", id, err)
+	}
+	s, err := decodeSuperblock(b, id)
+	if err != nil {
+		return nil, "", fmt.Errorf("superblock of image %s (object %s): %w", id, SuperblockKey(id), err)
+	}
+	return s, v, nil
+}
+
+// changeSuperblock applies change to the image's superblock until it is not
+// disturbed by others, and returns the result. An error of change ends it.
+func changeSuperblock(ctx context.Context, st backend.Store, id uuid.UUID, change func(*superblock) error) (*superblock, backend.Version, error) {
+	for {
+		s, v, err := loadSuperblock(ctx, st, id)
+		if err != nil {
+			return nil, "", err
+		}
+		if err := change(s); err != nil {
+			return nil, "", err
+		}
+		v, err = st.Swap(ctx, SuperblockKey(id), v, s.encode())
+		switch {
+		case err == nil:
+			return s, v, nil
+		case !errors.Is(err, backend.ErrConflict):
+			return nil, "", fmt.Errorf("change superblock of image %s: %w", id, err)
+		}
+	}
+}

@@ -1,0 +1,38 @@
+package frame
+
+import (
+	"bytes"
+	"errors"
+	"testing"
+)
+
+func TestDamage(t *testing.T) {
+	good := Encode("LSDTEST\x00", 1, []byte("payload"))
+	if p, err := Decode("LSDTEST\x00", 1, good); err != nil || string(p) != "payload" {
+		t.Fatalf("Decode = %q, %v", p, err)
+	}
+	for i := range good {
+		b := bytes.Clone(good)
+		b[i] ^= 4
+		if _, err := Decode("LSDTEST\x00", 1, b); !errors.Is(err, ErrCorrupt) {
+			t.Errorf("byte %d flipped: %v", i, err)
+		}
+		if _, err := Decode("LSDTEST\x00", 1, good[:i]); !errors.Is(err, ErrCorrupt) {
+			t.Errorf("cut to %d bytes: %v", i, err)
+		}
+	}
+}
+
+func FuzzDecode(f *testing.F) {
+	f.Add(Encode("LSDTEST\x00", 1, []byte("x")))
+	f.Fuzz(func(t *testing.T, b []byte) {
+		if p, err := Decode("LSDTEST\x00", 1, b); err == nil && !bytes.Equal(Encode("LSDTEST\x00", 1, p), b) {
+			// The four reserved bytes are the only ones that may differ.
+			c := bytes.Clone(b)
+			copy(c[20:24], make([]byte, 4))
+			if !bytes.Equal(Encode("LSDTEST\x00", 1, p)[24:], c[24:]) {
+				t.Fatal("decoded something that does not encode to itself")
+			}
+		}
+	})
+}
