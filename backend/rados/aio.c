@@ -1,0 +1,101 @@
+#include "aio.h"
+#include "_cgo_export.h"
+
+static const char attr_name[] = "lsd.version";
+
+// A thread of librados calls this.
+static void complete(rados_completion_t c, void *arg)
+{
+	(void)c;
+	lsdRadosDone(((struct lsd_op *)arg)->handle);
+}
+
+struct lsd_op *lsd_op_new(uintptr_t handle, size_t len)
+{
+	struct lsd_op *op = calloc(1, sizeof *op);
+	if (!op)
+		return NULL;
+	op->handle = handle;
+	op->len = len;
+	if (len && !(op->buf = malloc(len)))
+		goto fail;
+	if (rados_aio_create_completion2(op, complete, &op->completion) < 0)
+		goto fail;
+	return op;
+fail:
+	free(op->buf);
+	free(op);
+	return NULL;
+}
+
+void lsd_op_free(struct lsd_op *op)
+{
+	rados_aio_release(op->completion);
+	if (op->write)
+		rados_release_write_op(op->write);
+	if (op->read)
+		rados_release_read_op(op->read);
+	if (op->xattrs)
+		rados_getxattrs_end(op->xattrs);
+	free(op->buf);
+	free(op);
+}
+
+int lsd_put(rados_ioctx_t io, struct lsd_op *op, const char *oid, const char *data, size_t len)
+{
+	op->write = rados_create_write_op();
+	rados_write_op_create(op->write, LIBRADOS_CREATE_EXCLUSIVE, NULL);
+	rados_write_op_write_full(op->write, data, len); // copies
+	return rados_aio_write_op_operate(op->write, io, op->completion, oid, NULL, 0);
+}
+
+int lsd_get(rados_ioctx_t io, struct lsd_op *op, const char *oid, uint64_t off)
+{
+	return rados_aio_read(io, oid, op->completion, op->buf, op->len, off);
+}
+
+int lsd_stat(rados_ioctx_t io, struct lsd_op *op, const char *oid)
+{
+	return rados_aio_stat(io, oid, op->completion, &op->size, &op->mtime);
+}
+
+int lsd_remove(rados_ioctx_t io, struct lsd_op *op, const char *oid)
+{
+	return rados_aio_remove(io, oid, op->completion);
+}
+
+int lsd_load(rados_ioctx_t io, struct lsd_op *op, const char *oid)
+{
+	op->read = rados_create_read_op();
+	rados_read_op_stat(op->read, &op->size, &op->mtime, &op->rval_stat);
+	rados_read_op_getxattrs(op->read, &op->xattrs, &op->rval_xattrs);
+	rados_read_op_read(op->read, 0, op->len, op->buf, &op->got, &op->rval_read);
+	return rados_aio_read_op_operate(op->read, io, op->completion, oid, 0);
+}
+
+int lsd_swap(rados_ioctx_t io, struct lsd_op *op, const char *oid,
+	const char *old, size_t old_len, const char *attr, size_t attr_len,
+	const char *data, size_t len)
+{
+	op->write = rados_create_write_op();
+	if (old_len) {
+		rados_write_op_assert_exists(op->write);
+		rados_write_op_cmpxattr(op->write, attr_name, LIBRADOS_CMPXATTR_OP_EQ, old, old_len);
+	} else {
+		rados_write_op_create(op->write, LIBRADOS_CREATE_EXCLUSIVE, NULL);
+	}
+	rados_write_op_write_full(op->write, data, len);
+	rados_write_op_setxattr(op->write, attr_name, attr, attr_len);
+	return rados_aio_write_op_operate(op->write, io, op->completion, oid, NULL, 0);
+}
+
+size_t lsd_attr(struct lsd_op *op, const char **val)
+{
+	const char *name;
+	size_t len;
+
+	while (op->xattrs && rados_getxattrs_next(op->xattrs, &name, val, &len) == 0 && name)
+		if (strcmp(name, attr_name) == 0)
+			return len;
+	return 0;
+}

@@ -1,0 +1,498 @@
+//go:build lab
+
+package rados_test
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/google/uuid"
+
+	"github.com/lsd-ceph/lsd/backend"
+	"github.com/lsd-ceph/lsd/backend/rados"
+	"github.com/lsd-ceph/lsd/backend/storetest"
+)
+
+// lab is where the cluster lives, if this test made it.
+var lab string
+
+// TestMain uses the cluster that CEPH_CONF names, or makes one.
+func TestMain(m *testing.M) {
+	os.Exit(func() int {
+		if os.Getenv("CEPH_CONF") == "" {
+			dir, err := os.MkdirTemp("", "lsd-ceph-")
+			if err != nil {
+				fmt.Fprintln(os.Stderr, err)
+				return 1
+			}
+			lab = dir
+			defer os.RemoveAll(dir)
+			defer script("down")
+			if err := script("up", "--store", "memstore", "--mon-port", "16790", "--mon-port2", "13301", "--osd-ports", "16850"); err != nil {
+				fmt.Fprintln(os.Stderr, "no cluster to test with:", err)
+				return 1
+			}
+			os.Setenv("CEPH_CONF", filepath.Join(dir, "ceph.conf"))
+		} else {
+			lab = filepath.Dir(os.Getenv("CEPH_CONF"))
+		}
+		return m.Run()
+	}())
+}
+
+func script(args ...string) error {
+	_, self, _, _ := runtime.Caller(0)
+	cmd := exec.Command(filepath.Join(filepath.Dir(self), "../../scripts/ceph"), append(args, "--dir", lab)...)
+	cmd.Stdout, cmd.Stderr = os.Stderr, os.Stderr
+	return cmd.Run()
+}
+
+// ceph runs the command-line tool.
+func ceph(t *testing.T, args ...string) string {
+	t.Helper()
+	out, err := exec.Command("ceph", args...).CombinedOutput()
+	if err != nil {
+		t.Fatalf("ceph %q: %v: %s", args, err, out)
+	}
+	return string(out)
+}
+
+func open(t testing.TB, cs *rados.Clusters, u backend.URL) *rados.Store {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	defer cancel()
+	s, err := cs.Open(ctx, u)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return s
+}
+
+// place returns a namespace of its own for the test, emptied at its end.
+func place(t testing.TB) backend.URL {
+	u := backend.URL{Scheme: backend.SchemeRADOS, Pool: "rbd", Namespace: "test-" + uuid.NewString()}
+	t.Cleanup(func() {
+		var cs rados.Clusters
+		s := open(t, &cs, u)
+		defer s.Close()
+		err := s.List(context.Background(), "", func(key string) error { return s.Delete(context.Background(), key) })
+		if err != nil {
+			t.Errorf("cleaning up: %v", err)
+		}
+	})
+	return u
+}
+
+func TestStore(t *testing.T) {
+	// Every handle has a connection of its own, as in another process.
+	storetest.Run(t, func(t *testing.T) func(*testing.T) backend.Store {
+		u := place(t)
+		return func(t *testing.T) backend.Store { return open(t, new(rados.Clusters), u) }
+	})
+}
+
+func TestSharedConnection(t *testing.T) {
+	threads := func() int {
+		tasks, err := os.ReadDir("/proc/self/task")
+		if err != nil {
+			t.Fatal(err)
+		}
+		return len(tasks)
+	}
+	u := place(t)
+	var cs rados.Clusters
+	first := open(t, &cs, u)
+	before := threads()
+	var stores []*rados.Store
+	for range 20 {
+		stores = append(stores, open(t, &cs, u))
+	}
+	if n := threads(); n > before+15 {
+		t.Errorf("20 more stores took %d threads more", n-before)
+	}
+	if err := first.Close(); err != nil {
+		t.Error(err)
+	}
+	for i, s := range stores {
+		if err := s.Put(context.Background(), fmt.Sprint(i), nil); err != nil {
+			t.Error(err)
+		}
+		if err := s.Close(); err != nil {
+			t.Error(err)
+		}
+	}
+	// The set is as good as new.
+	s := open(t, &cs, u)
+	if _, err := s.Stat(context.Background(), "7"); err != nil {
+		t.Error(err)
+	}
+	s.Close()
+}
+
+// TestSharedPool checks that others' objects in the pool are let be.
+func TestSharedPool(t *testing.T) {
+	u := place(t)
+	s := open(t, new(rados.Clusters), u)
+	defer s.Close()
+	for _, oid := range []string{"a", "rbd_header.x", "lsd.UPPER", "lsd."} {
+		out, err := exec.Command("rados", "-p", u.Pool, "-N", u.Namespace, "create", oid).CombinedOutput()
+		if err != nil {
+			t.Fatalf("%v: %s", err, out)
+		}
+		defer exec.Command("rados", "-p", u.Pool, "-N", u.Namespace, "rm", oid).Run()
+	}
+	err := s.List(context.Background(), "", func(key string) error {
+		t.Errorf("List shows %q", key)
+		return nil
+	})
+	if err != nil {
+		t.Error(err)
+	}
+	_, err = s.Stat(context.Background(), "a")
+	storetest.WantError(t, "Stat of another's object", err, backend.ErrNotFound)
+	// An object of ours without its attribute is corrupt, not absent.
+	if err := s.Put(context.Background(), "m", []byte("x")); err != nil {
+		t.Fatal(err)
+	}
+	_, _, err = s.Load(context.Background(), "m")
+	storetest.WantError(t, "Load of an immutable object", err, backend.ErrPermanent)
+}
+
+// TestFormat pins names and attributes, as the rados tool sees them.
+func TestFormat(t *testing.T) {
+	u := place(t)
+	s := open(t, new(rados.Clusters), u)
+	defer s.Close()
+	v, err := s.Swap(context.Background(), "img/super", backend.NoVersion, []byte("hello"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	tool := func(args ...string) []byte {
+		out, err := exec.Command("rados", append([]string{"-p", u.Pool, "-N", u.Namespace}, args...)...).Output()
+		if err != nil {
+			t.Fatalf("rados %q: %v", args, err)
+		}
+		return out
+	}
+	if got := tool("get", "lsd.img/super", "-"); string(got) != "hello" {
+		t.Errorf("contents %q", got)
+	}
+	attr := tool("getxattr", "lsd.img/super", "lsd.version")
+	if fmt.Sprintf("%x", attr) != string(v) || len(attr) != 21 || attr[0] != 1 {
+		t.Errorf("attribute %x of version %s", attr, v)
+	}
+	// A byte changed behind our back is found.
+	cmd := exec.Command("rados", "-p", u.Pool, "-N", u.Namespace, "put", "lsd.img/super", "-")
+	cmd.Stdin = strings.NewReader("hellp")
+	if out, err := cmd.CombinedOutput(); err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	_, _, err = s.Load(context.Background(), "img/super")
+	storetest.WantError(t, "Load of a corrupt object", err, backend.ErrPermanent)
+}
+
+func TestOpenErrors(t *testing.T) {
+	// A port that nobody listens at, and one that never answers.
+	silent, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer silent.Close()
+	conf := func(text string) string {
+		name := filepath.Join(t.TempDir(), "ceph.conf")
+		if err := os.WriteFile(name, []byte(text), 0o644); err != nil {
+			t.Fatal(err)
+		}
+		return name
+	}
+	for _, tt := range []struct {
+		what string
+		u    backend.URL
+		want error
+		text string
+	}{
+		{"no pool", backend.URL{Pool: "nopool"}, backend.ErrPermanent, "no such pool: nopool; create it with: ceph osd pool create nopool"},
+		{"no conf", backend.URL{Pool: "rbd", Conf: "/no/such/ceph.conf"}, backend.ErrPermanent, "cannot read /no/such/ceph.conf: no such file"},
+		{"conf of no monitor", backend.URL{Pool: "rbd", Conf: conf("[global]\n")}, backend.ErrPermanent, "no monitors"},
+		{"dead monitor", backend.URL{Pool: "rbd", Conf: conf("[global]\nmon host = v1:127.0.0.1:1\nauth client required = none\n")}, context.DeadlineExceeded, ""},
+		{"silent monitor", backend.URL{Pool: "rbd", Conf: conf("[global]\nmon host = v1:" + silent.Addr().String() + "\nauth client required = none\n")}, context.DeadlineExceeded, ""},
+	} {
+		t.Run(tt.what, func(t *testing.T) {
+			tt.u.Scheme = backend.SchemeRADOS
+			ctx, cancel := context.WithTimeout(context.Background(), 2*time.Second)
+			defer cancel()
+			var cs rados.Clusters
+			start := time.Now()
+			s, err := cs.Open(ctx, tt.u)
+			if err == nil {
+				s.Close()
+			}
+			storetest.WantError(t, "Open", err, tt.want)
+			if err != nil && !strings.Contains(err.Error(), tt.text) {
+				t.Errorf("error %q; want one with %q", err, tt.text)
+			}
+			if d := time.Since(start); d > 4*time.Second {
+				t.Errorf("Open took %v", d)
+			}
+		})
+	}
+}
+
+func TestPoolDeleted(t *testing.T) {
+	pool := "lsd-" + uuid.NewString()
+	ceph(t, "osd", "pool", "create", pool, "1")
+	s := open(t, new(rados.Clusters), backend.URL{Scheme: "rados", Pool: pool})
+	defer s.Close()
+	if err := s.Put(context.Background(), "a", nil); err != nil {
+		t.Fatal(err)
+	}
+	ceph(t, "osd", "pool", "delete", pool, pool, "--yes-i-really-really-mean-it")
+	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
+	defer cancel()
+	for {
+		_, err := s.Stat(ctx, "a")
+		if err == nil {
+			continue // the map takes a moment to come
+		}
+		storetest.WantError(t, "Stat in a deleted pool", err, backend.ErrPermanent)
+		break
+	}
+}
+
+func TestBlocklisted(t *testing.T) {
+	u := place(t)
+	s := open(t, new(rados.Clusters), u)
+	defer s.Close()
+	if err := s.Put(context.Background(), "a", nil); err != nil {
+		t.Fatal(err)
+	}
+	addrs, err := s.Addrs()
+	if err != nil {
+		t.Fatal(err)
+	}
+	// The first of a list such as [v2:ADDR:PORT/NONCE,...].
+	addr, _, _ := strings.Cut(strings.TrimPrefix(strings.Trim(addrs, "[]"), "v2:"), ",")
+	t.Logf("addresses %s", addrs)
+	ceph(t, "osd", "blocklist", "add", addr)
+	defer ceph(t, "osd", "blocklist", "rm", addr)
+	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
+	defer cancel()
+	for {
+		_, err := s.Stat(ctx, "a")
+		if err == nil {
+			continue
+		}
+		storetest.WantError(t, "Stat by a blocklisted client", err, backend.ErrPermanent)
+		if !strings.Contains(err.Error(), "blocklisted") {
+			t.Errorf("error %q does not say why", err)
+		}
+		break
+	}
+}
+
+// TestPaused stops the cluster in its tracks. Calls return when their contexts
+// end, though nothing answers; buffers that callers then use again are not
+// written to; and after it all the store works on, with nothing torn.
+func TestPaused(t *testing.T) {
+	u := place(t)
+	var cs rados.Clusters
+	s := open(t, &cs, u)
+	defer s.Close()
+	data := storetest.Pattern(1, 1<<20)
+	if err := s.Put(context.Background(), "a", data); err != nil {
+		t.Fatal(err)
+	}
+	v, err := s.Swap(context.Background(), "m", backend.NoVersion, []byte("one"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := script("pause"); err != nil {
+		t.Fatal(err)
+	}
+	resumed := false
+	resume := func() {
+		if !resumed {
+			resumed = true
+			if err := script("resume"); err != nil {
+				t.Error(err)
+			}
+		}
+	}
+	defer resume()
+
+	// More operations than librados itself would take in at once.
+	const puts = 60
+	ctx, cancel := context.WithTimeout(context.Background(), time.Second)
+	defer cancel()
+	start := time.Now()
+	var wg sync.WaitGroup
+	call := func(what string, f func() error) {
+		wg.Go(func() {
+			storetest.WantError(t, what, f(), context.DeadlineExceeded)
+			if d := time.Since(start); d > 3*time.Second {
+				t.Errorf("%s returned after %v", what, d)
+			}
+		})
+	}
+	for i := range puts {
+		call("Put", func() error { return s.Put(ctx, fmt.Sprintf("p/%d", i), storetest.Pattern(uint64(i), 4<<20)) })
+	}
+	buffers := make([][]byte, 8)
+	for i := range buffers {
+		buffers[i] = make([]byte, len(data))
+		call("Get", func() error { _, err := s.Get(ctx, "a", buffers[i], 0); return err })
+	}
+	call("Stat", func() error { _, err := s.Stat(ctx, "a"); return err })
+	call("Load", func() error { _, _, err := s.Load(ctx, "m"); return err })
+	call("Swap", func() error { _, err := s.Swap(ctx, "m", v, []byte("two")); return err })
+	call("Delete", func() error { return s.Delete(ctx, "p/none") })
+	call("List", func() error { return s.List(ctx, "", func(string) error { return nil }) })
+	call("Open", func() error { _, err := new(rados.Clusters).Open(ctx, u); return err })
+	wg.Wait()
+
+	// Without a deadline a call waits, and is answered in the end.
+	late := make(chan error)
+	go func() { late <- s.Put(context.Background(), "late", data) }()
+	time.Sleep(200 * time.Millisecond)
+	resume()
+	if err := <-late; err != nil {
+		t.Errorf("Put across the pause: %v", err)
+	}
+
+	p := make([]byte, 4<<20)
+	done := 0
+	for i := range puts {
+		n, err := s.Get(context.Background(), fmt.Sprintf("p/%d", i), p, 0)
+		if errors.Is(err, backend.ErrNotFound) {
+			continue
+		}
+		done++
+		if err != nil || !bytes.Equal(p[:n], storetest.Pattern(uint64(i), 4<<20)) {
+			t.Errorf("Get of an object of unknown outcome: %d bytes, %v, or they differ", n, err)
+		}
+	}
+	t.Logf("%d of %d cancelled puts took effect", done, puts)
+	got, _, err := s.Load(context.Background(), "m")
+	if err != nil || string(got) != "one" && string(got) != "two" {
+		t.Errorf("Load after a Swap of unknown outcome: %q, %v", got, err)
+	}
+	for i, b := range buffers {
+		if !bytes.Equal(b, make([]byte, len(b))) {
+			t.Errorf("buffer %d was written to", i)
+		}
+	}
+}
+
+// TestOSDCrash kills the OSD while writers are at work; librados repeats what
+// was in flight, and nobody may be told of a conflict with himself.
+func TestOSDCrash(t *testing.T) {
+	u := place(t)
+	s := open(t, new(rados.Clusters), u)
+	defer s.Close()
+	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
+	defer cancel()
+	stop := make(chan struct{})
+	var wg sync.WaitGroup
+	for w := range 4 {
+		wg.Go(func() {
+			v := backend.NoVersion
+			for i := 0; ; i++ {
+				select {
+				case <-stop:
+					return
+				default:
+				}
+				var err error
+				data := storetest.Pattern(uint64(i), 100000)
+				if err = s.Put(ctx, fmt.Sprintf("w%d/%d", w, i), data); err != nil {
+					t.Errorf("Put: %v", err)
+					return
+				}
+				if v, err = s.Swap(ctx, fmt.Sprintf("m%d", w), v, data); err != nil {
+					t.Errorf("Swap: %v", err)
+					return
+				}
+			}
+		})
+	}
+	if storeKeeps(t) {
+		for range 2 {
+			time.Sleep(time.Second)
+			for _, command := range []string{"kill-osd", "start-osd"} {
+				if err := script(command); err != nil {
+					t.Error(err)
+				}
+			}
+		}
+	} else {
+		t.Log("memstore: the OSD is paused, not killed")
+		for _, command := range []string{"pause", "resume"} {
+			time.Sleep(time.Second)
+			if err := script(command); err != nil {
+				t.Error(err)
+			}
+		}
+	}
+	time.Sleep(time.Second)
+	close(stop)
+	wg.Wait()
+}
+
+// storeKeeps says whether the cluster keeps its data when an OSD dies.
+func storeKeeps(t *testing.T) bool {
+	b, err := os.ReadFile(os.Getenv("CEPH_CONF"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return !bytes.Contains(b, []byte("memstore"))
+}
+
+func BenchmarkPut4M(b *testing.B) {
+	s := open(b, new(rados.Clusters), place(b))
+	defer s.Close()
+	const size, depth = 4 << 20, 16
+	data := storetest.Pattern(1, size)
+	b.SetBytes(size)
+	var wg sync.WaitGroup
+	slots := make(chan struct{}, depth)
+	for i := range b.N {
+		slots <- struct{}{}
+		wg.Go(func() {
+			defer func() { <-slots }()
+			if err := s.Put(context.Background(), fmt.Sprintf("b/%d", i), data); err != nil {
+				b.Error(err)
+			}
+		})
+	}
+	wg.Wait()
+}
+
+func BenchmarkGet64K(b *testing.B) {
+	s := open(b, new(rados.Clusters), place(b))
+	defer s.Close()
+	const size = 4 << 20
+	if err := s.Put(context.Background(), "a", storetest.Pattern(1, size)); err != nil {
+		b.Fatal(err)
+	}
+	b.SetBytes(64 << 10)
+	b.SetParallelism(16)
+	b.RunParallel(func(pb *testing.PB) {
+		p := make([]byte, 64<<10)
+		for i := 0; pb.Next(); i++ {
+			if _, err := s.Get(context.Background(), "a", p, int64(i*len(p)%size)); err != nil {
+				b.Error(err)
+			}
+		}
+	})
+}
