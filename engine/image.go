@@ -325,10 +325,7 @@ func (im *Image) syncNext() {
 func (im *Image) LogCompleted(uint64) { im.acknowledge() }
 
 // LogDurable implements writelog.Client.
-func (im *Image) LogDurable(uint64) {
-	im.acknowledge()
-	im.syncNext()
-}
+func (im *Image) LogDurable(uint64) { im.acknowledge() }
 
 // LogSpace implements writelog.Client.
 func (im *Image) LogSpace() { im.unblock = true }
@@ -358,6 +355,7 @@ func (im *Image) acknowledge() {
 	for im.flushes.n > 0 && im.flushes.head.seq <= im.log.Durable() {
 		im.finish(im.flushes.pop(), 0)
 	}
+	im.syncNext()
 }
 
 // admitBlocked lets waiting writes into the log, in order.
