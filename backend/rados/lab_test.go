@@ -455,7 +455,7 @@ func storeKeeps(t *testing.T) bool {
 	if err != nil {
 		t.Fatal(err)
 	}
-	return !bytes.Contains(b, []byte("memstore"))
+	return !bytes.Contains(b, []byte("osd objectstore = memstore"))
 }
 
 func BenchmarkPut4M(b *testing.B) {
