@@ -1,0 +1,442 @@
+package engine
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"math/rand/v2"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/google/uuid"
+	"github.com/lsd-ceph/lsd/backend"
+	"github.com/lsd-ceph/lsd/backend/mem"
+	"github.com/lsd-ceph/lsd/cache/writelog"
+	"github.com/lsd-ceph/lsd/internal/simdisk"
+)
+
+var quiet = slog.New(slog.NewTextHandler(io.Discard, nil))
+
+// host is one host of a test: a disk, an environment, and an image on it.
+type host struct {
+	t    *testing.T
+	name string
+	st   backend.Store
+	env  *simEnv
+	disk *simdisk.Disk
+	im   *Image
+	// others run while this host waits in Open.
+	others []*host
+}
+
+func newHost(t *testing.T, name string, st backend.Store, seed uint64) *host {
+	rng := rand.New(rand.NewPCG(seed, 3))
+	d := simdisk.New(writelog.MinSize, rng)
+	return &host{t: t, name: name, st: st, disk: d, env: &simEnv{rng: rng, disk: d}}
+}
+
+// Now and Sleep let a host wait in Open while the others go on.
+func (h *host) Now() time.Duration { return h.env.now }
+
+func (h *host) Sleep(_ context.Context, d time.Duration) error {
+	h.env.now += d
+	for _, o := range h.others {
+		o.run(d)
+	}
+	return nil
+}
+
+func (h *host) open(id uuid.UUID, force bool) error {
+	im, err := Open(context.Background(), h.st, id, OpenOptions{
+		Log: h.disk, URL: "mem:/disk", Host: h.name, Force: force, Clock: h, Lease: 10 * time.Second,
+		Config: Config{CheckpointEvery: 4, BatchAge: time.Hour, Logger: quiet},
+	})
+	if err == nil {
+		h.im = im
+		im.Start(h.env, h.disk.Device(), make([]byte, 2*writelog.SegmentSize))
+		h.run(0)
+	}
+	return err
+}
+
+// run lets the host do what it can in d of its time.
+func (h *host) run(d time.Duration) {
+	end := h.env.now + d
+	for {
+		h.im.EndTurn()
+		if h.disk.Step() || h.env.runJob() || h.env.tellDone() {
+			continue
+		}
+		if t := h.env.next(); t == nil || t.at > end {
+			break
+		}
+		h.env.fire()
+	}
+	h.env.now = max(h.env.now, end)
+}
+
+// next returns the timer that fires next, or nil.
+func (e *simEnv) next() *simTimer {
+	var first *simTimer
+	for _, t := range e.timers {
+		if t.set && (first == nil || t.at < first.at) {
+			first = t
+		}
+	}
+	return first
+}
+
+// do runs one request to its end, or for as long as limit.
+func (h *host) do(op Op, block uint64, n uint64, limit time.Duration) (errno syscall.Errno, ended bool, value uint64) {
+	r := &Request{Op: op, Sector: block * 8, Sectors: 8, Buf: make([]byte, 4096)}
+	if op == Write {
+		fill(r.Buf, n, block)
+	}
+	if op == Flush {
+		r.Sectors, r.Buf = 0, nil
+	}
+	r.Done = doneFunc(func(*Request) { ended = true })
+	h.im.Submit(r)
+	h.run(limit)
+	if ended && op == Read && r.Err == 0 {
+		value = stamp(h.t, r.Buf)
+	}
+	return r.Err, ended, value
+}
+
+func (h *host) mustWrite(block, n uint64) {
+	h.t.Helper()
+	if err, ended, _ := h.do(Write, block, n, 0); err != 0 || !ended {
+		h.t.Fatalf("%s: write %d: %v, ended %v", h.name, n, err, ended)
+	}
+}
+
+func (h *host) mustRead(block, n uint64) {
+	h.t.Helper()
+	if err, ended, v := h.do(Read, block, 0, 0); err != 0 || !ended || v != n {
+		h.t.Fatalf("%s: block %d reads as %d (%v, ended %v), want %d", h.name, block, v, err, ended, n)
+	}
+}
+
+func newImageIn(t *testing.T, st backend.Store) uuid.UUID {
+	t.Helper()
+	id, err := Create(context.Background(), st, "disk", CreateOptions{Size: 64 << 20, ObjectSize: MinObjectSize})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return id
+}
+
+func TestSecondHostIsRefused(t *testing.T) {
+	st := mem.New()
+	id := newImageIn(t, st)
+	a, b := newHost(t, "alpha", st, 1), newHost(t, "beta", st, 2)
+	if err := a.open(id, false); err != nil {
+		t.Fatal(err)
+	}
+	var owned *OwnedError
+	if err := b.open(id, false); !errors.As(err, &owned) || owned.Host != "alpha" || !strings.Contains(err.Error(), "--force") {
+		t.Fatalf("second attach: %v, want a refusal that names alpha and --force", err)
+	}
+	a.mustWrite(1, 7) // the first one does not notice
+	a.mustRead(1, 7)
+}
+
+func TestForceEvictsLiveOwner(t *testing.T) {
+	st := mem.New()
+	id := newImageIn(t, st)
+	a, b := newHost(t, "alpha", st, 1), newHost(t, "beta", st, 2)
+	if err := a.open(id, false); err != nil {
+		t.Fatal(err)
+	}
+	for n := uint64(1); n <= 50; n++ {
+		a.mustWrite(n, n)
+	}
+	b.others = []*host{a}
+	if err := b.open(id, true); err != nil {
+		t.Fatal(err)
+	}
+	for n := uint64(1); n <= 50; n++ {
+		b.mustRead(n, n) // all that was acknowledged had been destaged
+	}
+	if s := a.im.Stats(); s.State != "released" || !strings.Contains(s.Why, "beta") {
+		t.Errorf("the first host is %s because %q; want released because of beta", s.State, s.Why)
+	}
+	if err, ended, _ := a.do(Write, 1, 99, 0); !ended || err != syscall.EIO {
+		t.Errorf("a write on the evicted host: %v, ended %v", err, ended)
+	}
+}
+
+// TestPausedHostIsFenced: a host that does not run while its lease passes, and
+// then does, must not acknowledge what the new owner does not have, and must not
+// put anything that the new owner takes for its own.
+func TestPausedHostIsFenced(t *testing.T) {
+	st := mem.New()
+	id := newImageIn(t, st)
+	a, b := newHost(t, "alpha", st, 1), newHost(t, "beta", st, 2)
+	if err := a.open(id, false); err != nil {
+		t.Fatal(err)
+	}
+	a.mustWrite(1, 1)
+	destaged := false
+	a.im.Destage(func(error) { destaged = true })
+	a.run(0)
+	if !destaged {
+		t.Fatal("not destaged")
+	}
+	a.mustWrite(2, 2)                        // acknowledged, never destaged: lost with the host
+	if err := b.open(id, true); err != nil { // alpha is paused meanwhile
+		t.Fatal(err)
+	}
+	b.mustRead(1, 1)
+	b.mustRead(2, 0)
+	b.mustWrite(3, 30)
+	b.im.Destage(func(error) {})
+	b.run(0)
+
+	// Alpha wakes up: by its clock its lease is over as well.
+	a.env.now += 11 * time.Second
+	if _, ended, _ := a.do(Write, 4, 4, time.Minute); ended && a.im.state != Fenced {
+		t.Error("alpha acknowledged a write after its lease had run out")
+	}
+	a.im.Destage(func(err error) {
+		if err == nil {
+			t.Error("alpha believes that it has destaged")
+		}
+	})
+	a.run(time.Minute)
+	if a.im.state != Fenced {
+		t.Errorf("alpha is %v, want fenced", a.im.state)
+	}
+	// Whatever alpha put, beta's image opens elsewhere without it.
+	closed := false
+	b.im.Close(func(err error) { closed = err == nil })
+	b.run(time.Minute)
+	if !closed {
+		t.Fatal("beta cannot close")
+	}
+	c := newHost(t, "gamma", st, 3)
+	if err := c.open(id, false); err != nil {
+		t.Fatal(err)
+	}
+	for block, want := range map[uint64]uint64{1: 1, 2: 0, 3: 30, 4: 0} {
+		c.mustRead(block, want)
+	}
+	// Alpha's log holds write 2: it is refused, not thrown away.
+	var stale *StaleLogError
+	c.im.Close(func(error) {})
+	c.run(time.Minute)
+	a2 := &host{t: t, name: "alpha", st: st, disk: a.disk, env: &simEnv{rng: a.env.rng, disk: a.disk}}
+	if err := a2.open(id, false); !errors.As(err, &stale) || stale.Records == 0 {
+		t.Errorf("alpha's old log: %v, want it refused as stale", err)
+	}
+	// And what it holds can be had.
+	saved, err := Salvage(context.Background(), a.disk, st, id, st, "saved", nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	d := newHost(t, "delta", st, 4)
+	if err := d.open(saved, false); err != nil {
+		t.Fatal(err)
+	}
+	for block, want := range map[uint64]uint64{1: 1, 2: 2, 3: 0} {
+		d.mustRead(block, want)
+	}
+}
+
+// TestLeaseRunsOutDuringOutage: while the store is away and the lease over,
+// nothing is acknowledged; when it returns, everything is, and nothing is lost.
+func TestLeaseRunsOutDuringOutage(t *testing.T) {
+	w := newWorld(t, 0)
+	h := newHost(t, "alpha", w.store, 5)
+	if err := h.open(w.id, false); err != nil {
+		t.Fatal(err)
+	}
+	h.mustWrite(1, 1)
+	w.outage.Set(true)
+	h.mustWrite(2, 2) // within the lease
+	h.run(11 * time.Second)
+	r := &Request{Op: Write, Sector: 24, Sectors: 8, Buf: make([]byte, 4096)}
+	fill(r.Buf, 3, 3)
+	ended := false
+	r.Done = doneFunc(func(*Request) { ended = true })
+	h.im.Submit(r)
+	h.run(30 * time.Second)
+	if ended {
+		t.Fatal("a write was acknowledged although the lease had run out")
+	}
+	h.mustRead(2, 2) // reads of what is local go on
+	w.outage.Set(false)
+	h.run(30 * time.Second)
+	if !ended || r.Err != 0 {
+		t.Fatalf("the write after the outage: ended %v, %v", ended, r.Err)
+	}
+	for n := uint64(1); n <= 3; n++ {
+		h.mustRead(n, n)
+	}
+}
+
+func TestRemovedImageFences(t *testing.T) {
+	st := mem.New()
+	id := newImageIn(t, st)
+	a := newHost(t, "alpha", st, 1)
+	if err := a.open(id, false); err != nil {
+		t.Fatal(err)
+	}
+	var owned *OwnedError
+	if err := Remove(context.Background(), st, "disk", "mem:/disk", false, nil); !errors.As(err, &owned) {
+		t.Fatalf("rm of an attached image: %v", err)
+	}
+	a.mustWrite(1, 1)
+	if err := Remove(context.Background(), st, "disk", "mem:/disk", true, nil); err != nil {
+		t.Fatal(err)
+	}
+	a.run(time.Minute)
+	if a.im.state != Fenced {
+		t.Errorf("the owner of a removed image is %v", a.im.state)
+	}
+	left := 0
+	st.List(context.Background(), id.String(), func(string) error { left++; return nil })
+	if left != 0 {
+		t.Errorf("%d objects are left of a removed image", left)
+	}
+}
+
+func TestDamage(t *testing.T) {
+	const objects = 3
+	tests := []struct {
+		name, key string
+		damage    func(b []byte) []byte
+		want      string
+	}{
+		{"superblock, one bit", "/super", func(b []byte) []byte { b[40] ^= 1; return b }, "superblock"},
+		{"superblock, cut", "/super", func(b []byte) []byte { return b[:10] }, "superblock"},
+		{"object's header, one bit", "/d/00000002.1", func(b []byte) []byte { b[50] ^= 1; return b }, "/d/00000002.1"},
+		{"object, cut", "/d/00000002.1", func(b []byte) []byte { return b[:len(b)-512] }, "/d/00000002.1"},
+		{"object, cut in its header", "/d/00000002.1", func(b []byte) []byte { return b[:100] }, "/d/00000002.1"},
+		{"object, empty", "/d/00000002.1", func(b []byte) []byte { return nil }, "/d/00000002.1"},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			st := mem.New()
+			id := newImageIn(t, st)
+			a := newHost(t, "alpha", st, 1)
+			if err := a.open(id, false); err != nil {
+				t.Fatal(err)
+			}
+			for n := uint64(1); n <= objects; n++ {
+				a.mustWrite(n, n)
+				a.im.Destage(func(error) {})
+				a.run(0)
+			}
+			rewrite(t, st, id.String()+tt.key, tt.damage)
+			b := newHost(t, "beta", st, 2)
+			b.others = []*host{}
+			err := b.open(id, true)
+			if err == nil || !strings.Contains(err.Error(), tt.want) || strings.Contains(err.Error(), "\n") {
+				t.Errorf("open: %v; want one line that names %q", err, tt.want)
+			}
+		})
+	}
+}
+
+// TestDamagedDataIsNotServed: a flipped bit in data is an error with the
+// object's name, never wrong data.
+func TestDamagedDataIsNotServed(t *testing.T) {
+	st := mem.New()
+	id := newImageIn(t, st)
+	a := newHost(t, "alpha", st, 1)
+	if err := a.open(id, false); err != nil {
+		t.Fatal(err)
+	}
+	a.mustWrite(1, 1)
+	a.mustWrite(5, 5)
+	a.im.Destage(func(error) {})
+	a.run(0)
+	key := fmt.Sprintf("%s/d/00000001.1", id)
+	rewrite(t, st, key, func(b []byte) []byte { b[len(b)-1] ^= 1; return b })
+	a.mustRead(1, 1)
+	if err, ended, _ := a.do(Read, 5, 0, 0); !ended || err != syscall.EIO {
+		t.Errorf("damaged block: %v, ended %v; want EIO", err, ended)
+	}
+	if err := st.Delete(context.Background(), key); err != nil {
+		t.Fatal(err)
+	}
+	if err, ended, _ := a.do(Read, 1, 0, 0); !ended || err != syscall.EIO {
+		t.Errorf("object gone: %v, ended %v; want EIO", err, ended)
+	}
+}
+
+// rewrite replaces an object of either kind.
+func rewrite(t *testing.T, st backend.Store, key string, change func([]byte) []byte) {
+	t.Helper()
+	ctx := context.Background()
+	if b, v, err := st.Load(ctx, key); err == nil {
+		if _, err := st.Swap(ctx, key, v, change(b)); err != nil {
+			t.Fatal(err)
+		}
+		return
+	}
+	b, err := readWhole(ctx, st, key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := st.Delete(ctx, key); err != nil {
+		t.Fatal(err)
+	}
+	if err := st.Put(ctx, key, change(b)); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func TestForeignLog(t *testing.T) {
+	st := mem.New()
+	id := newImageIn(t, st)
+	other, err := Create(context.Background(), st, "other", CreateOptions{Size: 1 << 20})
+	if err != nil {
+		t.Fatal(err)
+	}
+	a := newHost(t, "alpha", st, 1)
+	if err := a.open(id, false); err != nil {
+		t.Fatal(err)
+	}
+	a.mustWrite(1, 1)
+	b := &host{t: t, name: "alpha", st: st, disk: a.disk, env: &simEnv{rng: a.env.rng, disk: a.disk}}
+	if err := b.open(other, false); !errors.Is(err, ErrForeignLog) {
+		t.Errorf("log of another image: %v", err)
+	}
+	if i, err := Describe(context.Background(), st, "other"); err != nil || i.Owner != nil {
+		t.Errorf("a refused attach left an owner: %+v, %v", i.Owner, err)
+	}
+}
+
+func TestReadOnly(t *testing.T) {
+	st := mem.New()
+	id := newImageIn(t, st)
+	a := newHost(t, "alpha", st, 1)
+	if err := a.open(id, false); err != nil {
+		t.Fatal(err)
+	}
+	a.mustWrite(1, 1)
+	a.im.Destage(func(error) {})
+	a.run(0)
+	im, err := Open(context.Background(), st, id, OpenOptions{ReadOnly: true, Config: Config{Logger: quiet}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	b := newHost(t, "beta", st, 2)
+	b.im = im
+	im.Start(b.env, nil, nil)
+	b.mustRead(1, 1)
+	if err, ended, _ := b.do(Write, 1, 2, 0); !ended || err != syscall.EROFS {
+		t.Errorf("write to a read-only image: %v, ended %v", err, ended)
+	}
+	if err, ended, _ := b.do(Flush, 0, 0, 0); !ended || err != 0 {
+		t.Errorf("flush of a read-only image: %v, ended %v", err, ended)
+	}
+	a.mustWrite(2, 2) // the owner is not disturbed
+}
