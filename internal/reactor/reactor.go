@@ -32,6 +32,9 @@ var (
 	ErrOwnThread = errors.New("reactor: Call from the reactor's own goroutine")
 )
 
+// threadTimeout bounds the wait for the thread of a reactor that has ended.
+const threadTimeout = 10 * time.Second
+
 // Config of [New].
 type Config struct {
 	// Entries is the size of the ring's submission queue (uring.Options). 0
@@ -46,8 +49,8 @@ type Config struct {
 
 	// OnPanic is called when a handler panicked, with the reactor's name and
 	// the panic's value as the error; the stack is in the log. It runs on the
-	// dying goroutine after the reactor's end, when Call already fails. It may
-	// be nil.
+	// dying goroutine when posting already fails, and before Done, for which
+	// it must not wait. It may be nil.
 	OnPanic func(err error)
 }
 
@@ -146,13 +149,9 @@ func (r *Reactor) run(entries uint32, ready chan<- error) {
 	r.ended = true
 	r.inbox = nil
 	r.mu.Unlock()
-	if cerr := r.ring.Close(); cerr != nil {
-		r.log.Error("ring does not close", "err", cerr)
-	} else if cerr := r.waker.Close(); cerr != nil {
-		r.log.Error("waker does not close", "err", cerr)
-	}
+	derr := r.ring.Drain()
 	r.err = err
-	go r.awaitThread()
+	go r.release(derr)
 	if err != nil && r.onPanic != nil {
 		r.reportPanic(err)
 	}
@@ -168,14 +167,28 @@ func (r *Reactor) reportPanic(err error) {
 	r.onPanic(err)
 }
 
-// awaitThread closes done once the reactor's thread is gone, or is not going:
-// until then the kernel may still count it as a ublk device's server.
-func (r *Reactor) awaitThread() {
-	for range 100 {
-		if unix.Tgkill(unix.Getpid(), r.tid, 0) == unix.ESRCH {
+// release frees the ring once the reactor's thread is gone, and closes done.
+//
+// The order matters for ublk commands in flight. When their thread ends, the
+// kernel cancels them on that thread, which serializes this with the delivery
+// of requests. When their ring is closed first, a kernel worker does it beside
+// the thread: Linux 6.12 then completes some of them twice and crashes.
+func (r *Reactor) release(derr error) {
+	gone := func() bool { return unix.Tgkill(unix.Getpid(), r.tid, 0) == unix.ESRCH }
+	for deadline := time.Now().Add(threadTimeout); !gone(); time.Sleep(time.Millisecond) {
+		if time.Now().After(deadline) {
+			r.log.Error("the reactor's thread does not end")
 			break
 		}
-		time.Sleep(time.Millisecond)
+	}
+	if derr != nil {
+		// The waker's and others' buffers stay mapped.
+		r.log.Error("ring does not drain", "err", derr)
+	} else if err := r.waker.Close(); err != nil {
+		r.log.Error("waker does not close", "err", err)
+	}
+	if err := r.ring.Close(); err != nil {
+		r.log.Error("ring does not close", "err", err)
 	}
 	close(r.done)
 }

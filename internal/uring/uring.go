@@ -96,6 +96,7 @@ type Ring struct {
 
 	mem     *Arena
 	scratch *scratch
+	drained bool
 	closed  bool
 }
 
@@ -595,29 +596,19 @@ func (r *Ring) CancelAll() {
 	e.UserData = r.hold(nop{}, true) // like a command: Close does not wait for it
 }
 
-// Close cancels what is in flight, waits until the kernel has let go of its
-// buffers, and frees the ring. No Completer is called any more. Commands cannot
-// be cancelled in general: the kernel ends them after Close. A second Close
-// does nothing.
+// Drain cancels what is in flight and waits until the kernel has let go of its
+// buffers. No Completer is called any more, and the ring takes no more
+// operations. Commands cannot be cancelled in general and are left alone: the
+// kernel ends them with the ring, or with its thread. A second Drain does
+// nothing.
 //
-// Close returns an error when operations are still in flight after some
-// seconds (a disk that does not answer); their buffers must then stay mapped.
-func (r *Ring) Close() error {
-	if r.closed {
+// Drain returns an error when operations are still in flight after some seconds
+// (a disk that does not answer); their buffers must then stay mapped.
+func (r *Ring) Drain() error {
+	if r.drained {
 		return nil
 	}
-	r.closed = true
-	err := r.drain()
-	r.ring.QueueExit()
-	r.unmapRest()
-	if err == nil {
-		err = r.mem.Close()
-	}
-	return err
-}
-
-// drain cancels and collects everything but commands.
-func (r *Ring) drain() error {
+	r.drained = true
 	r.stash()
 	r.discard()
 	if r.inflight == r.cmds {
@@ -637,6 +628,23 @@ func (r *Ring) drain() error {
 		r.discard()
 	}
 	return nil
+}
+
+// Close drains the ring, if that has not been done, and frees it. After a Drain
+// it may be called on any thread. A second Close does nothing. Its error is
+// Drain's; the ring is gone nevertheless.
+func (r *Ring) Close() error {
+	if r.closed {
+		return nil
+	}
+	err := r.Drain()
+	r.closed = true
+	r.ring.QueueExit()
+	r.unmapRest()
+	if err == nil {
+		err = r.mem.Close()
+	}
+	return err
 }
 
 // discard drops the backlog without calling anybody.
