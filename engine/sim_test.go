@@ -24,7 +24,7 @@ import (
 )
 
 var (
-	simSeeds = flag.Uint64("sim.seeds", 30, "number of seeds of the crash simulation")
+	simSeeds = flag.Uint64("sim.seeds", 40, "number of seeds of the crash simulation")
 	simFirst = flag.Uint64("sim.first", 0, "first seed of the crash simulation")
 )
 
@@ -137,10 +137,29 @@ func (e *simEnv) Sleep(_ context.Context, d time.Duration) error {
 	return nil
 }
 
+// The image has four regions, each in a map segment of its own, so that
+// checkpoints are written while their segments change.
 const (
-	simBlocks    = 1 << 14 // of 4 KiB: an image of 64 MiB
-	simBlockSize = 8       // sectors
+	simBlocks    = 1 << 14 // of 4 KiB: 64 MiB that are used, of an image of 1 GiB
+	simRegion    = simBlocks / 4
+	simBlockSize = 8 // sectors
+	simSize      = 4 * segmentSectors * SectorSize
 )
+
+// sectorOf returns where a block is in the image.
+func sectorOf(block uint64) uint64 {
+	return block/simRegion*segmentSectors + block%simRegion*simBlockSize
+}
+
+// blockOf undoes sectorOf.
+func blockOf(sector uint64) uint64 {
+	return sector/segmentSectors*simRegion + sector%segmentSectors/simBlockSize
+}
+
+// within moves a run of n blocks so that it does not cross regions.
+func within(block, n uint64) uint64 {
+	return min(block, block/simRegion*simRegion+simRegion-n)
+}
 
 // world is the model and the real engine side by side.
 type world struct {
@@ -215,7 +234,7 @@ func (r *simRequest) RequestDone(req *Request) {
 // verify checks a read: each block holds what it held when the read was
 // submitted, or a write that was in flight then or has been submitted since.
 func (r *simRequest) verify() {
-	first := r.Sector / simBlockSize
+	first := blockOf(r.Sector)
 	for i := range uint64(r.Sectors) / simBlockSize {
 		got := stamp(r.w.t, r.Buf[i*4096:][:4096])
 		ok := got == r.w.current[first+i]
@@ -273,7 +292,7 @@ func newWorld(t *testing.T, seed uint64) *world {
 		faultstore.If(faultstore.All(faultstore.Writes, faultstore.Chance(seed, p)), faultstore.Fault{After: backend.ErrTemporary}),
 		faultstore.If(faultstore.Chance(seed+1, p), faultstore.Fault{Before: backend.ErrTemporary}),
 	)
-	id, err := Create(context.Background(), w.inner, "disk", CreateOptions{Size: simBlocks * 4096, ObjectSize: MinObjectSize})
+	id, err := Create(context.Background(), w.inner, "disk", CreateOptions{Size: simSize, ObjectSize: MinObjectSize})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -319,6 +338,7 @@ func (w *world) doWrite() {
 	if w.rng.IntN(2) == 0 {
 		h.block = w.rng.Uint64N(300) // hot
 	}
+	h.block = within(h.block, h.blocks)
 	// A large write is atomic only up to a record: the model has it as several.
 	for left := h.blocks; left > 0; {
 		part := h
@@ -333,7 +353,7 @@ func (w *world) doWrite() {
 
 func (w *world) write(h modelWrite) {
 	r := &simRequest{index: len(w.history)}
-	r.Sector, r.Sectors, r.FUA = h.block*simBlockSize, uint32(h.blocks*simBlockSize), h.fua
+	r.Sector, r.Sectors, r.FUA = sectorOf(h.block), uint32(h.blocks*simBlockSize), h.fua
 	switch {
 	case h.zero && h.fua:
 		r.Op = WriteZeroes
@@ -360,8 +380,9 @@ func (w *world) doRead() {
 	if w.rng.IntN(2) == 0 {
 		b = w.rng.Uint64N(300)
 	}
+	b = within(b, n)
 	r := &simRequest{}
-	r.Op, r.Sector, r.Sectors, r.Buf = Read, b*simBlockSize, uint32(n*simBlockSize), make([]byte, n*4096)
+	r.Op, r.Sector, r.Sectors, r.Buf = Read, sectorOf(b), uint32(n*simBlockSize), make([]byte, n*4096)
 	for i := range r.Buf {
 		r.Buf[i] = 0xee // what is not filled must show
 	}
@@ -455,7 +476,7 @@ func (w *world) recovered(floor int, what string) {
 	for b := uint64(0); b < simBlocks; b += chunk {
 		buf := make([]byte, chunk*4096)
 		ended := false
-		r := &Request{Op: Read, Sector: b * simBlockSize, Sectors: chunk * simBlockSize, Buf: buf}
+		r := &Request{Op: Read, Sector: sectorOf(b), Sectors: chunk * simBlockSize, Buf: buf}
 		r.Done = doneFunc(func(r *Request) {
 			if r.Err != 0 {
 				w.t.Fatalf("%s: read after recovery: %v", what, r.Err)

@@ -1,0 +1,227 @@
+package engine
+
+import (
+	"bytes"
+	"encoding/binary"
+	"hash/crc32"
+	"math/rand/v2"
+	"reflect"
+	"testing"
+
+	"github.com/google/uuid"
+	"github.com/lsd-ceph/lsd/cache/writelog"
+	"github.com/lsd-ceph/lsd/internal/extmap"
+	"github.com/lsd-ceph/lsd/internal/frame"
+)
+
+const fuzzSectors = 1 << 22
+
+// fixSum makes the checksum at bytes 12 to 16 right, so that a fuzzer gets past
+// it.
+func fixSum(b []byte) {
+	if len(b) >= 16 {
+		binary.LittleEndian.PutUint32(b[12:], 0)
+		binary.LittleEndian.PutUint32(b[12:], crc32.Checksum(b, castagnoli))
+	}
+}
+
+func testObject() (*objectHeader, []byte) {
+	h := &objectHeader{
+		image: uuid.New(), epoch: 3, seq: 9, firstSeq: 100, lastSeq: 120, log: uuid.New(), logEnd: 1 << 33,
+		extents: []objectExtentInfo{{8, 8, false}, {100, 1 << 20, true}, {3 << 20, 3, false}},
+	}
+	h.data = dataSize(h.extents)
+	h.header = headerSize(len(h.extents), h.data)
+	b := make([]byte, h.header+h.data)
+	for i := range b[h.header:] {
+		b[h.header+i] = byte(i * 7)
+	}
+	h.encode(b)
+	return h, b
+}
+
+func TestObjectHeaderRoundTrip(t *testing.T) {
+	h, b := testObject()
+	got, err := decodeObjectHeader(b[:h.header], fuzzSectors)
+	if err != nil || !reflect.DeepEqual(got, h) {
+		t.Fatalf("%+v, %v; want %+v", got, err, h)
+	}
+	if err := verifyBlocks(b[h.header:], got.sums, 0); err != nil {
+		t.Error(err)
+	}
+	for i := range h.header {
+		c := bytes.Clone(b[:h.header])
+		c[i] ^= 0x10
+		if _, err := decodeObjectHeader(c, fuzzSectors); err == nil {
+			t.Fatalf("byte %d flipped: no error", i)
+		}
+	}
+	b[len(b)-1] ^= 1
+	if verifyBlocks(b[h.header:], got.sums, 0) == nil {
+		t.Error("damaged data verifies")
+	}
+}
+
+func FuzzObjectHeader(f *testing.F) {
+	h, b := testObject()
+	f.Add(b[:h.header], false)
+	f.Add(b[:h.header], true)
+	f.Fuzz(func(t *testing.T, b []byte, fix bool) {
+		if fix {
+			fixSum(b)
+		}
+		h, err := decodeObjectHeader(b, fuzzSectors)
+		if err != nil {
+			return
+		}
+		end := uint64(0)
+		for _, e := range h.extents {
+			if e.n == 0 || e.sector < end || e.sector+uint64(e.n) > fuzzSectors {
+				t.Fatalf("extent %+v passed", e)
+			}
+			end = e.sector + uint64(e.n)
+		}
+		if len(h.sums) != (h.data+objectBlock-1)/objectBlock || h.data > MaxObjectSize {
+			t.Fatalf("%d checksums for %d bytes", len(h.sums), h.data)
+		}
+	})
+}
+
+func TestSegmentRoundTrip(t *testing.T) {
+	rng := rand.New(rand.NewPCG(1, 1))
+	id := uuid.New()
+	m := extmap.New(3*segmentSectors + 5000)
+	for range 5000 {
+		n := 1 + rng.Uint64N(100)
+		m.Insert(rng.Uint64N(m.Sectors()-n), n, rng.Uint64N(1<<40))
+	}
+	got := extmap.New(m.Sectors())
+	for i := range uint32(4) {
+		b, extents := encodeSegment(id, i, m)
+		n := 0
+		if err := decodeSegment(b, id, i, got, func(uint64, uint32) error { n++; return nil }); err != nil || n != extents {
+			t.Fatalf("segment %d: %d of %d extents, %v", i, n, extents, err)
+		}
+		if err := decodeSegment(b, id, i+1, extmap.New(m.Sectors()), func(uint64, uint32) error { return nil }); err == nil {
+			t.Errorf("segment %d passes for another", i)
+		}
+	}
+	for s := uint64(0); ; {
+		a, ok1 := m.Next(s, m.Sectors())
+		b, ok2 := got.Next(s, m.Sectors())
+		if a != b || ok1 != ok2 {
+			t.Fatalf("from sector %d: %+v, want %+v", s, b, a)
+		}
+		if !ok1 {
+			break
+		}
+		s = a.End()
+	}
+}
+
+func FuzzSegment(f *testing.F) {
+	id := uuid.UUID{1}
+	m := extmap.New(fuzzSectors)
+	m.Insert(8, 8, 1<<20)
+	b, _ := encodeSegment(id, 0, m)
+	f.Add(b, true)
+	f.Fuzz(func(t *testing.T, b []byte, fix bool) {
+		if fix {
+			fixSum(b)
+		}
+		m := extmap.New(fuzzSectors)
+		_ = decodeSegment(b, id, 0, m, func(uint64, uint32) error { return nil })
+		m.Invariants()
+	})
+}
+
+func FuzzManifest(f *testing.F) {
+	id := uuid.UUID{1}
+	m := manifest{image: id, epoch: 2, at: position{7, 70, 4096}, log: uuid.UUID{2},
+		objects:  []objectInfo{{ref: 1, epoch: 1, header: 4096, sectors: 64, live: 3}, {ref: 7, epoch: 2, header: 4096, sectors: 8, live: 8}},
+		segments: map[uint32]segmentRef{0: {object: 7, epoch: 2, extents: 2, sum: 5}},
+	}
+	got, err := decodeManifest(m.encode(), id, fuzzSectors)
+	if err != nil || !reflect.DeepEqual(*got, m) {
+		f.Fatalf("%+v, %v; want %+v", got, err, m)
+	}
+	f.Add(m.encode(), true)
+	f.Fuzz(func(t *testing.T, b []byte, fix bool) {
+		if fix {
+			fixSum(b)
+		}
+		if m, err := decodeManifest(b, id, fuzzSectors); err == nil {
+			if _, err := decodeManifest(m.encode(), id, fuzzSectors); err != nil {
+				t.Fatalf("decoded a manifest that does not decode again: %v", err)
+			}
+		}
+	})
+}
+
+func FuzzSuperblock(f *testing.F) {
+	id := uuid.UUID{1}
+	sb := &superblock{Image: id, Sectors: 8, BlockSize: 4096, ObjectSize: MinObjectSize, Window: 8}
+	f.Add(sb.encode()[frame.HeaderSize:])
+	f.Add([]byte(`{"image":"01000000-0000-0000-0000-000000000000","sectors":18446744073709551615,"block_size":512}`))
+	f.Fuzz(func(t *testing.T, payload []byte) {
+		s, err := decodeSuperblock(frame.Encode(superMagic, superVersion, payload), id)
+		if err != nil {
+			return
+		}
+		if s.Sectors > MaxSize/SectorSize || s.Window > maxWindow || s.Image != id {
+			t.Fatalf("%+v passed", s)
+		}
+		s.epochOf(5)
+		s.clone().pruneEpochs()
+	})
+}
+
+func TestSurvivors(t *testing.T) {
+	const size = 400
+	for seed := range uint64(200) {
+		rng := rand.New(rand.NewPCG(seed, 9))
+		want := make([]uint64, size) // log position, ^0 for zeroes
+		written := make([]bool, size)
+		var extents []writelog.Extent
+		pos := uint64(1)
+		for range 1 + rng.IntN(40) {
+			n := 1 + rng.Uint32N(50)
+			e := writelog.Extent{Sector: rng.Uint64N(size - uint64(n)), N: n, Pos: pos, Zero: rng.IntN(4) == 0}
+			pos += 1000
+			extents = append(extents, e)
+			for i := range uint64(n) {
+				want[e.Sector+i], written[e.Sector+i] = e.Pos+i, true
+				if e.Zero {
+					want[e.Sector+i] = ^uint64(0)
+				}
+			}
+		}
+		pieces := survivors(extents)
+		end := uint64(0)
+		for _, p := range pieces {
+			if p.sector < end {
+				t.Fatalf("seed %d: pieces overlap or are out of order", seed)
+			}
+			end = p.sector + uint64(p.n)
+			for i := range uint64(p.n) {
+				w := p.pos + i
+				if p.zero {
+					w = ^uint64(0)
+				}
+				if !written[p.sector+i] || want[p.sector+i] != w {
+					t.Fatalf("seed %d: sector %d from %d, want %d", seed, p.sector+i, w, want[p.sector+i])
+				}
+				written[p.sector+i] = false
+			}
+		}
+		for s, left := range written {
+			if left {
+				t.Fatalf("seed %d: sector %d is lost", seed, s)
+			}
+		}
+		ext, bytes := layout(pieces)
+		if dataSize(ext) != bytes {
+			t.Fatalf("seed %d: extents have %d bytes of data, the pieces %d", seed, dataSize(ext), bytes)
+		}
+	}
+}
