@@ -1,0 +1,85 @@
+# One entry point for everything; `make help` lists the targets.
+SHELL := /bin/bash
+
+# giouring reaches into the syscall package, which linkers since Go 1.23 refuse
+# unless told otherwise.
+GOFLAGS_LINK := -ldflags=-checklinkname=0
+STATICCHECK  := honnef.co/go/tools/cmd/staticcheck@v0.7.0
+PREFIX       ?= /usr/local
+STORE        ?= file
+SEEDS        ?= 500
+export CGO_ENABLED := 1
+
+.PHONY: help
+help: ## list the targets
+	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+.PHONY: build
+build: ## build bin/lsdd and bin/lsdctl
+	go build $(GOFLAGS_LINK) -o bin/ ./cmd/lsdd ./cmd/lsdctl
+
+.PHONY: demo
+demo: setup build ## the whole path on one machine: create, attach, mkfs, kill -9, verify (STORE=file|rados)
+	scripts/demo $(STORE)
+
+.PHONY: test
+test: setup check unit lab vm ## everything that CI runs, set-up included
+
+.PHONY: setup
+setup: ## install what building, tests and lab need (Debian 12, as root)
+	scripts/setup all
+
+.PHONY: check
+check: ## gofmt, vet, staticcheck, for every build tag
+	@echo "== gofmt, vet, staticcheck"
+	@unformatted=$$(gofmt -l $$(git ls-files '*.go')); test -z "$$unformatted" || { echo "not gofmt'ed: $$unformatted" >&2; exit 1; }
+	go vet $(GOFLAGS_LINK) -tags lab,ublk,e2e ./...
+	go run $(STATICCHECK) -tags lab,ublk,e2e ./...
+
+.PHONY: unit
+unit: ## unit tests with the race detector, simulation and fuzz seeds included
+	@echo "== unit tests"
+	go test $(GOFLAGS_LINK) -race -timeout 15m ./...
+
+.PHONY: lab
+lab: ## the stores' conformance suite on a real Ceph cluster
+	@echo "== stores on real Ceph"
+	go test $(GOFLAGS_LINK) -tags lab -timeout 10m ./backend/...
+
+.PHONY: vm
+vm: build ## ublk and end-to-end tests on kernels 6.12 and 7.2, short form
+	@echo "== end to end on real ublk kernels"
+	scripts/e2e --short
+
+.PHONY: vm-long
+vm-long: build ## the same, long form
+	scripts/e2e --long
+
+.PHONY: sim
+sim: ## the crash simulation over many seeds (SEEDS=500)
+	go test $(GOFLAGS_LINK) -timeout 0 -run Simulation ./engine -sim.seeds $(SEEDS)
+
+.PHONY: fuzz
+fuzz: ## each fuzz test for 30 s
+	@for p in $$(go list ./...); do \
+	  for f in $$(go test $(GOFLAGS_LINK) -list '^Fuzz' $$p 2>/dev/null | grep '^Fuzz'); do \
+	    echo "== $$p $$f"; go test $(GOFLAGS_LINK) -run xxx -fuzz "^$$f$$" -fuzztime 30s $$p || exit 1; done; done
+
+.PHONY: bench-engine
+bench-engine: ## the engine's writes beside fio on the same file, and its cost in CPU
+	go test $(GOFLAGS_LINK) -run xxx -bench BesideFio -benchtime 1x -timeout 0 ./tests/bench
+	go test $(GOFLAGS_LINK) -run xxx -bench . -benchmem ./engine ./internal/extmap
+
+.PHONY: bench-null
+bench-null: build ## ublk without an engine beside null_blk and loop, in one VM
+	scripts/e2e --bench-null
+
+.PHONY: install
+install: build ## install the binaries and the systemd unit below PREFIX
+	install -d $(DESTDIR)$(PREFIX)/bin $(DESTDIR)/etc/systemd/system
+	install -m 0755 bin/lsdd bin/lsdctl $(DESTDIR)$(PREFIX)/bin/
+	sed 's|/usr/local/bin|$(PREFIX)/bin|' dist/lsd.service > $(DESTDIR)/etc/systemd/system/lsd.service
+
+.PHONY: clean
+clean: ## remove what was built
+	rm -rf bin
