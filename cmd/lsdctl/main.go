@@ -1,0 +1,150 @@
+// Lsdctl makes, attaches and looks after lsd images.
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"io"
+	"os"
+	"os/signal"
+	"runtime/debug"
+	"strconv"
+	"strings"
+	"text/tabwriter"
+	"time"
+
+	"github.com/lsd-ceph/lsd/internal/api"
+	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
+)
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), unix.SIGINT, unix.SIGTERM)
+	defer stop()
+	if err := newApp(os.Stdout, os.Stderr).command().ExecuteContext(ctx); err != nil {
+		fmt.Fprintf(os.Stderr, "lsdctl: %s\n", api.OneLine(err))
+		stop()
+		os.Exit(1)
+	}
+}
+
+// app is what the commands share.
+type app struct {
+	out      io.Writer
+	progress *progress
+	socket   string
+	stateDir string
+	json     bool
+}
+
+func newApp(out io.Writer, errOut *os.File) *app {
+	return &app{out: out, progress: newProgress(errOut)}
+}
+
+// command returns the whole of lsdctl.
+func (a *app) command() *cobra.Command {
+	cmd := &cobra.Command{
+		Use:   "lsdctl",
+		Short: "Log-structured virtual disks on Ceph",
+		Long: `lsdctl makes images in a store, attaches them to this host as /dev/ublkbN, and
+tells how they are.
+
+A store is rados://POOL[/NAMESPACE][?conf=PATH&id=CLIENT] or file:///DIR; an
+image is STORE/NAME. A DEVICE is /dev/ublkb0, ublkb0 or 0. Sizes are in bytes or
+have a unit of 1024: 512, 4K, 20G, 1T.`,
+		Version:           version(),
+		SilenceUsage:      true,
+		SilenceErrors:     true,
+		CompletionOptions: cobra.CompletionOptions{HiddenDefaultCmd: false},
+		PersistentPreRun: func(*cobra.Command, []string) {
+			a.progress.began = time.Now()
+		},
+		PersistentPostRun: func(*cobra.Command, []string) { a.progress.end() },
+		Args:              noSuchCommand,
+		RunE:              func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
+	}
+	cmd.SetOut(a.out)
+	cmd.SetFlagErrorFunc(func(c *cobra.Command, err error) error {
+		return fmt.Errorf("%w: see %s --help", err, c.CommandPath())
+	})
+	f := cmd.PersistentFlags()
+	f.StringVar(&a.socket, "socket", env(api.EnvSocket, api.DefaultSocket), "socket of the daemon ($"+api.EnvSocket+")")
+	f.StringVar(&a.stateDir, "state-dir", env(api.EnvStateDir, api.DefaultStateDir), "state directory of a daemon that add starts ($"+api.EnvStateDir+")")
+	cmd.AddCommand(
+		a.createCommand(), a.lsCommand(), a.infoCommand(), a.rmCommand(),
+		a.addCommand(), a.listCommand(), a.statusCommand(), a.flushCommand(), a.delCommand(),
+		a.featuresCommand(), a.logCommand(), a.daemonCommand(), a.versionCommand(), a.shutdownCommand(),
+	)
+	return cmd
+}
+
+func noSuchCommand(cmd *cobra.Command, args []string) error {
+	if len(args) > 0 {
+		return fmt.Errorf("there is no command %q: see lsdctl --help", args[0])
+	}
+	return nil
+}
+
+func env(name, other string) string {
+	if v := os.Getenv(name); v != "" {
+		return v
+	}
+	return other
+}
+
+// exactArgs is cobra.ExactArgs with a message that names what is missing.
+func exactArgs(names ...string) cobra.PositionalArgs {
+	return func(cmd *cobra.Command, args []string) error {
+		switch {
+		case len(args) < len(names):
+			return fmt.Errorf("%s is missing: see %s --help", names[len(args)], cmd.CommandPath())
+		case len(args) > len(names):
+			return fmt.Errorf("%q is too much: see %s --help", args[len(names)], cmd.CommandPath())
+		}
+		return nil
+	}
+}
+
+// jsonFlag adds --json.
+func (a *app) jsonFlag(cmd *cobra.Command) *cobra.Command {
+	cmd.Flags().BoolVar(&a.json, "json", false, "print JSON")
+	return cmd
+}
+
+func (a *app) printJSON(v any) error {
+	e := json.NewEncoder(a.out)
+	e.SetIndent("", "  ")
+	return e.Encode(v)
+}
+
+// table prints aligned columns.
+func (a *app) table(fill func(row func(cells ...any))) error {
+	w := tabwriter.NewWriter(a.out, 0, 0, 2, ' ', 0)
+	fill(func(cells ...any) {
+		for i, c := range cells {
+			if i > 0 {
+				fmt.Fprint(w, "\t")
+			}
+			fmt.Fprint(w, c)
+		}
+		fmt.Fprintln(w)
+	})
+	return w.Flush()
+}
+
+// parseDevice returns the number of a device: /dev/ublkb0, ublkb0 or 0.
+func parseDevice(s string) (int, error) {
+	n, err := strconv.ParseUint(strings.TrimPrefix(strings.TrimPrefix(s, "/dev/"), "ublkb"), 10, 31)
+	if err != nil {
+		return 0, fmt.Errorf("%q is not an lsd device: write /dev/ublkb0, ublkb0 or 0", s)
+	}
+	return int(n), nil
+}
+
+func version() string {
+	if bi, ok := debug.ReadBuildInfo(); ok && bi.Main.Version != "" {
+		return bi.Main.Version
+	}
+	return "(devel)"
+}

@@ -1,0 +1,269 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/lsd-ceph/lsd/backend"
+	"github.com/lsd-ceph/lsd/backend/mem"
+	"github.com/lsd-ceph/lsd/backend/open"
+	"github.com/lsd-ceph/lsd/engine"
+	"github.com/lsd-ceph/lsd/internal/api"
+	"github.com/spf13/cobra"
+)
+
+// storeTimeout bounds commands that only look into a store.
+const storeTimeout = 30 * time.Second
+
+// timedOut makes an error of a store that does not answer in time readable.
+func timedOut(u backend.URL, err error) error {
+	if errors.Is(err, context.DeadlineExceeded) {
+		return fmt.Errorf("the store %s does not answer", u)
+	}
+	return err
+}
+
+func (a *app) createCommand() *cobra.Command {
+	var o engine.CreateOptions
+	bytes, block, object := size(0), size(4096), size(engine.DefaultObjectSize)
+	cmd := &cobra.Command{
+		Use:   "create STORE/IMAGE --size SIZE",
+		Short: "Make an empty image",
+		Long:  "Make an empty image of up to 64T. It takes space in the store as it is written to.",
+		Example: `  lsdctl create rados://rbd/vm2 --size 20G
+  lsdctl create rados://pool/namespace/vm2?id=lsd --size 1T
+  lsdctl create file:///var/lib/lsd/store/vm1 --size 20G --block-size 512`,
+		Args: exactArgs("STORE/IMAGE"),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			if !cmd.Flags().Changed("size") {
+				return errors.New("--size is missing: see lsdctl create --help")
+			}
+			if block > 1<<20 || object > 1<<30 {
+				return errors.New("block size or object size is beyond all limits: see lsdctl create --help")
+			}
+			o.Size, o.BlockSize, o.ObjectSize = uint64(bytes), uint32(block), uint32(object)
+			return a.create(cmd.Context(), args[0], o)
+		},
+	}
+	f := cmd.Flags()
+	f.Var(&bytes, "size", "size of the disk, a multiple of the block size")
+	f.Var(&block, "block-size", "logical block: 512 or 4096")
+	f.Var(&object, "object-size", "data in one object, 1M to 32M")
+	return cmd
+}
+
+func (a *app) create(ctx context.Context, url string, o engine.CreateOptions) error {
+	u, name, err := backend.ParseImage(url)
+	if err != nil {
+		return err
+	}
+	// Tried on nothing first: a bad size must not leave a new store behind.
+	if _, err := engine.Create(ctx, mem.New(), name, o); err != nil {
+		return err
+	}
+	ctx, stop := context.WithTimeout(ctx, storeTimeout)
+	defer stop()
+	st, err := open.Store(ctx, u)
+	made := false
+	if errors.Is(err, backend.ErrNotFound) {
+		made = true
+		st, err = open.CreateStore(ctx, u)
+	}
+	if err != nil {
+		return timedOut(u, err)
+	}
+	defer st.Close()
+	if _, err := engine.Create(ctx, st, name, o); err != nil {
+		if errors.Is(err, backend.ErrExists) {
+			return fmt.Errorf("%s exists already: choose another name, or see lsdctl info", u.Image(name))
+		}
+		return timedOut(u, err)
+	}
+	if made {
+		fmt.Fprintf(a.out, "made the store %s\n", u)
+	}
+	fmt.Fprintf(a.out, "made %s of %s: attach it with lsdctl add %s\n", u.Image(name), human(o.Size), u.Image(name))
+	return nil
+}
+
+// withStore opens the store of an image's URL for a command that looks at it.
+func withStore(ctx context.Context, u backend.URL, fn func(context.Context, backend.Store) error) error {
+	ctx, stop := context.WithTimeout(ctx, storeTimeout)
+	defer stop()
+	st, err := open.Store(ctx, u)
+	if errors.Is(err, backend.ErrNotFound) {
+		return fmt.Errorf("there is no store at %s: lsdctl create makes one", u)
+	}
+	if err != nil {
+		return timedOut(u, err)
+	}
+	defer st.Close()
+	return timedOut(u, fn(ctx, st))
+}
+
+// listed is a line of ls. An image that cannot be read has an error.
+type listed struct {
+	engine.Info
+	Error string `json:"error,omitempty"`
+}
+
+func (a *app) lsCommand() *cobra.Command {
+	return a.jsonFlag(&cobra.Command{
+		Use:   "ls STORE",
+		Short: "List the images of a store",
+		Example: `  lsdctl ls rados://rbd
+  lsdctl ls file:///var/lib/lsd/store --json`,
+		Args: exactArgs("STORE"),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			u, err := backend.ParseStore(args[0])
+			if err != nil {
+				return err
+			}
+			list := []listed{}
+			err = withStore(cmd.Context(), u, func(ctx context.Context, st backend.Store) error {
+				names, err := backend.Names(ctx, st)
+				for _, n := range names {
+					a.progress.show(api.Progress{What: fmt.Sprintf("%d of %d images", len(list), len(names))})
+					info, err := engine.Describe(ctx, st, n.Name)
+					switch {
+					case ctx.Err() != nil:
+						return ctx.Err()
+					case err != nil:
+						list = append(list, listed{engine.Info{Name: n.Name, ID: n.ID}, api.OneLine(err)})
+					default:
+						list = append(list, listed{Info: info})
+					}
+				}
+				return err
+			})
+			a.progress.end()
+			if err != nil {
+				return err
+			}
+			if a.json {
+				return a.printJSON(list)
+			}
+			return a.printImages(list)
+		},
+	})
+}
+
+func (a *app) printImages(list []listed) error {
+	return a.table(func(row func(...any)) {
+		row("NAME", "SIZE", "BLOCK", "CREATED", "ATTACHED BY")
+		for _, i := range list {
+			if i.Error != "" {
+				row(i.Name, "?", "?", "?", "error: "+i.Error)
+				continue
+			}
+			owner := "-"
+			if i.Owner != nil {
+				owner = i.Owner.Host
+			}
+			row(i.Name, human(i.Size), i.BlockSize, i.Created.Local().Format(time.DateTime), owner)
+		}
+	})
+}
+
+func (a *app) infoCommand() *cobra.Command {
+	return a.jsonFlag(&cobra.Command{
+		Use:     "info STORE/IMAGE",
+		Short:   "Tell what the store says of an image",
+		Example: "  lsdctl info rados://rbd/vm2",
+		Args:    exactArgs("STORE/IMAGE"),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			u, name, err := backend.ParseImage(args[0])
+			if err != nil {
+				return err
+			}
+			var info engine.Info
+			err = withStore(cmd.Context(), u, func(ctx context.Context, st backend.Store) error {
+				info, err = engine.Describe(ctx, st, name)
+				return noImage(u, name, err)
+			})
+			if err != nil {
+				return err
+			}
+			if a.json {
+				return a.printJSON(info)
+			}
+			return a.printInfo(u, info)
+		},
+	})
+}
+
+// noImage says which image is not there.
+func noImage(u backend.URL, name string, err error) error {
+	if errors.Is(err, backend.ErrNotFound) {
+		return fmt.Errorf("%s: no such image: see lsdctl ls %s", u.Image(name), u)
+	}
+	if err != nil {
+		return fmt.Errorf("%s: %w", u.Image(name), err)
+	}
+	return nil
+}
+
+func (a *app) printInfo(u backend.URL, i engine.Info) error {
+	return a.table(func(row func(...any)) {
+		row("image", u.Image(i.Name))
+		row("id", i.ID)
+		row("size", fmt.Sprintf("%s (%d bytes)", human(i.Size), i.Size))
+		row("block size", i.BlockSize)
+		row("object size", human(uint64(i.ObjectSize)))
+		row("created", i.Created.Local().Format(time.DateTime))
+		row("epoch", i.Epoch)
+		if i.Owner == nil {
+			row("attached by", "nobody")
+		} else {
+			row("attached by", fmt.Sprintf("%s since %s, lease %v", i.Owner.Host, i.Owner.Since.Local().Format(time.DateTime), i.Owner.Lease))
+		}
+		if i.Evicting != "" {
+			row("asked for by", i.Evicting)
+		}
+	})
+}
+
+func (a *app) rmCommand() *cobra.Command {
+	var force bool
+	cmd := &cobra.Command{
+		Use:   "rm STORE/IMAGE",
+		Short: "Remove an image and all its data",
+		Long:  "Remove an image and all its data. One that is attached is refused; --force removes also that, and its users get errors.",
+		Example: `  lsdctl rm rados://rbd/vm2
+  lsdctl rm rados://rbd/vm2 --force    # its host is gone for good`,
+		Args: exactArgs("STORE/IMAGE"),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			u, name, err := backend.ParseImage(args[0])
+			if err != nil {
+				return err
+			}
+			return a.remove(cmd.Context(), u, name, force)
+		},
+	}
+	cmd.Flags().BoolVar(&force, "force", false, "also an image that is attached or damaged")
+	return cmd
+}
+
+func (a *app) remove(ctx context.Context, u backend.URL, name string, force bool) error {
+	look, stop := context.WithTimeout(ctx, storeTimeout)
+	defer stop()
+	st, err := open.Store(look, u)
+	if errors.Is(err, backend.ErrNotFound) {
+		return fmt.Errorf("there is no store at %s", u)
+	}
+	if err != nil {
+		return timedOut(u, err)
+	}
+	defer st.Close()
+	err = engine.Remove(ctx, st, name, u.Image(name), force, func(n int) {
+		a.progress.show(api.Progress{What: fmt.Sprintf("removed %d objects", n)})
+	})
+	a.progress.end()
+	var owned *engine.OwnedError
+	if errors.As(err, &owned) {
+		return fmt.Errorf("%s is attached by %s: detach it there with lsdctl del; --force removes it all the same", u.Image(name), owned.Host)
+	}
+	return noImage(u, name, err)
+}

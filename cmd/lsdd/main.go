@@ -1,0 +1,176 @@
+// Lsdd is the daemon that serves the images attached to a host as block devices.
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"os/signal"
+	"path/filepath"
+	"runtime/debug"
+	"slices"
+	"time"
+
+	"github.com/lsd-ceph/lsd/internal/api"
+	"github.com/lsd-ceph/lsd/internal/daemon"
+	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
+)
+
+func main() { os.Exit(run()) }
+
+// options are the flags.
+type options struct {
+	cfg       daemon.Config
+	supervise bool
+	logFile   string
+	logJSON   bool
+	verbose   bool
+	onTerm    string
+}
+
+func run() int {
+	var o options
+	status := 0
+	cmd := &cobra.Command{
+		Use:   "lsdd",
+		Short: "Serve lsd images as block devices",
+		Long: `lsdd serves the images that lsdctl attaches to this host. It writes down what
+is attached: whatever ends it, the next lsdd takes everything up again, and the
+users of the block devices see a pause.
+
+systemd runs it as lsd.service; without systemd, lsdctl add starts it with
+--supervise.`,
+		Example: `  lsdd                        # in the foreground
+  lsdd --supervise            # started again whenever it dies
+  lsdd --socket /run/b.sock --state-dir /var/lib/b --host-name b   # a second one`,
+		Version:       version(),
+		Args:          cobra.NoArgs,
+		SilenceUsage:  true,
+		SilenceErrors: true,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			var err error
+			status, err = o.run(cmd.Context())
+			return err
+		},
+	}
+	host, _ := os.Hostname()
+	f := cmd.Flags()
+	f.StringVar(&o.cfg.Socket, "socket", env(api.EnvSocket, api.DefaultSocket), "listen on this unix socket ($"+api.EnvSocket+")")
+	f.StringVar(&o.cfg.StateDir, "state-dir", env(api.EnvStateDir, api.DefaultStateDir), "write down what is attached here ($"+api.EnvStateDir+")")
+	f.StringVar(&o.cfg.Host, "host-name", host, "name of this host, for others who want an image")
+	f.BoolVar(&o.supervise, "supervise", false, "run the daemon as a child, and again when it dies")
+	f.StringVar(&o.onTerm, "on-term", "leave", "what SIGTERM does with the devices: leave them to the next lsdd, or detach")
+	f.DurationVar(&o.cfg.ExitTimeout, "exit-timeout", 20*time.Second, "how long to write to the store before the end")
+	f.StringVar(&o.logFile, "log-file", "", "append the log to this file (default: standard error)")
+	f.BoolVar(&o.logJSON, "log-json", false, "log in JSON")
+	f.BoolVar(&o.verbose, "verbose", false, "log more")
+	if err := cmd.Execute(); err != nil {
+		fmt.Fprintf(os.Stderr, "lsdd: %s\n", api.OneLine(err))
+		if errors.Is(err, daemon.ErrRefused) || status == 0 {
+			return daemon.ExitRefused
+		}
+		return status
+	}
+	return status
+}
+
+func env(name, other string) string {
+	if v := os.Getenv(name); v != "" {
+		return v
+	}
+	return other
+}
+
+// run does the work. A status of 0 with an error means that the command line is
+// wrong.
+func (o *options) run(ctx context.Context) (int, error) {
+	switch {
+	case o.onTerm != "leave" && o.onTerm != "detach":
+		return 0, fmt.Errorf("--on-term %s: it is leave or detach", o.onTerm)
+	case o.cfg.Host == "":
+		return 0, errors.New("this host has no name: give it one with --host-name")
+	case !filepath.IsAbs(o.cfg.StateDir) || !filepath.IsAbs(o.cfg.Socket):
+		return 0, errors.New("--state-dir and --socket must be absolute paths")
+	}
+	logger, err := o.logger()
+	if err != nil {
+		return 0, err
+	}
+	if o.supervise {
+		exe, err := os.Executable()
+		if err != nil {
+			return 1, err
+		}
+		return daemon.Supervise(ctx, logger, exe, childArgs(os.Args[1:]))
+	}
+	// Stopped before Run returns: a second signal ends it at once.
+	ctx, stop := signal.NotifyContext(ctx, unix.SIGTERM, unix.SIGINT)
+	defer stop()
+	o.cfg.Version, o.cfg.Logger, o.cfg.DetachOnExit = version(), logger, o.onTerm == "detach"
+	o.cfg.Ready = func() { notify(logger, "READY=1") }
+	context.AfterFunc(ctx, func() {
+		stop()
+		notify(logger, "STOPPING=1")
+	})
+	d, err := daemon.New(o.cfg)
+	if err != nil {
+		return 1, err
+	}
+	daemon.PrepareProcess(logger)
+	if err := d.Run(ctx); err != nil {
+		return 1, err
+	}
+	return 0, nil
+}
+
+func notify(logger *slog.Logger, state string) {
+	if err := daemon.Notify(state); err != nil {
+		logger.Warn("systemd cannot be told", "err", err)
+	}
+}
+
+// childArgs returns the arguments without --supervise.
+func childArgs(args []string) []string {
+	return slices.DeleteFunc(slices.Clone(args), func(a string) bool {
+		return a == "--supervise" || a == "--supervise=true"
+	})
+}
+
+func (o *options) logger() (*slog.Logger, error) {
+	var w io.Writer = os.Stderr
+	if o.logFile != "" {
+		f, err := os.OpenFile(o.logFile, os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
+		if err != nil {
+			return nil, fmt.Errorf("open the log: %w", err)
+		}
+		w = f // until the process ends
+	}
+	opt := &slog.HandlerOptions{Level: slog.LevelInfo}
+	if o.verbose {
+		opt.Level = slog.LevelDebug
+	}
+	var h slog.Handler = slog.NewTextHandler(w, opt)
+	if o.logJSON {
+		h = slog.NewJSONHandler(w, opt)
+	}
+	l := slog.New(h)
+	slog.SetDefault(l)
+	return l, nil
+}
+
+// version returns what the build knows of itself.
+func version() string {
+	bi, ok := debug.ReadBuildInfo()
+	if !ok {
+		return "unknown"
+	}
+	v := bi.Main.Version
+	if v == "" {
+		v = "(devel)"
+	}
+	return v
+}

@@ -1,0 +1,322 @@
+package daemon
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"time"
+
+	"github.com/google/uuid"
+	"github.com/lsd-ceph/lsd/backend"
+	"github.com/lsd-ceph/lsd/cache/writelog"
+	"github.com/lsd-ceph/lsd/engine"
+	"github.com/lsd-ceph/lsd/internal/api"
+	"github.com/lsd-ceph/lsd/ublk"
+	"golang.org/x/sys/unix"
+)
+
+// Defaults of an attachment.
+const (
+	defaultLogSize   = 1 << 30
+	defaultLogMemory = 32 << 20
+	defaultQueues    = 1
+	defaultDepth     = 128
+	defaultNullSize  = 1 << 30
+	maxLogMemory     = 4 << 30
+	maxDepth         = 4096
+	maxQueues        = 128
+	nullURL          = "null"
+)
+
+// lookTimeout bounds the first look at an image: a store that does not answer is
+// told to the user soon.
+const lookTimeout = 30 * time.Second
+
+var errEnding = errors.New("the daemon is ending: try again in a moment")
+
+// attach makes a block device for a user who waits for it. When it fails,
+// everything is as before.
+func (d *Daemon) attach(ctx context.Context, q api.AttachRequest, progress func(api.Progress)) (api.Image, error) {
+	rec, err := d.plan(ctx, q)
+	if err != nil {
+		return api.Image{}, err
+	}
+	k, err := d.kernel()
+	if err != nil {
+		return api.Image{}, err
+	}
+	for next := max(q.ID, 0); ; {
+		a, err := d.reserve(ctx, k, rec, next, q.ID >= 0)
+		if err != nil {
+			return api.Image{}, err
+		}
+		err = a.attach(ctx, q.Force, progress)
+		if err == nil {
+			return a.describe(ctx), nil
+		}
+		d.forget(a)
+		if q.ID >= 0 || !errors.Is(err, unix.EEXIST) {
+			return api.Image{}, err
+		}
+		next = a.id + 1 // another program was faster
+	}
+}
+
+// plan makes a record of a request, without a device number yet, and looks at
+// everything that can be looked at before anything is changed.
+func (d *Daemon) plan(ctx context.Context, q api.AttachRequest) (record, error) {
+	rec := record{
+		Phase: phaseAttaching, Boot: d.env.boot, PID: os.Getpid(), Added: time.Now().UTC().Truncate(time.Second),
+		LogSize: q.LogSize, LogMemory: q.LogMemory, Queues: q.Queues, Depth: q.Depth,
+		ReadOnly: q.ReadOnly, Null: q.Null, Lease: q.Lease,
+		BatchAge: q.BatchAge, CheckpointEvery: q.CheckpointEvery, StoreTimeout: q.StoreTimeout,
+	}
+	setDefault(&rec.LogSize, defaultLogSize)
+	setDefault(&rec.LogMemory, defaultLogMemory)
+	setDefault(&rec.Queues, defaultQueues)
+	setDefault(&rec.Depth, defaultDepth)
+	if err := checkPlan(rec, q); err != nil {
+		return record{}, err
+	}
+	if q.Null {
+		rec.URL, rec.Size, rec.BlockSize = nullURL, q.Size, 512
+		setDefault(&rec.Size, defaultNullSize)
+		if rec.Size%uint64(rec.BlockSize) != 0 {
+			return record{}, fmt.Errorf("size %d is not a multiple of %d", rec.Size, rec.BlockSize)
+		}
+		return rec, nil
+	}
+	return rec, d.planImage(ctx, &rec, q)
+}
+
+func setDefault[T comparable](v *T, to T) {
+	var zero T
+	if *v == zero {
+		*v = to
+	}
+}
+
+func checkPlan(rec record, q api.AttachRequest) error {
+	switch {
+	case rec.Queues < 1 || rec.Queues > maxQueues:
+		return fmt.Errorf("%d queues: there can be 1 to %d", rec.Queues, maxQueues)
+	case rec.Depth < 1 || rec.Depth > maxDepth:
+		return fmt.Errorf("queue depth %d: it must be from 1 to %d", rec.Depth, maxDepth)
+	case rec.LogSize < writelog.MinSize || rec.LogSize > writelog.MaxSize || rec.LogSize%writelog.BlockSize != 0:
+		return fmt.Errorf("a write log of %d bytes: it must have from %d to %d, a multiple of %d", rec.LogSize, writelog.MinSize, int64(writelog.MaxSize), writelog.BlockSize)
+	case rec.LogMemory < 2*writelog.SegmentSize || rec.LogMemory > maxLogMemory || rec.LogMemory%writelog.SegmentSize != 0:
+		return fmt.Errorf("%d bytes of memory for the write log: it must be from %d to %d, a multiple of %d", rec.LogMemory, 2*writelog.SegmentSize, int64(maxLogMemory), writelog.SegmentSize)
+	case rec.Lease != 0 && (rec.Lease < engine.MinLease || rec.Lease > engine.MaxLease):
+		return fmt.Errorf("lease %v: it must be from %v to %v", rec.Lease, engine.MinLease, engine.MaxLease)
+	case !q.Null && q.Size != 0:
+		return errors.New("a size can be given for a null device only: an image has its own")
+	}
+	return nil
+}
+
+// planImage completes a record with what the store says of the image.
+func (d *Daemon) planImage(ctx context.Context, rec *record, q api.AttachRequest) error {
+	u, name, err := backend.ParseImage(q.Image)
+	if err != nil {
+		return err
+	}
+	rec.URL = u.Image(name)
+	look, stop := context.WithTimeout(ctx, lookTimeout)
+	defer stop()
+	st, err := d.openSt(look, u)
+	if err != nil {
+		return err
+	}
+	defer st.Close()
+	info, err := engine.Describe(look, st, name)
+	switch {
+	case errors.Is(err, backend.ErrNotFound):
+		return fmt.Errorf("%s: no such image: see lsdctl ls %s, or make it with lsdctl create", rec.URL, u)
+	case err != nil:
+		return fmt.Errorf("%s: %w", rec.URL, err)
+	}
+	rec.ImageID, rec.Size, rec.BlockSize = info.ID, info.Size, info.BlockSize
+	if rec.ReadOnly {
+		return nil
+	}
+	if err := d.planLog(rec, q.Cache); err != nil {
+		return err
+	}
+	if info.Owner != nil && !q.Force && !exists(rec.Log) && d.twin(rec) == nil {
+		return &engine.OwnedError{Image: rec.URL, Host: info.Owner.Host, Since: info.Owner.Since, Lease: info.Owner.Lease}
+	}
+	return nil
+}
+
+// planLog finds the place of the write log: in a directory, or all of a block
+// device.
+func (d *Daemon) planLog(rec *record, cache string) error {
+	if cache == "" {
+		cache = filepath.Join(d.cfg.StateDir, "cache")
+		if err := os.MkdirAll(cache, 0o700); err != nil {
+			return fmt.Errorf("make the cache directory: %w", err)
+		}
+	}
+	if !filepath.IsAbs(cache) {
+		return fmt.Errorf("cache %s: it must be an absolute path", cache)
+	}
+	cache = filepath.Clean(cache)
+	st, err := os.Stat(cache)
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		return fmt.Errorf("cache directory %s is not there: make it, on a local SSD", cache)
+	case err != nil:
+		return fmt.Errorf("cache directory: %w", err)
+	case st.IsDir():
+		rec.Log = filepath.Join(cache, rec.ImageID.String()+".log")
+	case st.Mode()&fs.ModeDevice != 0 && st.Mode()&fs.ModeCharDevice == 0:
+		rec.Log, rec.LogDevice = cache, true
+	default:
+		return fmt.Errorf("cache %s is neither a directory nor a block device", cache)
+	}
+	return nil
+}
+
+func exists(path string) bool {
+	_, err := os.Lstat(path)
+	return err == nil
+}
+
+// twin returns another attachment that cannot be beside one of rec.
+func (d *Daemon) twin(rec *record) *attachment {
+	if rec.Null {
+		return nil
+	}
+	for _, a := range d.all() {
+		r := a.record()
+		if r.ImageID == rec.ImageID && r.ImageID != uuid.Nil && !(r.ReadOnly && rec.ReadOnly) || rec.Log != "" && r.Log == rec.Log {
+			return a
+		}
+	}
+	return nil
+}
+
+// reserve finds a free device number, from the given one on or exactly that, and
+// makes the attachment known under it.
+func (d *Daemon) reserve(ctx context.Context, k kernel, rec record, from int, exactly bool) (*attachment, error) {
+	if a := d.twin(&rec); a != nil {
+		if r := a.record(); r.ImageID != rec.ImageID {
+			return nil, fmt.Errorf("%s is the write log of %s, attached as %s", rec.Log, r.URL, a.name())
+		}
+		return nil, fmt.Errorf("%s is attached here already, as %s", rec.URL, a.name())
+	}
+	for id := from; ; id++ {
+		_, err := k.Info(ctx, id)
+		switch {
+		case errors.Is(err, ublk.ErrNoDevice):
+		case err != nil:
+			return nil, err
+		case exactly:
+			return nil, fmt.Errorf("/dev/ublkb%d is there already", id)
+		default:
+			continue
+		}
+		rec.ID = id
+		a := newAttachment(d, rec, api.StateAttaching)
+		if ok, err := d.enter(a); err != nil {
+			return nil, err
+		} else if ok {
+			return a, nil
+		}
+		if exactly {
+			return nil, fmt.Errorf("/dev/ublkb%d is in the records already", id)
+		}
+	}
+}
+
+// enter makes a known, with its op taken, unless its number is taken.
+func (d *Daemon) enter(a *attachment) (bool, error) {
+	a.op <- struct{}{}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.ending {
+		return false, errEnding
+	}
+	if d.attached[a.id] != nil {
+		return false, nil
+	}
+	for _, b := range d.attached { // two requests for one image at once
+		if r := b.record(); a.rec.ImageID != uuid.Nil && r.ImageID == a.rec.ImageID && !(r.ReadOnly && a.rec.ReadOnly) {
+			return false, fmt.Errorf("%s is attached here already, as %s", a.rec.URL, b.name())
+		}
+	}
+	d.attached[a.id] = a
+	return true, nil
+}
+
+// attach brings a new attachment up. The caller has entered it; when it fails,
+// nothing of it is left but its entry.
+func (a *attachment) attach(ctx context.Context, force bool, progress func(api.Progress)) (err error) {
+	defer func() { <-a.op }()
+	rec := a.record()
+	if err := a.d.records.save(rec); err != nil {
+		return err
+	}
+	made := false
+	defer func() {
+		if err == nil {
+			return
+		}
+		if made {
+			err = errors.Join(err, removeIfIdle(rec))
+		}
+		err = errors.Join(err, a.d.records.remove(rec.ID))
+	}()
+	if made, err = makeLog(ctx, rec, progress); err != nil {
+		return err
+	}
+	if err := a.bringUp(ctx, bringUpOptions{fresh: true, force: force, progress: progress}); err != nil {
+		if errors.Is(err, writelog.ErrLocked) {
+			err = fmt.Errorf("%s is attached by another lsdd of this host: %w", rec.URL, err)
+		}
+		return err
+	}
+	a.startKeeper()
+	a.logger.Info("attached", "log", rec.Log)
+	return nil
+}
+
+// makeLog makes the write log's file if there is none, and reports whether it
+// did.
+func makeLog(ctx context.Context, rec record, progress func(api.Progress)) (bool, error) {
+	if rec.Log == "" || rec.LogDevice || exists(rec.Log) {
+		return false, nil
+	}
+	err := writelog.MakeFile(ctx, rec.Log, rec.LogSize, func(n int64) {
+		progress(api.Progress{What: "making the write log " + rec.Log, Done: uint64(n), Total: uint64(rec.LogSize)})
+	})
+	if errors.Is(err, unix.ENOSPC) {
+		err = fmt.Errorf("%w: give it a smaller --log-size, or another --cache", err)
+	}
+	return err == nil, err
+}
+
+// removeIfIdle removes a log that was made for an attachment that has failed,
+// unless the image has come to depend on it.
+func removeIfIdle(rec record) error {
+	ctx, stop := context.WithTimeout(context.Background(), time.Second)
+	defer stop()
+	f, err := writelog.OpenFile(ctx, rec.Log)
+	if err != nil {
+		return nil // somebody uses it
+	}
+	defer f.Close()
+	idle, err := writelog.Blank(f)
+	if err == nil && !idle {
+		var last uint64
+		last, err = writelog.LastSeq(f)
+		idle = last == 0
+	}
+	if err != nil || !idle {
+		return err
+	}
+	return writelog.RemoveFile(rec.Log)
+}

@@ -1,0 +1,511 @@
+package daemon
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"sync"
+	"time"
+
+	"github.com/google/uuid"
+	"github.com/lsd-ceph/lsd/backend"
+	"github.com/lsd-ceph/lsd/cache/writelog"
+	"github.com/lsd-ceph/lsd/engine"
+	"github.com/lsd-ceph/lsd/internal/api"
+	"github.com/lsd-ceph/lsd/ublk"
+)
+
+const (
+	// deviceTimeout bounds what the kernel does with a device.
+	deviceTimeout = 20 * time.Second
+	// openTimeout bounds one attempt to open an image that is being taken up
+	// again: so that what it waits for is seen in its status.
+	openTimeout = 2 * time.Minute
+	// maxRetry bounds the pause between two attempts to take an image up.
+	maxRetry = 10 * time.Second
+	// soon is how long a reactor must have worked to be replaced at once.
+	soon = 2 * time.Second
+)
+
+// An attachment is one block device and the image behind it.
+//
+// Its keeper, a goroutine, brings the image up and takes it up again when its
+// reactor dies. Attach, detach and the daemon's end work on an attachment
+// without its keeper: whoever holds op may stop and start it.
+type attachment struct {
+	d      *Daemon
+	id     int
+	logger *slog.Logger
+	op     chan struct{} // holds a token while somebody is at it
+
+	stop context.CancelFunc // of the keeper; guarded by op
+	kept chan struct{}      // closed when the keeper has ended; guarded by op; nil without one
+
+	mu        sync.Mutex
+	rec       record // guarded by mu, as all that follows
+	disk      *disk  // nil while it is not open
+	state     string // as long as the image itself has nothing to say
+	err       error  // why it is in this state
+	since     time.Time
+	restarts  int
+	storeDown time.Time // since when; zero: it is not
+	stalled   bool      // a stall has been logged
+}
+
+func newAttachment(d *Daemon, rec record, state string) *attachment {
+	a := &attachment{d: d, id: rec.ID, op: make(chan struct{}, 1), rec: rec, state: state, since: time.Now()}
+	a.logger = d.logger.With("device", a.name())
+	if rec.URL != "" {
+		a.logger = a.logger.With("image", rec.URL)
+	}
+	return a
+}
+
+func (a *attachment) name() string { return fmt.Sprintf("/dev/ublkb%d", a.id) }
+
+func (a *attachment) record() record {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return a.rec
+}
+
+// save writes the record down, changed by change.
+func (a *attachment) save(change func(*record)) error {
+	rec := a.record()
+	change(&rec)
+	if err := a.d.records.save(rec); err != nil {
+		return err
+	}
+	a.mu.Lock()
+	a.rec = rec
+	a.mu.Unlock()
+	return nil
+}
+
+func (a *attachment) setState(state string, err error) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.state != state {
+		a.since = time.Now()
+	}
+	a.state, a.err = state, err
+}
+
+func (a *attachment) setDisk(dk *disk) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.disk = dk
+}
+
+func (a *attachment) getDisk() *disk {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return a.disk
+}
+
+// startKeeper starts the keeper. The caller holds op, or nobody else knows a.
+func (a *attachment) startKeeper() {
+	ctx, stop := context.WithCancel(a.d.ctx)
+	a.stop, a.kept = stop, make(chan struct{})
+	go func(kept chan struct{}) {
+		defer close(kept)
+		defer stop()
+		a.keep(ctx)
+	}(a.kept)
+}
+
+// stopKeeper ends the keeper and waits for it. The caller holds op.
+func (a *attachment) stopKeeper() {
+	if a.kept == nil {
+		return
+	}
+	a.stop()
+	<-a.kept
+	a.kept = nil
+}
+
+// keep is the keeper.
+func (a *attachment) keep(ctx context.Context) {
+	pause := a.d.recRetry
+	for {
+		if a.getDisk() == nil {
+			began := time.Now()
+			if !a.takeUp(ctx) {
+				if ctx.Err() != nil || a.over() || !sleep(ctx, pause) {
+					return
+				}
+				pause = min(2*pause, maxRetry)
+				continue
+			}
+			a.logger.Info("taken up", "took", time.Since(began).Round(time.Millisecond))
+		}
+		if a.record().Phase == phaseDetaching {
+			a.finishDetach(ctx)
+			return
+		}
+		began := time.Now()
+		if !a.awaitEnd(ctx) {
+			return
+		}
+		if time.Since(began) > soon {
+			pause = a.d.recRetry
+		} else if !sleep(ctx, pause) {
+			return
+		} else {
+			pause = min(2*pause, maxRetry)
+		}
+	}
+}
+
+// over reports that nothing more is to be tried.
+func (a *attachment) over() bool {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return a.state == api.StateFailed
+}
+
+func sleep(ctx context.Context, d time.Duration) bool {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-t.C:
+		return true
+	case <-ctx.Done():
+		return false
+	}
+}
+
+// takeUp tries once to bring up what is recorded, and reports whether that is
+// done. What cannot be brought up ever gets errors for its users: they would
+// wait for all time.
+func (a *attachment) takeUp(ctx context.Context) bool {
+	open, stop := context.WithTimeout(ctx, openTimeout)
+	defer stop()
+	err := a.bringUp(open, bringUpOptions{progress: func(api.Progress) {}})
+	if err == nil {
+		return true
+	}
+	if ctx.Err() != nil {
+		return false
+	}
+	a.mu.Lock()
+	before := a.err
+	a.mu.Unlock()
+	if before == nil || before.Error() != err.Error() {
+		a.logger.Error("cannot take it up", "err", err)
+	}
+	a.setState(api.StateRecovering, err)
+	if !permanent(err) {
+		return false
+	}
+	if a.record().Phase == phaseAttaching {
+		a.logger.Warn("it had not been attached yet when the daemon ended: its record is removed")
+		a.scrap(ctx)
+		return false
+	}
+	return a.fail(ctx, err)
+}
+
+// permanent reports that trying again makes no sense.
+func permanent(err error) bool {
+	var owned *engine.OwnedError
+	var stale *engine.StaleLogError
+	return errors.As(err, &owned) || errors.As(err, &stale) || errors.Is(err, engine.ErrForeignLog) ||
+		errors.Is(err, engine.ErrCorrupt) || errors.Is(err, writelog.ErrCorrupt) || errors.Is(err, errImageGone) || errors.Is(err, errTaken)
+}
+
+var (
+	errImageGone = errors.New("the image has been removed from its store")
+	errTaken     = errors.New("another host had the image meanwhile: what this host's users know of it is out of date")
+	errLogGone   = errors.New("its write log is not there")
+)
+
+// fail gives the device's users errors from here on. It reports whether there is
+// a device that does so.
+func (a *attachment) fail(ctx context.Context, why error) bool {
+	defer a.setState(api.StateFailed, why)
+	k, err := a.d.kernel()
+	if err != nil {
+		return false
+	}
+	rec := a.record()
+	info, err := k.Info(ctx, rec.ID)
+	if err != nil || info.State == ublk.StateDead || !a.d.owns(rec, info) {
+		return false // nobody uses it
+	}
+	dk, err := emptyDisk(rec, a.logger)
+	if err != nil {
+		a.logger.Error("cannot give errors to the users of the device", "err", err)
+		return false
+	}
+	dev, err := k.Recover(ctx, rec.ID)
+	if err == nil {
+		err = dk.serve(ctx, dev, false)
+	}
+	if err != nil {
+		a.logger.Error("cannot give errors to the users of the device", "err", err)
+		dk.release()
+		return false
+	}
+	a.setDisk(dk)
+	return true
+}
+
+// scrap removes what is left of an attachment that never came to be.
+func (a *attachment) scrap(ctx context.Context) {
+	rec := a.record()
+	if k, err := a.d.kernel(); err == nil {
+		if info, err := k.Info(ctx, rec.ID); err == nil && a.d.owns(rec, info) {
+			if err := k.Delete(ctx, rec.ID); err != nil {
+				a.logger.Error("remove the device", "err", err)
+			}
+		}
+	}
+	if err := a.d.records.remove(rec.ID); err != nil {
+		a.logger.Error("clean up", "err", err)
+	}
+	a.setState(api.StateFailed, nil)
+	a.d.forget(a)
+}
+
+// awaitEnd waits until the disk has died, takes it away and reports true; or
+// until ctx ends.
+func (a *attachment) awaitEnd(ctx context.Context) bool {
+	dk := a.getDisk()
+	if dk == nil { // failed, without a device
+		<-ctx.Done()
+		return false
+	}
+	select {
+	case <-ctx.Done():
+		return false
+	case <-dk.reactor.Done():
+	case <-dk.dev.Done():
+		if dk.dev.Err() == nil {
+			a.setState(api.StateGone, errors.New("another program has stopped the block device"))
+			a.logger.Warn("another program has stopped the block device: lsdctl del it")
+			select {
+			case <-ctx.Done():
+				return false
+			case <-dk.reactor.Done():
+			}
+		}
+	}
+	err := errors.Join(dk.dev.Err(), dk.reactor.Err())
+	a.logger.Error("the image's reactor died: the image is opened anew, its users wait", "err", err)
+	a.setState(api.StateRecovering, err)
+	a.setDisk(nil)
+	a.mu.Lock()
+	a.restarts++
+	a.mu.Unlock()
+	drop, stop := context.WithTimeout(context.Background(), quietTimeout)
+	_ = dk.abandon(drop) // where the device failed and the reactor lives
+	stop()
+	dk.release()
+	return true
+}
+
+// bringUpOptions says how a record becomes a disk.
+type bringUpOptions struct {
+	fresh    bool // for a user who waits: what fails is undone
+	force    bool
+	progress func(api.Progress)
+}
+
+// bringUp opens the image and makes, or recovers, the device.
+func (a *attachment) bringUp(ctx context.Context, o bringUpOptions) error {
+	k, err := a.d.kernel()
+	if err != nil {
+		return err
+	}
+	rec := a.record()
+	info, err := k.Info(ctx, rec.ID)
+	there := err == nil && !o.fresh
+	switch {
+	case err != nil && !errors.Is(err, ublk.ErrNoDevice):
+		return err
+	case there && !a.d.owns(rec, info):
+		return fmt.Errorf("%s is another program's now", a.name())
+	case there && info.State == ublk.StateDead:
+		// Added and never started, or stopped: nobody has it open.
+		if err := k.Delete(ctx, rec.ID); err != nil {
+			return err
+		}
+		there = false
+	}
+	dk, err := a.openDisk(ctx, rec, there, o)
+	if err != nil {
+		return err
+	}
+	if rec.Phase == phaseDetaching && !there {
+		a.setDisk(dk)
+		a.setState(api.StateDetaching, nil)
+		return nil
+	}
+	if err := a.bringUpDevice(ctx, k, dk, there); err != nil {
+		a.giveUp(dk, o.fresh)
+		return err
+	}
+	a.setDisk(dk)
+	a.setState(api.StateActive, nil)
+	return nil
+}
+
+// bringUpDevice makes dk serve the record's device.
+func (a *attachment) bringUpDevice(ctx context.Context, k kernel, dk *disk, there bool) error {
+	ctx, stop := context.WithTimeout(ctx, deviceTimeout)
+	defer stop()
+	if !there {
+		err := a.save(func(r *record) { r.Boot, r.PID = a.d.env.boot, os.Getpid() })
+		if err != nil {
+			return err
+		}
+	}
+	rec := a.record()
+	var dev device
+	var err error
+	if there {
+		dev, err = k.Recover(ctx, rec.ID)
+	} else {
+		dev, err = k.Add(ctx, deviceParams(rec))
+	}
+	if err != nil {
+		return err
+	}
+	err = dk.serve(ctx, dev, rec.Null)
+	if err == nil && rec.Phase != phaseAttached {
+		err = a.save(func(r *record) { r.Phase = phaseAttached })
+	}
+	if err != nil && !there {
+		clean, stop := context.WithTimeout(context.WithoutCancel(ctx), deviceTimeout)
+		defer stop()
+		err = errors.Join(err, dev.Delete(clean, true))
+	}
+	return err
+}
+
+// deviceParams says what the block device of a record is like.
+func deviceParams(rec record) ublk.Params {
+	return ublk.Params{
+		ID:              rec.ID,
+		SizeBytes:       rec.Size,
+		LogicalBlock:    int(rec.BlockSize),
+		IOOpt:           1 << 20,
+		ReadOnly:        rec.ReadOnly,
+		VolatileCache:   true,
+		FUA:             true,
+		MaxDiscardBytes: 1 << 30,
+		MaxZeroesBytes:  1 << 30,
+		DiscardGranule:  int(rec.BlockSize),
+		Queues:          rec.Queues,
+		Depth:           rec.Depth,
+	}
+}
+
+// giveUp drops a disk whose device did not come to be. What a user has just
+// asked for is undone; else the next attempt goes on from the log.
+func (a *attachment) giveUp(dk *disk, undo bool) {
+	ctx, stop := context.WithTimeout(context.Background(), quietTimeout)
+	defer stop()
+	if undo {
+		if err := dk.close(ctx, func(api.Progress) {}); err != nil {
+			a.logger.Error("could not give the image back", "err", err)
+		}
+	}
+	_ = dk.abandon(ctx)
+	dk.release()
+}
+
+// owns reports whether a device that is there is that of the record: since this
+// boot, and, while nobody had been told of it, by the one who wrote the record.
+func (d *Daemon) owns(rec record, info ublk.Info) bool {
+	return rec.Boot == d.env.boot && (rec.Phase != phaseAttaching || info.ServerPID <= 0 || info.ServerPID == rec.PID)
+}
+
+// openDisk opens the image of a record. there says that the record's device has
+// users, who rely on what they know of the image.
+func (a *attachment) openDisk(ctx context.Context, rec record, there bool, o bringUpOptions) (*disk, error) {
+	if rec.Null {
+		return emptyDisk(rec, a.logger)
+	}
+	u, _, err := backend.ParseImage(rec.URL)
+	if err != nil {
+		return nil, err
+	}
+	st, err := a.d.openSt(ctx, u)
+	if err != nil {
+		return nil, err
+	}
+	var log *writelog.OSFile
+	var before uuid.UUID
+	if !rec.ReadOnly {
+		if log, before, err = openLog(ctx, rec); err != nil {
+			return nil, errors.Join(err, st.Close())
+		}
+	}
+	dk, err := openDisk(ctx, diskOptions{
+		rec: rec, store: st, log: log, host: a.d.cfg.Host, env: a.d.env,
+		force: o.force, progress: o.progress, logger: a.logger,
+	})
+	if err != nil {
+		return nil, explainOpen(rec, err)
+	}
+	if there && log != nil {
+		s, err := dk.stats(ctx)
+		if err == nil && s.LogID != before {
+			// The engine took it anew: nothing was lost, but it was another's.
+			err = errTaken
+		}
+		if err != nil {
+			a.giveUp(dk, errors.Is(err, errTaken))
+			return nil, err
+		}
+	}
+	return dk, nil
+}
+
+// openLog opens the write log of a record and returns the id in its header, nil
+// if it has none.
+func openLog(ctx context.Context, rec record) (*writelog.OSFile, uuid.UUID, error) {
+	wait, stop := context.WithTimeout(ctx, lockTimeout)
+	defer stop()
+	f, err := writelog.OpenFile(wait, rec.Log)
+	if errors.Is(err, os.ErrNotExist) {
+		return nil, uuid.Nil, fmt.Errorf("%w: %s: mount its file system; or, if it is lost, lsdctl del --force, then lsdctl add --force opens the image at what the store has", errLogGone, rec.Log)
+	}
+	if err != nil {
+		return nil, uuid.Nil, err
+	}
+	blank, err := writelog.Blank(f)
+	if err != nil || blank {
+		if err != nil {
+			f.Close()
+			return nil, uuid.Nil, err
+		}
+		return f, uuid.Nil, nil
+	}
+	h, _, err := writelog.ReadHeader(f)
+	if err != nil {
+		f.Close()
+		return nil, uuid.Nil, fmt.Errorf("%s: %w", rec.Log, err)
+	}
+	return f, h.Log, nil
+}
+
+// explainOpen adds to an error of engine.Open what the engine does not know.
+func explainOpen(rec record, err error) error {
+	var stale *engine.StaleLogError
+	switch {
+	case errors.As(err, &stale):
+		return fmt.Errorf("%s: %w: it is kept; see lsdctl log ls, and lsdctl log salvage to bring it back as an image of its own; move it away to attach without it", rec.Log, err)
+	case errors.Is(err, engine.ErrForeignLog):
+		return fmt.Errorf("%s: %w: it is kept; see lsdctl log ls, and use another --cache", rec.Log, err)
+	case errors.Is(err, writelog.ErrCorrupt):
+		return fmt.Errorf("%s: %w: it is kept; move it away, and lsdctl add --force opens the image at what the store has", rec.Log, err)
+	case errors.Is(err, backend.ErrNotFound):
+		return fmt.Errorf("%s: %w: %w", rec.URL, errImageGone, err)
+	}
+	return fmt.Errorf("open %s: %w", rec.URL, err)
+}

@@ -1,0 +1,314 @@
+package daemon
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"time"
+
+	"github.com/lsd-ceph/lsd/backend"
+	"github.com/lsd-ceph/lsd/cache/writelog"
+	"github.com/lsd-ceph/lsd/engine"
+	"github.com/lsd-ceph/lsd/internal/api"
+	"github.com/lsd-ceph/lsd/internal/reactor"
+	"github.com/lsd-ceph/lsd/internal/uring"
+	"github.com/lsd-ceph/lsd/ublk"
+)
+
+const (
+	// quietTimeout bounds the wait for what an image has under way once it has
+	// been closed or has died.
+	quietTimeout = 30 * time.Second
+	// lockTimeout bounds the wait for a log that a dead daemon's last writes
+	// still hold.
+	lockTimeout = 15 * time.Second
+	pollEvery   = 5 * time.Millisecond
+)
+
+// A disk is an open image and the reactor that owns it, with or without a block
+// device. A disk without an image fails or forgets everything it is asked.
+type disk struct {
+	logger  *slog.Logger
+	reactor *reactor.Reactor
+	env     *env
+	front   *front        // the reactor's; nil for a null device
+	image   *engine.Image // the reactor's; may be nil
+	dev     device        // nil while there is none
+	store   backend.Store
+	log     *writelog.OSFile
+	mem     *uring.Arena
+
+	closed chan struct{} // made by close; closed when it has ended
+	err    error         // of close, valid after closed
+}
+
+// diskOptions is what a disk is made from.
+type diskOptions struct {
+	rec      record
+	store    backend.Store // the disk's, also if it is not made
+	log      *writelog.OSFile
+	host     string
+	env      hostEnv
+	force    bool
+	progress func(api.Progress)
+	logger   *slog.Logger
+}
+
+// openDisk opens the image of a record and starts its reactor.
+func openDisk(ctx context.Context, o diskOptions) (_ *disk, err error) {
+	d := &disk{logger: o.logger, store: o.store, log: o.log}
+	defer func() {
+		if err != nil {
+			d.free()
+		}
+	}()
+	if err := d.startReactor(o.rec); err != nil {
+		return nil, err
+	}
+	opt := engine.OpenOptions{
+		ReadOnly: o.rec.ReadOnly,
+		URL:      o.rec.URL,
+		Host:     o.host,
+		Boot:     o.env.boot,
+		Force:    o.force,
+		Lease:    o.rec.Lease,
+		Progress: func(what string) { o.progress(api.Progress{What: what}) },
+		Config: engine.Config{
+			BatchAge:        o.rec.BatchAge,
+			CheckpointEvery: o.rec.CheckpointEvery,
+			StoreTimeout:    o.rec.StoreTimeout,
+			Logger:          o.logger,
+		},
+	}
+	var mem []byte
+	if !o.rec.ReadOnly {
+		opt.Log = o.log
+		if d.mem, err = uring.NewArena(int(o.rec.LogMemory)); err != nil {
+			return nil, err
+		}
+		mem = d.mem.Bytes()
+	}
+	im, err := engine.Open(ctx, o.store, o.rec.ImageID, opt)
+	if err != nil {
+		return nil, err
+	}
+	d.image = im
+	err = d.reactor.Call(func() {
+		if o.log == nil {
+			im.Start(d.env, nil, nil)
+		} else {
+			im.Start(d.env, d.reactor.File(o.log.Fd()), mem)
+		}
+		d.reactor.OnTurn(im.EndTurn)
+	})
+	return d, err
+}
+
+// emptyDisk returns a disk without an image.
+func emptyDisk(rec record, logger *slog.Logger) (*disk, error) {
+	d := &disk{logger: logger}
+	return d, d.startReactor(rec)
+}
+
+func (d *disk) startReactor(rec record) error {
+	r, err := reactor.New(reactor.Config{
+		Name:   fmt.Sprintf("ublkb%d", rec.ID),
+		Logger: d.logger,
+	})
+	if err != nil {
+		return err
+	}
+	d.reactor, d.env = r, &env{r: r}
+	return nil
+}
+
+// serve makes the disk serve dev. The disk has dev from here on, also when this
+// fails.
+func (d *disk) serve(ctx context.Context, dev device, null bool) error {
+	d.dev = dev
+	if null {
+		return dev.Start(ctx, d.reactor, ublk.Null{})
+	}
+	d.front = newFront(d.image, dev.Slots())
+	return dev.Start(ctx, d.reactor, d.front)
+}
+
+// stats returns what the image is doing, nil if there is none.
+func (d *disk) stats(ctx context.Context) (*engine.Stats, error) {
+	if d.image == nil {
+		return nil, nil
+	}
+	var s engine.Stats
+	if err := call(ctx, d.reactor, func() { s = d.image.Stats() }); err != nil {
+		return nil, err
+	}
+	return &s, nil
+}
+
+// lost reports that the image has ended by itself: another host has it.
+func lost(s *engine.Stats) bool {
+	return s != nil && (s.State == engine.Fenced.String() || s.State == engine.Released.String())
+}
+
+// destage brings everything acknowledged so far into the store.
+func (d *disk) destage(ctx context.Context, progress func(api.Progress)) error {
+	if d.image == nil {
+		return nil
+	}
+	done := make(chan error, 1)
+	if err := call(ctx, d.reactor, func() { d.image.Destage(func(err error) { done <- err }) }); err != nil {
+		return err
+	}
+	return d.follow(ctx, "writing to the store", done, progress)
+}
+
+// close destages, checkpoints and gives up the ownership. What it began goes on
+// when ctx ends; a later call waits for it again.
+func (d *disk) close(ctx context.Context, progress func(api.Progress)) error {
+	if d.image == nil {
+		return nil
+	}
+	if d.closed == nil {
+		d.closed = make(chan struct{})
+		done := func(err error) { d.err = err; close(d.closed) }
+		d.reactor.Post(func() { d.image.Close(done) })
+	}
+	ended := make(chan error, 1)
+	go func() {
+		select {
+		case <-d.closed:
+			ended <- d.err
+		case <-d.reactor.Done():
+			ended <- fmt.Errorf("the image's reactor ended: %w", errors.Join(reactor.ErrStopped, d.reactor.Err()))
+		case <-ctx.Done():
+		}
+	}()
+	return d.follow(ctx, "writing to the store", ended, progress)
+}
+
+// errNotInTime says that a wait has ended before what it waited for.
+var errNotInTime = errors.New("not everything is in the store yet")
+
+// follow waits for done and tells how much is still dirty meanwhile.
+func (d *disk) follow(ctx context.Context, what string, done <-chan error, progress func(api.Progress)) error {
+	tick := time.NewTicker(500 * time.Millisecond)
+	defer tick.Stop()
+	var most uint64
+	for {
+		select {
+		case err := <-done:
+			return err
+		case <-d.reactor.Done():
+			return fmt.Errorf("the image's reactor ended: %w", errors.Join(reactor.ErrStopped, d.reactor.Err()))
+		case <-ctx.Done():
+			return errors.Join(errNotInTime, context.Cause(ctx))
+		case <-tick.C:
+			s, err := d.stats(ctx)
+			if err != nil {
+				continue
+			}
+			most = max(most, s.Dirty)
+			progress(api.Progress{What: what, Done: most - s.Dirty, Total: most})
+		}
+	}
+}
+
+// abandon ends the image's work where it stands, as a crash would. The kernel is
+// not answered any more.
+func (d *disk) abandon(ctx context.Context) error {
+	return call(ctx, d.reactor, d.drop)
+}
+
+// drop is abandon on the reactor.
+func (d *disk) drop() {
+	if d.front != nil {
+		d.front.deaf = true
+	}
+	if d.image != nil {
+		d.image.Abandon()
+	}
+}
+
+// release ends the reactor and frees everything, once the device is not served
+// any more and the image has been closed, abandoned or lost, or its reactor has
+// died.
+func (d *disk) release() {
+	ctx, stop := context.WithTimeout(context.Background(), quietTimeout)
+	defer stop()
+	if !d.awaitQuiet(ctx) {
+		// A worker that hangs in the store. It may still use the memory; all it
+		// can do to the store belongs to an epoch that is over then.
+		d.logger.Error("something of the image is still running: its memory stays in use until the daemon ends")
+		d.reactor.Stop()
+		<-d.reactor.Done()
+		if d.log != nil {
+			_ = d.log.Close() // lets go of its lock
+		}
+		return
+	}
+	d.reactor.Stop()
+	<-d.reactor.Done()
+	if d.dev != nil {
+		if err := d.dev.Close(); err != nil {
+			d.logger.Error("close the device", "err", err)
+		}
+	}
+	d.free()
+}
+
+// awaitQuiet waits until nothing uses the image's memory and files any more.
+func (d *disk) awaitQuiet(ctx context.Context) bool {
+	if d.image == nil {
+		return true
+	}
+	for {
+		quiet := false
+		err := call(ctx, d.reactor, func() { quiet = d.image.Quiet() })
+		if errors.Is(err, reactor.ErrStopped) {
+			// It died, so the image is nobody's: end its work from here.
+			d.dropDead()
+			return d.env.wait(ctx)
+		}
+		if quiet {
+			return d.env.wait(ctx)
+		}
+		select {
+		case <-ctx.Done():
+			return false
+		case <-time.After(pollEvery):
+		}
+	}
+}
+
+// dropDead is drop after a panic of the reactor, which may have left anything
+// half-done.
+func (d *disk) dropDead() {
+	defer func() {
+		if v := recover(); v != nil {
+			d.logger.Error("panic while closing what a panic has left", "panic", v)
+		}
+	}()
+	d.drop()
+}
+
+// free gives back what the disk holds; nothing may be running.
+func (d *disk) free() {
+	if d.reactor != nil {
+		d.reactor.Stop()
+		<-d.reactor.Done()
+	}
+	var errs []error
+	if d.mem != nil {
+		errs = append(errs, d.mem.Close())
+	}
+	if d.log != nil {
+		errs = append(errs, d.log.Close())
+	}
+	if d.store != nil {
+		errs = append(errs, d.store.Close())
+	}
+	if err := errors.Join(errs...); err != nil {
+		d.logger.Error("free an image", "err", err)
+	}
+}

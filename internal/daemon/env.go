@@ -1,0 +1,70 @@
+package daemon
+
+import (
+	"context"
+	"sync"
+	"time"
+
+	"github.com/lsd-ceph/lsd/engine"
+	"github.com/lsd-ceph/lsd/internal/reactor"
+)
+
+// env is a reactor as the engine wants it. It counts the workers: after the
+// reactor's panic nobody else knows when the last of them is done with the
+// image's memory.
+type env struct {
+	r       *reactor.Reactor
+	workers sync.WaitGroup
+}
+
+var _ engine.Env = (*env)(nil)
+
+// Now implements engine.Env.
+func (e *env) Now() time.Duration { return e.r.Now() }
+
+// Spawn implements engine.Env.
+func (e *env) Spawn(work, done func()) {
+	e.workers.Add(1)
+	e.r.Spawn(func() {
+		defer e.workers.Done()
+		work()
+	}, done)
+}
+
+// AfterFunc implements engine.Env.
+func (e *env) AfterFunc(d time.Duration, fn func()) engine.Timer { return e.r.AfterFunc(d, fn) }
+
+// wait waits until no worker runs, or ctx ends, and reports which.
+func (e *env) wait(ctx context.Context) bool {
+	done := make(chan struct{})
+	go func() {
+		e.workers.Wait()
+		close(done)
+	}()
+	select {
+	case <-done:
+		return true
+	case <-ctx.Done():
+		return false
+	}
+}
+
+// call runs fn on the reactor and waits for it, unlike Reactor.Call at most as
+// long as ctx lasts: fn may run later then.
+func call(ctx context.Context, r *reactor.Reactor, fn func()) error {
+	ran := make(chan struct{})
+	r.Post(func() { fn(); close(ran) })
+	select {
+	case <-ran:
+		return nil
+	case <-r.Done():
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+	select {
+	case <-ran: // it ran in the last turn
+		return nil
+	default:
+		return reactor.ErrStopped
+	}
+}

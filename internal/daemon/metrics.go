@@ -1,0 +1,113 @@
+package daemon
+
+import (
+	"net/http"
+	"strconv"
+
+	"github.com/lsd-ceph/lsd/engine"
+	"github.com/lsd-ceph/lsd/internal/api"
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/collectors"
+	"github.com/prometheus/client_golang/prometheus/promhttp"
+)
+
+// metric is one figure of an image.
+type metric struct {
+	desc  *prometheus.Desc
+	kind  prometheus.ValueType
+	value func(*engine.Stats) float64
+}
+
+// collector makes metrics of what the images are doing when it is asked.
+type collector struct {
+	d       *Daemon
+	up      *prometheus.Desc
+	down    *prometheus.Desc
+	metrics []metric
+}
+
+// metrics returns the handler of /metrics.
+func (d *Daemon) metrics() http.Handler {
+	reg := prometheus.NewRegistry()
+	reg.MustRegister(newCollector(d), collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
+	return promhttp.HandlerFor(reg, promhttp.HandlerOpts{})
+}
+
+func imageDesc(name, help string) *prometheus.Desc {
+	return prometheus.NewDesc("lsd_image_"+name, help, []string{"device", "image"}, nil)
+}
+
+func newCollector(d *Daemon) *collector {
+	gauge := func(name, help string, v func(*engine.Stats) float64) metric {
+		return metric{imageDesc(name, help), prometheus.GaugeValue, v}
+	}
+	counter := func(name, help string, v func(*engine.Stats) float64) metric {
+		return metric{imageDesc(name, help), prometheus.CounterValue, v}
+	}
+	flag := func(b bool) float64 {
+		if b {
+			return 1
+		}
+		return 0
+	}
+	return &collector{
+		d:    d,
+		up:   prometheus.NewDesc("lsd_image_up", "1 if the image serves.", []string{"device", "image", "state"}, nil),
+		down: imageDesc("reactor_restarts_total", "Times that the image's reactor was replaced."),
+		metrics: []metric{
+			gauge("size_bytes", "Size of the image.", func(s *engine.Stats) float64 { return float64(s.Size) }),
+			gauge("epoch", "Epoch of the ownership.", func(s *engine.Stats) float64 { return float64(s.Epoch) }),
+			gauge("lease_seconds", "What is left of the lease.", func(s *engine.Stats) float64 { return s.LeaseLeft }),
+			gauge("log_size_bytes", "Size of the write log.", func(s *engine.Stats) float64 { return float64(s.LogSize) }),
+			gauge("log_used_bytes", "What of it cannot be overwritten yet.", func(s *engine.Stats) float64 { return float64(s.LogUsed) }),
+			gauge("dirty_bytes", "Written, and not in the store yet.", func(s *engine.Stats) float64 { return float64(s.Dirty) }),
+			gauge("destage_lag_seconds", "Age of the oldest write that is not in the store yet.", func(s *engine.Stats) float64 { return s.Lag }),
+			gauge("objects_in_flight", "Data objects being put.", func(s *engine.Stats) float64 { return float64(s.Puts) }),
+			gauge("requests_in_flight", "Writes and flushes under way.", func(s *engine.Stats) float64 { return float64(s.InFlight) }),
+			gauge("requests_waiting", "Writes that wait for room in the log.", func(s *engine.Stats) float64 { return float64(s.Waiting) }),
+			gauge("stalled_seconds", "How long they have been waiting.", func(s *engine.Stats) float64 { return s.Stalled }),
+			gauge("store_down", "1 while the store does not take writes.", func(s *engine.Stats) float64 { return flag(s.StoreDown) }),
+			gauge("map_extents", "Extents in the object map.", func(s *engine.Stats) float64 { return float64(s.Extents) }),
+			counter("stalls_total", "Writes that had to wait for room in the log.", func(s *engine.Stats) float64 { return float64(s.Stalls) }),
+			counter("reads_total", "Reads.", func(s *engine.Stats) float64 { return float64(s.Reads) }),
+			counter("writes_total", "Writes.", func(s *engine.Stats) float64 { return float64(s.Writes) }),
+			counter("flushes_total", "Flushes.", func(s *engine.Stats) float64 { return float64(s.Flushes) }),
+			counter("discards_total", "Discards and write-zeroes.", func(s *engine.Stats) float64 { return float64(s.Discards) }),
+			counter("read_bytes_total", "Bytes read.", func(s *engine.Stats) float64 { return float64(s.ReadBytes) }),
+			counter("written_bytes_total", "Bytes written.", func(s *engine.Stats) float64 { return float64(s.WriteByts) }),
+			counter("puts_total", "Data objects put.", func(s *engine.Stats) float64 { return float64(s.PutCount) }),
+			counter("put_bytes_total", "Bytes in them.", func(s *engine.Stats) float64 { return float64(s.PutBytes) }),
+			counter("store_errors_total", "Errors of the store, all tried again.", func(s *engine.Stats) float64 { return float64(s.StoreErrors) }),
+			counter("read_errors_total", "Reads that failed.", func(s *engine.Stats) float64 { return float64(s.ReadErrors) }),
+		},
+	}
+}
+
+// Describe implements prometheus.Collector.
+func (c *collector) Describe(ch chan<- *prometheus.Desc) {
+	ch <- c.up
+	ch <- c.down
+	for _, m := range c.metrics {
+		ch <- m.desc
+	}
+}
+
+// Collect implements prometheus.Collector.
+func (c *collector) Collect(ch chan<- prometheus.Metric) {
+	for _, a := range c.d.all() {
+		im := a.describe(c.d.ctx)
+		dev := strconv.Itoa(im.ID)
+		up := 0.0
+		if im.State == api.StateActive {
+			up = 1
+		}
+		ch <- prometheus.MustNewConstMetric(c.up, prometheus.GaugeValue, up, dev, im.URL, im.State)
+		ch <- prometheus.MustNewConstMetric(c.down, prometheus.CounterValue, float64(im.Restarts), dev, im.URL)
+		if im.Stats == nil {
+			continue
+		}
+		for _, m := range c.metrics {
+			ch <- prometheus.MustNewConstMetric(m.desc, m.kind, m.value(im.Stats), dev, im.URL)
+		}
+	}
+}

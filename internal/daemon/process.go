@@ -1,0 +1,76 @@
+package daemon
+
+import (
+	"errors"
+	"log/slog"
+	"math"
+	"net"
+	"os"
+	"runtime/debug"
+	"strconv"
+
+	"golang.org/x/sys/unix"
+)
+
+// oomScore keeps the kernel from choosing the process that its own memory
+// reclaim may depend on, while something else can be chosen.
+const oomScore = -900
+
+// PrepareProcess makes the process fit to serve disks of its own host: memory
+// that stays, a low chance of being killed for it, limits out of the way. What
+// is refused is logged: the daemon works without it.
+func PrepareProcess(logger *slog.Logger) {
+	if err := os.WriteFile("/proc/self/oom_score_adj", []byte(strconv.Itoa(oomScore)), 0); err != nil {
+		logger.Warn("the kernel may kill this process when memory is short", "err", err)
+	}
+	raise(logger, "RLIMIT_MEMLOCK", unix.RLIMIT_MEMLOCK, unix.RLIM_INFINITY)
+	raise(logger, "RLIMIT_NOFILE", unix.RLIMIT_NOFILE, 1<<20)
+	// On fault: what is touched stays, what is not costs nothing.
+	if err := unix.Mlockall(unix.MCL_CURRENT | unix.MCL_FUTURE | unix.MCL_ONFAULT); err != nil {
+		logger.Warn("memory cannot be locked: when it is short, a disk used by this host may hang", "err", err)
+	}
+	limitHeap()
+}
+
+// raise raises a limit to want, or as far as the process may.
+func raise(logger *slog.Logger, name string, which int, want uint64) {
+	var now unix.Rlimit
+	if err := unix.Getrlimit(which, &now); err != nil || now.Cur >= want {
+		return
+	}
+	err := unix.Setrlimit(which, &unix.Rlimit{Cur: want, Max: max(now.Max, want)})
+	if err != nil {
+		err = unix.Setrlimit(which, &unix.Rlimit{Cur: min(want, now.Max), Max: now.Max})
+	}
+	if err != nil {
+		logger.Warn("a limit cannot be raised", "limit", name, "err", err)
+	}
+}
+
+// limitHeap sets a soft limit to the heap, unless GOMEMLIMIT does: a quarter of
+// the memory, beyond which the collector works harder.
+func limitHeap() {
+	if debug.SetMemoryLimit(-1) != math.MaxInt64 {
+		return
+	}
+	var si unix.Sysinfo_t
+	if err := unix.Sysinfo(&si); err != nil {
+		return
+	}
+	debug.SetMemoryLimit(int64(max(si.Totalram*uint64(si.Unit)/4, 256<<20)))
+}
+
+// Notify tells systemd about the service's state (sd_notify(3)), if it wants to
+// know: "READY=1", "STOPPING=1".
+func Notify(state string) error {
+	path := os.Getenv("NOTIFY_SOCKET")
+	if path == "" {
+		return nil
+	}
+	c, err := net.DialUnix("unixgram", nil, &net.UnixAddr{Name: path, Net: "unixgram"})
+	if err != nil {
+		return err
+	}
+	_, err = c.Write([]byte(state))
+	return errors.Join(err, c.Close())
+}

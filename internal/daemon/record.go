@@ -1,0 +1,177 @@
+package daemon
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/google/uuid"
+)
+
+// recordVersion is the version of a record's format.
+const recordVersion = 1
+
+// A phase is how far an attachment has come.
+type phase string
+
+const (
+	phaseAttaching phase = "attaching" // nobody has been told of the device yet
+	phaseAttached  phase = "attached"
+	phaseDetaching phase = "detaching" // the device is gone, or about to be
+)
+
+// A record is what is written down of an attachment, before anything of it is
+// there, so that a daemon that comes later finds everything. It holds no secrets.
+type record struct {
+	Version   int       `json:"version"`
+	ID        int       `json:"id"` // of the block device
+	Phase     phase     `json:"phase"`
+	Boot      uuid.UUID `json:"boot"` // of the host, when the device was added
+	PID       int       `json:"pid"`  // of the daemon that added it
+	URL       string    `json:"image,omitempty"`
+	ImageID   uuid.UUID `json:"image_id"`
+	Size      uint64    `json:"size_bytes"`
+	BlockSize uint32    `json:"block_size"`
+	Log       string    `json:"log,omitempty"` // path: a file, or a block device
+	LogSize   int64     `json:"log_size,omitempty"`
+	LogDevice bool      `json:"log_device,omitempty"`
+	LogMemory int64     `json:"log_memory,omitempty"`
+	Queues    int       `json:"queues"`
+	Depth     int       `json:"depth"`
+	ReadOnly  bool      `json:"read_only,omitempty"`
+	Null      bool      `json:"null,omitempty"`
+	Added     time.Time `json:"added"`
+
+	Lease           time.Duration `json:"lease_ns,omitempty"`
+	BatchAge        time.Duration `json:"batch_age_ns,omitempty"`
+	CheckpointEvery int           `json:"checkpoint_every,omitempty"`
+	StoreTimeout    time.Duration `json:"store_timeout_ns,omitempty"`
+}
+
+// records is the directory of a host's records.
+type records struct{ dir string }
+
+func (rs records) path(id int) string { return filepath.Join(rs.dir, strconv.Itoa(id)+".json") }
+
+// save writes a record so that after a crash at any moment either the old one
+// or the new one is there, whole.
+func (rs records) save(r record) error {
+	r.Version = recordVersion
+	b, err := json.MarshalIndent(r, "", "  ")
+	if err != nil {
+		return err
+	}
+	if err := writeFileSync(rs.path(r.ID), append(b, '\n')); err != nil {
+		return fmt.Errorf("write down the attachment: %w", err)
+	}
+	return nil
+}
+
+// remove removes the record of the device id, if there is one.
+func (rs records) remove(id int) error {
+	err := os.Remove(rs.path(id))
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err == nil {
+		err = syncDir(rs.dir)
+	}
+	if err != nil {
+		return fmt.Errorf("remove the record of the attachment: %w", err)
+	}
+	return nil
+}
+
+// load returns all records. One that cannot be read does not keep the others
+// from being taken up: what is wrong is told to bad.
+func (rs records) load(bad func(path string, err error)) ([]record, error) {
+	if err := os.MkdirAll(rs.dir, 0o700); err != nil {
+		return nil, fmt.Errorf("make the state directory: %w", err)
+	}
+	entries, err := os.ReadDir(rs.dir)
+	if err != nil {
+		return nil, fmt.Errorf("read the state directory: %w", err)
+	}
+	var list []record
+	for _, e := range entries {
+		path := filepath.Join(rs.dir, e.Name())
+		if strings.HasSuffix(e.Name(), tempSuffix) {
+			_ = os.Remove(path) // left over from a crash; the real one is beside it
+			continue
+		}
+		base, ok := strings.CutSuffix(e.Name(), ".json")
+		if !ok {
+			continue
+		}
+		r, err := readRecord(path)
+		if err == nil && strconv.Itoa(r.ID) != base {
+			err = fmt.Errorf("it is about device %d", r.ID)
+		}
+		if err != nil {
+			bad(path, err)
+			continue
+		}
+		list = append(list, r)
+	}
+	return list, nil
+}
+
+func readRecord(path string) (record, error) {
+	var r record
+	b, err := os.ReadFile(path)
+	if err != nil {
+		return r, err
+	}
+	if err := json.Unmarshal(b, &r); err != nil {
+		return r, err
+	}
+	if r.Version != recordVersion {
+		return r, fmt.Errorf("version %d of the format is not known here", r.Version)
+	}
+	return r, nil
+}
+
+const tempSuffix = ".new"
+
+// writeFileSync replaces the file at path, durably and all at once.
+func writeFileSync(path string, b []byte) (err error) {
+	tmp := path + tempSuffix
+	f, err := os.OpenFile(tmp, os.O_CREATE|os.O_TRUNC|os.O_WRONLY, 0o600)
+	if err != nil {
+		return err
+	}
+	defer func() {
+		if err != nil {
+			os.Remove(tmp)
+		}
+	}()
+	_, err = f.Write(b)
+	if err == nil {
+		err = f.Sync()
+	}
+	if cerr := f.Close(); err == nil {
+		err = cerr
+	}
+	if err != nil {
+		return err
+	}
+	if err := os.Rename(tmp, path); err != nil {
+		return err
+	}
+	return syncDir(filepath.Dir(path))
+}
+
+func syncDir(dir string) error {
+	d, err := os.Open(dir)
+	if err != nil {
+		return err
+	}
+	defer d.Close()
+	return d.Sync()
+}

@@ -1,0 +1,141 @@
+package daemon
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/lsd-ceph/lsd/engine"
+	"github.com/lsd-ceph/lsd/internal/api"
+	"github.com/lsd-ceph/lsd/internal/reactor"
+)
+
+const (
+	// statsTimeout bounds the wait for a reactor: one that does not answer shows
+	// as hung.
+	statsTimeout = 2 * time.Second
+	watchEvery   = time.Second
+	// stallNotice is how long writes must have waited to be worth a log line.
+	stallNotice = 5 * time.Second
+)
+
+// describe returns what the attachment is and does.
+func (a *attachment) describe(ctx context.Context) api.Image {
+	a.mu.Lock()
+	rec, dk := a.rec, a.disk
+	im := api.Image{
+		ID: a.id, Device: a.name(), URL: rec.URL, ImageID: rec.ImageID, Size: rec.Size, BlockSize: rec.BlockSize,
+		State: a.state, Since: a.since, ReadOnly: rec.ReadOnly, Null: rec.Null, Log: rec.Log,
+		Queues: rec.Queues, Depth: rec.Depth, Restarts: a.restarts,
+	}
+	if a.err != nil {
+		im.Error = api.OneLine(a.err)
+	}
+	if !a.storeDown.IsZero() {
+		t := a.storeDown
+		im.StoreDownSince = &t
+	}
+	a.mu.Unlock()
+	if dk != nil {
+		ctx, stop := context.WithTimeout(ctx, statsTimeout)
+		defer stop()
+		s, err := dk.stats(ctx)
+		switch {
+		case errors.Is(err, context.DeadlineExceeded):
+			im.State, im.Error = api.StateHung, "the image's reactor does not answer"
+		case errors.Is(err, reactor.ErrStopped):
+			im.State = api.StateRecovering
+		case s != nil:
+			im.Stats = s
+			if im.State == api.StateActive && s.State != engine.Active.String() {
+				im.State = s.State
+			}
+			if im.Error == "" {
+				im.Error = s.Why
+			}
+		}
+	}
+	im.Advice = advise(im)
+	return im
+}
+
+// advise says what a person can do about what is wrong.
+func advise(im api.Image) []string {
+	var out []string
+	add := func(format string, args ...any) { out = append(out, fmt.Sprintf(format, args...)) }
+	switch im.State {
+	case engine.Fenced.String(), engine.Released.String():
+		add("another host has the image: every request fails; unmount it here and: lsdctl del %d", im.ID)
+	case engine.Evicting.String():
+		add("another host has asked for the image: new writes fail; what was acknowledged is being written to the store")
+	case api.StateRecovering:
+		add("its users wait, they get no errors; it is tried again until it works: see the error above")
+	case api.StateFailed:
+		add("its users get errors; its write log is kept: unmount it and: lsdctl del %d", im.ID)
+	case api.StateGone:
+		add("remove what is left: lsdctl del %d", im.ID)
+	case api.StateHung:
+		add("look at the daemon's log; kill -9 of lsdd is safe: the next one takes everything up")
+	}
+	s := im.Stats
+	if s == nil {
+		return out
+	}
+	if s.StoreDown {
+		add("the store does not take writes (%s): they go on until the write log is full, then wait; nothing is lost; see to the store", s.LastStoreError)
+	}
+	if s.Waiting > 0 {
+		add("the write log is full: %d writes wait for room since %.0f s; it is freed as the store takes objects; a larger --log-size (del, then add) takes longer bursts", s.Waiting, s.Stalled)
+	}
+	if s.LogError != "" {
+		add("the write log's disk has failed: unmount, and lsdctl del --force %d, then add with another --cache", im.ID)
+	}
+	return out
+}
+
+// watch looks at all images once a second: so rates are over a second, and what
+// lasts is logged.
+func (d *Daemon) watch() {
+	t := time.NewTicker(watchEvery)
+	defer t.Stop()
+	for {
+		select {
+		case <-d.ctx.Done():
+			return
+		case <-t.C:
+		}
+		for _, a := range d.all() {
+			dk := a.getDisk()
+			if dk == nil {
+				continue
+			}
+			ctx, stop := context.WithTimeout(d.ctx, statsTimeout)
+			if s, err := dk.stats(ctx); err == nil && s != nil {
+				a.note(s)
+			}
+			stop()
+		}
+	}
+}
+
+// note keeps what the engine does not, and logs stalls.
+func (a *attachment) note(s *engine.Stats) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	switch {
+	case !s.StoreDown:
+		a.storeDown = time.Time{}
+	case a.storeDown.IsZero():
+		a.storeDown = time.Now()
+	}
+	stalled := s.Waiting > 0 && s.Stalled > stallNotice.Seconds()
+	if stalled && !a.stalled {
+		a.logger.Warn("writes wait for room in the write log", "waiting", s.Waiting, "log used", s.LogUsed, "log size", s.LogSize,
+			"store down", s.StoreDown, "store error", s.LastStoreError)
+	}
+	if !stalled && a.stalled {
+		a.logger.Info("writes go on")
+	}
+	a.stalled = stalled
+}
