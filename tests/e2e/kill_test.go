@@ -1,0 +1,91 @@
+//go:build e2e
+
+package e2e
+
+import (
+	"context"
+	"math/rand/v2"
+	"slices"
+	"testing"
+	"time"
+)
+
+// TestKill kills the daemon again and again under fio, which must not notice
+// anything but a pause.
+func TestKill(t *testing.T) {
+	clearKernelLog(t)
+	h := newHost(t, "kill")
+	url := storeURL(t) + "/disk"
+	h.create(url, "2G")
+	dev := h.add(url, "--batch-age", "1s")
+	stopWatch := watchNode(t, dev)
+	defer stopWatch()
+
+	// Verified as they go and again at their end, one after the other until the
+	// last kill is over.
+	ctx, cancel := context.WithCancel(context.Background())
+	defer cancel()
+	type outcome struct {
+		runs int
+		err  error
+	}
+	ended := make(chan outcome, 1)
+	go func() {
+		var o outcome
+		for ctx.Err() == nil && o.err == nil {
+			o.runs++
+			args := append([]string{"--name=x", "--filename=" + dev, "--direct=1", "--ioengine=libaio", "--allow_file_create=0"},
+				mixed(o.runs, pick("24M", "96M"), "--verify_backlog=64", "--do_verify=1")...)
+			o.err = execute(5*time.Minute, nil, "fio", args...).err()
+		}
+		ended <- o
+	}()
+	// Beside fio: writes that time the pause and whose order is checked.
+	plan := stampPlan{Seed: 5, Slots: 32, Pause: 2000, Base: 1 << 30}
+	s := startStamps(t, dev, plan)
+	s.awaitWrites(20, time.Minute)
+
+	var pauses []time.Duration
+	pids := map[int]bool{}
+	for range pick(5, 20) {
+		time.Sleep(time.Duration(100+rand.IntN(900)) * time.Millisecond)
+		s.board.Longest.Store(0)
+		pid := h.pid()
+		if pids[pid] {
+			t.Fatalf("process %d was killed and is still the daemon", pid)
+		}
+		pids[pid] = true
+		h.crash()
+		// Each of the writers waits for its write at that moment, or soon after.
+		s.awaitWrites(4*stampWriters, time.Minute)
+		pauses = append(pauses, time.Duration(s.board.Longest.Load()))
+		select {
+		case o := <-ended:
+			t.Fatalf("fio ended: %v\n%s", o.err, h.logTail())
+		default:
+		}
+	}
+	cancel()
+	o := <-ended
+	if o.err != nil {
+		t.Fatalf("run %d of fio: %v\n%s", o.runs, o.err, h.logTail())
+	}
+	acked := s.stop()
+	atLeast(t, "after all kills", stamps(t, dev, plan), acked)
+	stopWatch()
+	im := h.awaitActive(dev)
+	if im.Stats.ReadErrors != 0 {
+		t.Errorf("%d read errors", im.Stats.ReadErrors)
+	}
+	if e := kernelErrors(t, dev); len(e) > 0 {
+		t.Errorf("the kernel reports: %q", e)
+	}
+	h.del(dev)
+	dev = h.add(url)
+	fio(t, dev, 5*time.Minute, mixed(o.runs, pick("24M", "96M"), "--verify_only")...)
+	atLeast(t, "after all kills and from the store alone", stamps(t, dev, plan), acked)
+	h.del(dev)
+	slices.Sort(pauses)
+	t.Logf("%d kills, %d runs of fio, %d stamped writes; pause of a write: median %v, longest %v", len(pauses), o.runs, acked.sum(),
+		pauses[len(pauses)/2].Round(time.Millisecond), pauses[len(pauses)-1].Round(time.Millisecond))
+}

@@ -1,0 +1,155 @@
+//go:build e2e
+
+package e2e
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/lsd-ceph/lsd/internal/api"
+	"golang.org/x/sys/unix"
+)
+
+// outage makes a store that can be made unable to take writes, and functions to
+// do that and to end it. For rados the OSD is stopped; for file the disk is full.
+func outage(t *testing.T) (store string, begin, end func()) {
+	if *storeKind == "rados" {
+		up := true
+		t.Cleanup(func() {
+			if !up {
+				askHost(t, "ceph start-osd")
+			}
+		})
+		return storeURL(t), func() { up = false; askHost(t, "ceph stop-osd") }, func() { askHost(t, "ceph start-osd"); up = true }
+	}
+	disk, dir := filepath.Join(fsDir, "small"), filepath.Join(runDir, "small")
+	f, err := os.Create(disk)
+	if err == nil {
+		err = errors.Join(f.Truncate(1<<30), f.Close())
+	}
+	if err == nil {
+		err = os.MkdirAll(dir, 0o755)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	run(t, "mkfs.ext4", "-q", "-m", "0", disk)
+	run(t, "mount", "-o", "loop", disk, dir)
+	t.Cleanup(func() {
+		_ = execute(20*time.Second, nil, "umount", "-l", dir)
+		os.Remove(disk)
+	})
+	ballast := filepath.Join(dir, "ballast")
+	return "file://" + dir + "/store", func() {
+			f, err := os.Create(ballast)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer f.Close()
+			for n := int64(64 << 20); n >= 4096; n /= 2 {
+				for err = nil; err == nil; {
+					at, _ := f.Seek(0, io.SeekEnd)
+					err = unix.Fallocate(int(f.Fd()), 0, at, n)
+				}
+				if !errors.Is(err, unix.ENOSPC) {
+					t.Fatal(err)
+				}
+			}
+		}, func() {
+			if err := os.Remove(ballast); err != nil {
+				t.Fatal(err)
+			}
+		}
+}
+
+// TestStoreDown: while the store takes nothing, writes go on until the log is
+// full, then wait; reads of what is local go on; afterwards nothing is lost.
+func TestStoreDown(t *testing.T) {
+	clearKernelLog(t)
+	store, begin, end := outage(t)
+	h := newHost(t, "outage")
+	url := store + "/disk"
+	h.create(url, "1G")
+	dev := h.add(url, "--batch-age", "500ms", "--store-timeout", "2s")
+	plan := stampPlan{Seed: 6, Slots: 64}
+	s := startStamps(t, dev, plan)
+	s.awaitWrites(200, time.Minute)
+	im := h.awaitStatus(dev, time.Minute, "destage works", func(im api.Image) bool { return isActive(im) && im.Stats.PutCount > 0 })
+	if im.Stats.StoreDown || im.StoreDownSince != nil {
+		t.Errorf("before the outage the store is said to be down: %+v", im)
+	}
+
+	begin()
+	s.awaitWrites(100, time.Minute)
+	im = h.awaitStatus(dev, 2*time.Minute, "it says that the store is down", func(im api.Image) bool { return isActive(im) && im.Stats.StoreDown })
+	if im.Stats.StoreErrors == 0 || im.Stats.LastStoreError == "" || !advises(im, "store") {
+		t.Errorf("the store is down, and the status does not say why or what to do: %+v %q", im.Stats, im.Advice)
+	}
+
+	im = h.awaitStatus(dev, 5*time.Minute, "the log is full and writes wait", func(im api.Image) bool {
+		return isActive(im) && im.Stats.Waiting > 0 && im.Stats.Stalled > 1
+	})
+	before := s.acked()
+	if im.Stats.LogUsed < im.Stats.LogSize*3/4 || im.Stats.Dirty == 0 || im.Stats.Stalls == 0 || im.StoreDownSince == nil || !advises(im, "log is full") {
+		t.Errorf("writes wait, and the status does not tell that the log is full: %+v %q", im.Stats, im.Advice)
+	}
+	out := h.must("status", dev)
+	for _, want := range []string{"down since", "wait for room in the log", "->"} {
+		if !strings.Contains(out, want) {
+			t.Errorf("lsdctl status does not say %q:\n%s", want, out)
+		}
+	}
+	for w, k := range before {
+		r := plan.tool(t, "read", "-dev", dev, "-writer", fmt.Sprint(w), "-write", fmt.Sprint(k)).wait(20 * time.Second)
+		if r.err() != nil {
+			t.Errorf("a read of what is in the log: %v", r.err())
+		}
+	}
+	h.refused([]string{"del", dev, "--timeout", "1s"}, "in use|open|holds|busy")
+	time.Sleep(time.Second)
+	if now := s.acked(); now != before {
+		t.Errorf("writes were acknowledged with a full log: %v, %v before", now, before)
+	}
+	if !s.running() {
+		t.Fatalf("the writer ended: %v", s.wait(0).err())
+	}
+
+	end()
+	s.awaitWrites(100, 2*time.Minute)
+	acked := s.stop()
+	h.must("flush", dev)
+	im = h.awaitStatus(dev, time.Minute, "all is well again", func(im api.Image) bool {
+		return isActive(im) && !im.Stats.StoreDown && im.Stats.Dirty == 0 && im.Stats.Waiting == 0 && im.StoreDownSince == nil
+	})
+	if im.Stats.ReadErrors != 0 || im.Stats.LogError != "" || len(im.Advice) != 0 {
+		t.Errorf("after the outage: %+v %q", im.Stats, im.Advice)
+	}
+	if got := stamps(t, dev, plan); got != acked {
+		t.Errorf("the disk holds %v, acknowledged were %v", got, acked)
+	}
+	h.del(dev)
+	dev = h.add(url)
+	if got := stamps(t, dev, plan); got != acked {
+		t.Errorf("from the store: %v, acknowledged were %v", got, acked)
+	}
+	h.del(dev)
+	if e := kernelErrors(t, dev); len(e) > 0 {
+		t.Errorf("the kernel reports: %q", e)
+	}
+}
+
+// advises reports whether one of the status's advices speaks of something.
+func advises(im api.Image, of string) bool {
+	for _, a := range im.Advice {
+		if strings.Contains(a, of) {
+			return true
+		}
+	}
+	return false
+}
