@@ -42,9 +42,9 @@ func TestMain(m *testing.M) {
 
 // ram is a disk in memory.
 type ram struct {
-	data                               []byte
-	reads, writes, fua, flushes        atomic.Int64
-	discards, zeroes, discarded, slots atomic.Int64
+	data                        []byte
+	reads, writes, fua, flushes atomic.Int64
+	discards, zeroes, discarded atomic.Int64
 }
 
 func (m *ram) Handle(io *IO) {

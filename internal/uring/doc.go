@@ -24,7 +24,7 @@
 //
 // # Linking
 //
-// giouring v0.0.0-20230826085535-69588b89acb9 reaches into syscall.munmap with
-// go:linkname, which linkers since Go 1.23 refuse: everything that links this
+// giouring v0.0.0-20230826085535-69588b89acb9 reaches into syscall.munmap by a
+// linkname, which linkers since Go 1.23 refuse: everything that links this
 // package needs -ldflags=-checklinkname=0.
 package uring
