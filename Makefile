@@ -40,6 +40,8 @@ check: ## gofmt, vet, staticcheck, for every build tag
 unit: ## unit tests with the race detector, simulation and fuzz seeds included
 	@echo "== unit tests"
 	go test $(GOFLAGS_LINK) -race -timeout 15m ./...
+	@echo "== crash simulation"
+	go test $(GOFLAGS_LINK) -timeout 15m -run 'Simulation|Crashes|Alloc' ./engine ./cache/writelog
 
 .PHONY: lab
 lab: ## the stores' conformance suite on a real Ceph cluster

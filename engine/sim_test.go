@@ -1,6 +1,7 @@
 package engine
 
 import (
+	"bytes"
 	"context"
 	"encoding/binary"
 	"errors"
@@ -24,7 +25,7 @@ import (
 )
 
 var (
-	simSeeds = flag.Uint64("sim.seeds", 40, "number of seeds of the crash simulation")
+	simSeeds = flag.Uint64("sim.seeds", defaultSeeds, "number of seeds of the crash simulation")
 	simFirst = flag.Uint64("sim.first", 0, "first seed of the crash simulation")
 )
 
@@ -257,24 +258,32 @@ func (h *modelWrite) value() uint64 {
 	return h.n
 }
 
-// fill stamps a block with a write's number.
-func fill(p []byte, n, block uint64) {
-	for i := 0; i < len(p); i += 16 {
+// fill stamps each sector of a block with a write's number.
+func fill(p []byte, n, _ uint64) {
+	copy(p, pattern[:])
+	for i := 0; i < len(p); i += SectorSize {
 		binary.LittleEndian.PutUint64(p[i:], n)
-		binary.LittleEndian.PutUint64(p[i+8:], n*31+uint64(i))
 	}
-	_ = block
 }
+
+// pattern is what a stamped block holds beside the numbers.
+var pattern = func() (p [4096]byte) {
+	for i := range p {
+		p[i] = byte(i*7 + i>>8)
+	}
+	return p
+}()
 
 // stamp returns the number of the write that a block holds.
 func stamp(t *testing.T, p []byte) uint64 {
 	t.Helper()
 	n := binary.LittleEndian.Uint64(p)
-	for i := 0; i < len(p); i += 16 {
-		a, b := binary.LittleEndian.Uint64(p[i:]), binary.LittleEndian.Uint64(p[i+8:])
-		if a != n || n != 0 && b != n*31+uint64(i) || n == 0 && b != 0 {
-			t.Fatalf("a block holds parts of different writes: %d and %d", n, a)
-		}
+	var want [4096]byte
+	if n != 0 {
+		fill(want[:], n, 0)
+	}
+	if !bytes.Equal(p, want[:]) {
+		t.Fatalf("a block holds parts of different writes, the first is %d", n)
 	}
 	return n
 }

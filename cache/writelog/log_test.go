@@ -66,14 +66,19 @@ type written struct {
 
 func (w written) data() []byte {
 	p := make([]byte, int(w.count)*Sector)
-	for i := range p {
-		p[i] = byte(w.n) + byte(i)
-	}
 	for s := 0; s < len(p); s += Sector {
+		copy(p[s:], pattern[:])
 		binary.LittleEndian.PutUint64(p[s:], w.n)
 	}
 	return p
 }
+
+var pattern = func() (p [Sector]byte) {
+	for i := range p {
+		p[i] = byte(i * 7)
+	}
+	return p
+}()
 
 // TestCrashes writes, syncs, trims and crashes, over and over, and checks after
 // each crash that what recovery finds is a prefix of what was appended, which
@@ -96,7 +101,7 @@ func crashes(t *testing.T, seed uint64) {
 		trimTo := map[uint64]uint64{} // seq -> position after its record, as far as known
 		for range 200 + rng.IntN(600) {
 			w := written{n: next, count: 1 + rng.Uint32N(64), zero: rng.IntN(10) == 0}
-			if rng.IntN(20) == 0 {
+			if rng.IntN(50) == 0 {
 				w.count = MaxData / Sector
 			}
 			w.sector = rng.Uint64N(testSectors - uint64(w.count))
