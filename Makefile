@@ -69,7 +69,8 @@ fuzz: ## each fuzz test for 30 s
 
 .PHONY: bench-engine
 bench-engine: ## the engine's writes beside fio on the same file, and its cost in CPU
-	go test $(GOFLAGS_LINK) -run xxx -bench BesideFio -benchtime 1x -timeout 0 ./tests/bench
+	go test $(GOFLAGS_LINK) -run xxx -bench BesideFio -benchtime 1x -timeout 0 ./tests/bench -bench.out $(CURDIR)/docs/benchmarks/engine-write.json
+	go run ./tests/bench/plot docs/benchmarks/engine-write.json
 	go test $(GOFLAGS_LINK) -run xxx -bench . -benchmem ./engine ./internal/extmap
 
 .PHONY: bench-null

@@ -39,7 +39,9 @@ func (im *Image) startSuper() {
 	im.updateSuper()
 }
 
-func (im *Image) renewEvery() time.Duration { return im.super.sb.Owner.Lease / 4 }
+// renewEvery is short beside the lease, and short enough that an owner soon finds
+// that another host asks for the image.
+func (im *Image) renewEvery() time.Duration { return min(im.super.sb.Owner.Lease/4, 5*time.Second) }
 
 func (im *Image) renewLease() {
 	if im.state == Fenced || im.state == Released {

@@ -1,5 +1,3 @@
-// Package bench compares lsd with its peers, side by side: in one run, taking
-// turns, as a ratio of medians. `make bench-engine` runs what needs no ublk.
 package bench
 
 import (
@@ -13,7 +11,6 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -30,6 +27,7 @@ var (
 	dir      = flag.String("bench.dir", "", "directory on the disk to measure (default: the temporary directory)")
 	rounds   = flag.Int("bench.rounds", 5, "turns that each side takes")
 	seconds  = flag.Int("bench.seconds", 3, "length of a turn")
+	out      = flag.String("bench.out", "", "write the figures to this file, as JSON")
 	logDepth = flag.Int("bench.logdepth", 0, "records of the log in flight (0: the default)")
 )
 
@@ -186,11 +184,6 @@ func fio(b *testing.B, path string, depth int) float64 {
 	return res.Jobs[0].Write.IOPS
 }
 
-func median(x []float64) float64 {
-	x = slices.Sorted(slices.Values(x))
-	return x[len(x)/2]
-}
-
 // BenchmarkWriteBesideFio writes random 4 KiB blocks through the engine, the
 // write log on the disk included, and with fio on the same file, taking turns.
 func BenchmarkWriteBesideFio(b *testing.B) {
@@ -204,6 +197,10 @@ func BenchmarkWriteBesideFio(b *testing.B) {
 		b.Fatal(err)
 	}
 	defer os.Remove(path)
+	res := Results{
+		Title: "4 KiB random writes: lsd's engine beside fio on the same file", Unit: "IOPS", Ours: "lsd", Peer: "fio io_uring, O_DIRECT",
+		Command: fmt.Sprintf("make bench-engine (%d turns of %d s each, medians)", *rounds, *seconds),
+	}
 	for _, depth := range []int{1, 32, 128} {
 		b.Run(fmt.Sprintf("depth=%d", depth), func(b *testing.B) {
 			var a, p []float64
@@ -216,12 +213,18 @@ func BenchmarkWriteBesideFio(b *testing.B) {
 				syscall.Getrusage(syscall.RUSAGE_SELF, &after)
 				cpu += time.Duration(after.Utime.Nano() - before.Utime.Nano() + after.Stime.Nano() - before.Stime.Nano())
 			}
-			b.ReportMetric(median(a), "lsd-iops")
-			b.ReportMetric(median(p), "fio-iops")
-			b.ReportMetric(median(a)/median(p), "ratio")
+			b.ReportMetric(Median(a), "lsd-iops")
+			b.ReportMetric(Median(p), "fio-iops")
+			b.ReportMetric(Median(a)/Median(p), "ratio")
 			b.ReportMetric(cpu.Seconds()/float64(*rounds**seconds), "lsd-cpus")
 			b.ReportMetric(0, "ns/op")
 			b.Logf("lsd %.0f, fio %.0f", a, p)
+			res.Rows = append(res.Rows, Row{Name: fmt.Sprintf("depth %d", depth), Ours: a, Peer: p})
 		})
+	}
+	if *out != "" {
+		if err := res.Write(*out); err != nil {
+			b.Fatal(err)
+		}
 	}
 }
