@@ -61,7 +61,6 @@ type Image struct {
 	reading  int // slow reads running
 	slow     []*slowRead
 	ageTimer Timer
-	pumpAt   time.Duration // when pumpTimer fires; 0: not set
 	pump     Timer
 
 	jobs       int // workers running for this image

@@ -82,18 +82,3 @@ func (t *objectTable) add(o objectInfo) {
 	}
 	t.list = append(t.list, o)
 }
-
-// dropDead removes the entries of objects that nothing refers to, up to ref
-// last, and appends them to dead.
-func (t *objectTable) dropDead(last objectRef, dead []objectInfo) []objectInfo {
-	kept := t.list[:0]
-	for _, o := range t.list {
-		if o.live == 0 && !last.less(o.ref) {
-			dead = append(dead, o)
-		} else {
-			kept = append(kept, o)
-		}
-	}
-	t.list = kept
-	return dead
-}

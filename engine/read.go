@@ -160,7 +160,6 @@ type slowRead struct {
 	tries   int
 	began   time.Duration
 	scratch []byte
-	next    *slowRead
 	// The functions for Env.Spawn, made once.
 	work, done func()
 }
