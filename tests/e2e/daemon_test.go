@@ -293,9 +293,6 @@ func (h *host) awaitActive(dev string) api.Image {
 	return h.awaitStatus(dev, time.Minute, "it is served", isActive)
 }
 
-// number returns the N of /dev/ublkbN.
-func number(dev string) string { return strings.TrimPrefix(dev, "/dev/ublkb") }
-
 // cleanUp removes all devices and ends the daemon.
 func (h *host) cleanUp() {
 	if h.t.Failed() {
@@ -318,4 +315,12 @@ func (h *host) cleanUp() {
 		}
 	}
 	h.terminate()
+}
+
+// decode decodes the JSON that lsdctl has printed.
+func decode(t testing.TB, out string, v any) {
+	t.Helper()
+	if err := json.Unmarshal([]byte(out), v); err != nil {
+		t.Fatalf("%v in %q", err, out)
+	}
 }

@@ -28,23 +28,7 @@ func outage(t *testing.T) (store string, begin, end func()) {
 		})
 		return storeURL(t), func() { up = false; askHost(t, "ceph stop-osd") }, func() { askHost(t, "ceph start-osd"); up = true }
 	}
-	disk, dir := filepath.Join(fsDir, "small"), filepath.Join(runDir, "small")
-	f, err := os.Create(disk)
-	if err == nil {
-		err = errors.Join(f.Truncate(1<<30), f.Close())
-	}
-	if err == nil {
-		err = os.MkdirAll(dir, 0o755)
-	}
-	if err != nil {
-		t.Fatal(err)
-	}
-	run(t, "mkfs.ext4", "-q", "-m", "0", disk)
-	run(t, "mount", "-o", "loop", disk, dir)
-	t.Cleanup(func() {
-		_ = execute(20*time.Second, nil, "umount", "-l", dir)
-		os.Remove(disk)
-	})
+	dir := smallDisk(t, "small", "1G")
 	ballast := filepath.Join(dir, "ballast")
 	return "file://" + dir + "/store", func() {
 			f, err := os.Create(ballast)
