@@ -50,6 +50,8 @@ lab: ## the stores' conformance suite on a real Ceph cluster
 
 .PHONY: vm
 vm: build ## ublk and end-to-end tests on kernels 6.12 and 7.2, short form
+	@for k in 6.12 7.2; do echo "== ublk on kernel $$k"; \
+	  go test $(GOFLAGS_LINK) -tags ublk -count=1 -exec "$(CURDIR)/scripts/vm --kernel $$k --timeout 600 --" ./ublk || exit 1; done
 	@echo "== end to end on real ublk kernels"
 	scripts/e2e --short
 
