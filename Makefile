@@ -33,15 +33,15 @@ setup: ## install what building, tests and lab need (Debian 12, as root)
 check: ## gofmt, vet, staticcheck, for every build tag
 	@echo "== gofmt, vet, staticcheck"
 	@unformatted=$$(gofmt -l $$(git ls-files '*.go')); test -z "$$unformatted" || { echo "not gofmt'ed: $$unformatted" >&2; exit 1; }
-	go vet $(GOFLAGS_LINK) -tags lab,ublk,e2e ./...
-	go run $(STATICCHECK) -tags lab,ublk,e2e ./...
+	go vet $(GOFLAGS_LINK) -tags lab,ublk,e2e,invariants ./...
+	go run $(STATICCHECK) -tags lab,ublk,e2e,invariants ./...
 
 .PHONY: unit
 unit: ## unit tests with the race detector, simulation and fuzz seeds included
 	@echo "== unit tests"
 	go test $(GOFLAGS_LINK) -race -timeout 15m ./...
 	@echo "== crash simulation"
-	go test $(GOFLAGS_LINK) -timeout 15m -run 'Simulation|Crashes|Alloc' ./engine ./cache/writelog
+	go test $(GOFLAGS_LINK) -tags invariants -timeout 15m -run 'Simulation|Crashes' ./engine ./cache/writelog
 
 .PHONY: lab
 lab: ## the stores' conformance suite on a real Ceph cluster
@@ -61,7 +61,7 @@ vm-long: build ## the same, long form
 
 .PHONY: sim
 sim: ## the crash simulation over many seeds (SEEDS=500)
-	go test $(GOFLAGS_LINK) -timeout 0 -run Simulation ./engine -sim.seeds $(SEEDS)
+	go test $(GOFLAGS_LINK) -tags invariants -timeout 0 -run Simulation ./engine -sim.seeds $(SEEDS)
 
 .PHONY: fuzz
 fuzz: ## each fuzz test for 30 s

@@ -205,6 +205,7 @@ func (im *Image) advance() {
 			im.dirty.RemoveRange(e.sector, uint64(e.n), b.start/SectorSize, b.end/SectorSize)
 		}
 		im.log.Trim(b.end)
+		im.checkInvariants()
 		if len(im.spare) < 2*im.window {
 			b.header = nil
 			im.spare = append(im.spare, b)

@@ -1,0 +1,63 @@
+package engine
+
+import (
+	"fmt"
+
+	"github.com/lsd-ceph/lsd/internal/extmap"
+	"github.com/lsd-ceph/lsd/internal/invariants"
+)
+
+// checkInvariants panics unless maps, table and log fit one another. It costs
+// time in proportion to the maps.
+func (im *Image) checkInvariants() {
+	if !invariants.Enabled {
+		return
+	}
+	im.dirty.Invariants()
+	im.objs.Invariants()
+	live := map[objectRef]uint32{}
+	for s := uint64(0); ; {
+		e, ok := im.objs.Next(s, im.sectors)
+		if !ok {
+			break
+		}
+		o := im.table.find(refOf(e.Loc))
+		if o == nil || uint32(offsetOf(e.Loc))+e.N > o.sectors {
+			panic(fmt.Sprintf("engine: sector %d is mapped to what object %d does not have", e.Sector, refOf(e.Loc).seq()))
+		}
+		live[o.ref] += e.N
+		s = e.End()
+	}
+	for _, o := range im.table.list {
+		if live[o.ref] != o.live {
+			panic(fmt.Sprintf("engine: object %d has %d live sectors, its entry says %d", o.ref.seq(), live[o.ref], o.live))
+		}
+	}
+	lo, hi := im.accepted.logEnd/SectorSize, im.log.Head()/SectorSize
+	for s := uint64(0); ; {
+		e, ok := im.dirty.Next(s, im.sectors)
+		if !ok {
+			break
+		}
+		if at := e.Loc &^ extmap.Fixed; at < lo || at >= hi {
+			panic(fmt.Sprintf("engine: sector %d is dirty at log position %d, outside of what is not destaged, %d to %d", e.Sector, at, lo, hi))
+		}
+		s = e.End()
+	}
+	im.checkQueue()
+}
+
+// checkQueue panics unless the batches cover the log from the last accepted
+// object on, without gaps.
+func (im *Image) checkQueue() {
+	at := im.accepted
+	for _, b := range im.queue {
+		if b.object != at.object+1 || b.firstSeq != at.seq+1 || b.start != at.logEnd || b.end < b.start {
+			panic(fmt.Sprintf("engine: batch %d does not go on where the one before it ends", b.object))
+		}
+		at = position{b.object, b.lastSeq, b.end}
+	}
+	if at != im.sealed || im.open != nil && im.open.start != at.logEnd {
+		panic("engine: the open batch does not go on where the last sealed one ends")
+	}
+}
