@@ -139,7 +139,9 @@ func (a *attachment) keep(ctx context.Context) {
 				pause = min(2*pause, maxRetry)
 				continue
 			}
-			a.logger.Info("taken up", "took", time.Since(began).Round(time.Millisecond))
+			if !a.over() {
+				a.logger.Info("taken up", "took", time.Since(began).Round(time.Millisecond))
+			}
 		}
 		if a.record().Phase == phaseDetaching {
 			a.finishDetach(ctx)
@@ -281,8 +283,7 @@ func (a *attachment) awaitEnd(ctx context.Context) bool {
 	select {
 	case <-ctx.Done():
 		return false
-	case <-dk.reactor.Done():
-	case <-dk.dev.Done():
+	case <-dk.dev.Done(): // also when the reactor died
 		if dk.dev.Err() == nil {
 			a.setState(api.StateGone, errors.New("another program has stopped the block device"))
 			a.logger.Warn("another program has stopped the block device: lsdctl del it")
@@ -293,9 +294,9 @@ func (a *attachment) awaitEnd(ctx context.Context) bool {
 			}
 		}
 	}
-	err := errors.Join(dk.dev.Err(), dk.reactor.Err())
+	err := dk.dev.Err()
 	a.logger.Error("the image's reactor died: the image is opened anew, its users wait", "err", err)
-	a.setState(api.StateRecovering, err)
+	a.setState(api.StateRecovering, fmt.Errorf("its reactor died: %w", orNil(err)))
 	a.setDisk(nil)
 	a.mu.Lock()
 	a.restarts++
@@ -305,6 +306,14 @@ func (a *attachment) awaitEnd(ctx context.Context) bool {
 	stop()
 	dk.release()
 	return true
+}
+
+// orNil makes an error of none, for a message.
+func orNil(err error) error {
+	if err == nil {
+		return errors.New("no error")
+	}
+	return err
 }
 
 // bringUpOptions says how a record becomes a disk.
@@ -496,8 +505,11 @@ func openLog(ctx context.Context, rec record) (*writelog.OSFile, uuid.UUID, erro
 
 // explainOpen adds to an error of engine.Open what the engine does not know.
 func explainOpen(rec record, err error) error {
+	var owned *engine.OwnedError
 	var stale *engine.StaleLogError
 	switch {
+	case errors.As(err, &owned):
+		return err // it names the image
 	case errors.As(err, &stale):
 		return fmt.Errorf("%s: %w: it is kept; see lsdctl log ls, and lsdctl log salvage to bring it back as an image of its own; move it away to attach without it", rec.Log, err)
 	case errors.Is(err, engine.ErrForeignLog):

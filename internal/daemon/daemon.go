@@ -67,7 +67,6 @@ type Daemon struct {
 	ending   bool                // guarded by mu: nothing new is attached
 
 	exit     chan exitRequest
-	keepers  sync.WaitGroup
 	recRetry time.Duration // first pause between attempts to take an image up
 }
 
@@ -271,12 +270,13 @@ func (d *Daemon) takeUp() error {
 	if err != nil {
 		return err
 	}
+	d.mu.Lock()
 	for _, r := range recs {
-		a := newAttachment(d, r, api.StateRecovering)
-		d.mu.Lock()
-		d.attached[r.ID] = a
-		d.mu.Unlock()
-		d.logger.Info("taking up what was attached", "device", a.name(), "image", r.URL, "phase", r.Phase)
+		d.attached[r.ID] = newAttachment(d, r, api.StateRecovering)
+	}
+	d.mu.Unlock()
+	for _, a := range d.all() {
+		a.logger.Info("taking up what was attached", "phase", a.rec.Phase)
 		a.startKeeper()
 	}
 	d.reportStrangers()
@@ -286,7 +286,7 @@ func (d *Daemon) takeUp() error {
 // reportStrangers logs the ublk devices that wait for a server and are not in
 // the records: they may be another program's.
 func (d *Daemon) reportStrangers() {
-	if _, err := os.Stat("/dev/ublk-control"); err != nil && d.kern == nil {
+	if !exists("/dev/ublk-control") {
 		return // no driver, no devices; it is loaded when it is needed
 	}
 	k, err := d.kernel()

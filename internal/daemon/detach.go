@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"github.com/lsd-ceph/lsd/cache/writelog"
+	"github.com/lsd-ceph/lsd/engine"
 	"github.com/lsd-ceph/lsd/internal/api"
 	"github.com/lsd-ceph/lsd/ublk"
 )
@@ -16,6 +17,15 @@ const (
 	// closeGrace is what the last steps may take beyond the user's timeout: by
 	// then everything is in the store but what came in at the very end.
 	closeGrace = 15 * time.Second
+)
+
+// A logFate is what a write log is good for once its image is detached.
+type logFate int
+
+const (
+	logDone   logFate = iota // the store has everything: it goes
+	logGoesOn                // the next attach goes on from it
+	logOver                  // it holds what the store does not have, and cannot go on
 )
 
 // detach removes a device for a user. Nothing acknowledged is lost without
@@ -96,15 +106,18 @@ func (a *attachment) takeDown(ctx context.Context, q api.DetachRequest, progress
 		return api.Done{}, err
 	}
 	a.setState(api.StateDetaching, nil)
-	keep := true // the log
+	fate := logGoesOn
 	if dk != nil {
-		if keep, err = a.letGo(ctx, dk, q, progress); err != nil {
+		if fate, err = a.letGo(ctx, dk, q, progress); err != nil {
 			return api.Done{}, err
 		}
 		dk.release()
 		a.setDisk(nil)
 	}
-	return a.cleanUp(ctx, k, keep)
+	if state == api.StateFailed && permanent(why) {
+		fate = logOver
+	}
+	return a.cleanUp(ctx, k, fate)
 }
 
 func errText(err error) string {
@@ -144,18 +157,17 @@ func (a *attachment) stopDevice(ctx context.Context, k kernel, dk *disk, force b
 	return err
 }
 
-// letGo destages the rest and gives up the image. It reports whether the log is
-// still needed: it is when it holds what the store does not.
-func (a *attachment) letGo(ctx context.Context, dk *disk, q api.DetachRequest, progress func(api.Progress)) (keep bool, err error) {
+// letGo destages the rest and gives up the image.
+func (a *attachment) letGo(ctx context.Context, dk *disk, q api.DetachRequest, progress func(api.Progress)) (logFate, error) {
 	if dk.image == nil {
-		return true, nil
+		return logGoesOn, nil
 	}
 	s, err := dk.stats(ctx)
 	if err != nil {
-		return false, err
+		return logGoesOn, err
 	}
 	if lost(s) && dk.closed == nil {
-		return s.LogUsed > 0, nil
+		return fateOfLost(s), nil
 	}
 	grace := closeGrace
 	if q.Force {
@@ -168,18 +180,26 @@ func (a *attachment) letGo(ctx context.Context, dk *disk, q api.DetachRequest, p
 	defer stop()
 	err = dk.close(wait, progress)
 	if err == nil {
-		return false, nil
+		return logDone, nil
 	}
 	if !q.Force {
-		return true, fmt.Errorf("%s is gone, but not everything is in the store yet (%w): that goes on, see lsdctl status; lsdctl del --force leaves it in the log", a.name(), err)
+		return logGoesOn, fmt.Errorf("%s is gone, but not everything is in the store yet (%w): that goes on, see lsdctl status; lsdctl del --force leaves it in the log", a.name(), err)
 	}
 	drop, stop := context.WithTimeout(context.Background(), quietTimeout)
 	defer stop()
-	return true, dk.abandon(drop)
+	return logGoesOn, dk.abandon(drop)
+}
+
+// fateOfLost is the fate of the log of an image that another host has taken.
+func fateOfLost(s *engine.Stats) logFate {
+	if s.LogUsed > 0 {
+		return logOver
+	}
+	return logDone
 }
 
 // cleanUp removes the device, the record and, if it is not needed, the log.
-func (a *attachment) cleanUp(ctx context.Context, k kernel, keep bool) (api.Done, error) {
+func (a *attachment) cleanUp(ctx context.Context, k kernel, fate logFate) (api.Done, error) {
 	var done api.Done
 	rec := a.record()
 	del, stop := context.WithTimeout(context.WithoutCancel(ctx), deviceTimeout)
@@ -198,11 +218,13 @@ func (a *attachment) cleanUp(ctx context.Context, k kernel, keep bool) (api.Done
 		return done, err
 	}
 	a.d.forget(a)
-	a.logger.Info("detached", "log kept", keep && rec.Log != "")
+	a.logger.Info("detached", "log kept", fate != logDone && rec.Log != "")
 	switch {
 	case rec.Log == "" || !exists(rec.Log):
-	case keep:
-		done.Remarks = append(done.Remarks, fmt.Sprintf("the write log %s is kept, it may hold what the store does not: lsdctl add %s with the same --cache goes on from it; see lsdctl log ls", rec.Log, rec.URL))
+	case fate == logGoesOn:
+		done.Remarks = append(done.Remarks, fmt.Sprintf("the write log %s is kept, it may hold what the store does not: lsdctl add %s with the same --cache goes on from it", rec.Log, rec.URL))
+	case fate == logOver:
+		done.Remarks = append(done.Remarks, fmt.Sprintf("the write log %s is kept, it may hold what the store does not: see lsdctl log ls, and lsdctl log salvage", rec.Log))
 	default:
 		if err := discardLog(del, rec); err != nil {
 			done.Remarks = append(done.Remarks, fmt.Sprintf("the write log, which is not needed any more, could not be removed: %v", err))
@@ -232,33 +254,27 @@ func discardLog(ctx context.Context, rec record) error {
 // daemon died.
 func (a *attachment) finishDetach(ctx context.Context) {
 	dk := a.getDisk()
-	for dk.image != nil {
-		if s, err := dk.stats(ctx); err == nil && lost(s) && dk.closed == nil {
-			break
-		}
-		err := dk.close(ctx, func(api.Progress) {})
-		if err == nil {
-			break
-		}
-		if ctx.Err() != nil {
+	s, err := dk.stats(ctx)
+	if dk.closed != nil || err != nil || !lost(s) {
+		if err := dk.close(ctx, func(api.Progress) {}); err != nil {
+			if ctx.Err() == nil {
+				a.setState(api.StateDetaching, err)
+				a.logger.Error("the detached image cannot be closed: lsdctl del --force leaves it in its log", "err", err)
+			}
 			return
 		}
-		a.setState(api.StateDetaching, err)
-		a.logger.Error("the detached image cannot be closed", "err", err)
-		<-ctx.Done() // until del --force
-		return
 	}
 	k, err := a.d.kernel()
 	if err != nil {
 		return
 	}
-	keep := true
-	if s, err := dk.stats(ctx); err == nil {
-		keep = s == nil || s.LogUsed > 0
+	fate := logGoesOn
+	if s, err := dk.stats(ctx); err == nil && s != nil {
+		fate = fateOfLost(s)
 	}
 	dk.release()
 	a.setDisk(nil)
-	if _, err := a.cleanUp(ctx, k, keep); err != nil {
+	if _, err := a.cleanUp(ctx, k, fate); err != nil {
 		a.setState(api.StateFailed, err)
 		a.logger.Error("clean up after a detach", "err", err)
 	}

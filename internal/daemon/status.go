@@ -82,7 +82,9 @@ func advise(im api.Image) []string {
 	if s == nil {
 		return out
 	}
-	if s.StoreDown {
+	if s.StoreDown && s.LeaseLeft == 0 && !im.ReadOnly && im.State == api.StateActive {
+		add("the lease has run out, since the store does not answer (%s): writes wait until it is renewed, for another host may take the image; see to the store; a longer --lease lasts longer", s.LastStoreError)
+	} else if s.StoreDown {
 		add("the store does not take writes (%s): they go on until the write log is full, then wait; nothing is lost; see to the store", s.LastStoreError)
 	}
 	if s.Waiting > 0 {

@@ -1,0 +1,264 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/lsd-ceph/lsd/internal/api"
+)
+
+func TestParseSize(t *testing.T) {
+	for in, want := range map[string]uint64{
+		"0": 0, "512": 512, "4096": 4096, "4K": 4096, "4k": 4096, "4KiB": 4096, "4kb": 4096, "8M": 8 << 20,
+		"20G": 20 << 30, "1T": 1 << 40, "64T": 64 << 40, "1.5G": 3 << 29, "0.5K": 512, "1P": 1 << 50, "15E": 15 << 60,
+		"18446744073709551615": 1<<64 - 1,
+	} {
+		if got, err := parseSize(in); err != nil || got != want {
+			t.Errorf("parseSize(%q) = %d, %v; want %d", in, got, err, want)
+		}
+	}
+	for _, in := range []string{
+		"", " ", "G", "-1", "+1", "-1G", "1 G", "1X", "0x10", "1e9", "4KK", "1.G", ".5G", "1.5", "1.2.3G", "16E",
+		"18446744073709551616", "99999999999T", "0.3K", "512B", "1i", "²", "1G1", "１G",
+	} {
+		if got, err := parseSize(in); err == nil {
+			t.Errorf("parseSize(%q) = %d", in, got)
+		} else if strings.Contains(err.Error(), "\n") {
+			t.Errorf("parseSize(%q): more than one line: %v", in, err)
+		}
+	}
+}
+
+func FuzzParseSize(f *testing.F) {
+	for _, s := range []string{"1", "4K", "1.5G", "16E", "0.0000000001T"} {
+		f.Add(s)
+	}
+	f.Fuzz(func(t *testing.T, in string) {
+		v, err := parseSize(in)
+		if err != nil {
+			return
+		}
+		s := size(v)
+		if again, err := parseSize(s.String()); err != nil || again != v {
+			t.Errorf("%q is %d, whose text %q is %d, %v", in, v, s.String(), again, err)
+		}
+	})
+}
+
+func TestHuman(t *testing.T) {
+	for in, want := range map[uint64]string{
+		0: "0 B", 1023: "1023 B", 1024: "1 KiB", 1536: "1.5 KiB", 20 << 30: "20 GiB", 64 << 40: "64 TiB",
+		1<<20 - 1: "1 MiB", 1234567: "1.18 MiB", 999 << 10: "999 KiB", 1000 << 10: "0.98 MiB", 1<<64 - 1: "16 EiB",
+	} {
+		if got := human(in); got != want {
+			t.Errorf("human(%d) = %q, want %q", in, got, want)
+		}
+	}
+}
+
+func TestParseDevice(t *testing.T) {
+	for in, want := range map[string]int{"0": 0, "7": 7, "ublkb3": 3, "/dev/ublkb12": 12} {
+		if got, err := parseDevice(in); err != nil || got != want {
+			t.Errorf("parseDevice(%q) = %d, %v", in, got, err)
+		}
+	}
+	for _, in := range []string{"", "-1", "/dev/sda", "ublkb", "ublkc0", "/dev/ublkb0p1", "1.5", "99999999999"} {
+		if got, err := parseDevice(in); err == nil {
+			t.Errorf("parseDevice(%q) = %d", in, got)
+		}
+	}
+}
+
+// lsdctl runs a command line as the program would, with a daemon that is not
+// there.
+func lsdctl(t *testing.T, args ...string) (string, error) {
+	t.Helper()
+	var out bytes.Buffer
+	null, err := os.OpenFile(os.DevNull, os.O_WRONLY, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer null.Close()
+	dir := t.TempDir()
+	cmd := newApp(&out, null).command()
+	cmd.SetArgs(append(args, "--socket", filepath.Join(dir, "sock"), "--state-dir", filepath.Join(dir, "state")))
+	cmd.SetErr(&out)
+	err = cmd.ExecuteContext(context.Background())
+	return out.String(), err
+}
+
+func must(t *testing.T, args ...string) string {
+	t.Helper()
+	out, err := lsdctl(t, args...)
+	if err != nil {
+		t.Fatalf("lsdctl %s: %v", strings.Join(args, " "), err)
+	}
+	return out
+}
+
+// TestBadInput: each is refused with one line that has the given words, and
+// changes nothing in the store.
+func TestBadInput(t *testing.T) {
+	dir := t.TempDir()
+	store := "file://" + dir + "/store"
+	must(t, "create", store+"/there", "--size", "1M")
+	if err := os.MkdirAll(dir+"/other/x", 0o755); err != nil {
+		t.Fatal(err)
+	}
+	before := snapshot(t, dir)
+	for _, c := range []struct{ args, want string }{
+		{"nonsense", "no command"},
+		{"create", "STORE/IMAGE is missing"},
+		{"create " + store + "/a", "--size is missing"},
+		{"create " + store + "/a --size 0", "size 0"},
+		{"create " + store + "/a --size 1000", "not a multiple"},
+		{"create " + store + "/a --size 65T", "limit"},
+		{"create " + store + "/a --size 16E", "limits"},
+		{"create " + store + "/a --size -5", "not a size"},
+		{"create " + store + "/a --size 1M --block-size 1024", "512 or 4096"},
+		{"create " + store + "/a --size 1M --block-size 4G", "limits"},
+		{"create " + store + "/a --size 1M --object-size 3", "object size"},
+		{"create " + store + "/a --size 1M --colour red", "unknown flag"},
+		{"create " + store + "/a b --size 1M", "too much"},
+		{"create " + store + "/there --size 1M", "exists already"},
+		{"create " + store + "/-a --size 1M", "image name"},
+		{"create file://" + dir + "/other/a --size 1M", "not an lsd store"},
+		{"create file://" + dir + "/new/a --size 0", "size 0"}, // and no new store
+		{"create vm1 --size 1M", "not a URL"},
+		{"create http://x/y --size 1M", "unknown scheme"},
+		{"create file://x --size 1M", "absolute path"},
+		{"create rados://rbd --size 1M", "names no image"},
+		{"create rados://rbd/a?conf=" + dir + "/none --size 1M", "conf"},
+		{"ls", "STORE is missing"},
+		{"ls file://" + dir + "/none", "no store"},
+		{"info " + store + "/none", "no such image"},
+		{"rm " + store + "/none", "no such image"},
+		{"rm file://" + dir + "/none/x", "no store"},
+		{"add", "STORE/IMAGE is missing"},
+		{"add vm1", "not a URL"},
+		{"add mem:x", "tests"},
+		{"add " + store + "/there --queues 0", "--queues"},
+		{"add " + store + "/there --depth 0", "--depth"},
+		{"add " + store + "/there --log-size 0", "space"},
+		{"add " + store + "/there --log-size x", "not a size"},
+		{"add " + store + "/there --lease -1s", "negative"},
+		{"add " + store + "/there --id -2", "--id"},
+		{"add --null x", "too much"},
+		{"add --null --size 0", "size 0"},
+		{"list", "no lsdd answers"},
+		{"status", "no lsdd answers"},
+		{"status x", "not an lsd device"},
+		{"flush 0", "no lsdd answers"},
+		{"flush /dev/sda", "not an lsd device"},
+		{"del", "DEVICE is missing"},
+		{"del 0", "no lsdd answers"},
+		{"del 0 --timeout 0s", "--timeout"},
+		{"del 0 --timeout fast", "--timeout"},
+		{"shutdown", "no lsdd answers"},
+		{"daemon", "no lsdd answers"},
+		{"log nonsense", "no command"},
+		{"log ls --cache " + dir + "/none", "no such file"},
+		{"log ls " + dir + "/none", "no such file"},
+	} {
+		out, err := lsdctl(t, strings.Fields(c.args)...)
+		if err == nil {
+			t.Errorf("lsdctl %s: no error", c.args)
+			continue
+		}
+		line := api.OneLine(err)
+		if !strings.Contains(line, c.want) || strings.Contains(line, "\n") || len(line) > 400 {
+			t.Errorf("lsdctl %s: %q does not say %q", c.args, line, c.want)
+		}
+		if out != "" {
+			t.Errorf("lsdctl %s: printed %q", c.args, out)
+		}
+	}
+	if after := snapshot(t, dir); after != before {
+		t.Errorf("files before:\n%safter:\n%s", before, after)
+	}
+}
+
+// snapshot lists the files below dir that are not a store's scratch space.
+func snapshot(t *testing.T, dir string) string {
+	t.Helper()
+	var b strings.Builder
+	err := filepath.Walk(dir, func(path string, info os.FileInfo, err error) error {
+		if err == nil && !strings.Contains(path, "/store/tmp") && !strings.Contains(path, "/store/locks") {
+			b.WriteString(path + "\n")
+		}
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return b.String()
+}
+
+func TestStoreCommands(t *testing.T) {
+	store := "file://" + t.TempDir() + "/store"
+	if out := must(t, "create", store+"/vm1", "--size", "20G", "--block-size", "512"); !strings.Contains(out, "made the store") {
+		t.Errorf("create: %s", out)
+	}
+	if out := must(t, "create", store+"/vm2", "--size", "1.5G"); strings.Contains(out, "made the store") {
+		t.Errorf("second create: %s", out)
+	}
+	var list []listed
+	if err := json.Unmarshal([]byte(must(t, "ls", store, "--json")), &list); err != nil || len(list) != 2 || list[1].Size != 3<<29 {
+		t.Errorf("ls: %+v, %v", list, err)
+	}
+	if out := must(t, "info", store+"/vm1"); !strings.Contains(out, "20 GiB") || !strings.Contains(out, "nobody") {
+		t.Errorf("info: %s", out)
+	}
+	must(t, "rm", store+"/vm1")
+	if out := must(t, "ls", store); strings.Contains(out, "vm1") || !strings.Contains(out, "vm2") {
+		t.Errorf("ls: %s", out)
+	}
+}
+
+// TestCorrupt: a damaged superblock is told, and can be removed.
+func TestCorrupt(t *testing.T) {
+	dir := t.TempDir()
+	store := "file://" + dir + "/store"
+	must(t, "create", store+"/vm1", "--size", "1M")
+	found, err := filepath.Glob(dir + "/store/objects/*/super*")
+	if err != nil || len(found) != 1 {
+		t.Fatal(found, err)
+	}
+	b, err := os.ReadFile(found[0])
+	if err != nil {
+		t.Fatal(err)
+	}
+	b[len(b)-3] ^= 1
+	if err := os.WriteFile(found[0], b, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for _, args := range [][]string{{"info", store + "/vm1"}, {"rm", store + "/vm1"}} {
+		if _, err := lsdctl(t, args...); err == nil || !strings.Contains(err.Error(), "corrupt") {
+			t.Errorf("lsdctl %v: %v", args, err)
+		}
+	}
+	if out := must(t, "ls", store); !strings.Contains(out, "corrupt") {
+		t.Errorf("ls: %s", out)
+	}
+	must(t, "rm", store+"/vm1", "--force")
+}
+
+// TestHelp: every command has an example and a line about itself.
+func TestHelp(t *testing.T) {
+	root := newApp(&bytes.Buffer{}, os.Stderr).command()
+	for _, c := range root.Commands() {
+		if c.Short == "" || c.Example == "" && !c.HasSubCommands() {
+			t.Errorf("%s has no help", c.CommandPath())
+		}
+		for _, s := range c.Commands() {
+			if s.Short == "" || s.Example == "" {
+				t.Errorf("%s has no help", s.CommandPath())
+			}
+		}
+	}
+}
