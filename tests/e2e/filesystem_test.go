@@ -109,7 +109,7 @@ func TestFileSystems(t *testing.T) {
 			dir := filepath.Join(runDir, "mnt-"+c.kind)
 			run(t, c.mkfs[0], append(c.mkfs[1:], dev)...)
 			unmount := mounted(t, dev, dir)
-			sums := writeFiles(t, dir, 1, pick(16, 96)<<20)
+			sums := writeFiles(t, dir, 1, pick(8, 96)<<20)
 			unmount()
 			fsck(t, c.kind, dev)
 			unmount = mounted(t, dev, dir)

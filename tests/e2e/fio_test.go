@@ -17,7 +17,7 @@ func TestVerify(t *testing.T) {
 	url := storeURL(t) + "/disk"
 	h.create(url, "4G")
 	dev := h.add(url, "--lease", "2s")
-	size := pick("48M", "256M")
+	size := pick("24M", "256M")
 	timeout := 5 * time.Minute
 	fio(t, dev, timeout, mixed(1, size)...) // and verify
 	log := h.status(dev).Log

@@ -47,7 +47,7 @@ func TestKill(t *testing.T) {
 
 	var pauses []time.Duration
 	pids := map[int]bool{}
-	for range pick(5, 20) {
+	for n := range pick(5, 20) {
 		time.Sleep(time.Duration(100+rand.IntN(900)) * time.Millisecond)
 		s.board.Longest.Store(0)
 		pid := h.pid()
@@ -56,6 +56,13 @@ func TestKill(t *testing.T) {
 		}
 		pids[pid] = true
 		h.crash()
+		if n%3 == 1 {
+			// Once more, while the next one is taking everything up.
+			eventually(t, 30*time.Second, "a new daemon", func() bool { p := h.pid(); return p != 0 && p != pid })
+			time.Sleep(time.Duration(rand.IntN(800)) * time.Millisecond)
+			pids[h.pid()] = true
+			h.crash()
+		}
 		// Each of the writers waits for its write at that moment, or soon after.
 		s.awaitWrites(4*stampWriters, time.Minute)
 		pauses = append(pauses, time.Duration(s.board.Longest.Load()))
@@ -86,6 +93,6 @@ func TestKill(t *testing.T) {
 	atLeast(t, "after all kills and from the store alone", stamps(t, dev, plan), acked)
 	h.del(dev)
 	slices.Sort(pauses)
-	t.Logf("%d kills, %d runs of fio, %d stamped writes; pause of a write: median %v, longest %v", len(pauses), o.runs, acked.sum(),
+	t.Logf("%d kills, %d runs of fio, %d stamped writes; pause of a write: median %v, longest %v", len(pids), o.runs, acked.sum(),
 		pauses[len(pauses)/2].Round(time.Millisecond), pauses[len(pauses)-1].Round(time.Millisecond))
 }
