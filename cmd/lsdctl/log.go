@@ -25,7 +25,7 @@ func (a *app) logCommand() *cobra.Command {
 		Args:  noSuchCommand,
 		RunE:  func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
-	cmd.AddCommand(a.logLsCommand())
+	cmd.AddCommand(a.logLsCommand(), a.logSalvageCommand())
 	return cmd
 }
 
