@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"os"
 	"path/filepath"
 	"slices"
@@ -40,10 +41,13 @@ that are named. Logs that are in use are not read.`,
 		Example: `  lsdctl log ls
   lsdctl log ls --cache /ssd/lsd --json`,
 		RunE: func(cmd *cobra.Command, args []string) error {
+			recorded, err := daemon.RecordedLogs(a.stateDir)
+			if err != nil {
+				return err
+			}
 			paths := args
 			if len(args) == 0 {
-				var err error
-				if paths, err = a.findLogs(caches); err != nil {
+				if paths, err = a.findLogs(recorded, caches); err != nil {
 					return err
 				}
 			}
@@ -56,6 +60,9 @@ that are named. Logs that are in use are not read.`,
 				}
 				if err != nil {
 					l.State = "error: " + api.OneLine(err)
+				}
+				if l.Image == "" {
+					l.Image = recorded[p]
 				}
 				list = append(list, l)
 			}
@@ -83,11 +90,8 @@ func orDash(s string) string {
 }
 
 // findLogs returns the paths of the logs that this host may have.
-func (a *app) findLogs(caches []string) ([]string, error) {
-	paths, err := daemon.RecordedLogs(a.stateDir)
-	if err != nil {
-		return nil, err
-	}
+func (a *app) findLogs(recorded map[string]string, caches []string) ([]string, error) {
+	paths := slices.Collect(maps.Keys(recorded))
 	for _, dir := range append(caches, filepath.Join(a.stateDir, "cache")) {
 		found, err := filepath.Glob(filepath.Join(dir, "*.log"))
 		if err != nil {

@@ -107,6 +107,7 @@ func (o *options) run(ctx context.Context) (int, error) {
 		}
 		return daemon.Supervise(ctx, logger, exe, childArgs(os.Args[1:]))
 	}
+	signal.Ignore(unix.SIGHUP) // a terminal that closes ends nothing
 	// Stopped before Run returns: a second signal ends it at once.
 	ctx, stop := signal.NotifyContext(ctx, unix.SIGTERM, unix.SIGINT)
 	defer stop()

@@ -1,9 +1,11 @@
 package daemon
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -174,11 +176,58 @@ func (d *Daemon) planLog(rec *record, cache string) error {
 		rec.Log = filepath.Join(cache, rec.ImageID.String()+".log")
 	case st.Mode()&fs.ModeDevice != 0 && st.Mode()&fs.ModeCharDevice == 0:
 		rec.Log, rec.LogDevice = cache, true
+		return checkLogDevice(cache)
 	default:
 		return fmt.Errorf("cache %s is neither a directory nor a block device", cache)
 	}
 	return nil
 }
+
+// checkLogDevice makes sure that nothing but a write log is overwritten: the
+// block device holds one, or zeroes where file systems, partition tables and the
+// like have their marks.
+func checkLogDevice(path string) error {
+	// With O_EXCL the kernel refuses a device that is mounted or part of another.
+	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_EXCL, 0)
+	if errors.Is(err, unix.EBUSY) {
+		return fmt.Errorf("cache %s is in use: it is mounted, or part of another device", path)
+	}
+	if err != nil {
+		return fmt.Errorf("cache device: %w", err)
+	}
+	defer f.Close()
+	head := make([]byte, writelog.DataOffset)
+	if _, err := io.ReadFull(f, head); err != nil {
+		return fmt.Errorf("cache device %s: %w", path, err)
+	}
+	if _, _, err := writelog.ReadHeader(deviceFile{f, head}); err == nil {
+		return nil
+	}
+	for _, c := range head {
+		if c != 0 {
+			return fmt.Errorf("cache device %s holds something that is not a write log: if it is not needed, blkdiscard -z -l 1M %s", path, path)
+		}
+	}
+	return nil
+}
+
+// deviceFile is a block device of which only the beginning is looked at.
+type deviceFile struct {
+	*os.File
+	head []byte
+}
+
+// ReadAt implements writelog.File.
+func (d deviceFile) ReadAt(p []byte, off int64) (int, error) {
+	return bytes.NewReader(d.head).ReadAt(p, off)
+}
+
+// Size implements writelog.File: a header that says more is checked when the log
+// is opened.
+func (deviceFile) Size() int64 { return writelog.MaxSize }
+
+// Buffer implements writelog.File.
+func (deviceFile) Buffer(n int) []byte { return make([]byte, n) }
 
 func exists(path string) bool {
 	_, err := os.Lstat(path)
@@ -266,7 +315,7 @@ func (a *attachment) attach(ctx context.Context, force bool, progress func(api.P
 			return
 		}
 		if made {
-			err = errors.Join(err, removeIfIdle(rec))
+			err = errors.Join(err, a.d.removeIfIdle(rec))
 		}
 		err = errors.Join(err, a.d.records.remove(rec.ID))
 	}()
@@ -300,23 +349,44 @@ func makeLog(ctx context.Context, rec record, progress func(api.Progress)) (bool
 }
 
 // removeIfIdle removes a log that was made for an attachment that has failed,
-// unless the image has come to depend on it.
-func removeIfIdle(rec record) error {
-	ctx, stop := context.WithTimeout(context.Background(), time.Second)
+// unless the image has come to depend on it: then the next attach goes on from it.
+func (d *Daemon) removeIfIdle(rec record) error {
+	ctx, stop := context.WithTimeout(context.Background(), 5*time.Second)
 	defer stop()
 	f, err := writelog.OpenFile(ctx, rec.Log)
 	if err != nil {
 		return nil // somebody uses it
 	}
 	defer f.Close()
-	idle, err := writelog.Blank(f)
-	if err == nil && !idle {
-		var last uint64
-		last, err = writelog.LastSeq(f)
-		idle = last == 0
-	}
-	if err != nil || !idle {
+	blank, err := writelog.Blank(f)
+	if err != nil {
 		return err
 	}
+	if !blank && d.needsLog(ctx, rec, f) {
+		return nil
+	}
 	return writelog.RemoveFile(rec.Log)
+}
+
+// needsLog reports whether the log holds something, or is that of the image's
+// owner, or may be.
+func (d *Daemon) needsLog(ctx context.Context, rec record, f *writelog.OSFile) bool {
+	h, _, err := writelog.ReadHeader(f)
+	if err != nil {
+		return true
+	}
+	if last, err := writelog.LastSeq(f); err != nil || last > 0 {
+		return true
+	}
+	u, name, err := backend.ParseImage(rec.URL)
+	if err != nil {
+		return true
+	}
+	st, err := d.openSt(ctx, u)
+	if err != nil {
+		return true
+	}
+	defer st.Close()
+	info, err := engine.Describe(ctx, st, name)
+	return err != nil || info.Owner != nil && info.Owner.Log == h.Log
 }

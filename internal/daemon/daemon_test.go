@@ -3,6 +3,7 @@ package daemon
 import (
 	"context"
 	"errors"
+	"net"
 	"os"
 	"path/filepath"
 	"strings"
@@ -384,6 +385,63 @@ func TestAddFails(t *testing.T) {
 	w.kernel.addErr = unix.EEXIST
 	if im, err := h.attachReq(api.AttachRequest{ID: -1}); err != nil || im.ID != 1 {
 		t.Errorf("attach: device %d, %v", im.ID, err)
+	}
+}
+
+// TestAttachCancelled: the user gives up while the log is being made, or later.
+func TestAttachCancelled(t *testing.T) {
+	w := newWorld(t)
+	h := w.newHost()
+	for _, step := range []string{"making the write log", "recovering"} {
+		ctx, stop := context.WithCancel(context.Background())
+		_, err := h.attach(ctx, api.AttachRequest{Image: "mem:vm1", ID: -1, LogSize: 66 << 20, LogMemory: 16 << 20}, func(p api.Progress) {
+			if strings.HasPrefix(p.What, step) {
+				stop()
+			}
+		})
+		stop()
+		if err == nil {
+			t.Errorf("%s: attached", step)
+		}
+		info, derr := engine.Describe(context.Background(), w.store, "vm1")
+		if derr != nil {
+			t.Fatal(derr)
+		}
+		// An ownership that could not be given back keeps its log.
+		logs := 0
+		if info.Owner != nil {
+			logs = 1
+		}
+		if r, l := h.files(); r != 0 || l != logs || len(h.all()) != 0 {
+			t.Errorf("%s: %d records and %d logs are left, want 0 and %d: %v", step, r, l, logs, err)
+		}
+	}
+	id := h.add(api.AttachRequest{ID: -1}) // whatever is left is no hindrance
+	if _, err := h.del(id, api.DetachRequest{}); err != nil {
+		t.Error(err)
+	}
+}
+
+// TestNotify: systemd is told, where it asks to be.
+func TestNotify(t *testing.T) {
+	t.Setenv("NOTIFY_SOCKET", "")
+	if err := Notify("READY=1"); err != nil {
+		t.Errorf("without systemd: %v", err)
+	}
+	path := filepath.Join(t.TempDir(), "notify")
+	c, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Name: path, Net: "unixgram"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	t.Setenv("NOTIFY_SOCKET", path)
+	if err := Notify("READY=1"); err != nil {
+		t.Fatal(err)
+	}
+	b := make([]byte, 100)
+	n, err := c.Read(b)
+	if err != nil || string(b[:n]) != "READY=1" {
+		t.Errorf("systemd was told %q, %v", b[:n], err)
 	}
 }
 

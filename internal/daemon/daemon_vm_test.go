@@ -19,7 +19,7 @@ import (
 func newVMHost(t *testing.T, w *world) *host {
 	t.Helper()
 	h := w.newHost()
-	h.openKernel = openDriver
+	h.openKernel, h.kern = openDriver, nil
 	return h
 }
 
@@ -73,7 +73,11 @@ func TestVMHalfMade(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := k.Add(t.Context(), deviceParams(a.record())); err != nil {
+	dev, err := k.Add(t.Context(), deviceParams(a.record()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := dev.Close(); err != nil { // as the daemon's death does
 		t.Fatal(err)
 	}
 	info, err := k.Info(t.Context(), id)

@@ -7,9 +7,9 @@ import (
 	"path/filepath"
 )
 
-// RecordedLogs returns the paths of the write logs in the records of a state
-// directory.
-func RecordedLogs(stateDir string) ([]string, error) {
+// RecordedLogs returns the write logs in the records of a state directory, each
+// with the URL of its image.
+func RecordedLogs(stateDir string) (map[string]string, error) {
 	dir := records{filepath.Join(stateDir, "attachments")}.dir
 	entries, err := os.ReadDir(dir)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -18,11 +18,11 @@ func RecordedLogs(stateDir string) ([]string, error) {
 	if err != nil {
 		return nil, err
 	}
-	var paths []string
+	logs := make(map[string]string)
 	for _, e := range entries {
 		if r, err := readRecord(filepath.Join(dir, e.Name())); err == nil && r.Log != "" {
-			paths = append(paths, r.Log)
+			logs[r.Log] = r.URL
 		}
 	}
-	return paths, nil
+	return logs, nil
 }

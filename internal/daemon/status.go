@@ -90,6 +90,9 @@ func advise(im api.Image) []string {
 	if s.Waiting > 0 {
 		add("the write log is full: %d writes wait for room since %.0f s; it is freed as the store takes objects; a larger --log-size (del, then add) takes longer bursts", s.Waiting, s.Stalled)
 	}
+	if s.ReadErrors > 0 {
+		add("%d reads have failed since it was opened: the daemon's log names the objects", s.ReadErrors)
+	}
 	if s.LogError != "" {
 		add("the write log's disk has failed: unmount, and lsdctl del --force %d, then add with another --cache", im.ID)
 	}

@@ -28,7 +28,8 @@ const (
 // ExitRefused.
 func Supervise(ctx context.Context, logger *slog.Logger, name string, args []string) (int, error) {
 	signals := make(chan os.Signal, 8)
-	signal.Notify(signals, unix.SIGTERM, unix.SIGINT, unix.SIGHUP, unix.SIGUSR1)
+	signal.Notify(signals, unix.SIGTERM, unix.SIGINT)
+	signal.Ignore(unix.SIGHUP)
 	defer signal.Stop(signals)
 	var pause time.Duration
 	ending := false
