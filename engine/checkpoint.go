@@ -411,23 +411,27 @@ func (c *checkpointer) published(ref *checkpointRef, segments map[uint32]segment
 		r.old = append(r.old, manifestKey(im.id, c.last.Object, c.last.Epoch))
 	}
 	c.last, c.segments, c.running = ref, segments, nil
-	c.remove(r.old)
-	for _, fn := range r.waiters {
-		fn(nil)
-	}
 	waiters := c.waiters
 	c.waiters = nil
 	for _, fn := range waiters {
 		c.now(fn)
 	}
 	c.maybe()
+	// Those who waited may be about to end the image's work: they are told when
+	// nothing is left to clean up.
+	c.remove(r.old, func() {
+		for _, fn := range r.waiters {
+			fn(nil)
+		}
+	})
 }
 
-// remove deletes objects that nothing refers to any more. What cannot be deleted
-// now wastes space until a collection finds it.
-func (c *checkpointer) remove(keys []string) {
+// remove deletes objects that nothing refers to any more, and then calls done.
+// What cannot be deleted now wastes space until a collection finds it.
+func (c *checkpointer) remove(keys []string, done func()) {
 	im := c.im
 	if len(keys) == 0 {
+		done()
 		return
 	}
 	im.spawn(func() {
@@ -439,7 +443,7 @@ func (c *checkpointer) remove(keys []string) {
 				return
 			}
 		}
-	}, func() {})
+	}, done)
 }
 
 // fail ends the running checkpoint with the image.

@@ -97,8 +97,11 @@ func (im *Image) storeFailed(err error) {
 	}
 }
 
+// storeWorks notes a success, which ends an outage unless other operations have
+// failed a moment ago.
 func (im *Image) storeWorks() {
-	if im.stats.storeDown {
+	const calm = 2 * time.Second
+	if im.stats.storeDown && im.env.Now()-im.stats.lastStoreErrAt >= calm {
 		im.stats.storeDown = false
 		im.logger.Info("the store takes objects again", "errors", im.stats.storeErrors)
 	}

@@ -172,22 +172,22 @@ func Open(ctx context.Context, st backend.Store, id uuid.UUID, o OpenOptions) (*
 	if o.Progress == nil {
 		o.Progress = func(string) {}
 	}
-	sb, _, err := loadSuperblock(ctx, st, id)
+	recovery := patient{st, o.Clock}
+	sb, _, err := loadSuperblock(ctx, recovery, id)
 	if err != nil {
 		return nil, err
 	}
-	im := newImage(ctx, st, sb, &o)
+	im := newImage(ctx, recovery, sb, &o)
 	if o.ReadOnly {
-		if err := im.recoverStore(ctx, sb); err != nil {
-			im.cancel()
-			return nil, err
-		}
-		return im, nil
+		err = im.recoverStore(ctx, sb)
+	} else {
+		err = im.takeAndRecover(ctx, &o)
 	}
-	if err := im.takeAndRecover(ctx, &o); err != nil {
+	if err != nil {
 		im.cancel()
 		return nil, err
 	}
+	im.store = st
 	return im, nil
 }
 
@@ -254,6 +254,9 @@ func (im *Image) recoverOwned(ctx context.Context, sb *superblock, o *OpenOption
 // giveBack releases an ownership that was taken a moment ago, with an empty log,
 // and cannot be used.
 func (im *Image) giveBack(ctx context.Context) {
+	// Also when ctx has ended: that may be why.
+	ctx, stop := context.WithTimeout(context.WithoutCancel(ctx), im.cfg.StoreTimeout)
+	defer stop()
 	_, _, err := changeSuperblock(ctx, im.store, im.id, func(sb *superblock) error {
 		if sb.Owner == nil || sb.Owner.Log != im.logID {
 			return backend.ErrConflict

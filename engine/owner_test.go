@@ -440,3 +440,30 @@ func TestReadOnly(t *testing.T) {
 	}
 	a.mustWrite(2, 2) // the owner is not disturbed
 }
+
+// TestDetachLeavesNoOldCheckpoints: what a checkpoint replaces is gone from the
+// store by the time the image has been detached.
+func TestDetachLeavesNoOldCheckpoints(t *testing.T) {
+	st := mem.New()
+	id := newImageIn(t, st)
+	for n := uint64(1); n <= 4; n++ {
+		h := newHost(t, "alpha", st, n)
+		if err := h.open(id, false); err != nil {
+			t.Fatal(err)
+		}
+		h.mustWrite(n, n)
+		closed := false
+		h.im.Close(func(err error) { closed = err == nil })
+		h.run(time.Minute)
+		if !closed || !h.im.Quiet() {
+			t.Fatalf("closed %v, quiet %v", closed, h.im.Quiet())
+		}
+		for _, kind := range []string{"/c/", "/m/"} {
+			count := 0
+			st.List(context.Background(), id.String()+kind, func(string) error { count++; return nil })
+			if count != 1 {
+				t.Fatalf("after detach %d: %d objects of kind %s, want 1", n, count, kind)
+			}
+		}
+	}
+}
