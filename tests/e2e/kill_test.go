@@ -17,7 +17,7 @@ func TestKill(t *testing.T) {
 	h := newHost(t, "kill")
 	url := storeURL(t) + "/disk"
 	h.create(url, "2G")
-	dev := h.add(url, "--batch-age", "1s")
+	dev := h.add(url)
 	stopWatch := watchNode(t, dev)
 	defer stopWatch()
 
@@ -40,32 +40,35 @@ func TestKill(t *testing.T) {
 		}
 		ended <- o
 	}()
-	// Beside fio: writes that time the pause and whose order is checked.
-	plan := stampPlan{Seed: 5, Slots: 32, Pause: 2000, Base: 1 << 30}
-	s := startStamps(t, dev, plan)
-	s.awaitWrites(20, time.Minute)
-
+	// Beside fio: writes that time the pause, and tell after each kill what is
+	// there. Each time in a new place, where no later write covers a loss.
+	plans := make([]stampPlan, pick(5, 20))
+	acked := make([]vector, len(plans))
 	var pauses []time.Duration
-	pids := map[int]bool{}
-	for n := range pick(5, 20) {
-		time.Sleep(time.Duration(100+rand.IntN(900)) * time.Millisecond)
+	kills, writes := 0, uint64(0)
+	for n := range plans {
+		plans[n] = stampPlan{Seed: uint64(n), Slots: 32, Pause: 1000, Base: 1<<30 + int64(n)<<24}
+		s := startStamps(t, dev, plans[n])
+		s.awaitWrites(uint64(50+rand.IntN(150)), time.Minute)
 		s.board.Longest.Store(0)
 		pid := h.pid()
-		if pids[pid] {
-			t.Fatalf("process %d was killed and is still the daemon", pid)
-		}
-		pids[pid] = true
 		h.crash()
+		kills++
 		if n%3 == 1 {
 			// Once more, while the next one is taking everything up.
 			eventually(t, 30*time.Second, "a new daemon", func() bool { p := h.pid(); return p != 0 && p != pid })
 			time.Sleep(time.Duration(rand.IntN(800)) * time.Millisecond)
-			pids[h.pid()] = true
 			h.crash()
+			kills++
 		}
 		// Each of the writers waits for its write at that moment, or soon after.
 		s.awaitWrites(4*stampWriters, time.Minute)
 		pauses = append(pauses, time.Duration(s.board.Longest.Load()))
+		acked[n] = s.stop()
+		writes += acked[n].sum()
+		if got := stamps(t, dev, plans[n]); got != acked[n] {
+			t.Fatalf("after kill %d the disk holds %v, acknowledged were %v\n%s", kills, got, acked[n], h.logTail())
+		}
 		select {
 		case o := <-ended:
 			t.Fatalf("fio ended: %v\n%s", o.err, h.logTail())
@@ -77,8 +80,6 @@ func TestKill(t *testing.T) {
 	if o.err != nil {
 		t.Fatalf("run %d of fio: %v\n%s", o.runs, o.err, h.logTail())
 	}
-	acked := s.stop()
-	atLeast(t, "after all kills", stamps(t, dev, plan), acked)
 	stopWatch()
 	im := h.awaitActive(dev)
 	if im.Stats.ReadErrors != 0 {
@@ -90,9 +91,13 @@ func TestKill(t *testing.T) {
 	h.del(dev)
 	dev = h.add(url)
 	fio(t, dev, 5*time.Minute, mixed(o.runs, pick("24M", "96M"), "--verify_only")...)
-	atLeast(t, "after all kills and from the store alone", stamps(t, dev, plan), acked)
+	for n, p := range plans {
+		if got := stamps(t, dev, p); got != acked[n] {
+			t.Errorf("after all kills, and from the store alone, the disk holds %v, acknowledged were %v", got, acked[n])
+		}
+	}
 	h.del(dev)
 	slices.Sort(pauses)
-	t.Logf("%d kills, %d runs of fio, %d stamped writes; pause of a write: median %v, longest %v", len(pids), o.runs, acked.sum(),
+	t.Logf("%d kills, %d runs of fio, %d stamped writes; pause of a write: median %v, longest %v", kills, o.runs, writes,
 		pauses[len(pauses)/2].Round(time.Millisecond), pauses[len(pauses)-1].Round(time.Millisecond))
 }
