@@ -43,10 +43,7 @@ func (d *Daemon) handler() http.Handler {
 	mux.HandleFunc("POST "+api.PathImages+"/{id}/flush", d.about(func(w http.ResponseWriter, r *http.Request, a *attachment) {
 		stream(w, r, &struct{}{}, func(ctx context.Context, p func(api.Progress)) (any, error) { return api.Done{}, a.flush(ctx, p) })
 	}))
-	mux.HandleFunc("POST "+api.PathImages+"/{id}/detach", d.about(func(w http.ResponseWriter, r *http.Request, a *attachment) {
-		var q api.DetachRequest
-		stream(w, r, &q, func(ctx context.Context, p func(api.Progress)) (any, error) { return a.detach(ctx, q, p) })
-	}))
+	mux.HandleFunc("POST "+api.PathImages+"/{id}/detach", d.serveDetach)
 	mux.HandleFunc("POST "+api.PathShutdown, func(w http.ResponseWriter, r *http.Request) {
 		var q api.ShutdownRequest
 		stream(w, r, &q, func(ctx context.Context, p func(api.Progress)) (any, error) { return d.shutdown(ctx, q, p) })
