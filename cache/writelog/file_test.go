@@ -1,0 +1,78 @@
+package writelog
+
+import (
+	"context"
+	"errors"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+func TestMakeAndOpenFile(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "x.log")
+	ctx := context.Background()
+	var last int64
+	if err := MakeFile(ctx, path, MinSize, func(n int64) { last = n }); err != nil {
+		t.Fatal(err)
+	}
+	if last != MinSize {
+		t.Errorf("progress ended at %d of %d", last, int64(MinSize))
+	}
+	if err := MakeFile(ctx, path, MinSize, nil); !errors.Is(err, os.ErrExist) {
+		t.Errorf("made again over an existing log: %v", err)
+	}
+	f, err := OpenFile(ctx, path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	if blank, err := Blank(f); err != nil || !blank {
+		t.Errorf("a new file: blank %v, %v", blank, err)
+	}
+	short, stop := context.WithTimeout(ctx, 50*time.Millisecond)
+	defer stop()
+	if _, err := OpenFile(short, path); !errors.Is(err, ErrLocked) {
+		t.Errorf("opened twice: %v, want ErrLocked", err)
+	}
+}
+
+func TestMakeFileLeavesNothing(t *testing.T) {
+	dir := t.TempDir()
+	ctx, cancel := context.WithCancel(context.Background())
+	err := MakeFile(ctx, filepath.Join(dir, "x.log"), MinSize, func(int64) { cancel() })
+	if !errors.Is(err, context.Canceled) {
+		t.Errorf("cancelled: %v", err)
+	}
+	for _, size := range []int64{0, MinSize - 4096, MinSize + 1, MaxSize + 4096} {
+		if err := MakeFile(context.Background(), filepath.Join(dir, "x.log"), size, nil); err == nil {
+			t.Errorf("a log of %d bytes was made", size)
+		}
+	}
+	if left, _ := os.ReadDir(dir); len(left) != 0 {
+		t.Errorf("left behind: %v", left)
+	}
+}
+
+// TestNoDirectIO needs root, as everything that attaches does: ramfs is a file
+// system without direct I/O.
+func TestNoDirectIO(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("mounting a file system needs root")
+	}
+	dir := t.TempDir()
+	if err := unix.Mount("none", dir, "ramfs", 0, ""); err != nil {
+		t.Fatalf("mount ramfs: %v", err)
+	}
+	defer unix.Unmount(dir, 0)
+	err := MakeFile(context.Background(), filepath.Join(dir, "x.log"), MinSize, nil)
+	if err == nil || !strings.Contains(err.Error(), "O_DIRECT") || strings.Contains(err.Error(), "\n") {
+		t.Errorf("on ramfs: %v, want one line about O_DIRECT", err)
+	}
+	if left, _ := os.ReadDir(dir); len(left) != 0 {
+		t.Errorf("left behind: %v", left)
+	}
+}
