@@ -42,7 +42,11 @@ func TestKill(t *testing.T) {
 	}()
 	// Beside fio: writes that time the pause, and tell after each kill what is
 	// there. Each time in a new place, where no later write covers a loss.
-	plans := make([]stampPlan, pick(5, 20))
+	rounds := pick(5, 20)
+	if *storeKind == "file" {
+		rounds = max(rounds, 15) // twenty kills, also in the short form
+	}
+	plans := make([]stampPlan, rounds)
 	acked := make([]vector, len(plans))
 	var pauses []time.Duration
 	kills, writes := 0, uint64(0)
