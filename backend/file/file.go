@@ -46,6 +46,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/lsd-ceph/lsd/backend"
+	"github.com/lsd-ceph/lsd/internal/durable"
 )
 
 const (
@@ -121,7 +122,7 @@ func create(dir string) error {
 	if err := os.Link(f.Name(), filepath.Join(dir, marker)); err != nil && !errors.Is(err, fs.ErrExist) {
 		return err
 	}
-	return syncDir(dir)
+	return durable.SyncDir(dir)
 }
 
 // mkdirAllSync is os.MkdirAll that survives a power cut.
@@ -139,16 +140,7 @@ func mkdirAllSync(dir string) error {
 	if err != nil {
 		return err
 	}
-	return syncDir(filepath.Dir(dir))
-}
-
-func syncDir(dir string) error {
-	d, err := os.Open(dir)
-	if err != nil {
-		return err
-	}
-	defer d.Close()
-	return d.Sync()
+	return durable.SyncDir(filepath.Dir(dir))
 }
 
 // Open opens the store in dir. It fails with ErrNotFound when dir is absent or

@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"time"
 
+	"github.com/lsd-ceph/lsd/internal/durable"
 	"github.com/lsd-ceph/lsd/internal/uring"
 	"golang.org/x/sys/unix"
 )
@@ -73,7 +74,7 @@ func MakeFile(ctx context.Context, path string, size int64, progress func(int64)
 	if err := unix.Renameat2(unix.AT_FDCWD, tmp, unix.AT_FDCWD, path, unix.RENAME_NOREPLACE); err != nil {
 		return fmt.Errorf("make write log %s: %w", path, err)
 	}
-	return syncDir(filepath.Dir(path))
+	return durable.SyncDir(filepath.Dir(path))
 }
 
 // RemoveFile removes the file of a log, durably.
@@ -81,16 +82,7 @@ func RemoveFile(path string) error {
 	if err := os.Remove(path); err != nil {
 		return fmt.Errorf("remove write log: %w", err)
 	}
-	return syncDir(filepath.Dir(path))
-}
-
-func syncDir(dir string) error {
-	d, err := os.Open(dir)
-	if err != nil {
-		return err
-	}
-	defer d.Close()
-	return d.Sync()
+	return durable.SyncDir(filepath.Dir(path))
 }
 
 func openDirect(path string, flags int) (*os.File, error) {

@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/google/uuid"
+	"github.com/lsd-ceph/lsd/internal/durable"
 )
 
 // recordVersion is the version of a record's format.
@@ -80,7 +81,7 @@ func (rs records) remove(id int) error {
 		return nil
 	}
 	if err == nil {
-		err = syncDir(rs.dir)
+		err = durable.SyncDir(rs.dir)
 	}
 	if err != nil {
 		return fmt.Errorf("remove the record of the attachment: %w", err)
@@ -164,14 +165,5 @@ func writeFileSync(path string, b []byte) (err error) {
 	if err := os.Rename(tmp, path); err != nil {
 		return err
 	}
-	return syncDir(filepath.Dir(path))
-}
-
-func syncDir(dir string) error {
-	d, err := os.Open(dir)
-	if err != nil {
-		return err
-	}
-	defer d.Close()
-	return d.Sync()
+	return durable.SyncDir(filepath.Dir(path))
 }
