@@ -1,6 +1,7 @@
 package engine
 
 import (
+	"cmp"
 	"fmt"
 	"slices"
 	"time"
@@ -21,12 +22,20 @@ type batch struct {
 	sectors  uint64            // of data, overwritten ones included
 	began    time.Duration     // env.Now() when its first write arrived
 
+	// Of a batch that the cleaner has made, which holds no records.
+	moved []movedPiece
+	base  uint64
+
 	state     batchState
 	buf       []byte        // the object, once built
 	header    *objectHeader // once built
+	pieces    []piece       // once built: in the order of the object's data
 	tries     int
 	notBefore time.Duration // of another attempt
 }
+
+// cleaned reports whether the cleaner has made the batch.
+func (b *batch) cleaned() bool { return b.base != 0 }
 
 type batchState int
 
@@ -45,6 +54,14 @@ type piece struct {
 	n      uint32
 	zero   bool
 	at     int // offset of its data in the object's data, in bytes
+}
+
+// bytes returns the length of the piece's data.
+func (p piece) bytes() int {
+	if p.zero {
+		return 0
+	}
+	return int(p.n) * SectorSize
 }
 
 // survivors returns what is left of the extents when each sector keeps only its
@@ -116,10 +133,8 @@ func layout(pieces []piece) (extents []objectExtentInfo, size int) {
 	extents = make([]objectExtentInfo, 0, len(pieces))
 	for i := range pieces {
 		p := &pieces[i]
-		if !p.zero {
-			p.at = size
-			size += int(p.n) * SectorSize
-		}
+		p.at = size
+		size += p.bytes()
 		if k := len(extents) - 1; k >= 0 && !p.zero && !extents[k].zero && extents[k].sector+uint64(extents[k].n) == p.sector {
 			extents[k].n += p.n
 			continue
@@ -184,16 +199,9 @@ func (b *batch) build(h *objectHeader, src logSource, buffer func(int) []byte) (
 	pieces := survivors(b.extents)
 	h.extents, h.data = layout(pieces)
 	h.header = headerSize(len(h.extents), h.data)
+	b.pieces = slices.Clone(pieces)
 	buf := buffer(h.header + h.data)
-	slices.SortFunc(pieces, func(x, y piece) int {
-		switch {
-		case x.pos < y.pos:
-			return -1
-		case x.pos > y.pos:
-			return 1
-		}
-		return 0
-	})
+	slices.SortFunc(pieces, func(x, y piece) int { return cmp.Compare(x.pos, y.pos) })
 	for _, p := range pieces {
 		if p.zero {
 			continue

@@ -2,10 +2,9 @@ package engine
 
 import (
 	"context"
-	"encoding/binary"
 	"errors"
 	"fmt"
-	"hash/crc32"
+	"slices"
 	"time"
 
 	"github.com/google/uuid"
@@ -13,355 +12,305 @@ import (
 	"github.com/lsd-ceph/lsd/internal/extmap"
 )
 
-// A checkpoint is the map after one data object: a manifest, which lists the
-// data objects and the map segments, and the segments, each of which holds the
-// extents of a fixed span of the image. A segment is written again only when
-// something in it has changed. docs/formats.md gives both byte for byte.
 const (
-	manifestMagic   = "LSDCKPT\x00"
-	segmentMagic    = "LSDMAPS\x00"
-	checkpointVers  = 1
-	manifestFixed   = 112
-	manifestObject  = 32
-	manifestSegment = 32
-	segmentFixed    = 64
-	segmentExtent   = 16
-
-	// segmentPages is the span of a map segment in pages: 256 MiB. It bounds
-	// how long the reactor is busy encoding one.
-	segmentPages   = 32
-	segmentSectors = segmentPages * extmap.PageSectors
-
-	checkpointPuts = 4 // segments that are being put at one time
+	checkpointPuts = 4 // map objects that are being put at one time
+	// mapObjectSize is about the size of a map object, bytes. Several segments
+	// share one, so that a checkpoint of many small changes is few objects.
+	mapObjectSize = 4 << 20
+	// copyPerTurn bounds the segments copied in one turn.
+	copyPerTurn = 4
+	// rewriteBytes bounds what a checkpoint moves out of map objects that have
+	// become mostly dead.
+	rewriteBytes = 16 << 20
 )
 
-// segmentRef says which checkpoint wrote the current state of a map segment.
-type segmentRef struct {
-	object  uint64 // 0: the segment is empty
-	epoch   uint64
-	extents uint32
-	sum     uint32 // CRC32C of the whole segment object
-}
-
-// manifest is what a checkpoint's manifest holds.
-type manifest struct {
-	image    uuid.UUID
-	epoch    uint64
-	at       position
-	log      uuid.UUID
-	objects  []objectInfo
-	segments map[uint32]segmentRef // by index, the empty ones left out
-}
-
-// encodeSegment returns the object of map segment index.
-func encodeSegment(id uuid.UUID, index uint32, m *extmap.Map) (b []byte, extents int) {
-	le := binary.LittleEndian
-	b = make([]byte, segmentFixed, segmentFixed+64*segmentExtent)
-	base := uint64(index) * segmentSectors
-	end := min(base+segmentSectors, m.Sectors())
-	for s := base; s < end; {
-		e, ok := m.Next(s, end)
-		if !ok {
-			break
-		}
-		b = le.AppendUint32(b, uint32(e.Sector-base))
-		b = le.AppendUint32(b, e.N)
-		b = le.AppendUint64(b, e.Loc)
-		extents++
-		s = e.End()
-	}
-	copy(b, segmentMagic)
-	le.PutUint32(b[8:], checkpointVers)
-	copy(b[16:], id[:])
-	le.PutUint32(b[32:], index)
-	le.PutUint32(b[36:], uint32(extents))
-	le.PutUint32(b[12:], crc32.Checksum(b, castagnoli))
-	return b, extents
-}
-
-// decodeSegment enters the extents of a segment object into m, which has none
-// there, and calls each for every one of them.
-func decodeSegment(b []byte, id uuid.UUID, index uint32, m *extmap.Map, each func(loc uint64, n uint32) error) error {
-	le := binary.LittleEndian
-	if err := checkObject(b, segmentMagic, segmentFixed, id); err != nil {
-		return err
-	}
-	base := uint64(index) * segmentSectors
-	size := min(segmentSectors, m.Sectors()-base)
-	n := int(le.Uint32(b[36:]))
-	if le.Uint32(b[32:]) != index || len(b)-segmentFixed != n*segmentExtent {
-		return fmt.Errorf("%w: its header is out of range", ErrCorrupt)
-	}
-	end := uint64(0)
-	for p := b[segmentFixed:]; len(p) > 0; p = p[segmentExtent:] {
-		off, n, loc := uint64(le.Uint32(p)), le.Uint32(p[4:]), le.Uint64(p[8:])
-		if n == 0 || off < end || uint64(n) > size || off > size-uint64(n) || loc&extmap.Fixed != 0 {
-			return fmt.Errorf("%w: an extent is out of range", ErrCorrupt)
-		}
-		if err := each(loc, n); err != nil {
-			return err
-		}
-		m.Insert(base+off, uint64(n), loc)
-		end = off + uint64(n)
-	}
-	return nil
-}
-
-// checkObject checks magic, version, checksum and image of a checkpoint's object.
-func checkObject(b []byte, magic string, fixed int, id uuid.UUID) error {
-	le := binary.LittleEndian
-	if len(b) < fixed || string(b[:8]) != magic {
-		return fmt.Errorf("%w: it does not begin as it must", ErrCorrupt)
-	}
-	if v := le.Uint32(b[8:]); v != checkpointVers {
-		return fmt.Errorf("%w or too new: version %d is not known here", ErrCorrupt, v)
-	}
-	c := crc32.Update(0, castagnoli, b[:12])
-	c = crc32.Update(c, castagnoli, make([]byte, 4))
-	if crc32.Update(c, castagnoli, b[16:]) != le.Uint32(b[12:]) {
-		return fmt.Errorf("%w: its checksum is wrong", ErrCorrupt)
-	}
-	if [16]byte(b[16:32]) != id {
-		return fmt.Errorf("%w: it belongs to another image", ErrCorrupt)
-	}
-	return nil
-}
-
-func (m *manifest) encode() []byte {
-	le := binary.LittleEndian
-	b := make([]byte, manifestFixed, manifestFixed+len(m.objects)*manifestObject+len(m.segments)*manifestSegment)
-	copy(b, manifestMagic)
-	le.PutUint32(b[8:], checkpointVers)
-	copy(b[16:], m.image[:])
-	le.PutUint64(b[32:], m.epoch)
-	le.PutUint64(b[40:], m.at.object)
-	le.PutUint64(b[48:], m.at.seq)
-	copy(b[56:], m.log[:])
-	le.PutUint64(b[72:], m.at.logEnd)
-	le.PutUint32(b[80:], uint32(len(m.objects)))
-	le.PutUint32(b[84:], uint32(len(m.segments)))
-	for _, o := range m.objects {
-		b = le.AppendUint64(b, uint64(o.ref))
-		b = le.AppendUint64(b, o.epoch)
-		b = le.AppendUint32(b, o.header)
-		b = le.AppendUint32(b, o.sectors)
-		b = le.AppendUint32(b, o.live)
-		b = le.AppendUint32(b, 0)
-	}
-	for i := range m.segmentsBound() {
-		s, ok := m.segments[i]
-		if !ok {
-			continue
-		}
-		b = le.AppendUint32(b, i)
-		b = le.AppendUint32(b, s.extents)
-		b = le.AppendUint64(b, s.object)
-		b = le.AppendUint64(b, s.epoch)
-		b = le.AppendUint32(b, s.sum)
-		b = le.AppendUint32(b, 0)
-	}
-	le.PutUint32(b[12:], crc32.Checksum(b, castagnoli))
-	return b
-}
-
-// segmentsBound returns one more than the greatest index.
-func (m *manifest) segmentsBound() uint32 {
-	bound := uint32(0)
-	for i := range m.segments {
-		bound = max(bound, i+1)
-	}
-	return bound
-}
-
-// decodeManifest decodes a checkpoint's manifest of an image of the given size.
-func decodeManifest(b []byte, id uuid.UUID, sectors uint64) (*manifest, error) {
-	le := binary.LittleEndian
-	if err := checkObject(b, manifestMagic, manifestFixed, id); err != nil {
-		return nil, err
-	}
-	m := &manifest{image: id, epoch: le.Uint64(b[32:]), segments: map[uint32]segmentRef{}}
-	m.at = position{le.Uint64(b[40:]), le.Uint64(b[48:]), le.Uint64(b[72:])}
-	copy(m.log[:], b[56:])
-	objects, segments := int(le.Uint32(b[80:])), int(le.Uint32(b[84:]))
-	if len(b)-manifestFixed != objects*manifestObject+segments*manifestSegment || m.at.object == 0 || m.at.object > maxObjectSeq {
-		return nil, fmt.Errorf("%w: its header is out of range", ErrCorrupt)
-	}
-	p := b[manifestFixed:]
-	m.objects = make([]objectInfo, objects)
-	for i := range m.objects {
-		o := objectInfo{ref: objectRef(le.Uint64(p)), epoch: le.Uint64(p[8:]), header: le.Uint32(p[16:]), sectors: le.Uint32(p[20:]), live: le.Uint32(p[24:])}
-		if o.ref.source() != 0 || o.ref.seq() == 0 || o.ref.seq() > m.at.object || i > 0 && !m.objects[i-1].ref.less(o.ref) ||
-			o.sectors > MaxObjectSize/SectorSize || o.live > o.sectors || o.header < objectAlign || o.header > maxObjectHeader || o.header%objectAlign != 0 {
-			return nil, fmt.Errorf("%w: the entry of data object %d is out of range", ErrCorrupt, i)
-		}
-		m.objects[i], p = o, p[manifestObject:]
-	}
-	bound := uint32((sectors + segmentSectors - 1) / segmentSectors)
-	for range segments {
-		i := le.Uint32(p)
-		s := segmentRef{extents: le.Uint32(p[4:]), object: le.Uint64(p[8:]), epoch: le.Uint64(p[16:]), sum: le.Uint32(p[24:])}
-		if _, twice := m.segments[i]; twice || i >= bound || s.object == 0 || s.object > m.at.object || s.extents == 0 || s.extents > segmentSectors {
-			return nil, fmt.Errorf("%w: the entry of map segment %d is out of range", ErrCorrupt, i)
-		}
-		m.segments[i], p = s, p[manifestSegment:]
-	}
-	return m, nil
-}
-
-// checkpointer writes checkpoints. The reactor owns it.
+// checkpointer writes checkpoints: the map as it is after one data object. The
+// reactor owns it.
 //
-// A checkpoint begins after a data object has been accepted and must hold the
-// map as it was then. The segments that have changed are encoded a few at a
-// time; one that is about to change before its turn is encoded at once.
+// A checkpoint writes the segments that have changed, packed into map objects, and
+// a manifest that says where every segment is. The segments are copied a few at a
+// time, and encoded and put by workers; one that is about to change before its
+// turn is copied at once. The superblock names a checkpoint before anything of it
+// is written, and the one that it replaced until all that is dead of that is
+// removed, so that a crash leaves nothing that the next start does not know of.
 type checkpointer struct {
-	im       *Image
-	segments map[uint32]segmentRef // as of the last checkpoint that was published
-	last     *checkpointRef        // that one, or nil
-	dirty    map[uint32]bool       // changed since the last checkpoint began
+	im   *Image
+	last *checkpointRef // the last one published, or nil
 
-	running *runningCheckpoint
-	waiters []func(error) // want a checkpoint that begins from now on
+	running  *runningCheckpoint
+	removing bool          // what the last one replaced is being removed
+	waiters  []func(error) // want a checkpoint that begins from now on
+}
+
+// idle reports whether a checkpoint may begin.
+func (c *checkpointer) idle() bool {
+	return c.running == nil && !c.removing && c.im.apply.h == nil
 }
 
 // runningCheckpoint is a checkpoint that is being written.
 type runningCheckpoint struct {
 	at      position
+	ref     checkpointRef
 	objects []objectInfo
-	pending map[uint32]bool // to be encoded
-	order   []uint32        // the same, in order
-	ready   []encodedSegment
+	pending bitset   // to be copied
+	order   []uint32 // the same, in order
+	rewrite []uint32 // unchanged segments that leave their map object
+	copied  []copiedSegment
+	size    int // bytes that the copies may come to
+	parts   []mapPart
 	puts    int
-	written map[uint32]segmentRef
-	old     []string // keys that it replaces
-	final   bool     // the manifest is being put
+	named   bool // the superblock says that it is being written
+	final   bool // all segments are there; the manifest is being put
 	waiters []func(error)
 	tries   int
 }
 
-type encodedSegment struct {
-	index uint32
-	b     []byte
-	ref   segmentRef
+// copiedSegment is a segment on its way into a map object: copied from the map, or
+// to be read from where it is stored.
+type copiedSegment struct {
+	index  uint32
+	span   *extmap.Span
+	stored storedSegment
 }
 
-func (c *checkpointer) start(im *Image) {
-	c.im = im
+// mapPart is one map object of a checkpoint.
+type mapPart struct {
+	segments []copiedSegment
+	places   []storedSegment // in the order of segments; object is not set
+	size     int
 }
 
-// touch says that the map is about to change.
-func (c *checkpointer) touch(s, n uint64) {
-	for i := uint32(s / segmentSectors); i <= uint32((s+n-1)/segmentSectors); i++ {
-		if c.running != nil && c.running.pending[i] {
-			c.encode(i)
-		}
-		c.dirty[i] = true
+// touch says that a segment of the map is about to change.
+func (c *checkpointer) touch(i uint32) {
+	if c.running != nil && c.running.pending.has(i) {
+		c.copy(i)
 	}
+	c.im.objs.touch(i)
 }
 
-// maybe begins a checkpoint when enough objects have been accepted since the
-// last one.
-func (c *checkpointer) maybe() {
-	since := c.im.accepted.object
+// since returns the number of objects accepted since the last checkpoint.
+func (c *checkpointer) since() uint64 {
+	n := c.im.accepted.object
 	if c.last != nil {
-		since -= c.last.Object
+		n -= c.last.Object
 	}
-	if c.running == nil && since >= uint64(c.im.cfg.CheckpointEvery) {
+	return n
+}
+
+// distance returns the number of objects after which a checkpoint is due: some
+// part of the image's objects, so that its cost stays small beside theirs, and so
+// little that recovery keeps its bound.
+func (c *checkpointer) distance() uint64 {
+	most := max(c.im.cfg.CheckpointEvery/2, 1)
+	return uint64(min(max(c.im.table.alive/16, minCheckpointEvery), most))
+}
+
+// minCheckpointEvery is the least distance of checkpoints, in objects, of an image
+// of any size.
+const minCheckpointEvery = 16
+
+// maybe begins a checkpoint when one is due.
+func (c *checkpointer) maybe() {
+	if c.idle() && c.im.accepted.object > 0 && (c.since() >= c.distance() || c.since() > 0 && c.memoryShort()) {
 		c.begin(nil)
 	}
+}
+
+// memoryShort reports whether changed segments take so much memory that they
+// should become clean.
+func (c *checkpointer) memoryShort() bool {
+	m := c.im.objs
+	return m.dirtySegments > 0 && (m.dirtyBytes() > m.budget.Limit()/4 || m.budget.over() > 0 && m.dirtyBytes() > m.budget.Limit()/16)
+}
+
+// behind reports whether nothing may be accepted until the running checkpoint is
+// published.
+func (c *checkpointer) behind() bool {
+	m := c.im.objs
+	return (c.running != nil || c.removing) && (c.since() >= uint64(c.im.cfg.CheckpointEvery) || m.budget.over() > 0 && m.dirtyBytes() > m.budget.Limit()/4)
 }
 
 // now writes a checkpoint of the map as it is, unless there is one; fn is told
 // when it is published.
 func (c *checkpointer) now(fn func(error)) {
 	switch {
-	case c.im.accepted.object == 0 || c.last != nil && c.last.Object == c.im.accepted.object:
+	case c.im.accepted.object == 0 || c.idle() && c.since() == 0:
 		fn(nil)
-	case c.running == nil:
+	case c.idle():
 		c.begin([]func(error){fn})
 	default:
 		c.waiters = append(c.waiters, fn)
 	}
 }
 
+// resume begins the checkpoints that had to wait for an object to be accepted.
+func (c *checkpointer) resume() {
+	if !c.idle() {
+		return
+	}
+	waiters := c.waiters
+	c.waiters = nil
+	for _, fn := range waiters {
+		c.now(fn)
+	}
+	c.maybe()
+}
+
 func (c *checkpointer) begin(waiters []func(error)) {
 	im := c.im
+	m := im.objs
 	r := &runningCheckpoint{
-		at: im.accepted, objects: append([]objectInfo(nil), im.table.list...),
-		pending: c.dirty, written: map[uint32]segmentRef{}, waiters: waiters,
+		at: im.accepted, ref: checkpointRef{im.accepted.object, im.super.sb.Epoch},
+		objects: im.table.snapshot(), waiters: waiters,
 	}
-	c.dirty = map[uint32]bool{}
-	for i := range (im.sectors + segmentSectors - 1) / segmentSectors {
-		if r.pending[uint32(i)] {
-			r.order = append(r.order, uint32(i))
-		}
-	}
+	r.pending, m.dirty, m.writing = m.dirty, newBitset(segmentsOf(im.sectors)), slices.Clone(m.dirty)
+	m.dirtySegments = 0
+	r.pending.each(func(i uint32) { r.order = append(r.order, i) })
+	r.rewrite = c.mostlyDead(r.pending)
 	c.running = r
+	im.changeSuper(func(sb *superblock) { sb.Intent = &r.ref }, func() {
+		r.named = true
+		c.step()
+	})
 	c.step()
 }
 
-// encode takes segment i of the running checkpoint as it is now.
-func (c *checkpointer) encode(i uint32) {
-	r, im := c.running, c.im
-	delete(r.pending, i)
-	b, extents := encodeSegment(im.id, i, im.objs)
-	ref := segmentRef{object: r.at.object, epoch: im.super.sb.Epoch, extents: uint32(extents), sum: crc32.Checksum(b, castagnoli)}
-	if old, ok := c.segments[i]; ok {
-		r.old = append(r.old, segmentKey(im.id, i, old.object, old.epoch))
+// mostlyDead returns segments, none of them among those pending, that should leave
+// their map objects so that these can go: less than half of each is current.
+func (c *checkpointer) mostlyDead(pending bitset) (list []uint32) {
+	m := c.im.objs
+	sparse := make(map[uint32]bool)
+	left := uint32(rewriteBytes)
+	for i, o := range m.maps {
+		if o.live > 0 && o.live < o.size/2 && o.live <= left {
+			sparse[uint32(i)] = true
+			left -= o.live
+		}
 	}
-	if extents == 0 {
-		r.written[i] = segmentRef{}
-		return
+	if len(sparse) == 0 {
+		return nil
 	}
-	r.ready = append(r.ready, encodedSegment{i, b, ref})
+	for i, s := range m.stored {
+		if s.size > 0 && sparse[s.object] && !pending.has(uint32(i)) {
+			list = append(list, uint32(i))
+		}
+	}
+	return list
 }
 
-// step goes on with the running checkpoint: at most one segment is encoded in a
-// turn, so that no request waits for long.
+// copy takes segment i of the running checkpoint as it is now.
+func (c *checkpointer) copy(i uint32) {
+	r, m := c.running, c.im.objs
+	r.pending.clear(i)
+	m.Compact(segmentStart(i), segmentPages)
+	r.copied = append(r.copied, copiedSegment{index: i, span: m.Copy(segmentStart(i), segmentPages)})
+	r.size += segmentFixed + m.SpanBytes(segmentStart(i), segmentPages)
+}
+
+// step goes on with the running checkpoint. It is called at the end of each turn.
 func (c *checkpointer) step() {
 	r := c.running
 	if r == nil || r.final || c.im.state == Fenced || c.im.state == Released {
 		return
 	}
-	if len(r.ready) == 0 && r.puts < checkpointPuts {
-		for len(r.order) > 0 && !r.pending[r.order[0]] {
-			r.order = r.order[1:]
-		}
-		if len(r.order) > 0 {
-			c.encode(r.order[0])
+	for n := 0; n < copyPerTurn && r.size < mapObjectSize && r.puts < checkpointPuts && len(r.order) > 0; {
+		i := r.order[0]
+		r.order = r.order[1:]
+		if r.pending.has(i) {
+			c.copy(i)
+			n++
 		}
 	}
-	for r.puts < checkpointPuts && len(r.ready) > 0 {
-		s := r.ready[0]
-		r.ready = r.ready[1:]
-		c.put(segmentKey(c.im.id, s.index, s.ref.object, s.ref.epoch), s.b, func() {
-			r.puts--
-			r.written[s.index] = s.ref
-			c.step()
-		})
-		r.puts++
+	if len(r.order) == 0 {
+		for len(r.rewrite) > 0 && r.size < mapObjectSize {
+			i := r.rewrite[0]
+			r.rewrite = r.rewrite[1:]
+			s := c.im.objs.segment(i)
+			r.copied = append(r.copied, copiedSegment{index: i, stored: s})
+			r.size += int(s.size)
+		}
 	}
+	rest := len(r.order) + len(r.rewrite)
 	switch {
-	case r.puts > 0:
-	case len(r.pending) == 0:
-		c.finish()
-	default: // an empty segment was encoded: go on in a later turn
+	case !r.named || r.puts >= checkpointPuts:
+	case r.size >= mapObjectSize || rest == 0 && len(r.copied) > 0:
+		c.put()
+	case rest > 0:
 		c.im.env.AfterFunc(0, c.step)
+	case r.puts == 0:
+		c.finish()
 	}
 }
 
-// put writes an object of the checkpoint, until it is there, and then calls fn.
-func (c *checkpointer) put(key string, b []byte, fn func()) {
+// put writes the segments that have been copied as one map object.
+func (c *checkpointer) put() {
+	im, r := c.im, c.running
+	k := len(r.parts)
+	r.parts = append(r.parts, mapPart{segments: r.copied})
+	r.copied, r.size = nil, 0
+	r.puts++
+	maps := im.objs.maps
+	part := r.parts[k]
+	var b []byte
+	c.work(func(ctx context.Context) (err error) {
+		if b == nil {
+			if b, part.places, err = encodeMapObject(ctx, im.store, im.id, part.segments, maps); err != nil {
+				return err
+			}
+			part.size = len(b)
+		}
+		if len(b) == 0 {
+			return nil
+		}
+		return putOwn(ctx, im.store, mapKey(im.id, r.ref, uint32(k)), b)
+	}, func() {
+		r.parts[k] = part
+		r.puts--
+		c.step()
+	})
+	c.step()
+}
+
+// encodeMapObject returns a map object with the given segments, and where in it
+// they are.
+func encodeMapObject(ctx context.Context, st backend.Store, id uuid.UUID, segments []copiedSegment, maps []mapObject) (b []byte, places []storedSegment, err error) {
+	for _, s := range segments {
+		at := len(b)
+		if s.span != nil {
+			b = encodeSegment(b, id, s.index, s.span)
+		} else {
+			raw, err := readSegmentBytes(ctx, st, id, maps[s.stored.object], s.stored)
+			if err == nil {
+				err = checkObject(raw, segmentMagic, segmentVersion, segmentFixed, id)
+			}
+			if err != nil {
+				return nil, nil, fmt.Errorf("map segment %d: %w", s.index, err)
+			}
+			b = append(b, raw...)
+		}
+		places = append(places, storedSegment{offset: uint32(at), size: uint32(len(b) - at)})
+	}
+	return b, places, nil
+}
+
+// putOwn puts an object whose name nobody else uses: one that exists is this very
+// object, put by an attempt whose outcome was not known.
+func putOwn(ctx context.Context, st backend.Store, key string, b []byte) error {
+	if err := st.Put(ctx, key, b); !errors.Is(err, backend.ErrExists) {
+		return err
+	}
+	return nil
+}
+
+// work runs a step of the checkpoint on a worker, until it goes through, and then
+// calls fn.
+func (c *checkpointer) work(work func(context.Context) error, fn func()) {
 	im, r := c.im, c.running
 	var err error
 	im.spawn(func() {
 		ctx, stop := context.WithTimeout(im.ctx, im.cfg.StoreTimeout)
 		defer stop()
-		// One that exists is this very object, put by an attempt whose outcome
-		// was not known: its name holds this epoch, and one epoch begins one
-		// checkpoint after an object.
-		if err = im.store.Put(ctx, key, b); errors.Is(err, backend.ErrExists) {
-			err = nil
-		}
+		err = work(ctx)
 	}, func() {
 		switch {
 		case im.state == Fenced || im.state == Released:
@@ -371,7 +320,7 @@ func (c *checkpointer) put(key string, b []byte, fn func()) {
 			r.tries++
 			im.env.AfterFunc(wait, func() {
 				if c.running == r {
-					c.put(key, b, fn)
+					c.work(work, fn)
 				}
 			})
 		default:
@@ -386,64 +335,165 @@ func (c *checkpointer) put(key string, b []byte, fn func()) {
 func (c *checkpointer) finish() {
 	im, r := c.im, c.running
 	r.final = true
-	m := manifest{image: im.id, epoch: im.super.sb.Epoch, at: r.at, log: im.logID, objects: r.objects, segments: map[uint32]segmentRef{}}
-	for i, s := range c.segments {
-		m.segments[i] = s
-	}
-	for i, s := range r.written {
-		if s.object == 0 {
-			delete(m.segments, i)
-		} else {
-			m.segments[i] = s
+	m := &manifest{image: im.id, epoch: r.ref.Epoch, at: r.at, log: im.logID, objects: r.objects}
+	// Nothing changes these before the checkpoint is published.
+	maps, stored := im.objs.maps, im.objs.stored
+	var b []byte
+	c.work(func(ctx context.Context) error {
+		if b == nil {
+			m.maps, m.segments = r.place(maps, stored)
+			b = m.encode()
 		}
-	}
-	ref := &checkpointRef{Object: r.at.object, Epoch: im.super.sb.Epoch}
-	c.put(manifestKey(im.id, ref.Object, ref.Epoch), m.encode(), func() {
-		im.super.point = ref
-		im.super.pointFn = func(error) { c.published(ref, m.segments) }
-		im.updateSuper()
+		return putManifest(ctx, im.store, m, b)
+	}, func() {
+		im.changeSuper(func(sb *superblock) {
+			if sb.Checkpoint == nil || *sb.Checkpoint != r.ref {
+				sb.Prev = sb.Checkpoint
+			}
+			sb.Checkpoint, sb.Intent = &r.ref, nil
+		}, func() { c.published(m) })
 	})
 }
 
-func (c *checkpointer) published(ref *checkpointRef, segments map[uint32]segmentRef) {
+// place returns the map objects and the places of all segments once the
+// checkpoint's own are among them. Map objects that have been removed are left
+// out.
+func (r *runningCheckpoint) place(maps []mapObject, stored []storedSegment) ([]mapObject, []storedSegment) {
+	now := make([]mapObject, 0, len(maps)+len(r.parts))
+	index := make([]uint32, len(maps))
+	for i, o := range maps {
+		if o.size > 0 {
+			index[i] = uint32(len(now))
+			now = append(now, o)
+		}
+	}
+	places := slices.Clone(stored)
+	for i := range places {
+		if p := &places[i]; p.size > 0 {
+			p.object = index[p.object]
+		}
+	}
+	for k, p := range r.parts {
+		object := uint32(len(now))
+		if p.size > 0 {
+			now = append(now, mapObject{at: r.ref, part: uint32(k), size: uint32(p.size)})
+		}
+		for j, s := range p.segments {
+			for int(s.index) >= len(places) {
+				places = append(places, storedSegment{})
+			}
+			old := &places[s.index]
+			if old.size > 0 {
+				now[old.object].live -= old.size
+			}
+			*old = p.places[j]
+			if old.size > 0 {
+				old.object = object
+				now[object].live += old.size
+			} else {
+				*old = storedSegment{}
+			}
+		}
+	}
+	for i := range now {
+		if o := &now[i]; o.live == 0 && o.died == 0 {
+			o.died = uint32(r.ref.Object)
+		}
+	}
+	return now, places
+}
+
+// putManifest writes an encoded manifest. The first part, which says how long all
+// of it is, comes last.
+func putManifest(ctx context.Context, st backend.Store, m *manifest, b []byte) error {
+	for part := (len(b) - 1) / manifestPart; part >= 0; part-- {
+		p := b[part*manifestPart : min((part+1)*manifestPart, len(b))]
+		if err := putOwn(ctx, st, manifestKey(m.image, m.ref(), part), p); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (c *checkpointer) published(m *manifest) {
 	r, im := c.running, c.im
-	if c.last != nil {
-		r.old = append(r.old, manifestKey(im.id, c.last.Object, c.last.Epoch))
-	}
-	c.last, c.segments, c.running = ref, segments, nil
-	waiters := c.waiters
-	c.waiters = nil
-	for _, fn := range waiters {
-		c.now(fn)
-	}
-	c.maybe()
+	old := c.last
+	c.last, c.running = &r.ref, nil
+	im.objs.maps, im.objs.stored = m.maps, m.segments
+	im.objs.writing = newBitset(segmentsOf(im.sectors))
+	// What was empty before it was written, or is now, needs no place in memory.
+	im.objs.evict()
 	// Those who waited may be about to end the image's work: they are told when
 	// nothing is left to clean up.
-	c.remove(r.old, func() {
+	c.removing = true
+	c.removeOld(old, func() {
+		c.removing = false
 		for _, fn := range r.waiters {
 			fn(nil)
 		}
+		c.resume()
+		im.advance()
 	})
+	im.reap()
+	im.advance()
 }
 
-// remove deletes objects that nothing refers to any more, and then calls done.
-// What cannot be deleted now wastes space until a collection finds it.
-func (c *checkpointer) remove(keys []string, done func()) {
-	im := c.im
-	if len(keys) == 0 {
-		done()
+// removeOld removes what a checkpoint has replaced, unless a point needs it, and
+// then calls done: the manifest old, and map objects of which nothing is current.
+func (c *checkpointer) removeOld(old *checkpointRef, done func()) {
+	im, sb := c.im, c.im.super.sb
+	var keys []string
+	for i := range im.objs.maps {
+		if o := &im.objs.maps[i]; o.size > 0 && o.live == 0 && !sb.heldMap(o.at.Object, uint64(o.died)) {
+			keys = append(keys, mapKey(im.id, o.at, o.part))
+			*o = mapObject{} // left out of the next manifest
+		}
+	}
+	held := old == nil || sb.heldManifest(*old)
+	if len(keys) == 0 && held {
+		c.forgetPrev(done)
 		return
 	}
-	im.spawn(func() {
-		ctx, stop := context.WithTimeout(im.ctx, im.cfg.StoreTimeout+time.Duration(len(keys))*time.Second)
-		defer stop()
-		for _, k := range keys {
-			if err := im.store.Delete(ctx, k); err != nil && !errors.Is(err, backend.ErrNotFound) {
-				im.logger.Warn("an old part of a checkpoint could not be removed", "object", k, "err", err)
-				return
-			}
+	im.removeKeys(func(ctx context.Context) error {
+		if err := deleteAll(ctx, im.store, keys); err != nil || held {
+			return err
 		}
-	}, done)
+		return deleteParts(ctx, im.store, func(part int) string { return manifestKey(im.id, *old, part) }, 1)
+	}, func() { c.forgetPrev(done) })
+}
+
+// forgetPrev says in the superblock that nothing is left of the checkpoint that
+// was replaced. The next change will do, whatever it is for.
+func (c *checkpointer) forgetPrev(done func()) {
+	im := c.im
+	im.super.changes = append(im.super.changes, superChange{func(sb *superblock) { sb.Prev = nil }, func() {}})
+	done()
+}
+
+// deleteAll deletes objects, of which any may have gone before.
+func deleteAll(ctx context.Context, st backend.Store, keys []string) error {
+	for _, k := range keys {
+		if err := st.Delete(ctx, k); err != nil && !errors.Is(err, backend.ErrNotFound) {
+			return err
+		}
+	}
+	return nil
+}
+
+// deleteParts deletes the objects that key names, from part 0 on, until as many
+// in a row as gap are not there.
+func deleteParts(ctx context.Context, st backend.Store, key func(part int) string, gap int) error {
+	for part, missing := 0, 0; missing < gap; part++ {
+		switch err := st.Delete(ctx, key(part)); {
+		case errors.Is(err, backend.ErrNotFound):
+			missing++
+		case err != nil:
+			return err
+		default:
+			missing = 0
+		}
+	}
+	return nil
 }
 
 // fail ends the running checkpoint with the image.
@@ -457,4 +507,38 @@ func (c *checkpointer) fail(err error) {
 	for _, fn := range waiters {
 		fn(err)
 	}
+}
+
+// removeKeys runs a removal on a worker, again and again until it goes through,
+// and then calls done.
+func (im *Image) removeKeys(remove func(context.Context) error, done func()) {
+	im.removeTry(remove, done, 0)
+}
+
+func (im *Image) removeTry(remove func(context.Context) error, done func(), tries int) {
+	var err error
+	im.spawn(func() {
+		ctx, stop := context.WithTimeout(im.ctx, im.cfg.StoreTimeout+time.Minute)
+		defer stop()
+		err = remove(ctx)
+	}, func() {
+		switch {
+		case im.state == Fenced || im.state == Released:
+		case errors.Is(err, backend.ErrPermanent):
+			im.storeFailed(err)
+			im.logger.Warn("something dead could not be removed: it wastes space until lsdctl check --repair", "err", err)
+			done()
+		case err != nil:
+			im.storeFailed(err)
+			im.jobs++
+			im.env.AfterFunc(im.backoff(tries), func() {
+				im.jobs--
+				if im.state != Fenced && im.state != Released {
+					im.removeTry(remove, done, tries+1)
+				}
+			})
+		default:
+			done()
+		}
+	})
 }

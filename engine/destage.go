@@ -47,10 +47,18 @@ func (im *Image) pumpNow() {
 	if im.state == Fenced || im.state == Released {
 		return
 	}
+	window := im.window
+	if im.apply.b != nil {
+		window-- // it is not accepted yet
+	}
 	next := time.Duration(0)
-	for _, b := range im.queue[:min(len(im.queue), im.window)] {
+	lags := im.clean.lags()
+	for _, b := range im.queue[:min(len(im.queue), window)] {
 		if b.state != batchSealed && b.state != batchBuilt {
 			continue
+		}
+		if lags && b.state == batchBuilt {
+			break
 		}
 		if wait := b.notBefore - im.env.Now(); wait > 0 {
 			if next == 0 || wait < next {
@@ -107,13 +115,36 @@ func (im *Image) storeWorks() {
 	}
 }
 
-// build makes b's object on a worker, from memory if all of b is still there.
-func (im *Image) build(b *batch) {
-	b.state = batchBuilding
-	h := &objectHeader{
+// headerFor returns what the header of b's object says of its place.
+func (im *Image) headerFor(b *batch) *objectHeader {
+	return &objectHeader{
 		image: im.id, epoch: im.super.sb.Epoch, seq: b.object,
 		firstSeq: b.firstSeq, lastSeq: b.lastSeq, log: im.logID, logEnd: b.end,
 	}
+}
+
+// buildCleaned makes the object of a batch of moved data on a worker.
+func (im *Image) buildCleaned(b *batch) {
+	h := im.headerFor(b)
+	var buf []byte
+	im.spawn(func() { buf = b.buildMoved(h, im.buffer) }, func() {
+		if im.state == Fenced || im.state == Released {
+			return
+		}
+		b.moved = nil
+		b.buf, b.header, b.state, b.tries = buf, h, batchBuilt, 0
+		im.pumpNow()
+	})
+}
+
+// build makes b's object on a worker, from memory if all of b is still there.
+func (im *Image) build(b *batch) {
+	b.state = batchBuilding
+	if b.cleaned() {
+		im.buildCleaned(b)
+		return
+	}
+	h := im.headerFor(b)
 	var src logSource
 	pinned := im.log.Pin(b.start)
 	if pinned {
@@ -196,65 +227,12 @@ func (im *Image) putObject(key string, object []byte, header int) error {
 	return nil
 }
 
-// advance accepts the durable objects at the front of the queue, in order. An
-// owner whose lease has run out accepts nothing: another may have taken over
-// before the object was there, and does not know of it.
-func (im *Image) advance() {
-	for len(im.queue) > 0 && im.queue[0].state == batchDurable && im.leased() {
-		b := im.queue[0]
-		im.queue = append(im.queue[:0], im.queue[1:]...)
-		im.accept(b.header)
-		for _, e := range b.header.extents {
-			im.dirty.RemoveRange(e.sector, uint64(e.n), b.start/SectorSize, b.end/SectorSize)
-		}
-		im.log.Trim(b.end)
-		im.checkInvariants()
-		if len(im.spare) < 2*im.window {
-			b.header = nil
-			im.spare = append(im.spare, b)
-		}
-		im.notifyDestaged()
-		im.checkpoint.maybe()
-	}
-	im.pumpNow()
-}
-
-// accept enters a data object, the next in order, into the map.
-func (im *Image) accept(h *objectHeader) {
-	if h.seq != im.accepted.object+1 {
-		panic("engine: objects accepted out of order")
-	}
-	ref := refOfSeq(h.seq)
-	im.table.add(objectInfo{ref: ref, epoch: h.epoch, header: uint32(h.header), sectors: uint32(h.data / SectorSize), live: uint32(h.data / SectorSize)})
-	off := 0
-	for _, e := range h.extents {
-		im.checkpoint.touch(e.sector, uint64(e.n))
-		if e.zero {
-			im.objs.Remove(e.sector, uint64(e.n))
-			continue
-		}
-		im.objs.Insert(e.sector, uint64(e.n), ref.loc(off))
-		off += int(e.n)
-	}
-	im.sums.add(ref, h.sums)
-	im.accepted = position{h.seq, h.lastSeq, h.logEnd}
-}
-
-// replaced is told by the object map of data that it does not refer to any more.
-func (im *Image) replaced(loc uint64, n uint32) {
-	o := im.table.find(refOf(loc))
-	if o == nil || o.live < n {
-		panic("engine: the map refers to an object that is not in the table")
-	}
-	o.live -= n
-}
-
 // notifyDestaged tells those who waited for what has been accepted.
 func (im *Image) notifyDestaged() {
 	kept := im.waiters[:0]
 	var ready []waiter
 	for _, w := range im.waiters {
-		if w.seq <= im.accepted.seq {
+		if w.object <= im.accepted.object {
 			ready = append(ready, w)
 		} else {
 			kept = append(kept, w)

@@ -44,9 +44,15 @@ const (
 	MaxLease          = time.Hour
 	DefaultLease      = time.Minute
 
-	maxWindow       = 64
-	defaultWindow   = 8
-	maxBatchExtents = 1 << 16
+	DefaultSpaceRatio = 1.3
+	MinSpaceRatio     = 1.05
+	MaxSpaceRatio     = 10
+
+	maxWindow     = 64
+	defaultWindow = 8
+	// maxBatchExtents bounds what one object changes in the map, and so the
+	// memory that it takes to enter it.
+	maxBatchExtents = 1 << 12
 )
 
 // An Op is what a request asks for.
@@ -127,9 +133,15 @@ type Config struct {
 	// BatchAge is the longest that a write waits in the log before its batch is
 	// put, when the batch does not fill before. Default 5 s.
 	BatchAge time.Duration
-	// CheckpointEvery is the number of data objects after which the map is
-	// checkpointed; recovery reads at most these, and those put since. Default 64.
+	// CheckpointEvery bounds the data objects that may be accepted since the last
+	// checkpoint of the map: recovery reads the headers of these, and of those that
+	// were being put. Default 512.
 	CheckpointEvery int
+	// SpaceRatio is how much space the data objects may take in the store for what
+	// lives of them, before the cleaner begins to reclaim it: 1.05 to 10. Default 1.3.
+	SpaceRatio float64
+	// Shared is what the images of a daemon share. Default: it is the image's own.
+	Shared *Shared
 	// StoreTimeout bounds one attempt of an operation on the store; it is then
 	// repeated. Default 20 s.
 	StoreTimeout time.Duration
@@ -157,7 +169,13 @@ func (c Config) withDefaults() Config {
 	set(&c.RetryMin, 100*time.Millisecond)
 	set(&c.RetryMax, 5*time.Second)
 	if c.CheckpointEvery == 0 {
-		c.CheckpointEvery = 64
+		c.CheckpointEvery = 512
+	}
+	if c.SpaceRatio == 0 {
+		c.SpaceRatio = DefaultSpaceRatio
+	}
+	if c.Shared == nil {
+		c.Shared = NewShared(0)
 	}
 	if c.LogDepth == 0 {
 		c.LogDepth = 8

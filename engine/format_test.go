@@ -93,16 +93,17 @@ func TestSegmentRoundTrip(t *testing.T) {
 	m := extmap.New(3*segmentSectors + 5000)
 	for range 5000 {
 		n := 1 + rng.Uint64N(100)
-		m.Insert(rng.Uint64N(m.Sectors()-n), n, rng.Uint64N(1<<40))
+		m.Insert(rng.Uint64N(m.Sectors()-n), n, refOfSeq(1+rng.Uint64N(1<<20)).loc(rng.IntN(MaxObjectSize/SectorSize-100)))
 	}
 	got := extmap.New(m.Sectors())
 	for i := range uint32(4) {
-		b, extents := encodeSegment(id, i, m)
-		n := 0
-		if err := decodeSegment(b, id, i, got, func(uint64, uint32) error { n++; return nil }); err != nil || n != extents {
-			t.Fatalf("segment %d: %d of %d extents, %v", i, n, extents, err)
+		b := encodeSegment(nil, id, i, m.Copy(segmentStart(i), segmentPages))
+		span, err := decodeSegment(b, id, i, m.Sectors())
+		if err != nil {
+			t.Fatalf("segment %d: %v", i, err)
 		}
-		if err := decodeSegment(b, id, i+1, extmap.New(m.Sectors()), func(uint64, uint32) error { return nil }); err == nil {
+		got.Attach(span)
+		if _, err := decodeSegment(b, id, i+1, m.Sectors()); err == nil {
 			t.Errorf("segment %d passes for another", i)
 		}
 	}
@@ -119,29 +120,64 @@ func TestSegmentRoundTrip(t *testing.T) {
 	}
 }
 
+// TestSegmentSize holds a segment of random 4 KiB writes to less than 8 bytes each.
+func TestSegmentSize(t *testing.T) {
+	rng := rand.New(rand.NewPCG(2, 2))
+	m := extmap.New(segmentSectors)
+	for i := range uint64(segmentSectors / 8) {
+		m.Insert(i*8, 8, refOfSeq(1+rng.Uint64N(1<<17)).loc(rng.IntN(2048)*8))
+	}
+	b := encodeSegment(nil, uuid.New(), 0, m.Copy(0, segmentPages))
+	if limit := segmentSectors / 8 * 8; len(b) > limit {
+		t.Errorf("%d bytes, more than %d", len(b), limit)
+	}
+}
+
 func FuzzSegment(f *testing.F) {
 	id := uuid.UUID{1}
 	m := extmap.New(fuzzSectors)
-	m.Insert(8, 8, 1<<20)
-	b, _ := encodeSegment(id, 0, m)
-	f.Add(b, true)
+	m.Insert(8, 8, refOfSeq(9).loc(64))
+	m.Insert(80, 3, refOfSeq(7).loc(5))
+	f.Add(encodeSegment(nil, id, 0, m.Copy(0, segmentPages)), true)
 	f.Fuzz(func(t *testing.T, b []byte, fix bool) {
 		if fix {
 			fixSum(b)
 		}
+		span, err := decodeSegment(b, id, 0, fuzzSectors)
+		if err != nil {
+			return
+		}
 		m := extmap.New(fuzzSectors)
-		_ = decodeSegment(b, id, 0, m, func(uint64, uint32) error { return nil })
+		m.Attach(span)
 		m.Invariants()
+		for s := uint64(0); ; {
+			e, ok := m.Next(s, fuzzSectors)
+			if !ok {
+				break
+			}
+			if refOf(e.Loc).seq() == 0 || offsetOf(e.Loc)+int(e.N) > MaxObjectSize/SectorSize {
+				t.Fatalf("extent %+v passed", e)
+			}
+			s = e.End()
+		}
 	})
 }
 
-func FuzzManifest(f *testing.F) {
-	id := uuid.UUID{1}
-	m := manifest{image: id, epoch: 2, at: position{7, 70, 4096}, log: uuid.UUID{2},
-		objects:  []objectInfo{{ref: 1, epoch: 1, header: 4096, sectors: 64, live: 3}, {ref: 7, epoch: 2, header: 4096, sectors: 8, live: 8}},
-		segments: map[uint32]segmentRef{0: {object: 7, epoch: 2, extents: 2, sum: 5}},
+func testManifest() manifest {
+	return manifest{image: uuid.UUID{1}, epoch: 2, at: position{7, 70, 4096}, log: uuid.UUID{2},
+		objects: []objectInfo{
+			{number: 1, epoch: 1, header: 1, sectors: 64, live: 3, born: 1},
+			{number: 5, epoch: 1, header: 1, sectors: 64, died: 6, born: 5},
+			{number: 7, epoch: 2, header: 1, sectors: 8, live: 8, born: 2},
+		},
+		maps:     []mapObject{{at: checkpointRef{3, 1}, part: 1, size: 1000, live: 500}, {at: checkpointRef{7, 2}, size: 100, live: 100}},
+		segments: []storedSegment{{1, 0, 100}, {}, {0, 500, 500}},
 	}
-	got, err := decodeManifest(m.encode(), id, fuzzSectors)
+}
+
+func FuzzManifest(f *testing.F) {
+	m := testManifest()
+	got, err := decodeManifest(m.encode(), m.image, fuzzSectors)
 	if err != nil || !reflect.DeepEqual(*got, m) {
 		f.Fatalf("%+v, %v; want %+v", got, err, m)
 	}
@@ -150,10 +186,11 @@ func FuzzManifest(f *testing.F) {
 		if fix {
 			fixSum(b)
 		}
-		if m, err := decodeManifest(b, id, fuzzSectors); err == nil {
-			if _, err := decodeManifest(m.encode(), id, fuzzSectors); err != nil {
+		if m, err := decodeManifest(b, uuid.UUID{1}, fuzzSectors); err == nil {
+			if _, err := decodeManifest(m.encode(), m.image, fuzzSectors); err != nil {
 				t.Fatalf("decoded a manifest that does not decode again: %v", err)
 			}
+			(&objectTable{}).load(m.objects)
 		}
 	})
 }

@@ -29,11 +29,13 @@ type Image struct {
 	readOnly bool
 	sectors  uint64
 	object   uint64 // size of a data object's data, in sectors
+	parallel int    // reads from the store that recovery makes at one time
 	window   int    // data objects beyond the last accepted one that may be put
 	ctx      context.Context
 	cancel   context.CancelFunc
 	buffers  sync.Pool // of *[]byte, for data objects being built
 	sums     sumCache  // shared by the workers that read objects
+	shared   *Shared
 
 	// The reactor owns all that follows.
 	env   Env
@@ -41,9 +43,13 @@ type Image struct {
 	why   error // why it is not active any more
 
 	dirty *extmap.Map // what is in the log and not in an accepted object: log positions in sectors
-	objs  *extmap.Map // what is in accepted objects
+	objs  *pagedMap   // what is in accepted objects
 	table objectTable
+	apply applier
+	tail  tail
 
+	unreleased   bool      // the ownership before was not given up
+	spent        uuid.UUID // a log of this host from which the store has everything
 	recoveredLog uuid.UUID // whose positions the last recovered object gives
 	accepted     position  // of the last data object in the map
 	sealed       position  // of the last batch that was sealed
@@ -66,6 +72,8 @@ type Image struct {
 	jobs       int // workers running for this image
 	super      superWriter
 	checkpoint checkpointer
+	reaper     reaper
+	clean      cleaner
 	stats      counters
 }
 
@@ -76,10 +84,10 @@ type position struct {
 	logEnd uint64 // log position after that record, in bytes
 }
 
-// waiter wants everything up to a record accepted by the store.
+// waiter wants everything up to an object accepted.
 type waiter struct {
-	seq uint64
-	fn  func(error)
+	object uint64
+	fn     func(error)
 }
 
 // counters are what an image counts; all since it was opened.
@@ -88,6 +96,7 @@ type counters struct {
 	readBytes, writeBytes            uint64
 	objects, objectBytes             uint64 // put
 	storeErrors, readErrors          uint64
+	mapErrors                        uint64
 	lastStoreErr                     error
 	lastStoreErrAt                   time.Duration
 	storeDown                        bool
@@ -120,8 +129,11 @@ func (im *Image) Start(env Env, dev aio.Device, mem []byte) {
 	im.log.Start(dev, im, mem, im.cfg.LogDepth)
 	im.ageTimer = env.AfterFunc(im.cfg.BatchAge, im.sealByAge)
 	im.pump = env.AfterFunc(0, im.pumpNow)
+	im.apply.timer = env.AfterFunc(0, im.advance)
+	im.clean.timer = env.AfterFunc(0, im.clean.maybe)
 	im.startSuper()
-	im.checkpoint.start(im)
+	im.startLeftovers()
+	im.checkpoint.maybe()
 }
 
 // Submit starts a request. Its Done is called when it has ended.
@@ -256,22 +268,26 @@ func (im *Image) note(e writelog.Extent) {
 		im.dirty.Insert(e.Sector, uint64(e.N), e.Pos)
 		return
 	}
-	// A hole needs an entry only where something would show through.
 	for s, end := e.Sector, e.Sector+uint64(e.N); s < end; {
-		d, ok1 := im.dirty.Next(s, end)
-		o, ok2 := im.objs.Next(s, end)
-		switch {
-		case !ok1 && !ok2:
-			return
-		case !ok1 || ok2 && o.Sector < d.Sector:
-			s = o.Sector
-		default:
-			s = d.Sector
-		}
 		to := min((s/extmap.PageSectors+1)*extmap.PageSectors, end)
-		im.dirty.Insert(s, to-s, extmap.Fixed|e.Pos)
+		if im.shows(s, to) {
+			im.dirty.Insert(s, to-s, extmap.Fixed|e.Pos)
+		}
 		s = to
 	}
+}
+
+// shows reports whether something other than zeroes may be read in [s, end), which
+// lies in one page: only there a hole needs an entry.
+func (im *Image) shows(s, end uint64) bool {
+	if !im.objs.ready(segmentOf(s)) {
+		return true
+	}
+	_, ok := im.dirty.Next(s, end)
+	if !ok {
+		_, ok = im.objs.Next(s, end)
+	}
+	return ok
 }
 
 func (im *Image) openBatch() {
@@ -411,15 +427,14 @@ func (im *Image) Destage(fn func(error)) {
 		return
 	}
 	im.log.Commit()
-	seq := im.log.Seq()
 	if im.open != nil {
 		im.seal()
 	}
-	if seq <= im.accepted.seq {
+	if im.open == nil && im.sealed.object <= im.accepted.object {
 		fn(nil)
 		return
 	}
-	im.waiters = append(im.waiters, waiter{seq, fn})
+	im.waiters = append(im.waiters, waiter{im.sealed.object, fn})
 }
 
 // Close destages everything, checkpoints the map and gives up the ownership; fn
@@ -444,6 +459,7 @@ func (im *Image) Close(fn func(error)) {
 
 // letGo destages, checkpoints and releases.
 func (im *Image) letGo(fn func(error)) {
+	im.clean.end()
 	im.Destage(func(err error) {
 		if err != nil {
 			fn(err)
@@ -454,7 +470,7 @@ func (im *Image) letGo(fn func(error)) {
 				fn(err)
 				return
 			}
-			im.release(fn)
+			im.afterReaping(func() { im.release(fn) })
 		})
 	})
 }
@@ -494,6 +510,8 @@ func (im *Image) fence(s State, why error) {
 	}
 	im.waiters = nil
 	im.checkpoint.fail(why)
+	im.clean.end()
+	im.objs.leave()
 	if im.super.timer != nil {
 		im.super.timer.Stop()
 	}

@@ -15,24 +15,7 @@ func (im *Image) checkInvariants() {
 	}
 	im.dirty.Invariants()
 	im.objs.Invariants()
-	live := map[objectRef]uint32{}
-	for s := uint64(0); ; {
-		e, ok := im.objs.Next(s, im.sectors)
-		if !ok {
-			break
-		}
-		o := im.table.find(refOf(e.Loc))
-		if o == nil || uint32(offsetOf(e.Loc))+e.N > o.sectors {
-			panic(fmt.Sprintf("engine: sector %d is mapped to what object %d does not have", e.Sector, refOf(e.Loc).seq()))
-		}
-		live[o.ref] += e.N
-		s = e.End()
-	}
-	for _, o := range im.table.list {
-		if live[o.ref] != o.live {
-			panic(fmt.Sprintf("engine: object %d has %d live sectors, its entry says %d", o.ref.seq(), live[o.ref], o.live))
-		}
-	}
+	im.checkLive()
 	lo, hi := im.accepted.logEnd/SectorSize, im.log.Head()/SectorSize
 	for s := uint64(0); ; {
 		e, ok := im.dirty.Next(s, im.sectors)
@@ -45,6 +28,33 @@ func (im *Image) checkInvariants() {
 		s = e.End()
 	}
 	im.checkQueue()
+}
+
+// checkLive panics unless the table counts what the map refers to, as far as the
+// map is in memory.
+func (im *Image) checkLive() {
+	live := map[uint32]uint32{}
+	for s := uint64(0); ; {
+		e, ok := im.objs.Next(s, im.sectors)
+		if !ok {
+			break
+		}
+		o := im.table.find(refOf(e.Loc).seq())
+		if o == nil || uint32(offsetOf(e.Loc))+e.N > o.sectors {
+			panic(fmt.Sprintf("engine: sector %d is mapped to what object %d does not have", e.Sector, refOf(e.Loc).seq()))
+		}
+		live[o.number] += e.N
+		s = e.End()
+	}
+	whole := true
+	for i := range segmentsOf(im.sectors) {
+		whole = whole && im.objs.here(i)
+	}
+	for _, o := range im.table.list {
+		if n := live[o.number]; n > o.live || whole && n != o.live || o.gone && n > 0 {
+			panic(fmt.Sprintf("engine: object %d has %d live sectors, its entry says %d", o.number, n, o.live))
+		}
+	}
 }
 
 // checkQueue panics unless the batches cover the log from the last accepted

@@ -13,7 +13,7 @@ import (
 // The format of a data object; docs/formats.md gives it byte for byte.
 const (
 	objectMagic     = "LSDDATA\x00"
-	objectVersion   = 1
+	objectVersion   = 2
 	objectFixed     = 128
 	objectExtent    = 16
 	objectBlock     = 4096 // unit of the checksums
@@ -47,11 +47,18 @@ type objectHeader struct {
 	lastSeq  uint64
 	log      uuid.UUID // the write log that these came from
 	logEnd   uint64    // position in it, in bytes, after the last of them
+	base     uint64    // of the cleaner's objects: see cleaned; else 0
+	born     uint32    // number of the object that first held its newest data; 0: this one
 	extents  []objectExtentInfo
 	sums     []uint32 // CRC32C of each block of the data
 	header   int      // bytes before the data
 	data     int      // bytes of data
 }
+
+// cleaned reports whether the cleaner has made the object, of data that the map
+// had in older ones. It holds no records, and its extents count only where the map
+// still refers to objects up to base.
+func (h *objectHeader) cleaned() bool { return h.base != 0 }
 
 func headerSize(extents, data int) int {
 	n := objectFixed + extents*objectExtent + 4*((data+objectBlock-1)/objectBlock)
@@ -87,6 +94,8 @@ func (h *objectHeader) encode(object []byte) {
 	le.PutUint32(b[88:], uint32(h.header))
 	le.PutUint32(b[92:], uint32(h.data))
 	le.PutUint32(b[96:], uint32(len(h.extents)))
+	le.PutUint64(b[100:], h.base)
+	le.PutUint32(b[108:], h.born)
 	p := b[objectFixed:]
 	for _, e := range h.extents {
 		le.PutUint64(p, e.sector)
@@ -143,20 +152,22 @@ func decodeObjectHeader(b []byte, sectors uint64) (*objectHeader, error) {
 	h := &objectHeader{
 		epoch: le.Uint64(b[32:]), seq: le.Uint64(b[40:]),
 		firstSeq: le.Uint64(b[48:]), lastSeq: le.Uint64(b[56:]), logEnd: le.Uint64(b[80:]),
-		header: n, data: int(le.Uint32(b[92:])),
+		header: n, data: int(le.Uint32(b[92:])), base: le.Uint64(b[100:]), born: le.Uint32(b[108:]),
 	}
 	copy(h.image[:], b[16:])
 	copy(h.log[:], b[64:])
 	count := int(le.Uint32(b[96:]))
 	if h.data%SectorSize != 0 || h.data > MaxObjectSize || count > maxObjectHeader/objectExtent || headerSize(count, h.data) != n ||
-		h.seq == 0 || h.seq > maxObjectSeq || h.firstSeq == 0 || h.lastSeq < h.firstSeq {
+		h.seq == 0 || h.seq > maxObjectSeq || h.epoch > maxEpoch || h.firstSeq == 0 ||
+		h.cleaned() && (h.lastSeq != h.firstSeq-1 || h.base >= h.seq || uint64(h.born) > h.base) ||
+		!h.cleaned() && (h.lastSeq < h.firstSeq || h.born != 0) {
 		return nil, fmt.Errorf("%w: its header is out of range", ErrCorrupt)
 	}
 	h.extents = make([]objectExtentInfo, count)
 	p, end := b[objectFixed:], uint64(0)
 	for i := range h.extents {
 		e := objectExtentInfo{sector: le.Uint64(p), n: le.Uint32(p[8:]), zero: le.Uint32(p[12:])&objectZeroFlag != 0}
-		if e.n == 0 || e.sector < end || uint64(e.n) > sectors || e.sector > sectors-uint64(e.n) {
+		if e.n == 0 || e.zero && h.cleaned() || e.sector < end || uint64(e.n) > sectors || e.sector > sectors-uint64(e.n) {
 			return nil, fmt.Errorf("%w: extent %d is out of range", ErrCorrupt, i)
 		}
 		end = e.sector + uint64(e.n)

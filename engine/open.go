@@ -1,10 +1,11 @@
 package engine
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
-	"hash/crc32"
+	"slices"
 	"time"
 
 	"github.com/google/uuid"
@@ -78,6 +79,9 @@ type Clock interface {
 	Sleep(ctx context.Context, d time.Duration) error
 }
 
+// defaultParallel is how many reads from the store recovery makes at one time.
+const defaultParallel = 16
+
 // Real is this host's monotonic clock.
 type Real struct{ began time.Time }
 
@@ -119,6 +123,9 @@ type OpenOptions struct {
 	// DefaultLease.
 	Lease time.Duration
 	Clock Clock // nil means NewReal()
+	// Parallel is how many reads from the store recovery makes at one time; 0
+	// means a default. 1 makes their order certain.
+	Parallel int
 	// Progress is told in a few words what takes time; may be nil.
 	Progress func(string)
 	Config   Config
@@ -185,6 +192,7 @@ func Open(ctx context.Context, st backend.Store, id uuid.UUID, o OpenOptions) (*
 	}
 	if err != nil {
 		im.cancel()
+		im.objs.leave()
 		return nil, err
 	}
 	im.store = st
@@ -195,13 +203,16 @@ func newImage(ctx context.Context, st backend.Store, sb *superblock, o *OpenOpti
 	im := &Image{
 		id: sb.Image, store: st, cfg: o.Config.withDefaults(), readOnly: o.ReadOnly,
 		sectors: sb.Sectors, object: uint64(sb.ObjectSize / SectorSize), window: sb.Window,
-		dirty: extmap.New(sb.Sectors), objs: extmap.New(sb.Sectors),
+		dirty: extmap.New(sb.Sectors), parallel: cmp.Or(o.Parallel, defaultParallel),
 	}
+	im.shared = im.cfg.Shared
+	im.objs = newPagedMap(sb.Sectors, &im.shared.Map)
 	im.logger = im.cfg.Logger
 	im.ctx, im.cancel = context.WithCancel(context.WithoutCancel(ctx))
 	im.objs.Replaced = im.replaced
 	im.checkpoint.im = im
-	im.checkpoint.dirty = map[uint32]bool{}
+	im.clean.im, im.clean.bad = im, map[uint32]bool{}
+	im.reaper.going = map[uint32]bool{}
 	return im
 }
 
@@ -306,6 +317,7 @@ func (im *Image) examineLog(ctx context.Context, o *OpenOptions) (*writelog.Log,
 	if last > have {
 		return nil, &StaleLogError{Image: o.URL, Epoch: h.Epoch, Now: sb.Epoch, Records: last - have}
 	}
+	im.spent = h.Log
 	return nil, nil
 }
 
@@ -344,6 +356,10 @@ func (im *Image) acquire(ctx context.Context, o *OpenOptions, ours bool) (*super
 		} else if sb.Owner == nil && ours {
 			return nil, fmt.Errorf("the image was released by another host meanwhile: try again")
 		}
+		if sb.Epoch == maxEpoch {
+			return nil, errors.New("the image has been attached more often than it can be")
+		}
+		im.inherit(sb, ours)
 		sb.Epoch++
 		sb.Evict = nil
 		sb.Owner = &owner{Host: o.Host, Log: im.logID, Lease: o.Lease, Since: time.Now().UTC().Truncate(time.Second)}
@@ -357,6 +373,22 @@ func (im *Image) acquire(ctx context.Context, o *OpenOptions, ours bool) (*super
 		im.super.sb, im.super.version = sb, version
 		return sb, nil
 	}
+}
+
+// inherit notes in the superblock what the ownership so far, which was not given
+// up, leaves behind: a checkpoint that it had begun, and the log of another host,
+// with which the image must stay readable as it is now.
+func (im *Image) inherit(sb *superblock, ours bool) {
+	if c := sb.Intent; c != nil {
+		sb.Stale = append(sb.Stale, staleObjects{Epoch: c.Epoch, Object: c.Object, Checkpoint: true})
+		sb.Intent = nil
+	}
+	if sb.Owner != nil && !ours {
+		// Where it ends is known once the store has been looked at: see settle.
+		sb.addPoint(point{Checkpoint: sb.Checkpoint, Epoch: sb.Epoch, Log: sb.Owner.Log, Host: sb.Owner.Host, Since: sb.Owner.Since})
+	}
+	sb.Points = slices.DeleteFunc(sb.Points, func(p point) bool { return p.Log == im.spent })
+	im.unreleased = sb.Owner != nil
 }
 
 // waitForOwner asks the owner to let go, and returns when it has, or when its
@@ -398,10 +430,10 @@ func (im *Image) waitForOwner(ctx context.Context, o *OpenOptions) error {
 	}
 }
 
-// settleOwnership records where this epoch begins, and so where the one before
-// ended, and removes what that one may have left beyond.
+// settleOwnership records where this epoch begins, and so where the ones before
+// ended, and what those may have left beyond.
 func (im *Image) settleOwnership(ctx context.Context) error {
-	first, before := im.accepted.object+1, uint64(0)
+	first := im.accepted.object + 1
 	sb, version, err := changeSuperblock(ctx, im.store, im.id, func(sb *superblock) error {
 		if sb.Epoch != im.super.sb.Epoch || sb.Owner == nil || sb.Owner.Log != im.logID {
 			return errors.New("another host has taken the image over meanwhile")
@@ -409,7 +441,14 @@ func (im *Image) settleOwnership(ctx context.Context) error {
 		if n := len(sb.Epochs); n > 0 && sb.Epochs[n-1].Epoch == sb.Epoch {
 			return nil // an attempt whose outcome was not known
 		}
-		before = sb.epochOf(first)
+		if before := sb.epochOf(first); before > 0 && im.unreleased {
+			sb.Stale = append(sb.Stale, staleObjects{Epoch: before, Object: first})
+		}
+		for i := range sb.Points {
+			if p := &sb.Points[i]; !p.Settled {
+				p.Object, p.Settled = im.accepted.object, true
+			}
+		}
 		sb.Epochs = append(sb.Epochs, epochStart{Epoch: sb.Epoch, Object: first, Seq: im.accepted.seq + 1})
 		sb.pruneEpochs()
 		return nil
@@ -418,15 +457,6 @@ func (im *Image) settleOwnership(ctx context.Context) error {
 		return fmt.Errorf("take the ownership: %w", err)
 	}
 	im.super.sb, im.super.version = sb, version
-	if before == 0 {
-		return nil
-	}
-	for n := first; n < first+uint64(im.window); n++ {
-		err := im.store.Delete(ctx, dataKey(im.id, n, before))
-		if err != nil && !errors.Is(err, backend.ErrNotFound) {
-			im.logger.Warn("an object of an earlier owner could not be removed: it wastes space", "object", dataKey(im.id, n, before), "err", err)
-		}
-	}
 	return nil
 }
 
@@ -434,46 +464,141 @@ func (im *Image) settleOwnership(ctx context.Context) error {
 // the longest unbroken run.
 func (im *Image) recoverStore(ctx context.Context, sb *superblock) error {
 	im.super.sb = sb
-	if err := im.loadCheckpoint(ctx, sb); err != nil {
+	if err := im.loadCheckpoint(ctx, sb.Checkpoint); err != nil {
 		return err
 	}
-	for {
-		h, err := im.loadHeader(ctx, sb, im.accepted.object+1)
-		switch {
-		case errors.Is(err, backend.ErrNotFound):
-			return nil
-		case err != nil:
-			return err
-		}
+	return im.replay(ctx, sb, maxObjectSeq)
+}
+
+// replay enters the data objects after the last one in the map, up to the object
+// last or the end of the run.
+func (im *Image) replay(ctx context.Context, sb *superblock, last uint64) error {
+	return im.headers(ctx, sb, im.accepted, last, func(h *objectHeader) error {
 		if h.firstSeq != im.accepted.seq+1 {
 			return fmt.Errorf("object %s: %w: it begins at record %d, the one before ends at %d",
 				dataKey(im.id, h.seq, h.epoch), ErrCorrupt, h.firstSeq, im.accepted.seq)
 		}
-		im.accept(h)
-		im.recoveredLog = h.log
+		if err := im.loadSegments(ctx, h.segments); err != nil {
+			return err
+		}
+		im.applyNow(h)
+		if !h.cleaned() {
+			im.recoveredLog = h.log
+		}
+		return nil
+	})
+}
+
+// headers reads the headers of the data objects after a position, several at a
+// time, and calls fn for each, in order, up to the object last or the end of the
+// run.
+func (im *Image) headers(ctx context.Context, sb *superblock, at position, last uint64, fn func(*objectHeader) error) error {
+	type answer struct {
+		h   *objectHeader
+		err error
 	}
+	ahead := make([]chan answer, 0, im.parallel)
+	ctx, stop := context.WithCancel(ctx)
+	defer stop()
+	asked := at.object
+	for next := at.object + 1; next <= last; next++ {
+		for len(ahead) < im.parallel && asked < last {
+			asked++
+			seq, c := asked, make(chan answer, 1)
+			ask := func() {
+				h, err := im.loadHeader(ctx, sb, seq)
+				c <- answer{h, err}
+			}
+			if ahead = append(ahead, c); im.parallel == 1 {
+				ask()
+			} else {
+				go ask()
+			}
+		}
+		a := <-ahead[0]
+		ahead = append(ahead[:0], ahead[1:]...)
+		if errors.Is(a.err, backend.ErrNotFound) {
+			return nil
+		}
+		if a.err != nil {
+			return a.err
+		}
+		if err := fn(a.h); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// loadSegments brings the segments that each calls its function for into memory.
+// It blocks, and is for the time before Start.
+func (im *Image) loadSegments(ctx context.Context, each func(func(uint32) bool)) error {
+	var missing []uint32
+	each(func(i uint32) bool {
+		if !im.objs.ready(i) {
+			missing = append(missing, i)
+		}
+		return true
+	})
+	spans := make([]*extmap.Span, len(missing))
+	err := inParallel(im.parallel, len(missing), func(k int) (err error) {
+		s := im.objs.segment(missing[k])
+		spans[k], err = readSegment(ctx, im.store, im.id, im.objs.maps[s.object], s, missing[k], im.sectors)
+		return err
+	})
+	if err != nil {
+		return err
+	}
+	for k, i := range missing {
+		im.objs.enter(i, spans[k])
+	}
+	return nil
+}
+
+// inParallel calls fn for 0 to n-1, up to limit at a time, and returns the first
+// error.
+func inParallel(limit, n int, fn func(int) error) error {
+	if limit == 1 || n < 2 {
+		for k := range n {
+			if err := fn(k); err != nil {
+				return err
+			}
+		}
+		return nil
+	}
+	errs := make(chan error, n)
+	places := make(chan struct{}, limit)
+	for k := range n {
+		places <- struct{}{}
+		go func() {
+			errs <- fn(k)
+			<-places
+		}()
+	}
+	var first error
+	for range n {
+		if err := <-errs; err != nil && first == nil {
+			first = err
+		}
+	}
+	return first
 }
 
 // storeEnd returns where the store's unbroken run of objects ends.
 func (im *Image) storeEnd(ctx context.Context, sb *superblock) (position, error) {
 	var at position
 	if sb.Checkpoint != nil {
-		m, err := im.loadManifest(ctx, sb)
+		m, err := im.loadManifest(ctx, *sb.Checkpoint)
 		if err != nil {
 			return at, err
 		}
 		at = m.at
 	}
-	for {
-		h, err := im.loadHeader(ctx, sb, at.object+1)
-		if errors.Is(err, backend.ErrNotFound) {
-			return at, nil
-		}
-		if err != nil {
-			return at, err
-		}
+	err := im.headers(ctx, sb, at, maxObjectSeq, func(h *objectHeader) error {
 		at = position{h.seq, h.lastSeq, h.logEnd}
-	}
+		return nil
+	})
+	return at, err
 }
 
 // loadHeader reads the header of a data object, and makes sure that all of the
@@ -539,14 +664,10 @@ func readWhole(ctx context.Context, st backend.Store, key string) ([]byte, error
 	return b[:n], nil
 }
 
-func (im *Image) loadManifest(ctx context.Context, sb *superblock) (*manifest, error) {
-	key := manifestKey(im.id, sb.Checkpoint.Object, sb.Checkpoint.Epoch)
-	b, err := readWhole(ctx, im.store, key)
-	if err != nil {
-		return nil, fmt.Errorf("checkpoint: %w", err)
-	}
-	m, err := decodeManifest(b, im.id, im.sectors)
-	if err == nil && (m.at.object != sb.Checkpoint.Object || m.epoch != sb.Checkpoint.Epoch) {
+func (im *Image) loadManifest(ctx context.Context, c checkpointRef) (*manifest, error) {
+	key := manifestKey(im.id, c, 0)
+	m, err := im.readManifest(ctx, c)
+	if err == nil && m.ref() != c {
 		err = fmt.Errorf("%w: it is another checkpoint than its name says", ErrCorrupt)
 	}
 	if err != nil {
@@ -555,60 +676,44 @@ func (im *Image) loadManifest(ctx context.Context, sb *superblock) (*manifest, e
 	return m, nil
 }
 
-// loadCheckpoint loads the map as of the last checkpoint.
-func (im *Image) loadCheckpoint(ctx context.Context, sb *superblock) error {
-	im.checkpoint.segments = map[uint32]segmentRef{}
-	if sb.Checkpoint == nil {
+// readManifest reads and decodes the parts of a manifest.
+func (im *Image) readManifest(ctx context.Context, c checkpointRef) (*manifest, error) {
+	b, err := readWhole(ctx, im.store, manifestKey(im.id, c, 0))
+	if err != nil {
+		return nil, err
+	}
+	size, err := manifestSize(b)
+	if err != nil {
+		return nil, err
+	}
+	for part := 1; len(b) < size; part++ {
+		more, err := readWhole(ctx, im.store, manifestKey(im.id, c, part))
+		if err != nil {
+			return nil, err
+		}
+		if len(more) == 0 || len(more) > size-len(b) {
+			return nil, fmt.Errorf("%w: its part %d has %d bytes", ErrCorrupt, part, len(more))
+		}
+		b = append(b, more...)
+	}
+	return decodeManifest(b, im.id, im.sectors)
+}
+
+// loadCheckpoint makes the map that of a checkpoint, nil for the empty one: what
+// it says of objects and segments is loaded, the segments come when needed.
+func (im *Image) loadCheckpoint(ctx context.Context, c *checkpointRef) error {
+	if c == nil {
 		return nil
 	}
-	m, err := im.loadManifest(ctx, sb)
+	m, err := im.loadManifest(ctx, *c)
 	if err != nil {
 		return err
 	}
-	live := make(map[objectRef]uint64, len(m.objects))
-	im.table.list = m.objects
-	for i := range m.segmentsBound() {
-		s, ok := m.segments[i]
-		if !ok {
-			continue
-		}
-		if err := im.loadSegment(ctx, i, s, live); err != nil {
-			return err
-		}
-	}
-	for _, o := range m.objects {
-		if live[o.ref] != uint64(o.live) {
-			return fmt.Errorf("checkpoint %s: %w: the map holds %d sectors of data object %d, its table says %d",
-				manifestKey(im.id, m.at.object, m.epoch), ErrCorrupt, live[o.ref], o.ref.seq(), o.live)
-		}
-	}
-	im.checkpoint.segments = m.segments
-	last := *sb.Checkpoint
+	im.table.load(m.objects)
+	im.objs.maps, im.objs.stored = m.maps, m.segments
+	last := *c
 	im.checkpoint.last = &last
 	im.accepted, im.recoveredLog = m.at, m.log
-	return nil
-}
-
-func (im *Image) loadSegment(ctx context.Context, i uint32, s segmentRef, live map[objectRef]uint64) error {
-	key := segmentKey(im.id, i, s.object, s.epoch)
-	b, err := readWhole(ctx, im.store, key)
-	if err != nil {
-		return fmt.Errorf("map segment: %w", err)
-	}
-	if crc32.Checksum(b, castagnoli) != s.sum {
-		return fmt.Errorf("map segment %s: %w: its checksum is wrong", key, ErrCorrupt)
-	}
-	err = decodeSegment(b, im.id, i, im.objs, func(loc uint64, n uint32) error {
-		o := im.table.find(refOf(loc))
-		if o == nil || uint64(offsetOf(loc))+uint64(n) > uint64(o.sectors) {
-			return fmt.Errorf("%w: it refers to what data object %d does not have", ErrCorrupt, refOf(loc).seq())
-		}
-		live[o.ref] += uint64(n)
-		return nil
-	})
-	if err != nil {
-		return fmt.Errorf("map segment %s: %w", key, err)
-	}
 	return nil
 }
 

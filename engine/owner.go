@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"time"
 
 	"github.com/lsd-ceph/lsd/backend"
@@ -18,16 +19,29 @@ type superWriter struct {
 	tries   int
 
 	running bool
-	renew   bool           // a renewal is due
-	point   *checkpointRef // a checkpoint to publish, or nil
-	pointFn func(error)
-	release func(error) // the ownership is to be given up
+	renew   bool          // a renewal is due
+	changes []superChange // wanted, oldest first
+	release func(error)   // the ownership is to be given up
 
 	// until is when the lease runs out, by this host's clock: a renewal counts
 	// from before it was sent, and a tenth of the lease is kept as a margin for
 	// clocks that run at different rates.
 	until time.Duration
 	lost  bool // the lease has run out, and this was logged
+}
+
+// superChange is a change of the superblock beside renewals. apply may be called
+// more than once, each time on another copy.
+type superChange struct {
+	apply func(*superblock)
+	fn    func()
+}
+
+// changeSuper changes the superblock as soon as that is possible, and then calls
+// fn, unless the image's service ends before.
+func (im *Image) changeSuper(apply func(*superblock), fn func()) {
+	im.super.changes = append(im.super.changes, superChange{apply, fn})
+	im.updateSuper()
 }
 
 // startSuper begins to renew the lease.
@@ -74,20 +88,20 @@ func (im *Image) leased() bool {
 // none is running.
 func (im *Image) updateSuper() {
 	s := &im.super
-	if s.running || !s.renew && s.point == nil && s.release == nil || im.state == Fenced || im.state == Released {
+	if s.running || !s.renew && len(s.changes) == 0 && s.release == nil || im.state == Fenced || im.state == Released {
 		return
 	}
 	next := s.sb.clone()
 	next.Owner.Renewal++
-	if s.point != nil {
-		next.Checkpoint = s.point
-		next.pruneEpochs()
+	changes := len(s.changes)
+	for _, c := range s.changes {
+		c.apply(next)
 	}
+	next.pruneEpochs()
 	releasing := s.release != nil
 	if releasing {
 		next.Owner, next.Evict = nil, nil
 	}
-	point := s.point
 	began := im.env.Now()
 	var version backend.Version
 	var err error
@@ -107,20 +121,20 @@ func (im *Image) updateSuper() {
 		case err != nil:
 			im.retrySuper(err)
 		default:
-			im.superWritten(next, version, began, point, releasing)
+			im.superWritten(next, version, began, changes, releasing)
 		}
 	})
 }
 
 // superWritten takes over the superblock that was written.
-func (im *Image) superWritten(next *superblock, version backend.Version, began time.Duration, point *checkpointRef, releasing bool) {
+func (im *Image) superWritten(next *superblock, version backend.Version, began time.Duration, changes int, releasing bool) {
 	s := &im.super
 	s.sb, s.version, s.renew, s.tries = next, version, false, 0
 	im.storeWorks()
-	if point != nil && s.point == point {
-		fn := s.pointFn
-		s.point, s.pointFn = nil, nil
-		fn(nil)
+	done := s.changes[:changes]
+	s.changes = slices.Clone(s.changes[changes:])
+	for _, c := range done {
+		c.fn()
 	}
 	if releasing {
 		im.released()
@@ -234,12 +248,4 @@ func (im *Image) released() {
 	}
 	im.fence(Released, why)
 	fn(nil)
-}
-
-// pruneEpochs forgets where old ownerships ended, as far as neither the objects
-// after the checkpoint nor the bound on their number need it.
-func (s *superblock) pruneEpochs() {
-	for len(s.Epochs) > maxEpochs && s.Checkpoint != nil && s.Epochs[1].Object <= s.Checkpoint.Object+1 {
-		s.Epochs = s.Epochs[1:]
-	}
 }

@@ -53,7 +53,7 @@ func (h *host) Sleep(_ context.Context, d time.Duration) error {
 func (h *host) open(id uuid.UUID, force bool) error {
 	im, err := Open(context.Background(), h.st, id, OpenOptions{
 		Log: h.disk, URL: "mem:/disk", Host: h.name, Force: force, Clock: h, Lease: 10 * time.Second,
-		Config: Config{CheckpointEvery: 4, BatchAge: time.Hour, Logger: quiet},
+		Config: Config{CheckpointEvery: 8, BatchAge: time.Hour, Logger: quiet},
 	})
 	if err == nil {
 		h.im = im
@@ -355,8 +355,13 @@ func TestDamagedDataIsNotServed(t *testing.T) {
 	}
 	a.mustWrite(1, 1)
 	a.mustWrite(5, 5)
-	a.im.Destage(func(error) {})
+	a.im.Close(func(error) {})
 	a.run(0)
+	// Another host does not have it in memory.
+	a = newHost(t, "beta", st, 2)
+	if err := a.open(id, false); err != nil {
+		t.Fatal(err)
+	}
 	key := fmt.Sprintf("%s/d/00000001.1", id)
 	rewrite(t, st, key, func(b []byte) []byte { b[len(b)-1] ^= 1; return b })
 	a.mustRead(1, 1)

@@ -65,6 +65,32 @@ func (im *Image) partDone(r *Request, err syscall.Errno) {
 // readObjects reads from the object map, where nothing is dirty.
 func (im *Image) readObjects(r *Request, s, end uint64) {
 	for s < end {
+		i := segmentOf(s)
+		to := min(segmentStart(i+1), end)
+		if im.objs.ready(i) {
+			im.readMapped(r, s, to)
+		} else {
+			im.readUnloaded(r, i, s, to)
+		}
+		s = to
+	}
+}
+
+// readUnloaded reads [s, end), of which the map's segment i is not in memory, once
+// it is.
+func (im *Image) readUnloaded(r *Request, i uint32, s, end uint64) {
+	r.pending++
+	im.withSegment(i, func(err error) {
+		if err == nil {
+			im.readRange(r, s, end-s) // of which some may be in the log by now
+		}
+		im.partDone(r, im.readErr(err))
+	})
+}
+
+// readMapped reads [s, end), of which the map's segment is in memory.
+func (im *Image) readMapped(r *Request, s, end uint64) {
+	for s < end {
 		e, ok := im.objs.Next(s, end)
 		stop := end
 		if ok {
@@ -76,10 +102,20 @@ func (im *Image) readObjects(r *Request, s, end uint64) {
 		if !ok {
 			return
 		}
-		o := im.newSlowRead(r, e.Sector, e.N, r.part(e.Sector, e.N))
-		o.object, o.loc, o.info = true, e.Loc, *im.table.find(refOf(e.Loc))
-		im.startSlow(o)
 		s = e.End()
+		dst := r.part(e.Sector, e.N)
+		if im.tail.read(im.log, e.Loc, dst) {
+			continue
+		}
+		info := im.table.find(refOf(e.Loc).seq())
+		if info == nil || uint32(offsetOf(e.Loc))+e.N > info.sectors {
+			im.mapWrong(e.Loc)
+			r.Err = syscall.EIO
+			continue
+		}
+		o := im.newSlowRead(r, e.Sector, e.N, dst)
+		o.object, o.loc, o.info = true, e.Loc, *info
+		im.startSlow(o)
 	}
 }
 
@@ -192,7 +228,9 @@ func (im *Image) startSlow(o *slowRead) {
 func (o *slowRead) run() {
 	im := o.im
 	if o.object {
-		o.err = im.readObject(o.info, offsetOf(o.loc), o.dst)
+		ctx, stop := context.WithTimeout(im.ctx, im.cfg.StoreTimeout)
+		defer stop()
+		o.err = im.readObject(ctx, o.info, offsetOf(o.loc), o.dst)
 		return
 	}
 	if need := len(o.dst) + 2*writelog.BlockSize; cap(o.scratch) < need {
@@ -210,19 +248,40 @@ func (o *slowRead) finished() {
 		im.slow = append(im.slow[:0], im.slow[1:]...)
 		im.startSlow(next)
 	}
-	if o.object && im.again(o) {
+	if o.object && (im.moved(o) || im.again(o)) {
 		return
 	}
 	if !o.object {
 		im.log.Release(o.loc)
 	}
 	r, err := o.r, o.err
+	im.freeSlow(o)
+	im.partDone(r, im.readErr(err))
+}
+
+// moved reads o again by the map, which refers to another object by now, if the
+// cleaner has removed the one that it was being read from.
+func (im *Image) moved(o *slowRead) bool {
+	if !errors.Is(o.err, backend.ErrNotFound) || im.readOnly {
+		return false
+	}
+	if x := im.table.find(refOf(o.loc).seq()); x != nil && x.live > 0 {
+		return false
+	}
+	r := o.r
+	im.readRange(r, o.sector, uint64(o.n))
+	im.freeSlow(o)
+	im.partDone(r, 0)
+	return true
+}
+
+// freeSlow keeps o for another read.
+func (im *Image) freeSlow(o *slowRead) {
 	o.r, o.dst, o.err = nil, nil, nil
 	if cap(o.scratch) > 128<<10 {
 		o.scratch = nil
 	}
 	im.slowOps = append(im.slowOps, o)
-	im.partDone(r, im.readErr(err))
 }
 
 // again arranges another attempt of a read from the store that failed for now.
@@ -231,8 +290,7 @@ func (im *Image) again(o *slowRead) bool {
 	case o.err == nil:
 		im.storeWorks()
 		return false
-	case errors.Is(o.err, ErrCorrupt), errors.Is(o.err, backend.ErrNotFound),
-		errors.Is(o.err, context.Canceled), im.state == Fenced, im.state == Released:
+	case !retryable(o.err), im.state == Fenced, im.state == Released:
 		return false
 	case im.cfg.ReadTimeout > 0 && im.env.Now()-o.began > im.cfg.ReadTimeout:
 		return false
@@ -250,13 +308,11 @@ func (im *Image) again(o *slowRead) bool {
 
 // readObject reads from an object's data at the offset in sectors into dst, and
 // verifies what it reads. Workers call it.
-func (im *Image) readObject(info objectInfo, off int, dst []byte) error {
-	ctx, stop := context.WithTimeout(im.ctx, im.cfg.StoreTimeout)
-	defer stop()
-	key := dataKey(im.id, info.ref.seq(), info.epoch)
-	sums, err := im.objectSums(ctx, key, info)
+func (im *Image) readObject(ctx context.Context, info objectInfo, off int, dst []byte) error {
+	key := dataKey(im.id, uint64(info.number), uint64(info.epoch))
+	sums, err := im.objectSums(ctx, info)
 	if err != nil {
-		return fmt.Errorf("object %s: %w", key, err)
+		return err
 	}
 	size := int(info.sectors) * SectorSize
 	from := off * SectorSize / objectBlock * objectBlock
@@ -265,12 +321,12 @@ func (im *Image) readObject(info objectInfo, off int, dst []byte) error {
 	if to-from != len(dst) {
 		p = make([]byte, to-from)
 	}
-	n, err := im.store.Get(ctx, key, p, int64(info.header)+int64(from))
+	n, err := im.store.Get(ctx, key, p, int64(info.headerBytes()+from))
 	if err != nil {
 		return err
 	}
 	if n != len(p) {
-		return fmt.Errorf("object %s: %w: it ends after %d bytes, it should have %d", key, ErrCorrupt, int(info.header)+from+n, int(info.header)+size)
+		return fmt.Errorf("object %s: %w: it ends after %d bytes, it should have %d", key, ErrCorrupt, info.headerBytes()+from+n, info.headerBytes()+size)
 	}
 	if err := verifyBlocks(p, sums, from/objectBlock); err != nil {
 		return fmt.Errorf("object %s: %w", key, err)
@@ -283,22 +339,15 @@ func (im *Image) readObject(info objectInfo, off int, dst []byte) error {
 
 // objectSums returns the checksums of an object's data, from its header if they
 // are not at hand.
-func (im *Image) objectSums(ctx context.Context, key string, info objectInfo) ([]uint32, error) {
-	if s := im.sums.get(info.ref); s != nil {
+func (im *Image) objectSums(ctx context.Context, info objectInfo) ([]uint32, error) {
+	ref := refOfSeq(uint64(info.number))
+	if s := im.sums.get(ref); s != nil {
 		return s, nil
 	}
-	b := make([]byte, info.header)
-	n, err := im.store.Get(ctx, key, b, 0)
+	h, err := im.readHeader(ctx, info)
 	if err != nil {
 		return nil, err
 	}
-	h, err := decodeObjectHeader(b[:n], im.sectors)
-	if err != nil {
-		return nil, err
-	}
-	if h.image != im.id || h.seq != info.ref.seq() || h.epoch != info.epoch || h.data != int(info.sectors)*SectorSize {
-		return nil, fmt.Errorf("%w: it is another object than its name says", ErrCorrupt)
-	}
-	im.sums.add(info.ref, h.sums)
+	im.sums.add(ref, h.sums)
 	return h.sums, nil
 }

@@ -2,7 +2,6 @@ package engine
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"slices"
 
@@ -60,34 +59,40 @@ func (im *Image) branchPoint(ctx context.Context, sb *superblock, file writelog.
 		return fmt.Errorf("%w: %s (%s)", ErrForeignLog, h.ImageURL, h.Image)
 	}
 	im.log, im.logID, im.super.sb = log, h.Log, sb
-	im.checkpoint.segments = map[uint32]segmentRef{}
-	end := uint64(maxObjectSeq)
-	for _, e := range sb.Epochs {
-		if e.Epoch > h.Epoch {
-			end = e.Object - 1
-			break
-		}
+	base, end := im.branchOf(sb, &h)
+	if err := im.loadCheckpoint(ctx, base); err != nil {
+		return err
 	}
-	// The last checkpoint serves if it is not past that point; else the objects
-	// do, from the first on.
-	if sb.Checkpoint != nil && sb.Checkpoint.Object <= end {
-		if err := im.loadCheckpoint(ctx, sb); err != nil {
-			return err
-		}
+	if err := im.replay(ctx, sb, end); err != nil {
+		return err
 	}
-	for im.accepted.object < end {
-		oh, err := im.loadHeader(ctx, sb, im.accepted.object+1)
-		if errors.Is(err, backend.ErrNotFound) && end == maxObjectSeq {
-			break
-		}
-		if err != nil {
-			return fmt.Errorf("data object %d, which the image as it was needs: %w", im.accepted.object+1, err)
-		}
-		im.accept(oh)
-		im.recoveredLog = oh.log
+	if im.accepted.object < end && end != maxObjectSeq {
+		return fmt.Errorf("data object %d, which the image as it was needs, is not there any more: %w", im.accepted.object+1, backend.ErrNotFound)
 	}
 	_, err = im.recoverLog(&OpenOptions{})
 	return err
+}
+
+// branchOf returns the checkpoint and the last data object that give the image as
+// it was when the log's ownership ended.
+func (im *Image) branchOf(sb *superblock, h *writelog.Header) (base *checkpointRef, end uint64) {
+	for _, p := range sb.Points {
+		if p.Log == h.Log {
+			return p.Checkpoint, p.Object
+		}
+	}
+	for _, e := range sb.Epochs {
+		if e.Epoch > h.Epoch {
+			end = e.Object - 1
+			// The last checkpoint serves if it is not past that point; else all
+			// objects must be there, from the first on.
+			if sb.Checkpoint != nil && sb.Checkpoint.Object <= end {
+				base = sb.Checkpoint
+			}
+			return base, end
+		}
+	}
+	return sb.Checkpoint, maxObjectSeq
 }
 
 // copier writes a salvaged image.
@@ -95,7 +100,9 @@ type copier struct {
 	im       *Image
 	dst      backend.Store
 	progress func(done, total uint64)
-	total    uint64 // sectors to write
+	total    uint64 // sectors to write, at most
+	done     uint64 // sectors written
+	limit    int    // bytes of data in an object
 
 	header objectHeader
 	data   []byte
@@ -104,10 +111,6 @@ type copier struct {
 // copyAll writes everything that im's maps hold as data objects of the image id,
 // as an owner would have, in an epoch of its own.
 func (c *copier) copyAll(ctx context.Context, id uuid.UUID) error {
-	runs := c.im.runs()
-	for _, r := range runs {
-		c.total += uint64(r.N)
-	}
 	sb, _, err := changeSuperblock(ctx, c.dst, id, func(sb *superblock) error {
 		sb.Epoch++
 		sb.Epochs = append(sb.Epochs, epochStart{Epoch: sb.Epoch, Object: 1, Seq: 1})
@@ -117,29 +120,59 @@ func (c *copier) copyAll(ctx context.Context, id uuid.UUID) error {
 		return err
 	}
 	c.header = objectHeader{image: id, epoch: sb.Epoch, seq: 1, firstSeq: 1, lastSeq: 1}
-	var done uint64
-	limit := int(sb.ObjectSize)
-	for _, r := range runs {
-		for r.N > 0 {
-			n := min(r.N, 256, uint32((limit-len(c.data))/SectorSize))
-			if err := c.add(ctx, r, n); err != nil {
-				return err
-			}
-			r.Sector, r.N, r.Loc = r.Sector+uint64(n), r.N-n, r.Loc+uint64(n)
-			done += uint64(n)
-			if len(c.data) == limit {
-				if err := c.put(ctx); err != nil {
-					return err
-				}
-				c.progress(done, c.total)
-			}
+	c.limit = int(sb.ObjectSize)
+	c.total = c.im.table.live + c.im.dirtySectors()
+	for i := range segmentsOf(c.im.sectors) {
+		if err := c.copySegment(ctx, i); err != nil {
+			return err
 		}
 	}
 	if len(c.data) > 0 {
 		err = c.put(ctx)
 	}
-	c.progress(done, c.total)
+	c.progress(c.done, c.done) // what the log overwrites was counted twice
 	return err
+}
+
+// copySegment copies what a segment of the image holds.
+func (c *copier) copySegment(ctx context.Context, i uint32) error {
+	im := c.im
+	if err := im.loadSegments(ctx, func(fn func(uint32) bool) { fn(i) }); err != nil {
+		return err
+	}
+	start := segmentStart(i)
+	for _, r := range im.runs(start, min(start+segmentSectors, im.sectors)) {
+		for r.N > 0 {
+			n := min(r.N, 256, uint32((c.limit-len(c.data))/SectorSize))
+			if err := c.add(ctx, r, n); err != nil {
+				return err
+			}
+			r.Sector, r.N, r.Loc = r.Sector+uint64(n), r.N-n, r.Loc+uint64(n)
+			c.done += uint64(n)
+			if len(c.data) == c.limit {
+				if err := c.put(ctx); err != nil {
+					return err
+				}
+				c.progress(c.done, max(c.total, c.done))
+			}
+		}
+	}
+	im.objs.evict()
+	return nil
+}
+
+// dirtySectors returns how many sectors the log holds data for.
+func (im *Image) dirtySectors() (n uint64) {
+	for s := uint64(0); ; {
+		e, ok := im.dirty.Next(s, im.sectors)
+		if !ok {
+			return n
+		}
+		if e.Loc&extmap.Fixed == 0 {
+			n += uint64(e.N)
+		}
+		s = e.End()
+	}
 }
 
 // run is an extent and which map it is from.
@@ -148,13 +181,13 @@ type run struct {
 	dirty bool
 }
 
-// runs returns all data of the image, the log's over the store's, in ascending
+// runs returns the data of [s, end), the log's over the store's, in ascending
 // order.
-func (im *Image) runs() []run {
+func (im *Image) runs(s, end uint64) []run {
 	var list []run
-	for s := uint64(0); s < im.sectors; {
-		d, ok := im.dirty.Next(s, im.sectors)
-		stop := im.sectors
+	for s < end {
+		d, ok := im.dirty.Next(s, end)
+		stop := end
 		if ok {
 			stop = d.Sector
 		}
@@ -185,7 +218,11 @@ func (c *copier) add(ctx context.Context, r run, n uint32) error {
 	if r.dirty {
 		err = c.im.log.ReadBlocking(c.data[k:], r.Loc, c.im.log.Buffer(int(n)*SectorSize+2*writelog.BlockSize))
 	} else {
-		err = c.im.readObject(*c.im.table.find(refOf(r.Loc)), offsetOf(r.Loc), c.data[k:])
+		info := c.im.table.find(refOf(r.Loc).seq())
+		if info == nil {
+			return fmt.Errorf("%w: the map refers to data object %d, which is not there", ErrCorrupt, refOf(r.Loc).seq())
+		}
+		err = c.im.readObject(ctx, *info, offsetOf(r.Loc), c.data[k:])
 	}
 	if err != nil {
 		return err

@@ -318,7 +318,7 @@ func (w *world) open(force bool) {
 	w.env = &simEnv{rng: w.rng, disk: w.disk}
 	for try := 0; ; try++ {
 		im, err := Open(context.Background(), w.store, w.id, OpenOptions{
-			Log: w.disk, URL: "mem:/disk", Host: "sim", Force: force, Clock: w.env, Lease: 20 * time.Second,
+			Log: w.disk, URL: "mem:/disk", Host: "sim", Force: force, Clock: w.env, Lease: 20 * time.Second, Parallel: 1,
 			Config: Config{CheckpointEvery: 4, BatchAge: time.Second, Logger: slog.New(slog.NewTextHandler(io.Discard, nil))},
 		})
 		if err == nil {
@@ -469,8 +469,8 @@ func (w *world) settle() {
 		if !busy {
 			return
 		}
-		if i > 1e6 {
-			w.t.Fatalf("nothing moves: %+v", w.im.Stats())
+		if i > 1e5 {
+			w.t.Fatalf("nothing moves: %s", fmt.Sprintf("%+v", w.im.Stats()))
 		}
 		w.env.step()
 		w.im.EndTurn()
@@ -545,7 +545,11 @@ func (f doneFunc) RequestDone(r *Request) { f(r) }
 func (w *world) crash() {
 	w.down = false
 	w.outage.Set(false)
-	switch w.rng.IntN(4) {
+	kind := w.rng.IntN(4)
+	if kind == 3 && w.stored == 0 {
+		kind = 0 // what the last recovery found in the log may not be in the store
+	}
+	switch kind {
 	case 0, 1:
 		w.disk.Kill()
 		w.open(false)
@@ -587,7 +591,10 @@ func (w *world) detach() {
 		}
 		closed = true
 	})
-	for !closed {
+	for i := 0; !closed; i++ {
+		if i > 1e5 {
+			w.t.Fatalf("it does not close: %s", fmt.Sprintf("%+v", w.im.Stats()))
+		}
 		w.env.step()
 		w.im.EndTurn()
 	}

@@ -28,8 +28,15 @@ type Stats struct {
 	Lag       float64   `json:"destage_lag_seconds"`
 	Puts      int       `json:"objects_in_flight"`
 	Queued    int       `json:"objects_queued"`
-	Objects   uint64    `json:"objects"`     // accepted, over the image's life
-	Extents   int       `json:"map_extents"` // in the object map
+	Objects   uint64    `json:"objects"`           // accepted, over the image's life
+	MapBytes  int64     `json:"map_bytes"`         // memory of the object map
+	MapLoads  uint64    `json:"map_segment_loads"` // since it was opened
+	MapEvicts uint64    `json:"map_segment_evictions"`
+	LiveBytes uint64    `json:"live_bytes"`  // in the store, referred to by the map
+	DataBytes uint64    `json:"space_bytes"` // data of the objects that hold them
+	DeadCount int       `json:"dead_objects"`
+	Cleaned   uint64    `json:"cleaned_bytes"`   // moved by the cleaner since it was opened
+	Deleted   uint64    `json:"deleted_objects"` // since it was opened
 	LeaseLeft float64   `json:"lease_seconds"`
 
 	InFlight  int     `json:"requests_in_flight"` // writes and flushes
@@ -66,11 +73,13 @@ func (im *Image) Stats() Stats {
 	}
 	s := Stats{
 		State: im.state.String(), Image: im.id, Size: im.sectors * SectorSize, BlockSize: im.super.sb.BlockSize,
-		ReadOnly: im.readOnly, Epoch: im.super.sb.Epoch, Objects: im.accepted.object, Extents: im.objs.Len(),
+		ReadOnly: im.readOnly, Epoch: im.super.sb.Epoch, Objects: im.accepted.object, MapBytes: im.objs.charged,
+		MapLoads: im.objs.loaded, MapEvicts: im.objs.evictions, LiveBytes: im.table.live * SectorSize, DataBytes: im.table.space * SectorSize,
+		DeadCount: len(im.table.dead), Cleaned: im.clean.moved, Deleted: im.reaper.deleted,
 		Reads: c.reads, Writes: c.writes, Flushes: c.flushes, Discards: c.discards,
 		ReadBytes: c.readBytes, WriteByts: c.writeBytes, PutBytes: c.objectBytes, PutCount: c.objects,
 		ReadIOPS: c.readRate, WriteIOPS: c.writeRate,
-		StoreErrors: c.storeErrors, StoreDown: c.storeDown, ReadErrors: c.readErrors,
+		StoreErrors: c.storeErrors, StoreDown: c.storeDown, ReadErrors: c.readErrors + c.mapErrors,
 		InFlight: im.acks.n + im.flushes.n, Waiting: im.blocked.n, Stalls: c.stalls,
 	}
 	if im.why != nil {
@@ -97,8 +106,12 @@ func (im *Image) logStats(s *Stats, now time.Duration) {
 		s.LeaseLeft = left.Seconds()
 	}
 	oldest := im.open
-	for i := len(im.queue) - 1; i >= 0; i-- {
-		b := im.queue[i]
+	queue := im.queue
+	if im.apply.b != nil {
+		queue = append([]*batch{im.apply.b}, queue...)
+	}
+	for i := len(queue) - 1; i >= 0; i-- {
+		b := queue[i]
 		s.Dirty += b.sectors * SectorSize
 		switch b.state {
 		case batchPutting:

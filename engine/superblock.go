@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"slices"
 	"time"
 
 	"github.com/google/uuid"
@@ -14,10 +15,12 @@ import (
 
 const (
 	superMagic   = "LSDSUPER"
-	superVersion = 1
+	superVersion = 2
 	// maxEpochs is how many ends of ownerships a superblock remembers; they tell
 	// whether a log that turns up holds anything that never reached the store.
 	maxEpochs = 256
+	// maxEpoch bounds the number of ownerships: maps keep epochs in 32 bits.
+	maxEpoch = 1<<32 - 1
 )
 
 // superblock is an image's one mutable object; docs/formats.md describes it.
@@ -34,6 +37,23 @@ type superblock struct {
 	Epochs     []epochStart   `json:"epochs,omitempty"`
 	Checkpoint *checkpointRef `json:"checkpoint,omitempty"`
 	Window     int            `json:"window"` // objects that an owner may have put beyond an unbroken run
+
+	// What a crash may have left behind, so that the next start removes it.
+	Intent *checkpointRef `json:"intent,omitempty"` // a checkpoint that is being written
+	Prev   *checkpointRef `json:"prev,omitempty"`   // the one that Checkpoint has replaced
+	Stale  []staleObjects `json:"stale,omitempty"`  // put by fenced owners
+
+	// Points are states of the image that must stay readable.
+	Points []point `json:"points,omitempty"`
+}
+
+// staleObjects are what the owner of an epoch may have put, or may still put, that
+// does not count: data objects beyond where its epoch ended, or a checkpoint that
+// it did not publish.
+type staleObjects struct {
+	Epoch      uint64 `json:"epoch"`
+	Object     uint64 `json:"object"`               // the first data object, of as many as Window; or that of the checkpoint
+	Checkpoint bool   `json:"checkpoint,omitempty"` // which of the two
 }
 
 // owner says who may write the image.
@@ -106,6 +126,8 @@ func decodeSuperblock(b []byte, id uuid.UUID) (*superblock, error) {
 		return bad("object_size")
 	case s.Window < 1 || s.Window > maxWindow:
 		return bad("window")
+	case s.Epoch > maxEpoch:
+		return bad("epoch")
 	case s.Owner != nil && (s.Owner.Lease < MinLease || s.Owner.Lease > MaxLease):
 		return bad("lease")
 	}
@@ -115,10 +137,26 @@ func decodeSuperblock(b []byte, id uuid.UUID) (*superblock, error) {
 			return bad("epochs")
 		}
 	}
-	if c := s.Checkpoint; c != nil && (c.Object == 0 || c.Object > maxObjectSeq || c.Epoch > s.Epoch) {
-		return bad("checkpoint")
+	for _, c := range []*checkpointRef{s.Checkpoint, s.Intent, s.Prev} {
+		if !s.validRef(c) {
+			return bad("checkpoint")
+		}
+	}
+	for _, x := range s.Stale {
+		if x.Object == 0 || x.Object > maxObjectSeq || x.Epoch > s.Epoch {
+			return bad("stale")
+		}
+	}
+	for _, p := range s.Points {
+		if p.Object > maxObjectSeq || !s.validRef(p.Checkpoint) || p.Settled && p.base() > p.Object {
+			return bad("points")
+		}
 	}
 	return s, nil
+}
+
+func (s *superblock) validRef(c *checkpointRef) bool {
+	return c == nil || c.Object > 0 && c.Object <= maxObjectSeq && c.Epoch <= s.Epoch
 }
 
 // clone returns a copy that shares nothing that changes.
@@ -128,8 +166,25 @@ func (s *superblock) clone() *superblock {
 		o := *s.Owner
 		c.Owner = &o
 	}
-	c.Epochs = append([]epochStart(nil), s.Epochs...)
+	c.Epochs = slices.Clone(s.Epochs)
+	c.Stale = slices.Clone(s.Stale)
+	c.Points = slices.Clone(s.Points)
 	return &c
+}
+
+// pruneEpochs forgets where old ownerships ended, as far as neither the objects
+// after a checkpoint that is still needed nor the bound on their number need it.
+func (s *superblock) pruneEpochs() {
+	if s.Checkpoint == nil {
+		return
+	}
+	needed := s.Checkpoint.Object
+	for _, p := range s.Points {
+		needed = min(needed, p.base())
+	}
+	for len(s.Epochs) > maxEpochs && s.Epochs[1].Object <= needed+1 {
+		s.Epochs = s.Epochs[1:]
+	}
 }
 
 // loadSuperblock reads the superblock of an image.

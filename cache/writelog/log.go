@@ -451,6 +451,11 @@ func (l *Log) inMemory(pos uint64) bool {
 	return pos >= l.memStart && pos+uint64(len(l.mem)) >= l.end()
 }
 
+// Remembers reports whether anything before the position in bytes is in memory.
+func (l *Log) Remembers(pos uint64) bool {
+	return pos > l.memStart && pos+uint64(len(l.mem)) > l.end()
+}
+
 // A Mirror is the memory in which the newest part of a log is. What is pinned in
 // it may be read on any goroutine.
 type Mirror struct{ mem []byte }

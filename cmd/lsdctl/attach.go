@@ -69,7 +69,7 @@ made now and removed by lsdctl del.`,
 	f.Var(&nullSize, "size", "size of a --null device (default 1G)")
 	f.IntVar(&q.ID, "id", -1, "number of the device; -1: any")
 	f.DurationVar(&q.BatchAge, "batch-age", 0, "longest that a write waits for its object to fill (default 5s)")
-	f.IntVar(&q.CheckpointEvery, "checkpoint-every", 0, "data objects between checkpoints (default 64)")
+	f.IntVar(&q.CheckpointEvery, "checkpoint-every", 0, "most data objects since the last checkpoint (default 512)")
 	f.DurationVar(&q.StoreTimeout, "store-timeout", 0, "limit of one attempt of a store operation (default 20s)")
 	for _, name := range []string{"batch-age", "checkpoint-every", "store-timeout"} {
 		_ = f.MarkHidden(name) // it is there

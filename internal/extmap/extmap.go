@@ -1,10 +1,13 @@
 // Package extmap maps runs of sectors to locations.
 //
-// The address space is cut into pages of PageSectors sectors. A page is a
-// sorted list of extents, held only where something is mapped; a directory of
-// two levels finds it. This keeps an insertion's cost bounded by what one page
-// can hold, whatever the size of the image, and makes the page the unit in
-// which a map can be written out, loaded and evicted.
+// The address space is cut into pages of PageSectors sectors. A page is held only
+// where something is mapped, as a sorted list of extents or, where these would be
+// many, as an array with a location for each block of 4 KiB or each sector. So an
+// insertion's cost is bounded by what one page can hold, and no page needs more
+// than 8 bytes for each 4 KiB of it as long as its extents are whole blocks. A
+// directory of two levels finds pages. Runs of pages can be taken out of a map,
+// copied and put in as a Span, for a map that is written out, loaded and evicted
+// in pieces.
 //
 // A Map is not safe for concurrent use: the reactor of its image owns it.
 package extmap
@@ -23,7 +26,8 @@ const (
 const Fixed = 1 << 63
 
 // An Extent is a run of sectors and the location of the first. Unless Loc has
-// the bit Fixed, sector Sector+i is at Loc+i.
+// the bit Fixed, sector Sector+i is at Loc+i. No sector of a map has the
+// location 0.
 type Extent struct {
 	Sector uint64
 	N      uint32 // sectors, > 0, never across a page's end
@@ -37,48 +41,41 @@ func (e Extent) End() uint64 { return e.Sector + uint64(e.N) }
 func (e Extent) from(s uint64) Extent {
 	d := s - e.Sector
 	e.Sector, e.N = s, e.N-uint32(d)
-	if e.Loc&Fixed == 0 {
-		e.Loc += d
-	}
+	e.Loc = advance(e.Loc, d)
 	return e
 }
 
-// entry is an extent inside a page. Its two offsets fit 16 bits because a page
-// has no more than 1<<14 sectors.
-type entry struct {
-	loc    uint64
-	off, n uint16
-}
-
-func (e entry) end() int { return int(e.off) + int(e.n) }
-
-// tail returns the part of e from off on, which is inside e.
-func (e entry) tail(off int) entry {
-	d := off - int(e.off)
-	e.off, e.n = uint16(off), e.n-uint16(d)
-	if e.loc&Fixed == 0 {
-		e.loc += uint64(d)
+// advance returns the location n sectors after loc.
+func advance(loc, n uint64) uint64 {
+	if loc&Fixed != 0 {
+		return loc
 	}
-	return e
+	return loc + n
 }
 
-type page struct {
-	ext []entry // sorted by off, not overlapping, neighbours merged where they can be
+// block is a part of the directory.
+type block struct {
+	pages [blockPages]*page
+	held  int // pages that are there
 }
-
-type block [blockPages]*page
 
 // A Map holds the extents of one address space.
 type Map struct {
 	sectors uint64
 	dir     []*block
-	extents int
+	bytes   int     // of the pages and directory blocks held
 	free    []*page // empty pages, kept with their capacity so that steady state does not allocate
 
 	// Replaced, if set, is called for each run of data whose mapping is
 	// overwritten or removed. It must not use the map.
 	Replaced func(loc uint64, n uint32)
 }
+
+// maxFree bounds the empty pages that a map keeps, and maxFreeCap their capacity.
+const (
+	maxFree    = 1024
+	maxFreeCap = 64
+)
 
 // New returns an empty map for an image of the given number of sectors.
 func New(sectors uint64) *Map {
@@ -89,42 +86,64 @@ func New(sectors uint64) *Map {
 // Sectors returns the size of the address space.
 func (m *Map) Sectors() uint64 { return m.sectors }
 
-// Len returns the number of extents; one that crosses pages counts once a page.
-func (m *Map) Len() int { return m.extents }
+// Bytes returns the memory that the map's pages and directory hold.
+func (m *Map) Bytes() int { return m.bytes }
 
 func (m *Map) page(i uint64) *page {
 	b := m.dir[i>>blockShift]
 	if b == nil {
 		return nil
 	}
-	return b[i&(blockPages-1)]
+	return b.pages[i&(blockPages-1)]
 }
 
-func (m *Map) pageForInsert(i uint64) *page {
+// put makes p the page i, which is not there.
+func (m *Map) put(i uint64, p *page) {
 	b := m.dir[i>>blockShift]
 	if b == nil {
 		b = new(block)
 		m.dir[i>>blockShift] = b
+		m.bytes += blockBytes
 	}
-	p := b[i&(blockPages-1)]
+	b.pages[i&(blockPages-1)] = p
+	b.held++
+	m.bytes += p.bytes()
+}
+
+// take removes the page i, which is there.
+func (m *Map) take(i uint64) *page {
+	b := m.dir[i>>blockShift]
+	p := b.pages[i&(blockPages-1)]
+	b.pages[i&(blockPages-1)] = nil
+	m.bytes -= p.bytes()
+	if b.held--; b.held == 0 {
+		m.dir[i>>blockShift] = nil
+		m.bytes -= blockBytes
+	}
+	return p
+}
+
+// drop takes an emptied page out of the map. Small ones are kept for reuse; the
+// capacity of one that was large goes back to the collector.
+func (m *Map) drop(i uint64) {
+	p := m.take(i)
+	if cap(p.ext) <= maxFreeCap && p.dense == nil && len(m.free) < maxFree {
+		m.free = append(m.free, p)
+	}
+}
+
+// pageForInsert returns the page i, made if it is not there.
+func (m *Map) pageForInsert(i uint64) *page {
+	p := m.page(i)
 	if p == nil {
 		if k := len(m.free); k > 0 {
 			p, m.free = m.free[k-1], m.free[:k-1]
 		} else {
 			p = new(page)
 		}
-		b[i&(blockPages-1)] = p
+		m.put(i, p)
 	}
 	return p
-}
-
-// drop takes an emptied page out of the directory. Small ones are kept for
-// reuse; the capacity of one that was large goes back to the collector.
-func (m *Map) drop(i uint64, p *page) {
-	m.dir[i>>blockShift][i&(blockPages-1)] = nil
-	if cap(p.ext) <= 256 && len(m.free) < 1024 {
-		m.free = append(m.free, p)
-	}
 }
 
 // check panics unless the n sectors from s lie inside the map: every caller has
@@ -141,11 +160,11 @@ func (m *Map) Insert(s, n, loc uint64) {
 	for n > 0 {
 		off := int(s & (PageSectors - 1))
 		k := min(n, uint64(PageSectors-off))
-		m.replace(m.pageForInsert(s>>pageShift), off, off+int(k), entry{loc: loc, off: uint16(off), n: uint16(k)}, true)
-		s, n = s+k, n-k
-		if loc&Fixed == 0 {
-			loc += k
-		}
+		p := m.pageForInsert(s >> pageShift)
+		before := p.bytes()
+		p.replace(off, off+int(k), loc, m.Replaced)
+		m.bytes += p.bytes() - before
+		s, n, loc = s+k, n-k, advance(loc, k)
 	}
 }
 
@@ -153,35 +172,29 @@ func (m *Map) Insert(s, n, loc uint64) {
 func (m *Map) Remove(s, n uint64) {
 	m.check(s, n)
 	m.eachPage(s, n, func(i uint64, p *page, from, to int) {
-		m.replace(p, from, to, entry{}, false)
-		if len(p.ext) == 0 {
-			m.drop(i, p)
-		}
+		before := p.bytes()
+		p.replace(from, to, 0, m.Replaced)
+		m.changed(i, p, before)
 	})
 }
 
 // RemoveRange unmaps, of the n sectors from s, those whose location without the
-// bit Fixed was, at the start of their extent, at least lo and less than hi.
+// bit Fixed is at least lo and less than hi.
 func (m *Map) RemoveRange(s, n, lo, hi uint64) {
 	m.check(s, n)
 	m.eachPage(s, n, func(i uint64, p *page, from, to int) {
-		k := p.search(from)
-		for k < len(p.ext) && int(p.ext[k].off) < to {
-			e := p.ext[k]
-			if l := e.loc &^ Fixed; l < lo || l >= hi {
-				k++
-				continue
-			}
-			a, b := max(int(e.off), from), min(e.end(), to)
-			before := len(p.ext)
-			m.replace(p, a, b, entry{}, false)
-			// What is left of e on either side stays at k; go past it.
-			k += 1 + len(p.ext) - before
-		}
-		if len(p.ext) == 0 {
-			m.drop(i, p)
-		}
+		before := p.bytes()
+		p.removeRange(from, to, lo, hi, m.Replaced)
+		m.changed(i, p, before)
 	})
+}
+
+// changed accounts for a change of page i, which had the given size before.
+func (m *Map) changed(i uint64, p *page, before int) {
+	m.bytes += p.bytes() - before
+	if p.empty() {
+		m.drop(i)
+	}
 }
 
 // eachPage calls fn for every page that is held and meets the n sectors from s,
@@ -204,104 +217,6 @@ func (m *Map) eachPage(s, n uint64, fn func(i uint64, p *page, from, to int)) {
 	}
 }
 
-// search returns the index of the first entry that ends after off.
-func (p *page) search(off int) int {
-	lo, hi := 0, len(p.ext)
-	for lo < hi {
-		h := int(uint(lo+hi) >> 1)
-		if p.ext[h].end() <= off {
-			lo = h + 1
-		} else {
-			hi = h
-		}
-	}
-	return lo
-}
-
-// replace removes from p what is mapped in [from, to) and, if insert, puts e,
-// which covers just that, in its place, merged with its neighbours if they go on
-// from one another.
-func (m *Map) replace(p *page, from, to int, e entry, insert bool) {
-	i := p.search(from)
-	j := i
-	var put [3]entry // left rest, e, right rest
-	k := 0
-	for j < len(p.ext) && int(p.ext[j].off) < to {
-		old := p.ext[j]
-		if int(old.off) < from {
-			left := old
-			left.n = uint16(from - int(old.off))
-			put[k], k = left, k+1
-		}
-		if m.Replaced != nil {
-			a, b := max(int(old.off), from), min(old.end(), to)
-			m.Replaced(old.tail(a).loc, uint32(b-a))
-		}
-		j++
-	}
-	var right entry
-	hasRight := j > i && p.ext[j-1].end() > to
-	if hasRight {
-		right = p.ext[j-1].tail(to)
-	}
-	if insert {
-		// Merge to the left: with the rest just cut, or the entry before.
-		switch {
-		case k == 1 && follows(put[0], e):
-			put[0].n += e.n
-		case k == 0 && i > 0 && follows(p.ext[i-1], e):
-			i--
-			put[0], k = p.ext[i], 1
-			put[0].n += e.n
-		default:
-			put[k], k = e, k+1
-		}
-		// Merge to the right.
-		last := &put[k-1]
-		switch {
-		case hasRight && follows(*last, right):
-			last.n += right.n
-			hasRight = false
-		case !hasRight && j < len(p.ext) && follows(*last, p.ext[j]):
-			last.n += p.ext[j].n
-			j++
-		}
-	}
-	if hasRight {
-		put[k], k = right, k+1
-	}
-	m.extents += k - (j - i)
-	p.splice(i, j, put[:k])
-}
-
-// follows reports whether b goes on where a ends, in sectors and location.
-func follows(a, b entry) bool {
-	if a.end() != int(b.off) || (a.loc^b.loc)&Fixed != 0 {
-		return false
-	}
-	if a.loc&Fixed != 0 {
-		return a.loc == b.loc
-	}
-	return a.loc+uint64(a.n) == b.loc
-}
-
-// splice replaces p.ext[i:j] by put.
-func (p *page) splice(i, j int, put []entry) {
-	d := len(put) - (j - i)
-	n := len(p.ext)
-	switch {
-	case d > 0:
-		for range d {
-			p.ext = append(p.ext, entry{})
-		}
-		copy(p.ext[j+d:], p.ext[j:n])
-	case d < 0:
-		copy(p.ext[j+d:], p.ext[j:])
-		p.ext = p.ext[:n+d]
-	}
-	copy(p.ext[i:], put)
-}
-
 // Next returns the first extent that meets [s, end), cut to it, and true; or
 // false when nothing there is mapped. It does not allocate.
 func (m *Map) Next(s, end uint64) (Extent, bool) {
@@ -314,20 +229,9 @@ func (m *Map) Next(s, end uint64) (Extent, bool) {
 		}
 		next := (i + 1) << pageShift
 		if p := m.page(i); p != nil {
-			off := int(s & (PageSectors - 1))
-			if k := p.search(off); k < len(p.ext) {
-				e := p.ext[k]
-				x := Extent{Sector: i<<pageShift + uint64(e.off), N: uint32(e.n), Loc: e.loc}
-				if x.Sector >= end {
-					return Extent{}, false
-				}
-				if x.Sector < s {
-					x = x.from(s)
-				}
-				if x.End() > end {
-					x.N = uint32(end - x.Sector)
-				}
-				return x, true
+			if e, ok := p.next(int(s&(PageSectors-1)), int(min(end, next)-i<<pageShift)); ok {
+				e.Sector += i << pageShift
+				return e, true
 			}
 		}
 		s = next
@@ -338,31 +242,27 @@ func (m *Map) Next(s, end uint64) (Extent, bool) {
 // Invariants panics unless the map is well formed. It costs time in proportion
 // to the map; tests call it.
 func (m *Map) Invariants() {
-	total := 0
+	bytes := 0
 	for bi, b := range m.dir {
 		if b == nil {
 			continue
 		}
-		for pi, p := range b {
+		held := 0
+		for pi, p := range b.pages {
 			if p == nil {
 				continue
 			}
-			total += len(p.ext)
-			for k, e := range p.ext {
-				at := uint64(bi)<<(blockShift+pageShift) + uint64(pi)<<pageShift + uint64(e.end())
-				if e.n == 0 || e.end() > PageSectors || at > m.sectors {
-					panic("extmap: bad entry")
-				}
-				if k > 0 && p.ext[k-1].end() > int(e.off) {
-					panic("extmap: entries overlap or are out of order")
-				}
-				if k > 0 && follows(p.ext[k-1], e) {
-					panic("extmap: entries not merged")
-				}
-			}
+			held++
+			bytes += p.bytes()
+			base := uint64(bi)<<(blockShift+pageShift) + uint64(pi)<<pageShift
+			p.invariants(int(min(m.sectors-base, PageSectors)))
 		}
+		if held != b.held || held == 0 {
+			panic("extmap: wrong count of pages")
+		}
+		bytes += blockBytes
 	}
-	if total != m.extents {
-		panic("extmap: wrong count")
+	if bytes != m.bytes {
+		panic("extmap: wrong count of bytes")
 	}
 }

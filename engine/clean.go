@@ -1,0 +1,431 @@
+package engine
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+
+	"github.com/lsd-ceph/lsd/backend"
+)
+
+const (
+	// cleanObjects is about how many objects of live data one cleaning moves: so
+	// many that they can be told apart by age, so few that they fit memory.
+	cleanObjects = 4
+	// cleanSlack is how many objects of dead data an image may have in any case.
+	cleanSlack = 4
+	// cleanStep bounds the extents looked at in one turn.
+	cleanStep = 256
+	// cleanGap is the dead data that is read along rather than left out.
+	cleanGap = 64 << 10 // bytes
+	// cleanFull is the share of live data, in percent, from which on an object is
+	// not worth cleaning.
+	cleanFull = 97
+	// maxVictims bounds the objects of one cleaning.
+	maxVictims = 512
+)
+
+// cleaner moves what lives out of mostly dead objects, so that they can go. The
+// reactor owns it.
+//
+// A cleaning chooses victims by cost and benefit (Rosenblum and Ousterhout, "The
+// design and implementation of a log-structured file system", 1992): free space
+// gained times the age of the data, for the work of reading and writing. It asks
+// the map what of each victim lives, reads that, and puts it into new objects,
+// sorted by age into as many as there are, and by place inside each: so cold data
+// leaves the hot behind, and what was written here and there is in sequence again.
+//
+// The new objects take their places in the order of objects as others do, but hold
+// no records. Each says up to which object the map had been followed when its data
+// was read: where a later one has changed the map, what it holds is not entered.
+// Recovery repeats that from the headers alone.
+type cleaner struct {
+	im      *Image
+	running *cleaning
+	bad     map[uint32]bool // victims that could not be read
+	timer   Timer
+	moved   uint64 // bytes, since the image was opened
+}
+
+// cleaning is one run of the cleaner.
+type cleaning struct {
+	base    uint64 // the last object accepted when it began
+	victims []objectInfo
+	next    int // victim
+	pieces  []movedPiece
+	objects int // sealed and not yet accepted
+
+	// The victim that is being looked through.
+	header *objectHeader
+	extent int
+	off    int          // offset of its data, in sectors
+	live   []movedPiece // of it, in the order of its data
+	from   []int        // where their data is in the victim, in sectors
+	tries  int
+}
+
+// movedPiece is a run of sectors and its data.
+type movedPiece struct {
+	sector uint64
+	n      uint32
+	born   uint32
+	data   []byte
+}
+
+// debt returns by how many sectors the objects that live exceed the space that the
+// image may hold.
+func (c *cleaner) debt() int64 {
+	t := &c.im.table
+	allowed := int64(float64(t.live)*c.im.cfg.SpaceRatio) + cleanSlack*int64(c.im.object)
+	return int64(t.space) - allowed
+}
+
+// scattered reports whether the live data lies in many more objects than it needs.
+func (c *cleaner) scattered() bool {
+	t := &c.im.table
+	return uint64(t.alive) > 64+4*(t.live/c.im.object)
+}
+
+// maybe begins a cleaning if one is due.
+func (c *cleaner) maybe() {
+	im := c.im
+	if c.running != nil || im.state != Active || !im.leased() || c.debt() <= 0 && !c.scattered() {
+		return
+	}
+	victims := c.choose()
+	if len(victims) == 0 {
+		return
+	}
+	if !im.shared.startCleaning() {
+		c.timer.Reset(im.cfg.RetryMin)
+		return
+	}
+	c.running = &cleaning{base: im.accepted.object, victims: victims}
+	c.nextVictim()
+}
+
+// lags reports whether so much is dead that the clients' objects should wait until
+// the cleaner has read what it is about to move. What it writes has its place
+// behind them.
+func (c *cleaner) lags() bool {
+	t := &c.im.table
+	return c.running != nil && c.running.objects == 0 && c.im.state == Active && c.debt() > int64(t.live)/8+2*cleanSlack*int64(c.im.object)
+}
+
+// choose returns the victims of a cleaning, best first.
+func (c *cleaner) choose() []objectInfo {
+	im := c.im
+	type candidate struct {
+		objectInfo
+		score float64
+	}
+	var list []candidate
+	small := c.scattered()
+	for _, o := range im.table.list {
+		if o.gone || o.live == 0 || c.bad[o.number] || im.super.sb.held(uint64(o.number), 0) {
+			continue
+		}
+		u := float64(o.live) / float64(o.sectors)
+		if u*100 > cleanFull && !(small && uint64(o.live) < im.object/2) {
+			continue
+		}
+		age := float64(im.accepted.object-uint64(o.born)) + 1
+		score := (1 - u) * age / (1 + u)
+		if small {
+			score = 1 / float64(o.live)
+		}
+		list = append(list, candidate{o, score})
+	}
+	slices.SortFunc(list, func(a, b candidate) int { return cmp.Compare(b.score, a.score) })
+	var victims []objectInfo
+	total := uint64(0)
+	for _, o := range list {
+		if total+uint64(o.live) > cleanObjects*im.object || len(victims) == maxVictims {
+			break
+		}
+		total += uint64(o.live)
+		victims = append(victims, o.objectInfo)
+	}
+	return victims
+}
+
+// ends reports whether the cleaning has to be given up.
+func (c *cleaner) ends() bool {
+	if c.im.state == Active {
+		return false
+	}
+	c.end()
+	return true
+}
+
+// end ends the cleaning and lets another image have its place.
+func (c *cleaner) end() {
+	if c.running != nil {
+		c.running = nil
+		c.im.shared.endCleaning()
+	}
+}
+
+// nextVictim reads the header of the next victim, or goes on to the writing.
+func (c *cleaner) nextVictim() {
+	r, im := c.running, c.im
+	if c.ends() {
+		return
+	}
+	if r.next == len(r.victims) {
+		c.write()
+		return
+	}
+	o := r.victims[r.next]
+	c.read(func(ctx context.Context) (err error) {
+		r.header, err = im.readHeader(ctx, o)
+		return err
+	}, func() {
+		r.extent, r.off, r.live, r.from = 0, 0, nil, nil
+		c.look(nil)
+	})
+}
+
+// read runs a reading step on a worker, until it goes through, and then calls fn.
+// A victim that cannot be read is left out.
+func (c *cleaner) read(work func(context.Context) error, fn func()) {
+	r, im := c.running, c.im
+	var err error
+	im.spawn(func() {
+		ctx, stop := context.WithTimeout(im.ctx, im.cfg.StoreTimeout)
+		defer stop()
+		err = work(ctx)
+	}, func() {
+		switch {
+		case c.running != r || c.ends():
+		case retryable(err):
+			im.storeFailed(err)
+			r.tries++
+			im.env.AfterFunc(im.backoff(r.tries), func() {
+				if c.running == r && !c.ends() {
+					c.read(work, fn)
+				}
+			})
+		case err != nil:
+			c.skip(err)
+		default:
+			r.tries = 0
+			fn()
+		}
+	})
+}
+
+// skip leaves out the victim that is being looked through.
+func (c *cleaner) skip(err error) {
+	r, im := c.running, c.im
+	o := r.victims[r.next]
+	if errors.Is(err, backend.ErrNotFound) && im.table.find(uint64(o.number)) == nil {
+		err = nil // it has died meanwhile
+	}
+	if err != nil {
+		im.logger.Error("an object cannot be cleaned: it keeps its space", "object", dataKey(im.id, uint64(o.number), uint64(o.epoch)), "err", err)
+		c.bad[o.number] = true
+	}
+	r.next++
+	c.nextVictim()
+}
+
+// look asks the map what of the victim lives, a few extents in a turn.
+func (c *cleaner) look(err error) {
+	r, im := c.running, c.im
+	if r == nil || c.ends() {
+		return
+	}
+	if err != nil {
+		c.skip(err)
+		return
+	}
+	h := r.header
+	for range cleanStep {
+		if r.extent == len(h.extents) {
+			c.fetch()
+			return
+		}
+		e := h.extents[r.extent]
+		if !e.zero {
+			if i := segmentOf(e.sector); !im.objs.ready(i) {
+				im.withSegment(i, c.look)
+				return
+			}
+			if last := segmentOf(e.sector + uint64(e.n) - 1); !im.objs.ready(last) {
+				im.withSegment(last, c.look)
+				return
+			}
+			c.lookAt(e)
+			r.off += int(e.n)
+		}
+		r.extent++
+	}
+	im.env.AfterFunc(0, func() { c.look(nil) })
+}
+
+// lookAt notes what of one extent lives: the map refers to it, and nothing newer is
+// in the log.
+func (c *cleaner) lookAt(e objectExtentInfo) {
+	r, im := c.running, c.im
+	ref := refOfSeq(r.header.seq)
+	end := e.sector + uint64(e.n)
+	for s := e.sector; s < end; {
+		x, ok := im.objs.Next(s, end)
+		if !ok {
+			return
+		}
+		s = x.End()
+		if refOf(x.Loc) != ref {
+			continue
+		}
+		for at := x.Sector; at < s; {
+			d, ok := im.dirty.Next(at, s)
+			stop := s
+			if ok {
+				stop = d.Sector
+			}
+			if at < stop {
+				r.live = append(r.live, movedPiece{sector: at, n: uint32(stop - at), born: r.victims[r.next].born})
+				r.from = append(r.from, offsetOf(x.Loc)+int(at-x.Sector))
+			}
+			if !ok {
+				break
+			}
+			at = d.End()
+		}
+	}
+}
+
+// fetch reads the live data of the victim.
+func (c *cleaner) fetch() {
+	r, im := c.running, c.im
+	o := r.victims[r.next]
+	live, from := r.live, r.from
+	c.read(func(ctx context.Context) error { return im.readPieces(ctx, o, live, from) }, func() {
+		r.pieces = append(r.pieces, live...)
+		r.next++
+		c.nextVictim()
+	})
+}
+
+// readPieces reads pieces of an object, given in the order of their places, and
+// verifies them. Workers call it.
+func (im *Image) readPieces(ctx context.Context, o objectInfo, pieces []movedPiece, from []int) error {
+	for i := 0; i < len(pieces); {
+		first, end := from[i], from[i]+int(pieces[i].n)
+		j := i + 1
+		for ; j < len(pieces) && (from[j]-end)*SectorSize <= cleanGap; j++ {
+			end = from[j] + int(pieces[j].n)
+		}
+		buf := make([]byte, (end-first)*SectorSize)
+		if err := im.readObject(ctx, o, first, buf); err != nil {
+			return err
+		}
+		for ; i < j; i++ {
+			pieces[i].data = buf[(from[i]-first)*SectorSize:][:int(pieces[i].n)*SectorSize]
+		}
+	}
+	return nil
+}
+
+// write puts what was read into new objects.
+func (c *cleaner) write() {
+	r, im := c.running, c.im
+	if len(r.pieces) == 0 {
+		c.end()
+		return
+	}
+	slices.SortFunc(r.pieces, func(a, b movedPiece) int {
+		return cmp.Or(cmp.Compare(a.born, b.born), cmp.Compare(a.sector, b.sector))
+	})
+	limit := int(im.object)
+	for pieces := r.pieces; len(pieces) > 0; {
+		n, sectors := 0, 0
+		for n < len(pieces) && n < maxBatchExtents && sectors+int(pieces[n].n) <= limit {
+			sectors += int(pieces[n].n)
+			n++
+		}
+		if n == 0 { // longer than an object: of an image whose objects were larger
+			rest := pieces[0]
+			pieces[0].n, pieces[0].data = uint32(limit), rest.data[:limit*SectorSize]
+			rest.sector, rest.n, rest.data = rest.sector+uint64(limit), rest.n-uint32(limit), rest.data[limit*SectorSize:]
+			pieces = slices.Insert(pieces, 1, rest)
+			continue
+		}
+		im.sealCleaned(pieces[:n:n], r.base)
+		r.objects++
+		c.moved += uint64(sectors) * SectorSize
+		pieces = pieces[n:]
+	}
+	r.pieces = nil
+	im.pumpNow()
+}
+
+// accepted says that one of the cleaner's objects has been accepted.
+func (c *cleaner) accepted() {
+	if r := c.running; r != nil {
+		if r.objects--; r.objects == 0 {
+			c.end()
+			c.maybe()
+		}
+	}
+}
+
+// sealCleaned gives an object of moved data its place in the order of objects.
+func (im *Image) sealCleaned(pieces []movedPiece, base uint64) {
+	at := &im.sealed
+	at.object++
+	if at.object > maxObjectSeq {
+		panic("engine: the image has used up its object numbers")
+	}
+	b := &batch{
+		object: at.object, firstSeq: at.seq + 1, lastSeq: at.seq, start: at.logEnd, end: at.logEnd,
+		began: im.env.Now(), state: batchSealed, moved: pieces, base: base,
+	}
+	im.queue = append(im.queue, b)
+}
+
+// buildMoved makes the object of a batch of moved data.
+func (b *batch) buildMoved(h *objectHeader, buffer func(int) []byte) []byte {
+	slices.SortFunc(b.moved, func(x, y movedPiece) int { return cmp.Compare(x.sector, y.sector) })
+	h.base, h.born = b.base, 0
+	h.extents, h.data = nil, 0
+	for _, p := range b.moved {
+		h.born = max(h.born, p.born)
+		h.data += len(p.data)
+		if k := len(h.extents) - 1; k >= 0 && h.extents[k].sector+uint64(h.extents[k].n) == p.sector {
+			h.extents[k].n += p.n
+			continue
+		}
+		h.extents = append(h.extents, objectExtentInfo{sector: p.sector, n: p.n})
+	}
+	h.header = headerSize(len(h.extents), h.data)
+	buf := buffer(h.header + h.data)
+	at := h.header
+	for _, p := range b.moved {
+		at += copy(buf[at:], p.data)
+	}
+	h.encode(buf)
+	return buf
+}
+
+// readHeader reads the header of a data object that the table has.
+func (im *Image) readHeader(ctx context.Context, o objectInfo) (*objectHeader, error) {
+	key := dataKey(im.id, uint64(o.number), uint64(o.epoch))
+	b := make([]byte, o.headerBytes())
+	n, err := im.store.Get(ctx, key, b, 0)
+	if err != nil {
+		return nil, err
+	}
+	h, err := decodeObjectHeader(b[:n], im.sectors)
+	if err == nil && (h.image != im.id || h.seq != uint64(o.number) || h.epoch != uint64(o.epoch) || h.data != int(o.sectors)*SectorSize) {
+		err = fmt.Errorf("%w: it is another object than its name says", ErrCorrupt)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("object %s: %w", key, err)
+	}
+	return h, nil
+}

@@ -1,0 +1,189 @@
+package engine
+
+import (
+	"encoding/binary"
+	"fmt"
+	"hash/crc32"
+
+	"github.com/google/uuid"
+)
+
+// The format of a checkpoint's manifest; docs/formats.md gives it byte for byte.
+const (
+	manifestMagic   = "LSDCKPT\x00"
+	manifestVersion = 2
+	manifestFixed   = 128
+	manifestObject  = 28
+	manifestMap     = 24
+	manifestSegment = 16
+
+	// manifestPart is the size of the objects that a large manifest is cut into,
+	// and maxManifest bounds all of it.
+	manifestPart = 32 << 20
+	maxManifest  = 1 << 30
+)
+
+// storedSegment says where the current state of a map segment is. Size 0 means
+// that the segment is empty.
+type storedSegment struct {
+	object uint32 // index into the map objects
+	offset uint32 // bytes
+	size   uint32 // bytes
+}
+
+// mapObject is an object that holds map segments.
+type mapObject struct {
+	at   checkpointRef // that wrote it
+	part uint32
+	size uint32 // bytes
+	live uint32 // bytes of segments that are current
+	died uint32 // object of the checkpoint with which live became 0
+}
+
+// manifest is what a checkpoint's manifest holds.
+type manifest struct {
+	image    uuid.UUID
+	epoch    uint64
+	at       position
+	log      uuid.UUID
+	objects  []objectInfo // ascending
+	maps     []mapObject
+	segments []storedSegment // by index, up to the last one that is not empty
+}
+
+func (m *manifest) ref() checkpointRef { return checkpointRef{m.at.object, m.epoch} }
+
+func (m *manifest) encode() []byte {
+	le := binary.LittleEndian
+	held := 0
+	for _, s := range m.segments {
+		if s.size > 0 {
+			held++
+		}
+	}
+	size := manifestFixed + len(m.objects)*manifestObject + len(m.maps)*manifestMap + held*manifestSegment
+	b := make([]byte, manifestFixed, size)
+	copy(b, manifestMagic)
+	le.PutUint32(b[8:], manifestVersion)
+	copy(b[16:], m.image[:])
+	le.PutUint64(b[32:], m.epoch)
+	le.PutUint64(b[40:], m.at.object)
+	le.PutUint64(b[48:], m.at.seq)
+	copy(b[56:], m.log[:])
+	le.PutUint64(b[72:], m.at.logEnd)
+	le.PutUint32(b[80:], uint32(size))
+	le.PutUint32(b[84:], uint32(len(m.objects)))
+	le.PutUint32(b[88:], uint32(len(m.maps)))
+	le.PutUint32(b[92:], uint32(held))
+	for _, o := range m.objects {
+		for _, v := range [...]uint32{o.number, o.epoch, o.sectors, o.live, o.died, o.born, uint32(o.header)} {
+			b = le.AppendUint32(b, v)
+		}
+	}
+	for _, o := range m.maps {
+		for _, v := range [...]uint32{uint32(o.at.Object), uint32(o.at.Epoch), o.part, o.size, o.live, o.died} {
+			b = le.AppendUint32(b, v)
+		}
+	}
+	for i, s := range m.segments {
+		if s.size > 0 {
+			for _, v := range [...]uint32{uint32(i), s.object, s.offset, s.size} {
+				b = le.AppendUint32(b, v)
+			}
+		}
+	}
+	le.PutUint32(b[12:], crc32.Checksum(b, castagnoli))
+	return b
+}
+
+// manifestSize returns the size of the manifest that b, its first part, begins.
+func manifestSize(b []byte) (int, error) {
+	if len(b) < manifestFixed || string(b[:8]) != manifestMagic {
+		return 0, fmt.Errorf("%w: it does not begin as it must", ErrCorrupt)
+	}
+	n := int(binary.LittleEndian.Uint32(b[80:]))
+	if n < manifestFixed || n > maxManifest || len(b) != min(n, manifestPart) {
+		return 0, fmt.Errorf("%w: it has %d bytes where its header says %d", ErrCorrupt, len(b), n)
+	}
+	return n, nil
+}
+
+// decodeManifest decodes a checkpoint's manifest of an image of the given size.
+func decodeManifest(b []byte, id uuid.UUID, sectors uint64) (*manifest, error) {
+	le := binary.LittleEndian
+	if err := checkObject(b, manifestMagic, manifestVersion, manifestFixed, id); err != nil {
+		return nil, err
+	}
+	m := &manifest{image: id, epoch: le.Uint64(b[32:])}
+	m.at = position{le.Uint64(b[40:]), le.Uint64(b[48:]), le.Uint64(b[72:])}
+	copy(m.log[:], b[56:])
+	objects, maps, segments := int(le.Uint32(b[84:])), int(le.Uint32(b[88:])), int(le.Uint32(b[92:]))
+	if len(b) != int(le.Uint32(b[80:])) || len(b)-manifestFixed != objects*manifestObject+maps*manifestMap+segments*manifestSegment ||
+		m.at.object == 0 || m.at.object > maxObjectSeq || m.epoch > maxEpoch {
+		return nil, fmt.Errorf("%w: its header is out of range", ErrCorrupt)
+	}
+	b, err := m.decodeObjects(b[manifestFixed:], objects)
+	if err == nil {
+		b, err = m.decodeMaps(b, maps)
+	}
+	if err == nil {
+		err = m.decodeSegments(b, segments, sectors)
+	}
+	if err != nil {
+		return nil, err
+	}
+	return m, nil
+}
+
+func (m *manifest) decodeObjects(b []byte, n int) (rest []byte, err error) {
+	le := binary.LittleEndian
+	m.objects = make([]objectInfo, n)
+	last := uint32(0)
+	for i := range m.objects {
+		header := le.Uint32(b[24:])
+		o := objectInfo{number: le.Uint32(b), epoch: le.Uint32(b[4:]), sectors: le.Uint32(b[8:]), live: le.Uint32(b[12:]),
+			died: le.Uint32(b[16:]), born: le.Uint32(b[20:]), header: uint16(header)}
+		if o.number <= last || uint64(o.number) > m.at.object || o.sectors > MaxObjectSize/SectorSize || o.live > o.sectors ||
+			uint64(o.died) > m.at.object || o.born > o.number || header == 0 || header > maxObjectHeader/objectAlign {
+			return nil, fmt.Errorf("%w: the entry of data object %d is out of range", ErrCorrupt, i)
+		}
+		last = o.number
+		m.objects[i], b = o, b[manifestObject:]
+	}
+	return b, nil
+}
+
+func (m *manifest) decodeMaps(b []byte, n int) (rest []byte, err error) {
+	le := binary.LittleEndian
+	m.maps = make([]mapObject, n)
+	for i := range m.maps {
+		o := mapObject{at: checkpointRef{uint64(le.Uint32(b)), uint64(le.Uint32(b[4:]))}, part: le.Uint32(b[8:]),
+			size: le.Uint32(b[12:]), live: le.Uint32(b[16:]), died: le.Uint32(b[20:])}
+		if o.at.Object == 0 || o.at.Object > m.at.object || o.live > o.size || uint64(o.died) > m.at.object {
+			return nil, fmt.Errorf("%w: the entry of map object %d is out of range", ErrCorrupt, i)
+		}
+		m.maps[i], b = o, b[manifestMap:]
+	}
+	return b, nil
+}
+
+func (m *manifest) decodeSegments(b []byte, n int, sectors uint64) error {
+	if n == 0 {
+		return nil
+	}
+	le := binary.LittleEndian
+	bound := segmentsOf(sectors)
+	m.segments = make([]storedSegment, min(le.Uint32(b[(n-1)*manifestSegment:]), bound-1)+1)
+	next := uint32(0)
+	for range n {
+		i := le.Uint32(b)
+		s := storedSegment{le.Uint32(b[4:]), le.Uint32(b[8:]), le.Uint32(b[12:])}
+		if i < next || int(i) >= len(m.segments) || uint64(s.object) >= uint64(len(m.maps)) || s.size < segmentFixed || s.size > maxSegmentBytes ||
+			uint64(s.offset)+uint64(s.size) > uint64(m.maps[s.object].size) {
+			return fmt.Errorf("%w: the entry of map segment %d is out of range", ErrCorrupt, i)
+		}
+		next = i + 1
+		m.segments[i], b = s, b[manifestSegment:]
+	}
+	return nil
+}

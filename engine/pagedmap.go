@@ -1,0 +1,259 @@
+package engine
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"math"
+	"math/bits"
+
+	"github.com/google/uuid"
+	"github.com/lsd-ceph/lsd/backend"
+	"github.com/lsd-ceph/lsd/internal/extmap"
+)
+
+// pagedMap is the object map, of which some segments are in memory and the others
+// in the store, as the last checkpoint wrote them. The reactor owns it.
+type pagedMap struct {
+	*extmap.Map
+	maps   []mapObject     // of the last checkpoint
+	stored []storedSegment // by index; beyond its end, segments are empty
+
+	resident bitset // the segment is in memory, though something of it is stored
+	used     bitset // it was looked at since the clock's hand passed
+	dirty    bitset // changed since the last checkpoint began
+	writing  bitset // changed before, and in the checkpoint that is being written
+	ring     []uint32
+	hand     int
+	loads    map[uint32]*segmentLoad
+
+	dirtySegments int
+	budget        *Budget
+	charged       int64 // what the budget has been charged
+	evictions     uint64
+	loaded        uint64
+}
+
+// segmentLoad is a load of a segment that is under way.
+type segmentLoad struct {
+	waiters []func(error)
+	tries   int
+}
+
+func newPagedMap(sectors uint64, b *Budget) *pagedMap {
+	n := segmentsOf(sectors)
+	return &pagedMap{
+		Map:      extmap.New(sectors),
+		resident: newBitset(n), used: newBitset(n), dirty: newBitset(n), writing: newBitset(n),
+		loads: map[uint32]*segmentLoad{}, budget: b,
+	}
+}
+
+// segment returns where segment i is stored.
+func (p *pagedMap) segment(i uint32) storedSegment {
+	if int(i) < len(p.stored) {
+		return p.stored[i]
+	}
+	return storedSegment{}
+}
+
+// here reports whether segment i is in memory.
+func (p *pagedMap) here(i uint32) bool { return p.resident.has(i) || p.segment(i).size == 0 }
+
+// ready reports whether segment i is in memory, and notes that it is used.
+func (p *pagedMap) ready(i uint32) bool {
+	if p.resident.has(i) {
+		p.used.set(i)
+		return true
+	}
+	return p.here(i)
+}
+
+// enter puts the extents of segment i, which was not in memory, into the map.
+func (p *pagedMap) enter(i uint32, span *extmap.Span) {
+	p.Attach(span)
+	p.hold(i)
+	p.loaded++
+}
+
+// hold makes segment i one of those in memory.
+func (p *pagedMap) hold(i uint32) {
+	if !p.resident.has(i) {
+		p.resident.set(i)
+		p.ring = append(p.ring, i)
+	}
+	p.used.set(i)
+}
+
+// touch says that segment i, which is in memory, is about to change.
+func (p *pagedMap) touch(i uint32) {
+	p.hold(i)
+	if !p.dirty.has(i) {
+		p.dirty.set(i)
+		p.dirtySegments++
+	}
+}
+
+// clean reports whether segment i is as it is stored.
+func (p *pagedMap) clean(i uint32) bool { return !p.dirty.has(i) && !p.writing.has(i) }
+
+// charge tells the budget what the map takes now.
+func (p *pagedMap) charge() {
+	now := int64(p.Bytes())
+	p.budget.used.Add(now - p.charged)
+	p.charged = now
+}
+
+// leave gives the budget back what the map took, when its image ends.
+func (p *pagedMap) leave() {
+	p.budget.used.Add(-p.charged)
+	p.budget, p.charged = &Budget{limit: math.MaxInt64}, 0
+}
+
+// evict takes clean segments out of memory that have not been used lately, until
+// the budget is kept or none is left.
+func (p *pagedMap) evict() {
+	p.charge()
+	for left := 2 * len(p.ring); left > 0 && len(p.ring) > 0 && p.budget.over() > 0; left-- {
+		if p.hand >= len(p.ring) {
+			p.hand = 0
+		}
+		i := p.ring[p.hand]
+		switch {
+		case !p.clean(i):
+			p.hand++
+		case p.used.has(i):
+			p.used.clear(i)
+			p.hand++
+		default:
+			p.drop(i)
+		}
+	}
+}
+
+// drop takes the clean segment i, at the clock's hand, out of memory.
+func (p *pagedMap) drop(i uint32) {
+	last := len(p.ring) - 1
+	p.ring[p.hand] = p.ring[last]
+	p.ring = p.ring[:last]
+	p.resident.clear(i)
+	p.Detach(segmentStart(i), segmentPages)
+	p.charge()
+	p.evictions++
+}
+
+// dirtyBytes returns about how much memory cannot be given back before the next
+// checkpoint.
+func (p *pagedMap) dirtyBytes() int64 {
+	if len(p.ring) == 0 {
+		return 0
+	}
+	return p.charged / int64(len(p.ring)) * int64(p.dirtySegments)
+}
+
+// bitset is a set of segments.
+type bitset []uint64
+
+func newBitset(n uint32) bitset { return make(bitset, (n+63)/64) }
+
+func (b bitset) has(i uint32) bool { return b[i/64]&(1<<(i%64)) != 0 }
+func (b bitset) set(i uint32)      { b[i/64] |= 1 << (i % 64) }
+func (b bitset) clear(i uint32)    { b[i/64] &^= 1 << (i % 64) }
+
+// each calls fn for the members in ascending order.
+func (b bitset) each(fn func(uint32)) {
+	for w, word := range b {
+		for ; word != 0; word &= word - 1 {
+			fn(uint32(w*64 + bits.TrailingZeros64(word)))
+		}
+	}
+}
+
+// readSegment reads and decodes a segment. Any goroutine may call it.
+func readSegment(ctx context.Context, st backend.Store, id uuid.UUID, o mapObject, s storedSegment, index uint32, sectors uint64) (*extmap.Span, error) {
+	b, err := readSegmentBytes(ctx, st, id, o, s)
+	if err != nil {
+		return nil, fmt.Errorf("map segment %d: %w", index, err)
+	}
+	span, err := decodeSegment(b, id, index, sectors)
+	if err != nil {
+		return nil, fmt.Errorf("map segment %d at byte %d of object %s: %w", index, s.offset, mapKey(id, o.at, o.part), err)
+	}
+	return span, nil
+}
+
+func readSegmentBytes(ctx context.Context, st backend.Store, id uuid.UUID, o mapObject, s storedSegment) ([]byte, error) {
+	key := mapKey(id, o.at, o.part)
+	b := make([]byte, s.size)
+	n, err := st.Get(ctx, key, b, int64(s.offset))
+	if err != nil {
+		return nil, err
+	}
+	if n != len(b) {
+		return nil, fmt.Errorf("object %s: %w: it ends after %d bytes, it should have %d at least", key, ErrCorrupt, int(s.offset)+n, int(s.offset)+len(b))
+	}
+	return b, nil
+}
+
+// withSegment calls fn on the reactor when segment i is in memory, at once if it
+// is there already, or with the error for which it cannot be had.
+func (im *Image) withSegment(i uint32, fn func(error)) {
+	if im.objs.ready(i) {
+		fn(nil)
+		return
+	}
+	l := im.objs.loads[i]
+	if l == nil {
+		l = new(segmentLoad)
+		im.objs.loads[i] = l
+		l.waiters = append(l.waiters, fn)
+		im.loadSegment(i, l)
+		return
+	}
+	l.waiters = append(l.waiters, fn)
+}
+
+// loadSegment starts, or repeats, a load.
+func (im *Image) loadSegment(i uint32, l *segmentLoad) {
+	s := im.objs.segment(i)
+	o := im.objs.maps[s.object]
+	var span *extmap.Span
+	var err error
+	im.spawn(func() {
+		ctx, stop := context.WithTimeout(im.ctx, im.cfg.StoreTimeout)
+		defer stop()
+		span, err = readSegment(ctx, im.store, im.id, o, s, i, im.sectors)
+	}, func() {
+		if err != nil && im.objs.segment(i) != s {
+			im.loadSegment(i, l) // a checkpoint has moved it meanwhile
+			return
+		}
+		if retryable(err) && im.state != Fenced && im.state != Released {
+			im.storeFailed(err)
+			wait := im.backoff(l.tries)
+			l.tries++
+			im.jobs++
+			im.env.AfterFunc(wait, func() {
+				im.jobs--
+				im.loadSegment(i, l)
+			})
+			return
+		}
+		if err == nil {
+			im.storeWorks()
+			im.objs.enter(i, span)
+		}
+		delete(im.objs.loads, i)
+		for _, fn := range l.waiters {
+			fn(err)
+		}
+		// Only now: those who waited have used the segment, or changed it.
+		im.objs.evict()
+	})
+}
+
+// retryable reports whether a read from the store that has failed may go through
+// later.
+func retryable(err error) bool {
+	return err != nil && !errors.Is(err, ErrCorrupt) && !errors.Is(err, backend.ErrNotFound) && !errors.Is(err, context.Canceled)
+}

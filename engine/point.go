@@ -1,0 +1,87 @@
+package engine
+
+import (
+	"time"
+
+	"github.com/google/uuid"
+)
+
+// point is a state of the image that must stay readable although the image has
+// gone on: the one after a data object, as a checkpoint before it and the objects
+// from there on give it. So far the points of an image are where it branched off
+// from a write log that was lost to a forced take-over; as long as one is there,
+// that log can be salvaged.
+//
+// Objects never change, so a point costs nothing but the objects that are kept
+// for it, and whether one is needed follows from three numbers: its own, when it
+// died, and the point's.
+type point struct {
+	Object     uint64         `json:"object"`               // the state is the one after this object; 0: empty
+	Settled    bool           `json:"settled"`              // Object is known
+	Checkpoint *checkpointRef `json:"checkpoint,omitempty"` // the last one then; nil: none
+	Epoch      uint64         `json:"epoch"`                // the ownership that ended there
+	Log        uuid.UUID      `json:"log"`                  // its write log
+	Host       string         `json:"host"`                 // who had it
+	Since      time.Time      `json:"since"`
+}
+
+// maxPoints bounds the points of an image: when there are more, the oldest goes.
+const maxPoints = 64
+
+// base returns the object after which the point's state is replayed.
+func (p *point) base() uint64 {
+	if p.Checkpoint == nil {
+		return 0
+	}
+	return p.Checkpoint.Object
+}
+
+// needsObject reports whether the point needs data object number, which died with
+// the object died; 0 means that it lives.
+func (p *point) needsObject(number, died uint64) bool {
+	return !p.Settled || number <= p.Object && (died == 0 || died > p.Object || number > p.base())
+}
+
+// needsMap reports whether the point needs a map object that the checkpoint at
+// object written has made, and the one at object died has replaced.
+func (p *point) needsMap(written, died uint64) bool {
+	return written <= p.base() && died > p.base()
+}
+
+// held reports whether a point needs a dead data object.
+func (s *superblock) held(number, died uint64) bool {
+	for i := range s.Points {
+		if s.Points[i].needsObject(number, died) {
+			return true
+		}
+	}
+	return false
+}
+
+// heldMap reports whether a point needs a dead map object.
+func (s *superblock) heldMap(written, died uint64) bool {
+	for i := range s.Points {
+		if s.Points[i].needsMap(written, died) {
+			return true
+		}
+	}
+	return false
+}
+
+// heldManifest reports whether a point needs the manifest of a checkpoint.
+func (s *superblock) heldManifest(c checkpointRef) bool {
+	for _, p := range s.Points {
+		if p.Checkpoint != nil && *p.Checkpoint == c {
+			return true
+		}
+	}
+	return false
+}
+
+// addPoint keeps the state at which another ownership ended.
+func (s *superblock) addPoint(p point) {
+	s.Points = append(s.Points, p)
+	if n := len(s.Points) - maxPoints; n > 0 {
+		s.Points = s.Points[n:]
+	}
+}

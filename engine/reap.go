@@ -1,0 +1,162 @@
+package engine
+
+import (
+	"context"
+	"fmt"
+	"slices"
+	"time"
+
+	"github.com/lsd-ceph/lsd/backend"
+)
+
+const (
+	reapBatch = 16 // objects that one worker deletes
+	reapJobs  = 2  // workers that delete at one time
+)
+
+// reaper deletes data objects that nothing refers to any more. The reactor owns
+// it.
+//
+// An object may go when it is dead, no point needs it, and the last checkpoint has
+// it behind itself: recovery needs the headers of those after it. That an owner
+// deletes late, when another has taken over, does no harm: the object with which
+// the deleted one died was in the store before, so it died in the other's map too.
+type reaper struct {
+	jobs    int
+	going   map[uint32]bool // being deleted
+	waiters []func()
+	deleted uint64
+}
+
+// reap starts to delete what may go.
+func (im *Image) reap() {
+	x, t := &im.reaper, &im.table
+	last := im.checkpoint.last
+	if last == nil || !im.leased() || x.jobs >= reapJobs {
+		im.reaped()
+		return
+	}
+	var batch []objectInfo
+	kept := t.dead[:0]
+	for _, n := range t.dead {
+		o := t.find(uint64(n))
+		switch {
+		case o == nil:
+			continue
+		case len(batch) < reapBatch && !x.going[n] && uint64(n) <= last.Object && !im.super.sb.held(uint64(n), uint64(o.died)):
+			batch = append(batch, *o)
+		}
+		kept = append(kept, n)
+	}
+	t.dead = kept
+	if len(batch) == 0 {
+		im.reaped()
+		return
+	}
+	x.jobs++
+	keys := make([]string, len(batch))
+	for i, o := range batch {
+		x.going[o.number] = true
+		keys[i] = dataKey(im.id, uint64(o.number), uint64(o.epoch))
+	}
+	im.removeKeys(func(ctx context.Context) error { return deleteAll(ctx, im.store, keys) }, func() {
+		x.jobs--
+		for _, o := range batch {
+			delete(x.going, o.number)
+			t.remove(uint64(o.number))
+		}
+		x.deleted += uint64(len(batch))
+		im.reap()
+	})
+	im.reap()
+}
+
+// reaped tells those who wait that nothing more can be deleted now.
+func (im *Image) reaped() {
+	x := &im.reaper
+	if x.jobs > 0 {
+		return
+	}
+	waiters := x.waiters
+	x.waiters = nil
+	for _, fn := range waiters {
+		fn()
+	}
+}
+
+// afterReaping calls fn when all that may be deleted now is.
+func (im *Image) afterReaping(fn func()) {
+	im.reaper.waiters = append(im.reaper.waiters, fn)
+	im.reap()
+}
+
+// startLeftovers removes what crashes and fenced owners have left in the store, as
+// far as the superblock knows of it, now, and again when nothing that they had
+// begun can arrive any more.
+func (im *Image) startLeftovers() {
+	sb := im.super.sb
+	if len(sb.Stale) == 0 && sb.Prev == nil {
+		return
+	}
+	stale, prev := len(sb.Stale), sb.Prev
+	remove := func(ctx context.Context) error { return removeLeftovers(ctx, im.store, sb) }
+	im.removeKeys(remove, func() {
+		im.env.AfterFunc(leftoverGrace, func() {
+			if im.state != Active {
+				return
+			}
+			im.removeKeys(remove, func() {
+				im.changeSuper(func(sb *superblock) { sb.dropStale(stale, prev) }, func() {})
+			})
+		})
+	})
+}
+
+// leftoverGrace is the time after which nothing that a dead or fenced owner has
+// begun can arrive in the store any more.
+const leftoverGrace = 2 * time.Minute
+
+// dropStale forgets the first entries of what may have been left behind.
+func (s *superblock) dropStale(n int, prev *checkpointRef) {
+	s.Stale = slices.Clone(s.Stale[min(n, len(s.Stale)):])
+	if s.Prev != nil && prev != nil && *s.Prev == *prev {
+		s.Prev = nil
+	}
+}
+
+// removeLeftovers removes what the superblock says may have been left behind.
+func removeLeftovers(ctx context.Context, st backend.Store, sb *superblock) error {
+	if c := sb.Prev; c != nil && !sb.heldManifest(*c) && (sb.Checkpoint == nil || *sb.Checkpoint != *c) {
+		if err := deleteParts(ctx, st, func(part int) string { return manifestKey(sb.Image, *c, part) }, 1); err != nil {
+			return err
+		}
+	}
+	for _, x := range sb.Stale {
+		if x.Checkpoint {
+			c := checkpointRef{Object: x.Object, Epoch: x.Epoch}
+			if sb.Checkpoint != nil && *sb.Checkpoint == c || sb.heldManifest(c) {
+				continue // it was published after all
+			}
+			if err := removeCheckpoint(ctx, st, sb, c); err != nil {
+				return err
+			}
+			continue
+		}
+		for n := x.Object; n <= x.Object+uint64(sb.Window); n++ {
+			if err := deleteAll(ctx, st, []string{dataKey(sb.Image, n, x.Epoch)}); err != nil {
+				return fmt.Errorf("an object of an earlier owner: %w", err)
+			}
+		}
+	}
+	return nil
+}
+
+// removeCheckpoint removes what a checkpoint has put before it was published.
+func removeCheckpoint(ctx context.Context, st backend.Store, sb *superblock, c checkpointRef) error {
+	err := deleteParts(ctx, st, func(part int) string { return mapKey(sb.Image, c, uint32(part)) }, checkpointPuts)
+	if err != nil {
+		return err
+	}
+	// The manifest's first part is put last, so the others may be there without it.
+	return deleteParts(ctx, st, func(part int) string { return manifestKey(sb.Image, c, part) }, maxManifest/manifestPart)
+}

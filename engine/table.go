@@ -1,0 +1,109 @@
+package engine
+
+import "sort"
+
+// objectInfo is what the image knows of one of its data objects.
+type objectInfo struct {
+	number  uint32
+	epoch   uint32
+	sectors uint32 // of data
+	live    uint32 // sectors of data that the map refers to
+	died    uint32 // number of the object with which live became 0, as long as it is
+	born    uint32 // number of the object that first held its newest data
+	header  uint16 // bytes before the data, in units of objectAlign
+	gone    bool   // has been deleted: the entry goes soon
+}
+
+func (o *objectInfo) headerBytes() int { return int(o.header) * objectAlign }
+
+// objectTable holds the data objects that are in the store, in ascending order of
+// their numbers, dead ones until they are deleted. The reactor owns it.
+type objectTable struct {
+	list  []objectInfo
+	gone  int    // entries that are gone
+	space uint64 // sectors of data of the objects that live
+	live  uint64 // sectors of data that the map refers to
+	alive int    // objects that live
+	// dead lists the numbers of dead objects that have not been deleted.
+	dead []uint32
+}
+
+// find returns the object's entry, or nil. It is good until the next add.
+func (t *objectTable) find(number uint64) *objectInfo {
+	i := sort.Search(len(t.list), func(i int) bool { return uint64(t.list[i].number) >= number })
+	if i < len(t.list) && uint64(t.list[i].number) == number && !t.list[i].gone {
+		return &t.list[i]
+	}
+	return nil
+}
+
+// add appends an object, whose number is above all others.
+func (t *objectTable) add(o objectInfo) {
+	if n := len(t.list); n > 0 && t.list[n-1].number >= o.number {
+		panic("engine: objects added out of order")
+	}
+	t.list = append(t.list, o)
+	if o.live == 0 {
+		t.dead = append(t.dead, o.number)
+		return
+	}
+	t.space += uint64(o.sectors)
+	t.live += uint64(o.live)
+	t.alive++
+}
+
+// release says that the map has ceased to refer to n sectors of the object's
+// data, when the object now was entered.
+func (t *objectTable) release(o *objectInfo, n uint32, now uint64) {
+	o.live -= n
+	t.live -= uint64(n)
+	if o.live == 0 {
+		o.died = uint32(now)
+		t.space -= uint64(o.sectors)
+		t.alive--
+		t.dead = append(t.dead, o.number)
+	}
+}
+
+// remove forgets a dead object, which has been deleted.
+func (t *objectTable) remove(number uint64) {
+	o := t.find(number)
+	if o == nil {
+		return
+	}
+	o.gone = true
+	if t.gone++; t.gone > 64+len(t.list)/4 {
+		kept := t.list[:0]
+		for _, o := range t.list {
+			if !o.gone {
+				kept = append(kept, o)
+			}
+		}
+		t.list, t.gone = kept, 0
+	}
+}
+
+// snapshot returns a copy of the entries that are not gone.
+func (t *objectTable) snapshot() []objectInfo {
+	list := make([]objectInfo, 0, len(t.list)-t.gone)
+	for _, o := range t.list {
+		if !o.gone {
+			list = append(list, o)
+		}
+	}
+	return list
+}
+
+// load makes the table hold the entries of a checkpoint.
+func (t *objectTable) load(list []objectInfo) {
+	*t = objectTable{list: list}
+	for _, o := range list {
+		if o.live == 0 {
+			t.dead = append(t.dead, o.number)
+			continue
+		}
+		t.space += uint64(o.sectors)
+		t.live += uint64(o.live)
+		t.alive++
+	}
+}

@@ -1,0 +1,117 @@
+package extmap
+
+// A Span holds the extents of some consecutive pages outside of a map: to be put
+// into one, or copied or taken out of one. One goroutine at a time may use it.
+type Span struct {
+	first uint64 // page
+	pages []*page
+}
+
+// NewSpan returns an empty span over n pages from sector s on, which begins a page.
+func NewSpan(s uint64, n int) *Span {
+	if s%PageSectors != 0 {
+		panic("extmap: a span begins inside a page")
+	}
+	return &Span{first: s >> pageShift, pages: make([]*page, n)}
+}
+
+// Insert maps the n sectors from s to loc.
+func (x *Span) Insert(s, n, loc uint64) {
+	for n > 0 {
+		off := int(s & (PageSectors - 1))
+		k := min(n, uint64(PageSectors-off))
+		i := s>>pageShift - x.first
+		if x.pages[i] == nil {
+			x.pages[i] = new(page)
+		}
+		x.pages[i].replace(off, off+int(k), loc, nil)
+		s, n, loc = s+k, n-k, advance(loc, k)
+	}
+}
+
+// Next returns the first extent that meets [s, end of the span), cut to it, and
+// true; or false when nothing there is mapped.
+func (x *Span) Next(s uint64) (Extent, bool) {
+	for i := s>>pageShift - x.first; i < uint64(len(x.pages)); i++ {
+		base := (x.first + i) << pageShift
+		if p := x.pages[i]; p != nil {
+			if e, ok := p.next(int(max(s, base)-base), PageSectors); ok {
+				e.Sector += base
+				return e, true
+			}
+		}
+	}
+	return Extent{}, false
+}
+
+// Attach puts the span's pages into the map, which must hold none of them, and
+// takes them over.
+func (m *Map) Attach(x *Span) {
+	for i, p := range x.pages {
+		if p == nil {
+			continue
+		}
+		if m.page(x.first+uint64(i)) != nil {
+			panic("extmap: a span is put where pages are")
+		}
+		p.trim()
+		m.put(x.first+uint64(i), p)
+	}
+	x.pages = nil
+}
+
+// trim gives back a list's spare capacity.
+func (p *page) trim() {
+	if c := cap(p.ext); c > len(p.ext)+len(p.ext)/8+2 {
+		p.ext = append(make([]entry, 0, len(p.ext)), p.ext...)
+	}
+}
+
+// Detach takes the n pages from sector s on out of the map, without a word to
+// Replaced.
+func (m *Map) Detach(s uint64, n int) {
+	for i := s >> pageShift; i < s>>pageShift+uint64(n); i++ {
+		if i>>blockShift < uint64(len(m.dir)) && m.page(i) != nil {
+			m.take(i)
+		}
+	}
+}
+
+// Copy returns a copy of the n pages from sector s on.
+func (m *Map) Copy(s uint64, n int) *Span {
+	x := NewSpan(s, n)
+	for i := range x.pages {
+		at := x.first + uint64(i)
+		if at>>blockShift >= uint64(len(m.dir)) {
+			break
+		}
+		if p := m.page(at); p != nil {
+			c := *p
+			c.ext = append([]entry(nil), p.ext...)
+			c.dense = append([]uint64(nil), p.dense...)
+			x.pages[i] = &c
+		}
+	}
+	return x
+}
+
+// Compact gives back memory that the n pages from sector s on have come to need no
+// more.
+func (m *Map) Compact(s uint64, n int) {
+	m.eachPage(s, min(uint64(n)<<pageShift, m.sectors-s), func(_ uint64, p *page, _, _ int) {
+		before := p.bytes()
+		p.compact()
+		m.bytes += p.bytes() - before
+	})
+}
+
+// SpanBytes returns the memory that the n pages from sector s on take.
+func (m *Map) SpanBytes(s uint64, n int) int {
+	bytes := 0
+	for i := s >> pageShift; i < s>>pageShift+uint64(n) && i>>blockShift < uint64(len(m.dir)); i++ {
+		if p := m.page(i); p != nil {
+			bytes += p.bytes()
+		}
+	}
+	return bytes
+}
