@@ -49,6 +49,8 @@ type Op struct {
 	Key    string // for List the prefix
 	Off    int64  // for Get
 	Len    int    // of the data for Put and Swap, or of the buffer for Get
+
+	data *[]byte // of Put and Swap
 }
 
 // A Fault says what happens to one call. The zero Fault is none. Its parts
@@ -60,6 +62,9 @@ type Fault struct {
 	Gate *Gate
 	// Before, if not nil, fails the call, which has no effect.
 	Before error
+	// Late, if not nil, gets what a Put, Delete or Swap would have done, to do it
+	// whenever it likes, or never; the call fails with ErrTemporary at once.
+	Late func(effect func())
 	// After, if not nil, fails the call after it took effect, if it did.
 	After error
 	// Corrupt, if not nil, changes what Get or Load read, in place, and returns
@@ -284,6 +289,9 @@ func (s *Store) fault(op Op) Fault {
 		if f.Before == nil {
 			f.Before = g.Before
 		}
+		if f.Late == nil {
+			f.Late = g.Late
+		}
 		if f.After == nil {
 			f.After = g.After
 		}
@@ -296,7 +304,7 @@ func (s *Store) fault(op Op) Fault {
 
 // run calls call, which returns the bytes that it read if that is what it is
 // for, with what faults op has, and returns how many of the bytes are left.
-func (s *Store) run(ctx context.Context, op Op, call func() ([]byte, error)) (int, error) {
+func (s *Store) run(ctx context.Context, op Op, call func(context.Context) ([]byte, error)) (int, error) {
 	f := s.fault(op)
 	if err := f.hold(ctx); err != nil {
 		return 0, fmt.Errorf("%s %s: %w", op.Method, op.Key, err)
@@ -304,7 +312,15 @@ func (s *Store) run(ctx context.Context, op Op, call func() ([]byte, error)) (in
 	if f.Before != nil {
 		return 0, op.fail(f.Before)
 	}
-	p, err := call()
+	if f.Late != nil && Writes(op) {
+		ctx := context.WithoutCancel(ctx)
+		if op.data != nil {
+			*op.data = slices.Clone(*op.data) // the caller's is good only until this returns
+		}
+		f.Late(func() { _, _ = call(ctx) })
+		return 0, op.fail(backend.ErrTemporary)
+	}
+	p, err := call(ctx)
 	if err != nil {
 		return 0, err
 	}
@@ -338,7 +354,7 @@ func (op Op) fail(err error) error {
 
 // Put implements backend.Store.
 func (s *Store) Put(ctx context.Context, key string, data []byte) error {
-	_, err := s.run(ctx, Op{Method: Put, Key: key, Len: len(data)}, func() ([]byte, error) {
+	_, err := s.run(ctx, Op{Method: Put, Key: key, Len: len(data), data: &data}, func(ctx context.Context) ([]byte, error) {
 		return nil, s.store.Put(ctx, key, data)
 	})
 	return err
@@ -346,7 +362,7 @@ func (s *Store) Put(ctx context.Context, key string, data []byte) error {
 
 // Get implements backend.Store.
 func (s *Store) Get(ctx context.Context, key string, p []byte, off int64) (int, error) {
-	return s.run(ctx, Op{Method: Get, Key: key, Off: off, Len: len(p)}, func() ([]byte, error) {
+	return s.run(ctx, Op{Method: Get, Key: key, Off: off, Len: len(p)}, func(ctx context.Context) ([]byte, error) {
 		n, err := s.store.Get(ctx, key, p, off)
 		return p[:n], err
 	})
@@ -354,7 +370,7 @@ func (s *Store) Get(ctx context.Context, key string, p []byte, off int64) (int, 
 
 // Stat implements backend.Store.
 func (s *Store) Stat(ctx context.Context, key string) (size int64, err error) {
-	_, err = s.run(ctx, Op{Method: Stat, Key: key}, func() ([]byte, error) {
+	_, err = s.run(ctx, Op{Method: Stat, Key: key}, func(ctx context.Context) ([]byte, error) {
 		var err error
 		size, err = s.store.Stat(ctx, key)
 		return nil, err
@@ -364,7 +380,7 @@ func (s *Store) Stat(ctx context.Context, key string) (size int64, err error) {
 
 // Delete implements backend.Store.
 func (s *Store) Delete(ctx context.Context, key string) error {
-	_, err := s.run(ctx, Op{Method: Delete, Key: key}, func() ([]byte, error) {
+	_, err := s.run(ctx, Op{Method: Delete, Key: key}, func(ctx context.Context) ([]byte, error) {
 		return nil, s.store.Delete(ctx, key)
 	})
 	return err
@@ -372,7 +388,7 @@ func (s *Store) Delete(ctx context.Context, key string) error {
 
 // List implements backend.Store.
 func (s *Store) List(ctx context.Context, prefix string, fn func(key string) error) error {
-	_, err := s.run(ctx, Op{Method: List, Key: prefix}, func() ([]byte, error) {
+	_, err := s.run(ctx, Op{Method: List, Key: prefix}, func(ctx context.Context) ([]byte, error) {
 		return nil, s.store.List(ctx, prefix, fn)
 	})
 	return err
@@ -380,7 +396,7 @@ func (s *Store) List(ctx context.Context, prefix string, fn func(key string) err
 
 // Load implements backend.Store.
 func (s *Store) Load(ctx context.Context, key string) (data []byte, v backend.Version, err error) {
-	n, err := s.run(ctx, Op{Method: Load, Key: key}, func() ([]byte, error) {
+	n, err := s.run(ctx, Op{Method: Load, Key: key}, func(ctx context.Context) ([]byte, error) {
 		var err error
 		data, v, err = s.store.Load(ctx, key)
 		return data, err
@@ -393,7 +409,7 @@ func (s *Store) Load(ctx context.Context, key string) (data []byte, v backend.Ve
 
 // Swap implements backend.Store.
 func (s *Store) Swap(ctx context.Context, key string, old backend.Version, data []byte) (v backend.Version, err error) {
-	_, err = s.run(ctx, Op{Method: Swap, Key: key, Len: len(data)}, func() ([]byte, error) {
+	_, err = s.run(ctx, Op{Method: Swap, Key: key, Len: len(data), data: &data}, func(ctx context.Context) ([]byte, error) {
 		var err error
 		v, err = s.store.Swap(ctx, key, old, data)
 		return nil, err

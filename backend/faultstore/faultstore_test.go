@@ -52,6 +52,35 @@ func TestBeforeAndAfter(t *testing.T) {
 	}
 }
 
+func TestLate(t *testing.T) {
+	ctx, cancel := context.WithCancel(context.Background())
+	inner := mem.New()
+	var effects []func()
+	s := New(inner, If(All(Any, Not(Method(Stat))), Fault{Late: func(effect func()) { effects = append(effects, effect) }}))
+	data := []byte("abc")
+	if err := s.Put(ctx, "a", data); !errors.Is(err, backend.ErrTemporary) {
+		t.Errorf("Put with a late effect: %v", err)
+	}
+	if _, err := s.Swap(ctx, "m", backend.NoVersion, data); !errors.Is(err, backend.ErrTemporary) {
+		t.Errorf("Swap with a late effect: %v", err)
+	}
+	if _, err := s.Get(ctx, "a", make([]byte, 3), 0); !errors.Is(err, backend.ErrNotFound) {
+		t.Errorf("Get, which changes nothing: %v, want that it is made at once", err)
+	}
+	clear(data)
+	cancel()
+	for _, effect := range effects {
+		effect()
+	}
+	p := make([]byte, 4)
+	if n, err := inner.Get(context.Background(), "a", p, 0); err != nil || string(p[:n]) != "abc" {
+		t.Errorf("the object that was put late: %q, %v", p[:n], err)
+	}
+	if b, _, err := inner.Load(context.Background(), "m"); err != nil || string(b) != "abc" {
+		t.Errorf("the object that was swapped late: %q, %v", b, err)
+	}
+}
+
 func TestSwitch(t *testing.T) {
 	ctx := context.Background()
 	outage := NewSwitch()

@@ -320,7 +320,7 @@ func TestSSDFailure(t *testing.T) {
 	d := newDisk(t, rand.New(rand.NewPCG(4, 4)))
 	c := &client{}
 	l := start(t, d, c, Start{Seq: 1}, nil)
-	d.FailWrites = true
+	d.Fail = func(o simdisk.Op) bool { return o.Kind == simdisk.Write }
 	l.Append(0, make([]byte, 4096))
 	l.Commit()
 	d.Step()

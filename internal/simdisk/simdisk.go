@@ -4,7 +4,9 @@
 //   - operations complete in any order;
 //   - a killed process's operations in flight take effect or not;
 //   - a power cut keeps, of the writes that no sync covered, any subset, and of
-//     each any subset of its 512-byte sectors.
+//     each any subset of its 512-byte sectors;
+//   - operations fail, as Fail says; a write that fails may leave any subset of
+//     its sectors behind, and a sync that fails makes nothing stable.
 //
 // A sync covers the writes that had completed when it was called. Damage makes
 // bits flip at rest.
@@ -13,9 +15,9 @@
 package simdisk
 
 import (
-	"errors"
 	"io"
 	"math/rand/v2"
+	"syscall"
 
 	"github.com/lsd-ceph/lsd/internal/aio"
 )
@@ -25,80 +27,119 @@ const (
 	sectorSize = 512
 )
 
-type kind int
+// A Kind is what an operation does.
+type Kind int
 
 const (
-	read kind = iota
-	write
-	sync
+	// Read reads.
+	Read Kind = iota
+	// Write writes.
+	Write
+	// Sync makes stable what was written.
+	Sync
 )
 
+// An Op is one operation on a disk.
+type Op struct {
+	Kind Kind
+	Off  int64 // not for Sync
+	Len  int
+}
+
 type op struct {
-	kind kind
-	p    []byte
-	off  int64
-	c    aio.Completer
-	gen  int // sync: writes up to this number are covered
+	Op
+	p   []byte
+	c   aio.Completer
+	gen int // sync: writes up to this number are covered
 }
 
 // unsynced is a write that has completed, or was in flight, and may be lost.
 type unsynced struct {
 	gen  int
 	off  int64
-	data []byte
+	data []byte // never modified
 }
+
+// block is the contents of a block of the disk, which are never modified; nil
+// is zeroes.
+type block = *[blockSize]byte
 
 // A Disk is a simulated SSD. It implements aio.Device, whose operations end when
 // Step says so, and the write log's blocking File.
 type Disk struct {
 	rng     *rand.Rand
 	size    int64
-	cache   map[int64]*[blockSize]byte // what reads see
-	stable  map[int64]*[blockSize]byte // what a power cut leaves
+	cache   []block // what reads see
+	stable  []block // what a power cut leaves
 	pending []unsynced
 	gen     int
 	queue   []op
 
-	// FailWrites and FailSyncs make those operations fail with EIO.
-	FailWrites, FailSyncs bool
+	// Fail, if not nil, says which operations fail with EIO.
+	Fail func(Op) bool
 	// Writes, Syncs and Reads count what was done.
 	Writes, Syncs, Reads int
 }
 
 // New returns a disk of the given number of zero bytes.
 func New(size int64, rng *rand.Rand) *Disk {
-	return &Disk{rng: rng, size: size, cache: map[int64]*[blockSize]byte{}, stable: map[int64]*[blockSize]byte{}}
+	blocks := (size + blockSize - 1) / blockSize
+	return &Disk{rng: rng, size: size, cache: make([]block, blocks), stable: make([]block, blocks)}
 }
 
-func store(m map[int64]*[blockSize]byte, p []byte, off int64) {
-	for len(p) > 0 {
-		b := m[off/blockSize]
-		if b == nil {
-			b = new([blockSize]byte)
-			m[off/blockSize] = b
-		}
-		n := copy(b[off%blockSize:], p)
-		p, off = p[n:], off+int64(n)
+// store puts whole blocks, which are not modified from then on, in their places.
+func store(m []block, data []byte, off int64) {
+	for i := off / blockSize; len(data) > 0; i++ {
+		m[i] = block(data)
+		data = data[blockSize:]
 	}
 }
 
-func load(m map[int64]*[blockSize]byte, p []byte, off int64) {
-	for len(p) > 0 {
-		n := min(len(p), int(blockSize-off%blockSize))
-		if b := m[off/blockSize]; b != nil {
-			copy(p[:n], b[off%blockSize:])
-		} else {
-			clear(p[:n])
+// tear puts some of the sectors of data in their places.
+func (d *Disk) tear(m []block, data []byte, off int64) {
+	for ; len(data) > 0; data, off = data[blockSize:], off+blockSize {
+		b := new([blockSize]byte)
+		if old := m[off/blockSize]; old != nil {
+			*b = *old
 		}
-		p, off = p[n:], off+int64(n)
+		for s := 0; s < blockSize; s += sectorSize {
+			if d.rng.IntN(2) == 0 {
+				copy(b[s:s+sectorSize], data[s:])
+			}
+		}
+		m[off/blockSize] = b
+	}
+}
+
+func load(m []block, p []byte, off int64) {
+	for i := off / blockSize; len(p) > 0; i++ {
+		if b := m[i]; b != nil {
+			copy(p, b[:])
+		} else {
+			clear(p[:blockSize])
+		}
+		p = p[blockSize:]
 	}
 }
 
 func (d *Disk) write(p []byte, off int64) {
-	store(d.cache, p, off)
+	data := append([]byte(nil), p...)
+	store(d.cache, data, off)
 	d.gen++
-	d.pending = append(d.pending, unsynced{d.gen, off, append([]byte(nil), p...)})
+	d.pending = append(d.pending, unsynced{d.gen, off, data})
 	d.Writes++
+}
+
+// failWrite does what a write that fails may do: some of it.
+func (d *Disk) failWrite(p []byte, off int64) {
+	old := make([]byte, len(p))
+	load(d.cache, old, off)
+	for s := 0; s < len(p); s += sectorSize {
+		if d.rng.IntN(2) == 0 {
+			copy(old[s:s+sectorSize], p[s:])
+		}
+	}
+	d.write(old, off)
 }
 
 // settle makes stable the writes up to number gen.
@@ -118,21 +159,23 @@ func (d *Disk) check(p []byte, off int64) {
 	}
 }
 
+func (d *Disk) fails(o Op) bool { return d.Fail != nil && d.Fail(o) }
+
 // ReadAt queues a read (aio.Device).
 func (d *Device) ReadAt(p []byte, off int64, c aio.Completer) {
 	d.check(p, off)
-	d.queue = append(d.queue, op{kind: read, p: p, off: off, c: c})
+	d.queue = append(d.queue, op{Op: Op{Read, off, len(p)}, p: p, c: c})
 }
 
 // WriteAt queues a write (aio.Device).
 func (d *Device) WriteAt(p []byte, off int64, c aio.Completer) {
 	d.check(p, off)
-	d.queue = append(d.queue, op{kind: write, p: p, off: off, c: c})
+	d.queue = append(d.queue, op{Op: Op{Write, off, len(p)}, p: p, c: c})
 }
 
 // Sync queues a sync (aio.Device).
 func (d *Device) Sync(c aio.Completer) {
-	d.queue = append(d.queue, op{kind: sync, c: c, gen: d.gen})
+	d.queue = append(d.queue, op{Op: Op{Kind: Sync}, c: c, gen: d.gen})
 }
 
 // A Device is the asynchronous view of a Disk.
@@ -153,23 +196,20 @@ func (d *Disk) Step() bool {
 	i := d.rng.IntN(len(d.queue))
 	o := d.queue[i]
 	d.queue = append(d.queue[:i], d.queue[i+1:]...)
-	const eio = -5
 	res := int32(len(o.p))
-	switch o.kind {
-	case read:
-		load(d.cache, o.p, o.off)
+	fails := d.fails(o.Op)
+	switch {
+	case fails:
+		res = -int32(syscall.EIO)
+		if o.Kind == Write {
+			d.failWrite(o.p, o.Off)
+		}
+	case o.Kind == Read:
+		load(d.cache, o.p, o.Off)
 		d.Reads++
-	case write:
-		if d.FailWrites {
-			res = eio
-			break
-		}
-		d.write(o.p, o.off)
-	case sync:
-		if d.FailSyncs {
-			res = eio
-			break
-		}
+	case o.Kind == Write:
+		d.write(o.p, o.Off)
+	default:
 		d.settle(o.gen)
 	}
 	o.c.Complete(res, 0)
@@ -180,8 +220,8 @@ func (d *Disk) Step() bool {
 // or not.
 func (d *Disk) Kill() {
 	for _, o := range d.queue {
-		if o.kind == write && d.rng.IntN(2) == 0 {
-			d.write(o.p, o.off)
+		if o.Kind == Write && d.rng.IntN(2) == 0 {
+			d.write(o.p, o.Off)
 		}
 	}
 	d.queue = nil
@@ -190,8 +230,8 @@ func (d *Disk) Kill() {
 // CutPower ends the host: of what was not synced, any part of it is there.
 func (d *Disk) CutPower() {
 	for _, o := range d.queue {
-		if o.kind == write {
-			d.pending = append(d.pending, unsynced{off: o.off, data: append([]byte(nil), o.p...)})
+		if o.Kind == Write {
+			d.pending = append(d.pending, unsynced{off: o.Off, data: append([]byte(nil), o.p...)})
 		}
 	}
 	d.queue = nil
@@ -200,35 +240,29 @@ func (d *Disk) CutPower() {
 		switch {
 		case mode == 0 && d.rng.IntN(4) > 0, mode == 2 && d.rng.IntN(2) == 0:
 		case d.rng.IntN(4) == 0:
-			for s := 0; s < len(u.data); s += sectorSize {
-				if d.rng.IntN(2) == 0 {
-					store(d.stable, u.data[s:s+sectorSize], u.off+int64(s))
-				}
-			}
+			d.tear(d.stable, u.data, u.off)
 		default:
 			store(d.stable, u.data, u.off)
 		}
 	}
 	d.pending = nil
-	d.cache = map[int64]*[blockSize]byte{}
-	for k, b := range d.stable {
-		c := *b
-		d.cache[k] = &c
-	}
+	copy(d.cache, d.stable)
 }
 
 // Damage flips one bit of the byte at off, at rest and as read.
 func (d *Disk) Damage(off int64) {
-	var b [1]byte
-	load(d.cache, b[:], off)
-	b[0] ^= 1 << d.rng.IntN(8)
-	store(d.cache, b[:], off)
-	store(d.stable, b[:], off)
+	b := new([blockSize]byte)
+	load(d.cache, b[:], off/blockSize*blockSize)
+	b[off%blockSize] ^= 1 << d.rng.IntN(8)
+	d.cache[off/blockSize], d.stable[off/blockSize] = b, b
 }
 
 // ReadAt reads, blocking.
 func (d *Disk) ReadAt(p []byte, off int64) (int, error) {
 	d.check(p, off)
+	if d.fails(Op{Read, off, len(p)}) {
+		return 0, syscall.EIO
+	}
 	load(d.cache, p, off)
 	d.Reads++
 	return len(p), nil
@@ -237,8 +271,9 @@ func (d *Disk) ReadAt(p []byte, off int64) (int, error) {
 // WriteAt writes, blocking.
 func (d *Disk) WriteAt(p []byte, off int64) (int, error) {
 	d.check(p, off)
-	if d.FailWrites {
-		return 0, errors.New("input/output error")
+	if d.fails(Op{Write, off, len(p)}) {
+		d.failWrite(p, off)
+		return 0, syscall.EIO
 	}
 	d.write(p, off)
 	return len(p), nil
@@ -246,8 +281,8 @@ func (d *Disk) WriteAt(p []byte, off int64) (int, error) {
 
 // Sync makes everything written stable, blocking.
 func (d *Disk) Sync() error {
-	if d.FailSyncs {
-		return errors.New("input/output error")
+	if d.fails(Op{Kind: Sync}) {
+		return syscall.EIO
 	}
 	d.settle(d.gen)
 	return nil
