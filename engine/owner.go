@@ -28,6 +28,12 @@ type superWriter struct {
 	// clocks that run at different rates.
 	until time.Duration
 	lost  bool // the lease has run out, and this was logged
+
+	// While another host waits for the image: the last object that the store has
+	// taken, and when that was.
+	evictObject uint64
+	evictMoved  time.Duration
+	gaveUp      bool // the image goes without what is only in the log
 }
 
 // superChange is a change of the superblock beside renewals. apply may be called
@@ -63,8 +69,32 @@ func (im *Image) renewLease() {
 	}
 	im.super.renew = true
 	im.super.timer.Reset(im.renewEvery())
+	if im.state == Evicting && im.stuck() {
+		im.giveUp()
+	}
 	im.updateSuper()
 	im.leased()
+}
+
+// stuck reports whether the store has taken nothing of what is being destaged for
+// the length of a lease.
+func (im *Image) stuck() bool {
+	s, now := &im.super, im.env.Now()
+	if s.evictObject != im.accepted.object {
+		s.evictObject, s.evictMoved = im.accepted.object, now
+	}
+	return now-s.evictMoved > s.sb.Owner.Lease
+}
+
+// giveUp lets another host have the image as it is in the store. What is not
+// there stays in the log, which can be salvaged.
+func (im *Image) giveUp() {
+	if im.super.release != nil {
+		return
+	}
+	im.logger.Error("the store does not take what was acknowledged: another host gets the image without it; the log is kept", "log", im.logID)
+	im.super.gaveUp = true
+	im.release(func(error) {})
 }
 
 // leased reports whether this host may still acknowledge: nobody else can own
@@ -73,6 +103,9 @@ func (im *Image) leased() bool {
 	s := &im.super
 	if im.state == Fenced || im.state == Released {
 		return false
+	}
+	if s.gaveUp {
+		return false // the release may have taken effect already
 	}
 	if im.env.Now() < s.until {
 		return true
@@ -213,6 +246,7 @@ func (im *Image) evict(by string) {
 		return
 	}
 	im.state = Evicting
+	im.super.evictObject, im.super.evictMoved = im.accepted.object, im.env.Now()
 	im.why = fmt.Errorf("%s has asked for the image with --force", by)
 	im.logger.Warn("another host takes the image over: new writes get errors, what was acknowledged is being destaged", "by", by)
 	for im.blocked.n > 0 {
