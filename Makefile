@@ -8,6 +8,8 @@ STATICCHECK  := honnef.co/go/tools/cmd/staticcheck@v0.7.0
 PREFIX       ?= /usr/local
 STORE        ?= file
 SEEDS        ?= 500
+FIRST        ?= 0
+FUZZTIME     ?= 30s
 export CGO_ENABLED := 1
 
 .PHONY: help
@@ -40,8 +42,9 @@ check: ## gofmt, vet, staticcheck, for every build tag
 unit: ## unit tests with the race detector, simulation and fuzz seeds included
 	@echo "== unit tests"
 	go test $(GOFLAGS_LINK) -race -timeout 15m ./...
-	@echo "== crash simulation"
-	go test $(GOFLAGS_LINK) -tags invariants -timeout 15m -run 'Simulation|Crashes' ./engine ./cache/writelog
+	@echo "== simulation"
+	go test $(GOFLAGS_LINK) -tags invariants -timeout 15m -run 'Crashes|Replays' ./engine ./cache/writelog
+	$(MAKE) sim SEEDS=3000
 
 .PHONY: lab
 lab: ## the stores' conformance suite on a real Ceph cluster
@@ -60,14 +63,24 @@ vm-long: build ## the same, long form
 	scripts/e2e --long
 
 .PHONY: sim
-sim: ## the crash simulation over many seeds (SEEDS=500)
-	go test $(GOFLAGS_LINK) -tags invariants -timeout 0 -run Simulation ./engine -sim.seeds $(SEEDS)
+sim: ## the simulation over many seeds (SEEDS=500, FIRST=0), or one (SEED=123)
+	go test $(GOFLAGS_LINK) -tags invariants -c -o bin/sim.test ./engine
+ifdef SEED
+	@echo "== seed $(SEED); what happens goes to bin/sim-$(SEED).log"
+	bin/sim.test -test.run 'Simulation$$' -test.timeout 0 -sim.seeds 1 -sim.first $(SEED) -sim.log 2>bin/sim-$(SEED).log
+else
+	GOGC=400 bin/sim.test -test.run 'Simulation$$' -test.timeout 0 -sim.seeds $(SEEDS) -sim.first $(FIRST) -sim.progress
+endif
 
 .PHONY: fuzz
-fuzz: ## each fuzz test for 30 s
+fuzz: ## each fuzz test for FUZZTIME (30s)
 	@for p in $$(go list ./...); do \
 	  for f in $$(go test $(GOFLAGS_LINK) -list '^Fuzz' $$p 2>/dev/null | grep '^Fuzz'); do \
-	    echo "== $$p $$f"; go test $(GOFLAGS_LINK) -run xxx -fuzz "^$$f$$" -fuzztime 30s $$p || exit 1; done; done
+	    echo "== $$p $$f"; go test $(GOFLAGS_LINK) -run xxx -fuzz "^$$f$$" -fuzztime $(FUZZTIME) $$p || exit 1; done; done
+
+.PHONY: fuzz-long
+fuzz-long: ## each fuzz test for a minute
+	$(MAKE) fuzz FUZZTIME=1m
 
 .PHONY: bench-engine
 bench-engine: ## the engine's writes beside fio on the same file, and its cost in CPU

@@ -455,10 +455,15 @@ func (c *checkpointer) removeOld(old *checkpointRef, done func()) {
 		return
 	}
 	im.removeKeys(func(ctx context.Context) error {
-		if err := deleteAll(ctx, im.store, keys); err != nil || held {
+		err := deleteAll(ctx, im.store, keys)
+		if held || err != nil && !errors.Is(err, backend.ErrPermanent) {
 			return err
 		}
-		return deleteParts(ctx, im.store, func(part int) string { return manifestKey(im.id, *old, part) }, 1)
+		e := deleteParts(ctx, im.store, func(part int) string { return manifestKey(im.id, *old, part) }, 1)
+		if e != nil && !errors.Is(e, backend.ErrPermanent) {
+			return e
+		}
+		return errors.Join(err, e)
 	}, func() { c.forgetPrev(done) })
 }
 
@@ -470,21 +475,30 @@ func (c *checkpointer) forgetPrev(done func()) {
 	done()
 }
 
-// deleteAll deletes objects, of which any may have gone before.
+// deleteAll deletes objects, of which any may have gone before. One that the store
+// refuses to delete does not keep it from the others.
 func deleteAll(ctx context.Context, st backend.Store, keys []string) error {
+	var refused []error
 	for _, k := range keys {
-		if err := st.Delete(ctx, k); err != nil && !errors.Is(err, backend.ErrNotFound) {
+		switch err := st.Delete(ctx, k); {
+		case errors.Is(err, backend.ErrPermanent):
+			refused = append(refused, err)
+		case err != nil && !errors.Is(err, backend.ErrNotFound):
 			return err
 		}
 	}
-	return nil
+	return errors.Join(refused...)
 }
 
 // deleteParts deletes the objects that key names, from part 0 on, until as many
 // in a row as gap are not there.
 func deleteParts(ctx context.Context, st backend.Store, key func(part int) string, gap int) error {
+	var refused []error
 	for part, missing := 0, 0; missing < gap; part++ {
 		switch err := st.Delete(ctx, key(part)); {
+		case errors.Is(err, backend.ErrPermanent):
+			refused = append(refused, err)
+			missing++
 		case errors.Is(err, backend.ErrNotFound):
 			missing++
 		case err != nil:
@@ -493,7 +507,7 @@ func deleteParts(ctx context.Context, st backend.Store, key func(part int) strin
 			missing = 0
 		}
 	}
-	return nil
+	return errors.Join(refused...)
 }
 
 // fail ends the running checkpoint with the image.

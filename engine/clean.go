@@ -60,7 +60,7 @@ type cleaning struct {
 	// The victim that is being looked through.
 	header *objectHeader
 	extent int
-	off    int          // offset of its data, in sectors
+	done   uint64       // sectors of the extent
 	live   []movedPiece // of it, in the order of its data
 	from   []int        // where their data is in the victim, in sectors
 	tries  int
@@ -183,7 +183,7 @@ func (c *cleaner) nextVictim() {
 		r.header, err = im.readHeader(ctx, o)
 		return err
 	}, func() {
-		r.extent, r.off, r.live, r.from = 0, 0, nil, nil
+		r.extent, r.done, r.live, r.from = 0, 0, nil, nil
 		c.look(nil)
 	})
 }
@@ -249,30 +249,29 @@ func (c *cleaner) look(err error) {
 			return
 		}
 		e := h.extents[r.extent]
+		s := e.sector + r.done
+		i := segmentOf(s)
+		n := min(uint64(e.n)-r.done, segmentStart(i+1)-s)
 		if !e.zero {
-			if i := segmentOf(e.sector); !im.objs.ready(i) {
+			if !im.objs.ready(i) {
 				im.withSegment(i, c.look)
 				return
 			}
-			if last := segmentOf(e.sector + uint64(e.n) - 1); !im.objs.ready(last) {
-				im.withSegment(last, c.look)
-				return
-			}
-			c.lookAt(e)
-			r.off += int(e.n)
+			c.lookAt(s, s+n)
 		}
-		r.extent++
+		if r.done += n; r.done == uint64(e.n) {
+			r.extent, r.done = r.extent+1, 0
+		}
 	}
 	im.env.AfterFunc(0, func() { c.look(nil) })
 }
 
-// lookAt notes what of one extent lives: the map refers to it, and nothing newer is
-// in the log.
-func (c *cleaner) lookAt(e objectExtentInfo) {
+// lookAt notes what of [s, end) lives in the victim: the map refers to it, and
+// nothing newer is in the log.
+func (c *cleaner) lookAt(s, end uint64) {
 	r, im := c.running, c.im
 	ref := refOfSeq(r.header.seq)
-	end := e.sector + uint64(e.n)
-	for s := e.sector; s < end; {
+	for s < end {
 		x, ok := im.objs.Next(s, end)
 		if !ok {
 			return

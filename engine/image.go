@@ -430,11 +430,15 @@ func (im *Image) Destage(fn func(error)) {
 	if im.open != nil {
 		im.seal()
 	}
-	if im.open == nil && im.sealed.object <= im.accepted.object {
+	last := im.sealed.object
+	if im.open != nil {
+		last++ // the log has failed: this batch cannot be sealed
+	}
+	if last <= im.accepted.object {
 		fn(nil)
 		return
 	}
-	im.waiters = append(im.waiters, waiter{im.sealed.object, fn})
+	im.waiters = append(im.waiters, waiter{last, fn})
 }
 
 // Close destages everything, checkpoints the map and gives up the ownership; fn

@@ -384,11 +384,10 @@ func (im *Image) inherit(sb *superblock, ours bool) {
 		sb.Intent = nil
 	}
 	if sb.Owner != nil && !ours {
-		// Where it ends is known once the store has been looked at: see settle.
-		sb.addPoint(point{Checkpoint: sb.Checkpoint, Epoch: sb.Epoch, Log: sb.Owner.Log, Host: sb.Owner.Host, Since: sb.Owner.Since})
+		sb.cutOff()
 	}
 	sb.Points = slices.DeleteFunc(sb.Points, func(p point) bool { return p.Log == im.spent })
-	im.unreleased = sb.Owner != nil
+	im.unreleased = sb.Owner != nil || slices.ContainsFunc(sb.Points, func(p point) bool { return !p.Settled })
 }
 
 // waitForOwner asks the owner to let go, and returns when it has, or when its
@@ -482,9 +481,7 @@ func (im *Image) replay(ctx context.Context, sb *superblock, last uint64) error 
 			return err
 		}
 		im.applyNow(h)
-		if !h.cleaned() {
-			im.recoveredLog = h.log
-		}
+		im.recoveredLog = h.log
 		return nil
 	})
 }

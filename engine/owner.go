@@ -133,6 +133,9 @@ func (im *Image) updateSuper() {
 	next.pruneEpochs()
 	releasing := s.release != nil
 	if releasing {
+		if s.gaveUp {
+			next.cutOff()
+		}
 		next.Owner, next.Evict = nil, nil
 	}
 	began := im.env.Now()

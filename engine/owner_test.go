@@ -14,6 +14,7 @@ import (
 
 	"github.com/google/uuid"
 	"github.com/lsd-ceph/lsd/backend"
+	"github.com/lsd-ceph/lsd/backend/faultstore"
 	"github.com/lsd-ceph/lsd/backend/mem"
 	"github.com/lsd-ceph/lsd/cache/writelog"
 	"github.com/lsd-ceph/lsd/internal/simdisk"
@@ -79,22 +80,11 @@ func (h *host) run(d time.Duration) {
 	h.env.now = max(h.env.now, end)
 }
 
-// next returns the timer that fires next, or nil.
-func (e *simEnv) next() *simTimer {
-	var first *simTimer
-	for _, t := range e.timers {
-		if t.set && (first == nil || t.at < first.at) {
-			first = t
-		}
-	}
-	return first
-}
-
 // do runs one request to its end, or for as long as limit.
 func (h *host) do(op Op, block uint64, n uint64, limit time.Duration) (errno syscall.Errno, ended bool, value uint64) {
 	r := &Request{Op: op, Sector: block * 8, Sectors: 8, Buf: make([]byte, 4096)}
 	if op == Write {
-		fill(r.Buf, n, block)
+		fill(r.Buf, n, block*8)
 	}
 	if op == Flush {
 		r.Sectors, r.Buf = 0, nil
@@ -103,7 +93,10 @@ func (h *host) do(op Op, block uint64, n uint64, limit time.Duration) (errno sys
 	h.im.Submit(r)
 	h.run(limit)
 	if ended && op == Read && r.Err == 0 {
-		value = stamp(h.t, r.Buf)
+		var err error
+		if value, err = stamp(r.Buf, block*8); err != nil {
+			h.t.Fatal(err)
+		}
 	}
 	return r.Err, ended, value
 }
@@ -251,17 +244,18 @@ func TestPausedHostIsFenced(t *testing.T) {
 // TestLeaseRunsOutDuringOutage: while the store is away and the lease over,
 // nothing is acknowledged; when it returns, everything is, and nothing is lost.
 func TestLeaseRunsOutDuringOutage(t *testing.T) {
-	w := newWorld(t, 0)
-	h := newHost(t, "alpha", w.store, 5)
-	if err := h.open(w.id, false); err != nil {
+	outage := faultstore.NewSwitch()
+	st := faultstore.New(mem.New(), faultstore.If(outage.On, faultstore.Fault{Before: backend.ErrTemporary}))
+	h := newHost(t, "alpha", st, 5)
+	if err := h.open(newImageIn(t, st), false); err != nil {
 		t.Fatal(err)
 	}
 	h.mustWrite(1, 1)
-	w.outage.Set(true)
+	outage.Set(true)
 	h.mustWrite(2, 2) // within the lease
 	h.run(11 * time.Second)
 	r := &Request{Op: Write, Sector: 24, Sectors: 8, Buf: make([]byte, 4096)}
-	fill(r.Buf, 3, 3)
+	fill(r.Buf, 3, 24)
 	ended := false
 	r.Done = doneFunc(func(*Request) { ended = true })
 	h.im.Submit(r)
@@ -270,7 +264,7 @@ func TestLeaseRunsOutDuringOutage(t *testing.T) {
 		t.Fatal("a write was acknowledged although the lease had run out")
 	}
 	h.mustRead(2, 2) // reads of what is local go on
-	w.outage.Set(false)
+	outage.Set(false)
 	h.run(30 * time.Second)
 	if !ended || r.Err != 0 {
 		t.Fatalf("the write after the outage: ended %v, %v", ended, r.Err)

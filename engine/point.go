@@ -78,6 +78,14 @@ func (s *superblock) heldManifest(c checkpointRef) bool {
 	return false
 }
 
+// cutOff keeps the state at which the present ownership ends for the sake of its
+// log, in which there is more. Where it ends is known once the next owner has
+// looked at the store.
+func (s *superblock) cutOff() {
+	o := s.Owner
+	s.addPoint(point{Checkpoint: s.Checkpoint, Epoch: s.Epoch, Log: o.Log, Host: o.Host, Since: o.Since})
+}
+
 // addPoint keeps the state at which another ownership ended.
 func (s *superblock) addPoint(p point) {
 	s.Points = append(s.Points, p)

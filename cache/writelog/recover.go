@@ -31,8 +31,14 @@ func Create(f File, h Header) error {
 		return fmt.Errorf("bad header for a write log")
 	}
 	h.Size = uint64(f.Size()-DataOffset) / SegmentSize * SegmentSize
+	// The header of the log that was there before stays whole and counts, or the
+	// new one does: never an older copy.
 	h.generation = 1
-	for i := range 2 {
+	newest := 1
+	if old, n, err := ReadHeader(f); err == nil {
+		h.generation, newest = old.generation+1, n
+	}
+	for _, i := range [2]int{1 - newest, newest} {
 		if err := writeHeader(f, &h, i); err != nil {
 			return err
 		}
