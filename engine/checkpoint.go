@@ -70,7 +70,7 @@ type runningCheckpoint struct {
 type copiedSegment struct {
 	index  uint32
 	span   *extmap.Span
-	stored storedSegment
+	stored place
 }
 
 // mapPart is one map object of a checkpoint.
@@ -225,9 +225,9 @@ func (c *checkpointer) step() {
 		for len(r.rewrite) > 0 && r.size < mapObjectSize {
 			i := r.rewrite[0]
 			r.rewrite = r.rewrite[1:]
-			s := c.im.objs.segment(i)
-			r.copied = append(r.copied, copiedSegment{index: i, stored: s})
-			r.size += int(s.size)
+			at := c.im.objs.place(i)
+			r.copied = append(r.copied, copiedSegment{index: i, stored: at})
+			r.size += int(at.size)
 		}
 	}
 	rest := len(r.order) + len(r.rewrite)
@@ -249,12 +249,11 @@ func (c *checkpointer) put() {
 	r.parts = append(r.parts, mapPart{segments: r.copied})
 	r.copied, r.size = nil, 0
 	r.puts++
-	maps := im.objs.maps
 	part := r.parts[k]
 	var b []byte
 	c.work(func(ctx context.Context) (err error) {
 		if b == nil {
-			if b, part.places, err = encodeMapObject(ctx, im.store, im.id, part.segments, maps); err != nil {
+			if b, part.places, err = encodeMapObject(ctx, im.store, im.id, part.segments); err != nil {
 				return err
 			}
 			part.size = len(b)
@@ -273,13 +272,13 @@ func (c *checkpointer) put() {
 
 // encodeMapObject returns a map object with the given segments, and where in it
 // they are.
-func encodeMapObject(ctx context.Context, st backend.Store, id uuid.UUID, segments []copiedSegment, maps []mapObject) (b []byte, places []storedSegment, err error) {
+func encodeMapObject(ctx context.Context, st backend.Store, id uuid.UUID, segments []copiedSegment) (b []byte, places []storedSegment, err error) {
 	for _, s := range segments {
 		at := len(b)
 		if s.span != nil {
 			b = encodeSegment(b, id, s.index, s.span)
 		} else {
-			raw, err := readSegmentBytes(ctx, st, id, maps[s.stored.object], s.stored)
+			raw, err := readSegmentBytes(ctx, st, id, s.stored)
 			if err == nil {
 				err = checkObject(raw, segmentMagic, segmentVersion, segmentFixed, id)
 			}

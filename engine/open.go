@@ -218,6 +218,17 @@ func newImage(ctx context.Context, st backend.Store, sb *superblock, o *OpenOpti
 
 // takeAndRecover makes this host the owner and brings map and log up to date.
 func (im *Image) takeAndRecover(ctx context.Context, o *OpenOptions) error {
+	err := im.takeOnce(ctx, o)
+	if errors.Is(err, errReleased) { // by an attempt of ours that had given up
+		err = im.takeOnce(ctx, o)
+	}
+	return err
+}
+
+// errReleased says that the image has been released since the log was looked at.
+var errReleased = errors.New("the image was released by another host meanwhile: try again")
+
+func (im *Image) takeOnce(ctx context.Context, o *OpenOptions) error {
 	log, err := im.examineLog(ctx, o)
 	if err != nil {
 		return err
@@ -354,7 +365,7 @@ func (im *Image) acquire(ctx context.Context, o *OpenOptions, ours bool) (*super
 				return nil, err
 			}
 		} else if sb.Owner == nil && ours {
-			return nil, fmt.Errorf("the image was released by another host meanwhile: try again")
+			return nil, errReleased
 		}
 		if sb.Epoch == maxEpoch {
 			return nil, errors.New("the image has been attached more often than it can be")
@@ -539,8 +550,7 @@ func (im *Image) loadSegments(ctx context.Context, each func(func(uint32) bool))
 	})
 	spans := make([]*extmap.Span, len(missing))
 	err := inParallel(im.parallel, len(missing), func(k int) (err error) {
-		s := im.objs.segment(missing[k])
-		spans[k], err = readSegment(ctx, im.store, im.id, im.objs.maps[s.object], s, missing[k], im.sectors)
+		spans[k], err = readSegment(ctx, im.store, im.id, im.objs.place(missing[k]), missing[k], im.sectors)
 		return err
 	})
 	if err != nil {

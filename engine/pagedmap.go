@@ -57,6 +57,20 @@ func (p *pagedMap) segment(i uint32) storedSegment {
 	return storedSegment{}
 }
 
+// place is where a segment is stored.
+type place struct {
+	object       mapObject
+	offset, size uint32 // bytes
+}
+
+// place returns where segment i, which is not empty, is stored.
+func (p *pagedMap) place(i uint32) place {
+	s := p.stored[i]
+	o := p.maps[s.object]
+	o.live, o.died = 0, 0 // these change
+	return place{o, s.offset, s.size}
+}
+
 // here reports whether segment i is in memory.
 func (p *pagedMap) here(i uint32) bool { return p.resident.has(i) || p.segment(i).size == 0 }
 
@@ -170,27 +184,27 @@ func (b bitset) each(fn func(uint32)) {
 }
 
 // readSegment reads and decodes a segment. Any goroutine may call it.
-func readSegment(ctx context.Context, st backend.Store, id uuid.UUID, o mapObject, s storedSegment, index uint32, sectors uint64) (*extmap.Span, error) {
-	b, err := readSegmentBytes(ctx, st, id, o, s)
+func readSegment(ctx context.Context, st backend.Store, id uuid.UUID, at place, index uint32, sectors uint64) (*extmap.Span, error) {
+	b, err := readSegmentBytes(ctx, st, id, at)
 	if err != nil {
 		return nil, fmt.Errorf("map segment %d: %w", index, err)
 	}
 	span, err := decodeSegment(b, id, index, sectors)
 	if err != nil {
-		return nil, fmt.Errorf("map segment %d at byte %d of object %s: %w", index, s.offset, mapKey(id, o.at, o.part), err)
+		return nil, fmt.Errorf("map segment %d at byte %d of object %s: %w", index, at.offset, mapKey(id, at.object.at, at.object.part), err)
 	}
 	return span, nil
 }
 
-func readSegmentBytes(ctx context.Context, st backend.Store, id uuid.UUID, o mapObject, s storedSegment) ([]byte, error) {
-	key := mapKey(id, o.at, o.part)
-	b := make([]byte, s.size)
-	n, err := st.Get(ctx, key, b, int64(s.offset))
+func readSegmentBytes(ctx context.Context, st backend.Store, id uuid.UUID, at place) ([]byte, error) {
+	key := mapKey(id, at.object.at, at.object.part)
+	b := make([]byte, at.size)
+	n, err := st.Get(ctx, key, b, int64(at.offset))
 	if err != nil {
 		return nil, err
 	}
 	if n != len(b) {
-		return nil, fmt.Errorf("object %s: %w: it ends after %d bytes, it should have %d at least", key, ErrCorrupt, int(s.offset)+n, int(s.offset)+len(b))
+		return nil, fmt.Errorf("object %s: %w: it ends after %d bytes, it should have %d at least", key, ErrCorrupt, int(at.offset)+n, int(at.offset)+len(b))
 	}
 	return b, nil
 }
@@ -215,16 +229,15 @@ func (im *Image) withSegment(i uint32, fn func(error)) {
 
 // loadSegment starts, or repeats, a load.
 func (im *Image) loadSegment(i uint32, l *segmentLoad) {
-	s := im.objs.segment(i)
-	o := im.objs.maps[s.object]
+	at := im.objs.place(i)
 	var span *extmap.Span
 	var err error
 	im.spawn(func() {
 		ctx, stop := context.WithTimeout(im.ctx, im.cfg.StoreTimeout)
 		defer stop()
-		span, err = readSegment(ctx, im.store, im.id, o, s, i, im.sectors)
+		span, err = readSegment(ctx, im.store, im.id, at, i, im.sectors)
 	}, func() {
-		if err != nil && im.objs.segment(i) != s {
+		if err != nil && im.objs.place(i) != at {
 			im.loadSegment(i, l) // a checkpoint has moved it meanwhile
 			return
 		}

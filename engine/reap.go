@@ -116,9 +116,18 @@ func (im *Image) startLeftovers() {
 // begun can arrive in the store any more.
 const leftoverGrace = 2 * time.Minute
 
-// dropStale forgets the first entries of what may have been left behind.
+// dropStale forgets the first entries of what may have been left behind, but for
+// those of owners that were cut off: a host that was paused may go on at any time,
+// and put what it had begun before it learns that it is fenced.
 func (s *superblock) dropStale(n int, prev *checkpointRef) {
-	s.Stale = slices.Clone(s.Stale[min(n, len(s.Stale)):])
+	var kept []staleObjects
+	for i, x := range s.Stale {
+		cutOff := slices.ContainsFunc(s.Points, func(p point) bool { return p.Epoch == x.Epoch })
+		if i >= n || cutOff {
+			kept = append(kept, x)
+		}
+	}
+	s.Stale = kept
 	if s.Prev != nil && prev != nil && *s.Prev == *prev {
 		s.Prev = nil
 	}
