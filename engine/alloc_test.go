@@ -98,6 +98,7 @@ func TestRequestsDoNotAllocate(t *testing.T) {
 			im.Submit(r)
 			im.EndTurn()
 			d.complete()
+			im.EndTurn()
 			if op == Write {
 				im.recycle()
 			}
@@ -112,6 +113,7 @@ func TestRequestsDoNotAllocate(t *testing.T) {
 	}
 	im.log.Commit()
 	d.complete()
+	im.EndTurn()
 	if a := testing.AllocsPerRun(8192, turn(Read)); a != 0 {
 		t.Errorf("%v allocations for each 4 KiB read", a)
 	}
@@ -139,6 +141,7 @@ func BenchmarkWrite4K(b *testing.B) {
 		if i%32 == 31 {
 			im.EndTurn()
 			d.complete()
+			im.EndTurn()
 			im.recycle()
 		}
 	}
@@ -153,6 +156,7 @@ func BenchmarkRead4KFromMemory(b *testing.B) {
 		im.Submit(r)
 		im.EndTurn()
 		d.complete()
+		im.EndTurn()
 	}
 	r.Op = Read
 	b.SetBytes(4096)

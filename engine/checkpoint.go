@@ -529,9 +529,23 @@ func (im *Image) removeKeys(remove func(context.Context) error, done func()) {
 }
 
 func (im *Image) removeTry(remove func(context.Context) error, done func(), tries int) {
+	again := func() {
+		im.jobs++
+		im.env.AfterFunc(im.backoff(tries), func() {
+			im.jobs--
+			if im.state != Fenced && im.state != Released {
+				im.removeTry(remove, done, tries+1)
+			}
+		})
+	}
+	left := im.mayDelete()
+	if left == 0 {
+		again()
+		return
+	}
 	var err error
 	im.spawn(func() {
-		ctx, stop := context.WithTimeout(im.ctx, im.cfg.StoreTimeout+time.Minute)
+		ctx, stop := context.WithTimeout(im.ctx, min(left, im.cfg.StoreTimeout+time.Minute))
 		defer stop()
 		err = remove(ctx)
 	}, func() {
@@ -543,13 +557,7 @@ func (im *Image) removeTry(remove func(context.Context) error, done func(), trie
 			done()
 		case err != nil:
 			im.storeFailed(err)
-			im.jobs++
-			im.env.AfterFunc(im.backoff(tries), func() {
-				im.jobs--
-				if im.state != Fenced && im.state != Released {
-					im.removeTry(remove, done, tries+1)
-				}
-			})
+			again()
 		default:
 			done()
 		}

@@ -18,7 +18,9 @@ import (
 // Env is what an image needs from the reactor that owns it. All its methods are
 // called on the reactor, and all functions given to it but work run there.
 type Env interface {
-	// Now returns the time on a monotonic clock of this host.
+	// Now returns the time, read at this moment, on a clock of this host that
+	// is never set and goes on while the host is suspended: leases are counted
+	// by it.
 	Now() time.Duration
 	// Spawn runs work where it may block, then done on the reactor.
 	Spawn(work, done func())

@@ -60,6 +60,7 @@ type Image struct {
 	blocked  fifo // writes that the log had no room for, in order of arrival
 	acks     fifo // writes in the log, in order of records
 	flushes  fifo // flushes and FUA writes, by the record that must be durable
+	ackable  bool // something of acks or flushes may have become due
 	unblock  bool // the log may have room again
 	waiters  []waiter
 	readOps  []*logRead // free
@@ -122,6 +123,7 @@ func (im *Image) ReadOnly() bool { return im.readOnly }
 // read-only image. It is called on the reactor, which calls EndTurn from then on.
 func (im *Image) Start(env Env, dev aio.Device, mem []byte) {
 	im.env = env
+	im.stats.sampledAt = env.Now()
 	im.sums.init()
 	if im.readOnly {
 		return
@@ -174,8 +176,9 @@ func (im *Image) finish(r *Request, err syscall.Errno) {
 	r.Done.RequestDone(r)
 }
 
-// EndTurn closes the turn's record and starts what has become possible. The
-// reactor calls it at the end of each turn.
+// EndTurn closes the turn's record, starts what has become possible, and
+// acknowledges what is due. The reactor calls it at the end of each turn, right
+// before it hands what the turn has queued to the kernel.
 func (im *Image) EndTurn() {
 	if im.readOnly {
 		return
@@ -189,6 +192,8 @@ func (im *Image) EndTurn() {
 		im.seal()
 	}
 	im.checkpoint.step()
+	im.confirm()
+	im.log.Commit() // what those who were told have submitted at once
 }
 
 // write appends r to the log, or makes it wait until there is room.
@@ -321,10 +326,9 @@ func (im *Image) awaitDurable(r *Request) {
 	switch {
 	case im.log.Err() != nil:
 		im.finish(r, syscall.EIO)
-	case r.seq <= im.log.Durable() && im.leased():
-		im.finish(r, 0)
 	default:
 		im.flushes.push(r)
+		im.acknowledge()
 		im.syncNext()
 	}
 }
@@ -353,24 +357,35 @@ func (im *Image) LogFailed(err error) {
 	im.failPending(syscall.EIO)
 }
 
-// acknowledge completes the writes whose records are written, in log order, and
-// the flushes whose records are durable, unless the lease has run out.
-func (im *Image) acknowledge() {
-	if !im.leased() {
-		return
-	}
-	for im.acks.n > 0 && im.acks.head.seq <= im.log.Completed() {
-		r := im.acks.pop()
-		if r.FUA {
-			im.awaitDurable(r)
-		} else {
-			im.finish(r, 0)
+// acknowledge says that writes or flushes may have become due. They are told at
+// the end of the turn: see confirm.
+func (im *Image) acknowledge() { im.ackable = true }
+
+// confirm completes the writes whose records are written, in log order, and the
+// flushes whose records are durable, unless the lease has run out.
+//
+// It is the last thing in a turn, so that next to nothing lies between the look
+// at the clock and the system call that tells the kernel. What is left of that
+// window is in docs/architecture.md.
+func (im *Image) confirm() {
+	for im.ackable {
+		im.ackable = false
+		if im.acks.n+im.flushes.n == 0 || !im.leased() {
+			return
 		}
+		for im.acks.n > 0 && im.acks.head.seq <= im.log.Completed() {
+			r := im.acks.pop()
+			if r.FUA {
+				im.awaitDurable(r)
+			} else {
+				im.finish(r, 0)
+			}
+		}
+		for im.flushes.n > 0 && im.flushes.head.seq <= im.log.Durable() {
+			im.finish(im.flushes.pop(), 0)
+		}
+		im.syncNext()
 	}
-	for im.flushes.n > 0 && im.flushes.head.seq <= im.log.Durable() {
-		im.finish(im.flushes.pop(), 0)
-	}
-	im.syncNext()
 }
 
 // admitBlocked lets waiting writes into the log, in order.

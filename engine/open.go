@@ -11,6 +11,7 @@ import (
 	"github.com/google/uuid"
 	"github.com/lsd-ceph/lsd/backend"
 	"github.com/lsd-ceph/lsd/cache/writelog"
+	"github.com/lsd-ceph/lsd/internal/boottime"
 	"github.com/lsd-ceph/lsd/internal/extmap"
 )
 
@@ -82,17 +83,14 @@ type Clock interface {
 // defaultParallel is how many reads from the store recovery makes at one time.
 const defaultParallel = 16
 
-// Real is this host's monotonic clock.
-type Real struct{ began time.Time }
+// Real is this host's clock, which goes on while the host is suspended.
+type Real struct{}
 
-// NewReal returns a clock that begins at zero.
-func NewReal() *Real { return &Real{time.Now()} }
-
-// Now returns the time since the clock was made.
-func (c *Real) Now() time.Duration { return time.Since(c.began) }
+// Now returns the time since the host was booted.
+func (Real) Now() time.Duration { return boottime.Now() }
 
 // Sleep waits for d or until ctx ends.
-func (c *Real) Sleep(ctx context.Context, d time.Duration) error {
+func (Real) Sleep(ctx context.Context, d time.Duration) error {
 	t := time.NewTimer(d)
 	defer t.Stop()
 	select {
@@ -122,7 +120,7 @@ type OpenOptions struct {
 	// Lease is how long a renewal of the ownership is good for; 0 means
 	// DefaultLease.
 	Lease time.Duration
-	Clock Clock // nil means NewReal()
+	Clock Clock // nil means Real{}
 	// Parallel is how many reads from the store recovery makes at one time; 0
 	// means a default. 1 makes their order certain.
 	Parallel int
@@ -174,7 +172,7 @@ func Open(ctx context.Context, st backend.Store, id uuid.UUID, o OpenOptions) (*
 		return nil, fmt.Errorf("lease %v: it must be from %v to %v", o.Lease, MinLease, MaxLease)
 	}
 	if o.Clock == nil {
-		o.Clock = NewReal()
+		o.Clock = Real{}
 	}
 	if o.Progress == nil {
 		o.Progress = func(string) {}
@@ -358,10 +356,13 @@ func (im *Image) acquire(ctx context.Context, o *OpenOptions, ours bool) (*super
 			if !o.Force {
 				return nil, &OwnedError{Image: o.URL, Host: sb.Owner.Host, Since: sb.Owner.Since, Lease: sb.Owner.Lease}
 			}
-			if err := im.waitForOwner(ctx, o); err != nil {
-				return nil, err
+			// The change below is of the very state that was found over: an owner
+			// that renews its lease in between keeps it.
+			sb, version, err = im.waitForOwner(ctx, o)
+			if errors.Is(err, backend.ErrConflict) {
+				continue
 			}
-			if sb, version, err = loadSuperblock(ctx, im.store, im.id); err != nil {
+			if err != nil {
 				return nil, err
 			}
 		} else if sb.Owner == nil && ours {
@@ -401,17 +402,18 @@ func (im *Image) inherit(sb *superblock, ours bool) {
 	im.unreleased = sb.Owner != nil || slices.ContainsFunc(sb.Points, func(p point) bool { return !p.Settled })
 }
 
-// waitForOwner asks the owner to let go, and returns when it has, or when its
-// lease has gone unrenewed for its whole length on this host's clock. The wait
-// counts only while the store answers: while it does not, the owner cannot renew
-// either.
-func (im *Image) waitForOwner(ctx context.Context, o *OpenOptions) error {
-	sb, _, err := changeSuperblock(ctx, im.store, im.id, func(sb *superblock) error {
+// waitForOwner asks the owner to let go, and returns the superblock when it has,
+// or when its lease has gone unrenewed for its whole length on this host's clock.
+// The wait counts only while the store answers: while it does not, the owner
+// cannot renew either. It fails with ErrConflict when somebody else has become
+// the owner.
+func (im *Image) waitForOwner(ctx context.Context, o *OpenOptions) (*superblock, backend.Version, error) {
+	sb, version, err := changeSuperblock(ctx, im.store, im.id, func(sb *superblock) error {
 		sb.Evict = &eviction{Epoch: sb.Epoch, By: o.Host}
 		return nil
 	})
 	if err != nil || sb.Owner == nil {
-		return err
+		return sb, version, err
 	}
 	o.Progress(fmt.Sprintf("waiting for %s to let go, at most %v after its last sign of life", sb.Owner.Host, sb.Owner.Lease))
 	step := min(max(sb.Owner.Lease/20, 100*time.Millisecond), 2*time.Second)
@@ -419,22 +421,24 @@ func (im *Image) waitForOwner(ctx context.Context, o *OpenOptions) error {
 	seen, before := o.Clock.Now(), o.Clock.Now()
 	for {
 		if err := o.Clock.Sleep(ctx, step); err != nil {
-			return err
+			return nil, "", err
 		}
-		sb, _, err := loadSuperblock(ctx, im.store, im.id)
+		sb, version, err := loadSuperblock(ctx, im.store, im.id)
 		now := o.Clock.Now()
 		switch {
 		case errors.Is(err, backend.ErrTemporary):
 			seen, before = now, now
 			continue
 		case err != nil:
-			return err
-		case sb.Owner == nil || sb.Epoch != epoch:
-			return nil
+			return nil, "", err
+		case sb.Owner == nil:
+			return sb, version, nil
+		case sb.Epoch != epoch:
+			return nil, "", backend.ErrConflict
 		case sb.Owner.Renewal != renewal || now-before > sb.Owner.Lease/4+step:
 			renewal, seen = sb.Owner.Renewal, now
 		case now-seen > sb.Owner.Lease:
-			return nil
+			return sb, version, nil
 		}
 		before = now
 	}

@@ -23,9 +23,9 @@ type superWriter struct {
 	changes []superChange // wanted, oldest first
 	release func(error)   // the ownership is to be given up
 
-	// until is when the lease runs out, by this host's clock: a renewal counts
-	// from before it was sent, and a tenth of the lease is kept as a margin for
-	// clocks that run at different rates.
+	// until is when the lease runs out, by this host's clock, which goes on while
+	// the host is suspended: a renewal counts from before it was sent, and a tenth
+	// of the lease is kept as a margin for clocks that run at different rates.
 	until time.Duration
 	lost  bool // the lease has run out, and this was logged
 
@@ -117,6 +117,31 @@ func (im *Image) leased() bool {
 	return false
 }
 
+// mayDelete returns how much time there is for deleting objects of the image, 0
+// if there is none. Whatever deletes an object asks it first, in this order:
+//
+//   - Nothing is deleted that the superblock as this host has last written it
+//     still needs, together with the objects that have been accepted since. A
+//     delete can be late by any time, on a host that is stopped or in the network,
+//     and no look at a clock helps against that; but whoever owns the image by then
+//     began with that superblock or a later one, and found these objects.
+//   - Nothing is deleted without a lease that is good for a while. That is no
+//     proof, for the reason above. It keeps a host that has slept from working on
+//     an image that is another's by now, and a fenced one from deleting at all.
+//
+// Names hold the epoch and are never used twice, so what has become garbage once
+// stays garbage.
+func (im *Image) mayDelete() time.Duration {
+	if !im.leased() {
+		return 0
+	}
+	left := im.super.until - im.env.Now()
+	if left < im.super.sb.Owner.Lease/4 {
+		return 0
+	}
+	return left
+}
+
 // updateSuper starts the next change of the superblock, if one is wanted and
 // none is running.
 func (im *Image) updateSuper() {
@@ -167,6 +192,9 @@ func (im *Image) superWritten(next *superblock, version backend.Version, began t
 	s := &im.super
 	s.sb, s.version, s.renew, s.tries = next, version, false, 0
 	im.storeWorks()
+	if !releasing {
+		s.until = max(s.until, began+next.Owner.Lease*9/10)
+	}
 	done := s.changes[:changes]
 	s.changes = slices.Clone(s.changes[changes:])
 	for _, c := range done {
@@ -176,7 +204,6 @@ func (im *Image) superWritten(next *superblock, version backend.Version, began t
 		im.released()
 		return
 	}
-	s.until = max(s.until, began+next.Owner.Lease*9/10)
 	if s.lost {
 		s.lost = false
 		im.logger.Info("the lease is renewed: writes go on")

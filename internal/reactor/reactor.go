@@ -20,6 +20,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/lsd-ceph/lsd/internal/boottime"
 	"github.com/lsd-ceph/lsd/internal/uring"
 	"golang.org/x/sys/unix"
 )
@@ -62,7 +63,7 @@ type Reactor struct {
 	log     *slog.Logger
 	onPanic func(error)
 	tid     int
-	base    time.Time // Now's zero
+	base    time.Time // zero of the timers' clock
 	done    chan struct{}
 
 	// Set by Post, cleared by the reactor.
@@ -80,8 +81,8 @@ type Reactor struct {
 	spare  []func() // the inbox's other half
 	hooks  []func()
 	timers timerHeap
-	now    time.Duration
-	timed  bool // now has been read in this turn
+	ticks  time.Duration // the timers' clock, when it was read in this turn
+	timed  bool          // it has been
 
 	err error // why it ended; written before done is closed
 }
@@ -255,7 +256,7 @@ func (r *Reactor) submit() error {
 	timeout := time.Duration(-1)
 	if len(r.timers) != 0 {
 		r.timed = false
-		timeout = max(r.timers[0].when-r.Now(), 0)
+		timeout = max(r.timers[0].when-r.tick(), 0)
 	}
 	// Post looks at sleeping after it has set posted, the reactor at posted
 	// after it has set sleeping: one of the two sees the other.
@@ -293,7 +294,7 @@ func (r *Reactor) runTimers() {
 	if len(r.timers) == 0 {
 		return
 	}
-	now := r.Now()
+	now := r.tick()
 	// A timer that a function sets to fire at once fires in the next turn.
 	for n := len(r.timers); n > 0 && len(r.timers) != 0 && r.timers[0].when <= now; n-- {
 		t := r.timers[0]
@@ -365,14 +366,19 @@ func (r *Reactor) Done() <-chan struct{} { return r.done }
 // after Done.
 func (r *Reactor) Err() error { return r.err }
 
-// Now returns the time since the reactor was made, on the monotonic clock. It
-// is read at most once in a turn, so it can be as old as the turn.
-func (r *Reactor) Now() time.Duration {
+// Now returns the time on the host's clock that goes on while it is suspended:
+// leases are counted by it. It is read anew at each call.
+func (r *Reactor) Now() time.Duration { return boottime.Now() }
+
+// tick returns the time since the reactor was made, on the monotonic clock, by
+// which timers go: io_uring_enter waits by it too. It is read at most once in a
+// turn, so it can be as old as the turn.
+func (r *Reactor) tick() time.Duration {
 	if !r.timed {
-		r.now = time.Since(r.base)
+		r.ticks = time.Since(r.base)
 		r.timed = true
 	}
-	return r.now
+	return r.ticks
 }
 
 // AfterFunc makes fn run on the reactor d from now.

@@ -7,7 +7,7 @@ import "time"
 type Timer struct {
 	r    *Reactor
 	fn   func()
-	when time.Duration // on the reactor's clock
+	when time.Duration // of the reactor's tick
 	pos  int           // index in the heap, -1 while not pending
 }
 
@@ -24,7 +24,7 @@ func (t *Timer) Stop() bool {
 // not. It does not allocate.
 func (t *Timer) Reset(d time.Duration) {
 	t.Stop()
-	t.when = t.r.Now() + max(d, 0)
+	t.when = t.r.tick() + max(d, 0)
 	t.r.timers.add(t)
 }
 
