@@ -72,6 +72,18 @@ type Store interface {
 	Close() error
 }
 
+// A Fencer is a Store that can shut a client out: whatever a fenced client still
+// has under way, or tries later, does not take effect.
+type Fencer interface {
+	// Identity names the client by which this Store reaches the store at present,
+	// for others to fence; "" if it cannot be named. It does not block.
+	Identity() string
+
+	// Fence shuts the client out that its Identity named. It fails with
+	// ErrPermanent when that is not permitted here or identity is none.
+	Fence(ctx context.Context, identity string) error
+}
+
 // A Version identifies one state of a mutable object. It means nothing outside
 // the store and key it came from, but is stable across processes and hosts.
 type Version string

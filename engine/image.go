@@ -22,7 +22,8 @@ type Image struct {
 	// Fixed once opened.
 	id       uuid.UUID
 	store    backend.Store
-	log      *writelog.Log // nil when read-only
+	fencer   backend.Fencer // the store, if it can shut clients out, or nil
+	log      *writelog.Log  // nil when read-only
 	logID    uuid.UUID
 	cfg      Config
 	logger   *slog.Logger

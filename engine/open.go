@@ -183,6 +183,7 @@ func Open(ctx context.Context, st backend.Store, id uuid.UUID, o OpenOptions) (*
 		return nil, err
 	}
 	im := newImage(ctx, recovery, sb, &o)
+	im.fencer, _ = st.(backend.Fencer)
 	if o.ReadOnly {
 		err = im.recoverStore(ctx, sb)
 	} else {
@@ -372,9 +373,10 @@ func (im *Image) acquire(ctx context.Context, o *OpenOptions, ours bool) (*super
 			return nil, errors.New("the image has been attached more often than it can be")
 		}
 		im.inherit(sb, ours)
+		before := sb.Owner
 		sb.Epoch++
 		sb.Evict = nil
-		sb.Owner = &owner{Host: o.Host, Log: im.logID, Lease: o.Lease, Since: time.Now().UTC().Truncate(time.Second)}
+		sb.Owner = &owner{Host: o.Host, Log: im.logID, Lease: o.Lease, Since: time.Now().UTC().Truncate(time.Second), Client: im.client()}
 		version, err = im.store.Swap(ctx, SuperblockKey(im.id), version, sb.encode())
 		if errors.Is(err, backend.ErrConflict) {
 			continue
@@ -383,6 +385,9 @@ func (im *Image) acquire(ctx context.Context, o *OpenOptions, ours bool) (*super
 			return nil, fmt.Errorf("take the ownership: %w", err)
 		}
 		im.super.sb, im.super.version = sb, version
+		if before != nil && !ours {
+			im.fenceOwner(ctx, before, o)
+		}
 		return sb, nil
 	}
 }

@@ -151,6 +151,7 @@ func (im *Image) updateSuper() {
 	}
 	next := s.sb.clone()
 	next.Owner.Renewal++
+	next.Owner.Client = im.client() // it changes when the store had to connect anew
 	changes := len(s.changes)
 	for _, c := range s.changes {
 		c.apply(next)
@@ -312,4 +313,35 @@ func (im *Image) released() {
 	}
 	im.fence(Released, why)
 	fn(nil)
+}
+
+// client returns the name by which another host can shut this one out of the
+// store, "" if there is none.
+func (im *Image) client() string {
+	if im.fencer == nil {
+		return ""
+	}
+	if c := im.fencer.Identity(); len(c) <= maxClient {
+		return c
+	}
+	return ""
+}
+
+// fenceOwner shuts the client of an owner that did not answer out of the store,
+// where that can be done. It takes nothing from the lease, which is what keeps
+// two hosts apart: it makes sure that what the other one has under way comes to
+// nothing at once, and not to garbage later.
+func (im *Image) fenceOwner(ctx context.Context, gone *owner, o *OpenOptions) {
+	if im.fencer == nil || gone.Client == "" || gone.Client == im.client() {
+		return // the last: an image of this very daemon, whose other images go on
+	}
+	o.Progress("shutting " + gone.Host + " out of the store")
+	ctx, stop := context.WithTimeout(ctx, im.cfg.StoreTimeout)
+	defer stop()
+	if err := im.fencer.Fence(ctx, gone.Client); err != nil {
+		im.logger.Warn("the owner that did not answer cannot be shut out of the store: its lease is over, so what it still writes is ignored, but it takes space",
+			"owner", gone.Host, "client", gone.Client, "err", err)
+		return
+	}
+	im.logger.Info("the owner that did not answer is shut out of the store", "owner", gone.Host, "client", gone.Client)
 }

@@ -15,6 +15,7 @@ import (
 	"github.com/google/uuid"
 	"github.com/lsd-ceph/lsd/backend"
 	"github.com/lsd-ceph/lsd/backend/faultstore"
+	"github.com/lsd-ceph/lsd/backend/file"
 	"github.com/lsd-ceph/lsd/backend/mem"
 	"github.com/lsd-ceph/lsd/cache/writelog"
 	"github.com/lsd-ceph/lsd/internal/simdisk"
@@ -164,13 +165,40 @@ func TestForceEvictsLiveOwner(t *testing.T) {
 	}
 }
 
+// storeKinds makes a new, empty store of each kind that needs nothing but this
+// machine, and returns a function that opens it once more.
+var storeKinds = map[string]func(t *testing.T) func() backend.Store{
+	"mem": func(*testing.T) func() backend.Store {
+		st := mem.New()
+		return func() backend.Store { return st.Handle() }
+	},
+	"file": func(t *testing.T) func() backend.Store {
+		dir := t.TempDir()
+		return func() backend.Store {
+			st, err := file.Create(context.Background(), dir)
+			if err != nil {
+				t.Fatal(err)
+			}
+			t.Cleanup(func() { st.Close() })
+			return st
+		}
+	},
+}
+
 // TestPausedHostIsFenced: a host that does not run while its lease passes, and
 // then does, must not acknowledge what the new owner does not have, and must not
 // put anything that the new owner takes for its own.
 func TestPausedHostIsFenced(t *testing.T) {
-	st := mem.New()
+	for kind, make := range storeKinds {
+		t.Run(kind, func(t *testing.T) { pausedHostIsFenced(t, make(t)) })
+	}
+}
+
+// pausedHostIsFenced is the test on one store, which open opens for each host.
+func pausedHostIsFenced(t *testing.T, open func() backend.Store) {
+	st := open()
 	id := newImageIn(t, st)
-	a, b := newHost(t, "alpha", st, 1), newHost(t, "beta", st, 2)
+	a, b := newHost(t, "alpha", open(), 1), newHost(t, "beta", open(), 2)
 	if err := a.open(id, false); err != nil {
 		t.Fatal(err)
 	}

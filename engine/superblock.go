@@ -20,7 +20,8 @@ const (
 	// whether a log that turns up holds anything that never reached the store.
 	maxEpochs = 256
 	// maxEpoch bounds the number of ownerships: maps keep epochs in 32 bits.
-	maxEpoch = 1<<32 - 1
+	maxEpoch  = 1<<32 - 1
+	maxClient = 256 // bytes in the name of an owner's client
 )
 
 // superblock is an image's one mutable object; docs/formats.md describes it.
@@ -59,10 +60,11 @@ type staleObjects struct {
 // owner says who may write the image.
 type owner struct {
 	Host    string        `json:"host"`
-	Log     uuid.UUID     `json:"log"`     // its write log
-	Lease   time.Duration `json:"lease"`   // how long a renewal is good for, in nanoseconds
-	Renewal uint64        `json:"renewal"` // counts renewals
-	Since   time.Time     `json:"since"`   // by its own clock, for people
+	Log     uuid.UUID     `json:"log"`              // its write log
+	Lease   time.Duration `json:"lease"`            // how long a renewal is good for, in nanoseconds
+	Renewal uint64        `json:"renewal"`          // counts renewals
+	Since   time.Time     `json:"since"`            // by its own clock, for people
+	Client  string        `json:"client,omitempty"` // of the store, to be fenced: see backend.Fencer
 }
 
 // eviction asks the owner of an epoch to let go.
@@ -130,6 +132,8 @@ func decodeSuperblock(b []byte, id uuid.UUID) (*superblock, error) {
 		return bad("epoch")
 	case s.Owner != nil && (s.Owner.Lease < MinLease || s.Owner.Lease > MaxLease):
 		return bad("lease")
+	case s.Owner != nil && len(s.Owner.Client) > maxClient:
+		return bad("client")
 	}
 	for i, e := range s.Epochs {
 		if e.Epoch > s.Epoch || e.Object == 0 || e.Object > maxObjectSeq || e.Seq == 0 ||
