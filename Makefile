@@ -47,9 +47,10 @@ unit: ## unit tests with the race detector, simulation and fuzz seeds included
 	$(MAKE) sim SEEDS=3000
 
 .PHONY: lab
-lab: ## the stores' conformance suite on a real Ceph cluster
+lab: ## the stores' conformance suite, and fencing, on a real Ceph cluster
 	@echo "== stores on real Ceph"
 	go test $(GOFLAGS_LINK) -tags lab -timeout 10m ./backend/...
+	go test $(GOFLAGS_LINK) -tags lab -timeout 5m -run RADOS ./engine
 
 .PHONY: vm
 vm: build ## ublk and end-to-end tests on kernels 6.12 and 7.2, short form

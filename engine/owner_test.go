@@ -116,6 +116,21 @@ func (h *host) mustRead(block, n uint64) {
 	}
 }
 
+// awaitFenced runs the host until it knows that another one owns the image. A
+// real store may take real time for its answers.
+func (h *host) awaitFenced() {
+	h.t.Helper()
+	for deadline := time.Now().Add(30 * time.Second); ; time.Sleep(10 * time.Millisecond) {
+		h.run(time.Minute)
+		if h.im.state == Fenced {
+			return
+		}
+		if time.Now().After(deadline) {
+			h.t.Fatalf("%s is %v, want fenced", h.name, h.im.state)
+		}
+	}
+}
+
 func newImageIn(t *testing.T, st backend.Store) uuid.UUID {
 	t.Helper()
 	id, err := Create(context.Background(), st, "disk", CreateOptions{Size: 64 << 20, ObjectSize: MinObjectSize})
@@ -229,10 +244,7 @@ func pausedHostIsFenced(t *testing.T, open func() backend.Store) {
 			t.Error("alpha believes that it has destaged")
 		}
 	})
-	a.run(time.Minute)
-	if a.im.state != Fenced {
-		t.Errorf("alpha is %v, want fenced", a.im.state)
-	}
+	a.awaitFenced()
 	// Whatever alpha put, beta's image opens elsewhere without it.
 	closed := false
 	b.im.Close(func(err error) { closed = err == nil })

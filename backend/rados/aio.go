@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"runtime/cgo"
 	"syscall"
+	"time"
 	"unsafe"
 )
 
@@ -30,17 +31,17 @@ func lsdRadosDone(handle C.uintptr_t) {
 // The operation's own memory is len bytes of buffer, and lives until librados
 // is through with it, however long that takes. Until then it also holds its
 // slot, so that operations that nobody waits for are bounded too.
-func (s *Store) do(ctx context.Context, len int, submit func(C.rados_ioctx_t, *C.struct_lsd_op) C.int, result func(op *C.struct_lsd_op, ret int)) (int, error) {
+func (l *link) do(ctx context.Context, len int, submit func(C.rados_ioctx_t, *C.struct_lsd_op) C.int, result func(op *C.struct_lsd_op, ret int)) (int, error) {
 	select {
-	case s.cluster.slots <- struct{}{}:
+	case l.cluster.slots <- struct{}{}:
 	case <-ctx.Done():
 		return 0, ctx.Err()
 	}
 	if ctx.Err() != nil { // select draws lots when both are ready
-		<-s.cluster.slots
+		<-l.cluster.slots
 		return 0, ctx.Err()
 	}
-	s.running.Add(1)
+	l.running.Add(1)
 	done := make(chan struct{})
 	h := cgo.NewHandle(done)
 	op := C.lsd_op_new(C.uintptr_t(h), C.size_t(len))
@@ -48,15 +49,15 @@ func (s *Store) do(ctx context.Context, len int, submit func(C.rados_ioctx_t, *C
 		if op != nil {
 			C.lsd_op_free(op)
 		}
-		<-s.cluster.slots
-		s.running.Done()
+		<-l.cluster.slots
+		l.running.Done()
 	}
 	if op == nil {
 		h.Delete()
 		end()
 		return -int(syscall.ENOMEM), nil
 	}
-	io := C.rados_ioctx_t(s.ioctx.Pointer())
+	io := C.rados_ioctx_t(l.ioctx.Pointer())
 	if ret := submit(io, op); ret < 0 {
 		h.Delete()
 		end()
@@ -80,8 +81,8 @@ func (s *Store) do(ctx context.Context, len int, submit func(C.rados_ioctx_t, *C
 	return ret, nil
 }
 
-func (s *Store) put(ctx context.Context, oid string, data []byte) (int, error) {
-	return s.do(ctx, 0, func(io C.rados_ioctx_t, op *C.struct_lsd_op) C.int {
+func (l *link) put(ctx context.Context, oid string, data []byte) (int, error) {
+	return l.do(ctx, 0, func(io C.rados_ioctx_t, op *C.struct_lsd_op) C.int {
 		name := C.CString(oid)
 		defer C.free(unsafe.Pointer(name))
 		return C.lsd_put(io, op, name, (*C.char)(unsafe.Pointer(unsafe.SliceData(data))), C.size_t(len(data)))
@@ -90,8 +91,8 @@ func (s *Store) put(ctx context.Context, oid string, data []byte) (int, error) {
 
 // get reads into p, by way of C's memory: librados could still write to p after
 // the caller, whose context has ended, has put it to other use.
-func (s *Store) get(ctx context.Context, oid string, p []byte, off int64) (int, error) {
-	return s.do(ctx, len(p), func(io C.rados_ioctx_t, op *C.struct_lsd_op) C.int {
+func (l *link) get(ctx context.Context, oid string, p []byte, off int64) (int, error) {
+	return l.do(ctx, len(p), func(io C.rados_ioctx_t, op *C.struct_lsd_op) C.int {
 		name := C.CString(oid)
 		defer C.free(unsafe.Pointer(name))
 		return C.lsd_get(io, op, name, C.uint64_t(off))
@@ -100,8 +101,8 @@ func (s *Store) get(ctx context.Context, oid string, p []byte, off int64) (int, 
 	})
 }
 
-func (s *Store) stat(ctx context.Context, oid string) (size int64, ret int, err error) {
-	ret, err = s.do(ctx, 0, func(io C.rados_ioctx_t, op *C.struct_lsd_op) C.int {
+func (l *link) stat(ctx context.Context, oid string) (size int64, ret int, err error) {
+	ret, err = l.do(ctx, 0, func(io C.rados_ioctx_t, op *C.struct_lsd_op) C.int {
 		name := C.CString(oid)
 		defer C.free(unsafe.Pointer(name))
 		return C.lsd_stat(io, op, name)
@@ -111,8 +112,8 @@ func (s *Store) stat(ctx context.Context, oid string) (size int64, ret int, err 
 	return size, ret, err
 }
 
-func (s *Store) remove(ctx context.Context, oid string) (int, error) {
-	return s.do(ctx, 0, func(io C.rados_ioctx_t, op *C.struct_lsd_op) C.int {
+func (l *link) remove(ctx context.Context, oid string) (int, error) {
+	return l.do(ctx, 0, func(io C.rados_ioctx_t, op *C.struct_lsd_op) C.int {
 		name := C.CString(oid)
 		defer C.free(unsafe.Pointer(name))
 		return C.lsd_remove(io, op, name)
@@ -121,9 +122,9 @@ func (s *Store) remove(ctx context.Context, oid string) (int, error) {
 
 // load reads at most room bytes of contents, and the size and attribute that
 // the object has at the same time.
-func (s *Store) load(ctx context.Context, oid string, room int) (data, attr []byte, size uint64, ret int, err error) {
+func (l *link) load(ctx context.Context, oid string, room int) (data, attr []byte, size uint64, ret int, err error) {
 	var part C.int // what the parts of the operation returned
-	ret, err = s.do(ctx, room, func(io C.rados_ioctx_t, op *C.struct_lsd_op) C.int {
+	ret, err = l.do(ctx, room, func(io C.rados_ioctx_t, op *C.struct_lsd_op) C.int {
 		name := C.CString(oid)
 		defer C.free(unsafe.Pointer(name))
 		return C.lsd_load(io, op, name)
@@ -144,14 +145,21 @@ func (s *Store) load(ctx context.Context, oid string, room int) (data, attr []by
 
 // swap replaces contents and attribute of an object whose attribute is old, or
 // makes it if old is empty.
-func (s *Store) swap(ctx context.Context, oid string, old, attr, data []byte) (int, error) {
-	return s.do(ctx, 0, func(io C.rados_ioctx_t, op *C.struct_lsd_op) C.int {
+func (l *link) swap(ctx context.Context, oid string, old, attr, data []byte) (int, error) {
+	return l.do(ctx, 0, func(io C.rados_ioctx_t, op *C.struct_lsd_op) C.int {
 		name := C.CString(oid)
 		defer C.free(unsafe.Pointer(name))
 		ptr := func(p []byte) *C.char { return (*C.char)(unsafe.Pointer(unsafe.SliceData(p))) }
 		return C.lsd_swap(io, op, name, ptr(old), C.size_t(len(old)),
 			ptr(attr), C.size_t(len(attr)), ptr(data), C.size_t(len(data)))
 	}, nil)
+}
+
+// blocklist adds a client to the cluster's blocklist. It blocks.
+func (c *cluster) blocklist(addr string, d time.Duration) int {
+	name := C.CString(addr)
+	defer C.free(unsafe.Pointer(name))
+	return int(C.rados_blocklist_add(C.rados_t(c.conn.Cluster()), name, C.uint32_t(d/time.Second)))
 }
 
 // bytesAt returns the n bytes at p, which are C's.

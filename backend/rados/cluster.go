@@ -47,8 +47,9 @@ type clusterKey struct{ conf, id string }
 type cluster struct {
 	key      clusterKey
 	users    int           // guarded by Clusters.mu
-	ready    chan struct{} // closed when conn and err are set
+	ready    chan struct{} // closed when conn, addr and err are set
 	conn     *rados.Conn
+	addr     string // names the connection to others; "" if that is not known
 	err      error
 	slots    chan struct{} // of operations in flight
 	blocking chan struct{} // of blocking calls in flight
@@ -76,7 +77,11 @@ func (cs *Clusters) acquire(ctx context.Context, key clusterKey) (*cluster, erro
 		c.users++ // connect itself
 		go func() {
 			defer cs.release(c)
-			c.conn, c.err = connect(key)
+			if c.conn, c.err = connect(key); c.err == nil {
+				if addrs, err := c.conn.GetAddrs(); err == nil {
+					c.addr = clientAddr(addrs)
+				}
+			}
 			close(c.ready)
 		}()
 	}
@@ -118,6 +123,15 @@ func (cs *Clusters) release(c *cluster) {
 	cs.mu.Unlock()
 	if last && c.conn != nil {
 		c.conn.Shutdown()
+	}
+}
+
+// forget keeps c, which is of no use any more, from whoever comes next.
+func (cs *Clusters) forget(c *cluster) {
+	cs.mu.Lock()
+	defer cs.mu.Unlock()
+	if cs.m[c.key] == c {
+		delete(cs.m, c.key)
 	}
 }
 

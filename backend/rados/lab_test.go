@@ -11,7 +11,6 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"runtime"
 	"strings"
 	"sync"
 	"testing"
@@ -22,41 +21,10 @@ import (
 	"github.com/lsd-ceph/lsd/backend"
 	"github.com/lsd-ceph/lsd/backend/rados"
 	"github.com/lsd-ceph/lsd/backend/storetest"
+	"github.com/lsd-ceph/lsd/internal/cephtest"
 )
 
-// lab is where the cluster lives, if this test made it.
-var lab string
-
-// TestMain uses the cluster that CEPH_CONF names, or makes one.
-func TestMain(m *testing.M) {
-	os.Exit(func() int {
-		if os.Getenv("CEPH_CONF") == "" {
-			dir, err := os.MkdirTemp("", "lsd-ceph-")
-			if err != nil {
-				fmt.Fprintln(os.Stderr, err)
-				return 1
-			}
-			lab = dir
-			defer os.RemoveAll(dir)
-			defer script("down")
-			if err := script("up", "--store", "memstore", "--mon-port", "16790", "--mon-port2", "13301", "--osd-ports", "16850"); err != nil {
-				fmt.Fprintln(os.Stderr, "no cluster to test with:", err)
-				return 1
-			}
-			os.Setenv("CEPH_CONF", filepath.Join(dir, "ceph.conf"))
-		} else {
-			lab = filepath.Dir(os.Getenv("CEPH_CONF"))
-		}
-		return m.Run()
-	}())
-}
-
-func script(args ...string) error {
-	_, self, _, _ := runtime.Caller(0)
-	cmd := exec.Command(filepath.Join(filepath.Dir(self), "../../scripts/ceph"), append(args, "--dir", lab)...)
-	cmd.Stdout, cmd.Stderr = os.Stderr, os.Stderr
-	return cmd.Run()
-}
+func TestMain(m *testing.M) { os.Exit(cephtest.Main(m, 0)) }
 
 // ceph runs the command-line tool.
 func ceph(t *testing.T, args ...string) string {
@@ -270,34 +238,109 @@ func TestPoolDeleted(t *testing.T) {
 	}
 }
 
-func TestBlocklisted(t *testing.T) {
+// TestFence has one client shut another out. What the other one's connection has
+// under way fails; all stores on that connection come back by themselves, with a
+// connection of another name; a third client notices nothing.
+func TestFence(t *testing.T) {
 	u := place(t)
-	s := open(t, new(rados.Clusters), u)
-	defer s.Close()
-	if err := s.Put(context.Background(), "a", nil); err != nil {
-		t.Fatal(err)
+	var shared rados.Clusters
+	first, second := open(t, &shared, u), open(t, &shared, u)
+	defer first.Close()
+	defer second.Close()
+	by, other := open(t, new(rados.Clusters), u), open(t, new(rados.Clusters), u)
+	defer by.Close()
+	defer other.Close()
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	defer cancel()
+	old := first.Identity()
+	if old == "" || second.Identity() != old || by.Identity() == old || other.Identity() == by.Identity() {
+		t.Fatalf("identities %q %q of one connection, %q %q of two", old, second.Identity(), by.Identity(), other.Identity())
 	}
-	addrs, err := s.Addrs()
+	v, err := first.Swap(ctx, "m", backend.NoVersion, []byte("one"))
 	if err != nil {
 		t.Fatal(err)
 	}
-	// The first of a list such as [v2:ADDR:PORT/NONCE,...].
-	addr, _, _ := strings.Cut(strings.TrimPrefix(strings.Trim(addrs, "[]"), "v2:"), ",")
-	t.Logf("addresses %s", addrs)
-	ceph(t, "osd", "blocklist", "add", addr)
-	defer ceph(t, "osd", "blocklist", "rm", addr)
-	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
+	var wg sync.WaitGroup
+	for i := range 16 {
+		wg.Go(func() { // as it comes: before, or not at all
+			if err := first.Put(ctx, fmt.Sprintf("p/%d", i), storetest.Pattern(uint64(i), 4<<20)); err != nil {
+				storetest.WantError(t, "Put by a client that is being fenced", err, backend.ErrTemporary)
+			}
+		})
+	}
+	if err := by.Fence(ctx, old); err != nil {
+		t.Fatal(err)
+	}
+	defer ceph(t, "osd", "blocklist", "rm", old)
+	if !strings.Contains(ceph(t, "osd", "blocklist", "ls"), old) {
+		t.Errorf("%s is not blocklisted", old)
+	}
+	wg.Wait()
+	failed := 0
+	for _, s := range []*rados.Store{first, second} {
+		for {
+			_, err := s.Stat(ctx, "m")
+			if err == nil {
+				break
+			}
+			failed++
+			storetest.WantError(t, "Stat by a fenced client", err, backend.ErrTemporary)
+			if !strings.Contains(err.Error(), "blocklisted") {
+				t.Errorf("error %q does not say why", err)
+			}
+			time.Sleep(20 * time.Millisecond)
+		}
+		if now := s.Identity(); now == "" || now == old || now != first.Identity() {
+			t.Errorf("identity %q after %q: the stores should share a new connection", now, old)
+		}
+	}
+	if failed == 0 {
+		t.Error("nothing failed: the client was not shut out")
+	}
+	if _, err := first.Swap(ctx, "m", v, []byte("two")); err != nil {
+		t.Errorf("Swap over the new connection: %v", err)
+	}
+	if _, err := other.Stat(ctx, "m"); err != nil {
+		t.Errorf("a client that nobody fenced: %v", err)
+	}
+	if err := by.Put(ctx, "q", nil); err != nil {
+		t.Errorf("the client that fenced: %v", err)
+	}
+}
+
+// TestFenceLate closes a store whose connection is being replaced.
+func TestFenceLate(t *testing.T) {
+	u := place(t)
+	s, by := open(t, new(rados.Clusters), u), open(t, new(rados.Clusters), u)
+	defer by.Close()
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 	defer cancel()
+	old := s.Identity()
+	if err := by.Fence(ctx, old); err != nil {
+		t.Fatal(err)
+	}
+	defer ceph(t, "osd", "blocklist", "rm", old)
 	for {
-		_, err := s.Stat(ctx, "a")
-		if err == nil {
-			continue
+		if _, err := s.Stat(ctx, "m"); !errors.Is(err, backend.ErrNotFound) {
+			storetest.WantError(t, "Stat by a fenced client", err, backend.ErrTemporary)
+			break
 		}
-		storetest.WantError(t, "Stat by a blocklisted client", err, backend.ErrPermanent)
-		if !strings.Contains(err.Error(), "blocklisted") {
-			t.Errorf("error %q does not say why", err)
-		}
-		break
+	}
+	began := time.Now()
+	if err := s.Close(); err != nil || time.Since(began) > 4*time.Second {
+		t.Errorf("Close: %v after %v", err, time.Since(began))
+	}
+}
+
+func TestFenceErrors(t *testing.T) {
+	s := open(t, new(rados.Clusters), place(t))
+	defer s.Close()
+	for _, bad := range []string{"", "x", "10.0.0.1", "10.0.0.1:0", "10.0.0.1/7", "10.0.0.1:0/x", "10.0.0.1:0/-1", "10.0.0.1:0/7\",\"x", "[fe80::1%eth0]:0/7"} {
+		err := s.Fence(context.Background(), bad)
+		storetest.WantError(t, fmt.Sprintf("Fence(%q)", bad), err, backend.ErrPermanent)
+	}
+	if l := ceph(t, "osd", "blocklist", "ls"); strings.Contains(l, "10.0.0.1") {
+		t.Errorf("blocklisted: %s", l)
 	}
 }
 
@@ -317,14 +360,14 @@ func TestPaused(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := script("pause"); err != nil {
+	if err := cephtest.Script("pause"); err != nil {
 		t.Fatal(err)
 	}
 	resumed := false
 	resume := func() {
 		if !resumed {
 			resumed = true
-			if err := script("resume"); err != nil {
+			if err := cephtest.Script("resume"); err != nil {
 				t.Error(err)
 			}
 		}
@@ -430,7 +473,7 @@ func TestOSDCrash(t *testing.T) {
 		for range 2 {
 			time.Sleep(time.Second)
 			for _, command := range []string{"kill-osd", "start-osd"} {
-				if err := script(command); err != nil {
+				if err := cephtest.Script(command); err != nil {
 					t.Error(err)
 				}
 			}
@@ -439,7 +482,7 @@ func TestOSDCrash(t *testing.T) {
 		t.Log("memstore: the OSD is paused, not killed")
 		for _, command := range []string{"pause", "resume"} {
 			time.Sleep(time.Second)
-			if err := script(command); err != nil {
+			if err := cephtest.Script(command); err != nil {
 				t.Error(err)
 			}
 		}

@@ -28,8 +28,6 @@ import (
 	"syscall"
 	"time"
 
-	"github.com/ceph/go-ceph/rados"
-
 	"github.com/lsd-ceph/lsd/backend"
 )
 
@@ -38,12 +36,17 @@ const oidPrefix = "lsd."
 
 // A Store is a handle on a store in a pool.
 type Store struct {
-	clusters *Clusters
-	cluster  *cluster
-	pool     string
-	poolID   int64
-	ioctx    *rados.IOContext
-	running  sync.WaitGroup // operations, also those that nobody waits for
+	clusters        *Clusters
+	key             clusterKey
+	pool, namespace string
+
+	ctx        context.Context // ends with the store
+	cancel     context.CancelFunc
+	background sync.WaitGroup // making a new link
+
+	mu       sync.Mutex
+	link     *link // guarded by mu
+	renewing bool  // guarded by mu: link is dead, and another one in the making
 }
 
 var _ backend.Store = (*Store)(nil)
@@ -52,15 +55,13 @@ var _ backend.Store = (*Store)(nil)
 // namespace does by being named. It fails with ErrPermanent when configuration,
 // key or pool are missing, and with ErrTemporary when no monitor answers.
 func (cs *Clusters) Open(ctx context.Context, u backend.URL) (*Store, error) {
-	c, err := cs.acquire(ctx, clusterKey{u.Conf, u.ID})
+	s := &Store{clusters: cs, key: clusterKey{u.Conf, u.ID}, pool: u.Pool, namespace: u.Namespace}
+	l, err := cs.openLink(ctx, s.key, s.pool, s.namespace)
 	if err != nil {
 		return nil, openFailed(ctx, u, err)
 	}
-	s := &Store{clusters: cs, cluster: c, pool: u.Pool}
-	if err := s.openPool(ctx, u.Namespace); err != nil {
-		cs.release(c)
-		return nil, openFailed(ctx, u, err)
-	}
+	s.link = l
+	s.ctx, s.cancel = context.WithCancel(context.WithoutCancel(ctx))
 	return s, nil
 }
 
@@ -78,70 +79,22 @@ func openFailed(ctx context.Context, u backend.URL, err error) error {
 	return e
 }
 
-// openPool sets ioctx and poolID. It may have to ask the monitors, which
-// blocks: when ctx ends, what is under way keeps the connection until it is
-// through.
-func (s *Store) openPool(ctx context.Context, namespace string) error {
-	select {
-	case s.cluster.blocking <- struct{}{}:
-	case <-ctx.Done():
-		return ctx.Err()
-	}
-	var ioctx *rados.IOContext
-	var err error
-	done := make(chan struct{})
-	s.clusters.retain(s.cluster)
-	go func() {
-		defer s.clusters.release(s.cluster)
-		defer func() { <-s.cluster.blocking }()
-		ioctx, err = s.cluster.conn.OpenIOContext(s.pool)
-		select {
-		case done <- struct{}{}:
-		case <-ctx.Done():
-			if err == nil {
-				ioctx.Destroy()
-			}
-		}
-	}()
-	select {
-	case <-done:
-	case <-ctx.Done():
-		return ctx.Err()
-	}
-	if errorCode(err) == -int(syscall.ENOENT) {
-		return permanent("no such pool: %s; create it with: ceph osd pool create %s", s.pool, s.pool)
-	}
-	if err != nil {
-		return err
-	}
-	ioctx.SetNamespace(namespace)
-	s.ioctx = ioctx
-	s.poolID = ioctx.GetPoolID()
-	return nil
-}
-
 // Close implements backend.Store. The connection ends with the last store that
 // uses it. Operations that were abandoned keep both for as long as they take,
 // of which Close waits for a few seconds.
 func (s *Store) Close() error {
+	s.cancel()
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
-		s.running.Wait()
-		s.ioctx.Destroy()
-		s.clusters.release(s.cluster)
+		s.background.Wait()
+		s.link.close(s.clusters) // nobody else is there any more
 	}()
 	select {
 	case <-done:
 	case <-time.After(closeTimeout):
 	}
 	return nil
-}
-
-// Addrs returns the addresses of the store's connection, as ceph osd blocklist
-// takes them: what is blocklisted can do nothing to the cluster any more.
-func (s *Store) Addrs() (string, error) {
-	return s.cluster.conn.GetAddrs()
 }
 
 // begin returns the error that a call ends with before it does anything: bad
@@ -156,13 +109,16 @@ func begin(ctx context.Context, op, key string, bad error) error {
 	return nil
 }
 
-// end returns the error of a call whose operation returned ret and err.
-func (s *Store) end(op, key string, ret int, err error) error {
+// end returns the error of a call whose operation, on l, returned ret and err.
+func (s *Store) end(l *link, op, key string, ret int, err error) error {
 	if err != nil {
 		return fmt.Errorf("%s %s: %w", op, key, err) // the context's
 	}
 	if ret >= 0 {
 		return nil
+	}
+	if syscall.Errno(-ret) == syscall.ESHUTDOWN {
+		s.shutOut(l)
 	}
 	e := &backend.Error{Op: op, Key: key, Class: class(ret), Cause: errnoOf(ret)}
 	if e.Class != backend.ErrNotFound {
@@ -170,7 +126,7 @@ func (s *Store) end(op, key string, ret int, err error) error {
 	}
 	// librados says the same when the whole pool is gone. Its own copy of the
 	// map tells; this does not ask the cluster.
-	if _, err := s.cluster.conn.GetPoolByID(s.poolID); err != nil {
+	if _, err := l.cluster.conn.GetPoolByID(l.poolID); err != nil {
 		e.Class, e.Cause = backend.ErrPermanent, fmt.Errorf("pool %s was deleted", s.pool)
 	}
 	return e
@@ -185,11 +141,11 @@ func class(ret int) error {
 		return backend.ErrExists
 	case syscall.EPERM, syscall.EACCES, syscall.EROFS, // of the client
 		syscall.EINVAL, syscall.ERANGE, syscall.EDOM, syscall.EOPNOTSUPP,
-		syscall.E2BIG, syscall.EFBIG, syscall.EMSGSIZE, syscall.ENAMETOOLONG,
-		syscall.ESHUTDOWN: // blocklisted: nothing goes through until a new connection
+		syscall.E2BIG, syscall.EFBIG, syscall.EMSGSIZE, syscall.ENAMETOOLONG:
 		return backend.ErrPermanent
 	}
-	// ETIMEDOUT, ENOSPC, EDQUOT, EAGAIN, EBUSY, EIO and whatever else may pass.
+	// ETIMEDOUT, ENOSPC, EDQUOT, EAGAIN, EBUSY, EIO and whatever else may pass; so
+	// does ESHUTDOWN, blocklisted, with the next connection.
 	return backend.ErrTemporary
 }
 
@@ -198,8 +154,10 @@ func (s *Store) Put(ctx context.Context, key string, data []byte) error {
 	if err := begin(ctx, "put", key, backend.CheckPut(key, len(data))); err != nil {
 		return err
 	}
-	ret, err := s.put(ctx, oidPrefix+key, data)
-	return s.end("put", key, ret, err)
+	l := s.use()
+	defer l.running.Done()
+	ret, err := l.put(ctx, oidPrefix+key, data)
+	return s.end(l, "put", key, ret, err)
 }
 
 // Get implements backend.Store.
@@ -207,14 +165,16 @@ func (s *Store) Get(ctx context.Context, key string, p []byte, off int64) (int, 
 	if err := begin(ctx, "get", key, backend.CheckGet(key, off)); err != nil {
 		return 0, err
 	}
+	l := s.use()
+	defer l.running.Done()
 	if len(p) == 0 || off >= backend.MaxObject {
 		// To the cluster, a read of no bytes is one of all.
-		_, ret, err := s.stat(ctx, oidPrefix+key)
-		return 0, s.end("get", key, ret, err)
+		_, ret, err := l.stat(ctx, oidPrefix+key)
+		return 0, s.end(l, "get", key, ret, err)
 	}
 	p = p[:min(int64(len(p)), backend.MaxObject-off)]
-	ret, err := s.get(ctx, oidPrefix+key, p, off)
-	if err := s.end("get", key, ret, err); err != nil {
+	ret, err := l.get(ctx, oidPrefix+key, p, off)
+	if err := s.end(l, "get", key, ret, err); err != nil {
 		return 0, err
 	}
 	return min(ret, len(p)), nil
@@ -225,8 +185,10 @@ func (s *Store) Stat(ctx context.Context, key string) (int64, error) {
 	if err := begin(ctx, "stat", key, backend.CheckKey(key)); err != nil {
 		return 0, err
 	}
-	size, ret, err := s.stat(ctx, oidPrefix+key)
-	return size, s.end("stat", key, ret, err)
+	l := s.use()
+	defer l.running.Done()
+	size, ret, err := l.stat(ctx, oidPrefix+key)
+	return size, s.end(l, "stat", key, ret, err)
 }
 
 // Delete implements backend.Store.
@@ -234,8 +196,10 @@ func (s *Store) Delete(ctx context.Context, key string) error {
 	if err := begin(ctx, "delete", key, backend.CheckKey(key)); err != nil {
 		return err
 	}
-	ret, err := s.remove(ctx, oidPrefix+key)
-	return s.end("delete", key, ret, err)
+	l := s.use()
+	defer l.running.Done()
+	ret, err := l.remove(ctx, oidPrefix+key)
+	return s.end(l, "delete", key, ret, err)
 }
 
 // List implements backend.Store. It goes through all objects of the pool's
@@ -244,27 +208,29 @@ func (s *Store) List(ctx context.Context, prefix string, fn func(key string) err
 	if err := begin(ctx, "list", prefix, backend.CheckPrefix(prefix)); err != nil {
 		return err
 	}
+	l := s.use()
+	defer l.running.Done()
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	select {
-	case s.cluster.blocking <- struct{}{}:
+	case l.cluster.blocking <- struct{}{}:
 	case <-ctx.Done():
-		return s.end("list", prefix, 0, ctx.Err())
+		return s.end(l, "list", prefix, 0, ctx.Err())
 	}
 	keys := make(chan string, 100)
 	result := make(chan error, 1)
-	s.running.Add(1)
+	l.running.Add(1)
 	go func() {
-		defer s.running.Done()
-		defer func() { <-s.cluster.blocking }()
-		result <- s.iterate(ctx, prefix, keys)
+		defer l.running.Done()
+		defer func() { <-l.cluster.blocking }()
+		result <- l.iterate(ctx, prefix, keys)
 		close(keys)
 	}()
 	for {
 		select {
 		case key, ok := <-keys:
 			if !ok {
-				return s.listEnd(prefix, <-result)
+				return s.listEnd(l, prefix, <-result)
 			}
 			if err := begin(ctx, "list", prefix, nil); err != nil {
 				return err
@@ -273,15 +239,15 @@ func (s *Store) List(ctx context.Context, prefix string, fn func(key string) err
 				return err
 			}
 		case <-ctx.Done():
-			return s.end("list", prefix, 0, ctx.Err())
+			return s.end(l, "list", prefix, 0, ctx.Err())
 		}
 	}
 }
 
 // iterate sends the keys that begin with prefix. It blocks in librados where
 // ctx does not reach it.
-func (s *Store) iterate(ctx context.Context, prefix string, keys chan<- string) error {
-	it, err := s.ioctx.Iter()
+func (l *link) iterate(ctx context.Context, prefix string, keys chan<- string) error {
+	it, err := l.ioctx.Iter()
 	if err != nil {
 		return err
 	}
@@ -300,11 +266,11 @@ func (s *Store) iterate(ctx context.Context, prefix string, keys chan<- string) 
 	return it.Err()
 }
 
-func (s *Store) listEnd(prefix string, err error) error {
+func (s *Store) listEnd(l *link, prefix string, err error) error {
 	if code := errorCode(err); code < 0 {
-		return s.end("list", prefix, code, nil)
+		return s.end(l, "list", prefix, code, nil)
 	}
-	return s.end("list", prefix, 0, err)
+	return s.end(l, "list", prefix, 0, err)
 }
 
 // The attribute of a mutable object: format version, random bytes, CRC32C.
@@ -347,9 +313,11 @@ func (s *Store) Load(ctx context.Context, key string) ([]byte, backend.Version, 
 	if err := begin(ctx, "load", key, backend.CheckKey(key)); err != nil {
 		return nil, backend.NoVersion, err
 	}
+	l := s.use()
+	defer l.running.Done()
 	for room := firstRoom; ; {
-		data, attr, size, ret, err := s.load(ctx, oidPrefix+key, room)
-		if err := s.end("load", key, ret, err); err != nil {
+		data, attr, size, ret, err := l.load(ctx, oidPrefix+key, room)
+		if err := s.end(l, "load", key, ret, err); err != nil {
 			return nil, backend.NoVersion, err
 		}
 		if size > uint64(room) && size <= backend.MaxMutable {
@@ -368,14 +336,16 @@ func (s *Store) Swap(ctx context.Context, key string, old backend.Version, data 
 	if err := begin(ctx, "swap", key, backend.CheckSwap(key, len(data))); err != nil {
 		return backend.NoVersion, err
 	}
+	l := s.use()
+	defer l.running.Done()
 	conflict := &backend.Error{Op: "swap", Key: key, Class: backend.ErrConflict}
 	oldAttr, err := hex.DecodeString(string(old))
 	if err != nil || old != backend.NoVersion && len(oldAttr) != attrSize {
 		return backend.NoVersion, conflict // no object has such a version
 	}
 	attr := newAttr(data)
-	ret, err := s.swap(ctx, oidPrefix+key, oldAttr, attr, data)
-	err = s.end("swap", key, ret, err)
+	ret, err := l.swap(ctx, oidPrefix+key, oldAttr, attr, data)
+	err = s.end(l, "swap", key, ret, err)
 	if err == nil {
 		return backend.Version(hex.EncodeToString(attr)), nil
 	}

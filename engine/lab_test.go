@@ -1,0 +1,83 @@
+//go:build lab
+
+package engine
+
+import (
+	"context"
+	"os"
+	"testing"
+	"time"
+
+	"github.com/google/uuid"
+	"github.com/lsd-ceph/lsd/backend"
+	"github.com/lsd-ceph/lsd/backend/rados"
+	"github.com/lsd-ceph/lsd/internal/cephtest"
+)
+
+func TestMain(m *testing.M) { os.Exit(cephtest.Main(m, 100)) }
+
+// newRADOS returns a function that opens a new, empty store by a connection of
+// its own each time, as another host does.
+func newRADOS(t *testing.T) func() backend.Store {
+	u := backend.URL{Scheme: backend.SchemeRADOS, Pool: "rbd", Namespace: "engine-" + uuid.NewString()}
+	return func() backend.Store {
+		ctx, stop := context.WithTimeout(context.Background(), time.Minute)
+		defer stop()
+		st, err := new(rados.Clusters).Open(ctx, u)
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { st.Close() })
+		return st
+	}
+}
+
+// TestRADOSPausedHostIsFenced is TestPausedHostIsFenced on a real cluster, where
+// the paused host's client is blocklisted too.
+func TestRADOSPausedHostIsFenced(t *testing.T) { pausedHostIsFenced(t, newRADOS(t)) }
+
+// TestRADOSNeighbourGoesOn: two images share a connection. One is taken by
+// another host while this one is paused, which blocklists the connection: the
+// image is fenced, and the other one goes on by itself.
+func TestRADOSNeighbourGoesOn(t *testing.T) {
+	open := newRADOS(t)
+	st := open()
+	taken, err := Create(context.Background(), st, "taken", CreateOptions{Size: 64 << 20, ObjectSize: MinObjectSize})
+	if err != nil {
+		t.Fatal(err)
+	}
+	kept := newImageIn(t, st)
+	a, n := newHost(t, "alpha", st, 1), newHost(t, "alpha", st, 2)
+	for h, id := range map[*host]uuid.UUID{a: taken, n: kept} {
+		if err := h.open(id, false); err != nil {
+			t.Fatal(err)
+		}
+		h.mustWrite(1, 1)
+	}
+	old := st.(backend.Fencer).Identity()
+	b := newHost(t, "beta", open(), 3)
+	if err := b.open(taken, true); err != nil { // alpha is paused meanwhile
+		t.Fatal(err)
+	}
+	b.mustWrite(1, 2)
+	for _, h := range []*host{a, n} {
+		h.env.now += 11 * time.Second
+	}
+	n.im.Destage(func(error) {})
+	for deadline := time.Now().Add(30 * time.Second); a.im.state != Fenced || n.im.accepted.seq == 0; time.Sleep(10 * time.Millisecond) {
+		a.run(time.Second)
+		n.run(time.Second)
+		if time.Now().After(deadline) {
+			t.Fatalf("the image that was taken is %v, the other one has %+v", a.im.state, n.im.Stats())
+		}
+	}
+	if now := st.(backend.Fencer).Identity(); now == old {
+		t.Error("the connection was not shut out: this tests nothing")
+	}
+	n.mustWrite(2, 2)
+	n.mustRead(1, 1)
+	if s := n.im.Stats(); s.State != "active" || s.ReadErrors != 0 {
+		t.Errorf("the other image: %+v", s)
+	}
+	b.mustRead(1, 2)
+}
