@@ -10,6 +10,7 @@ import (
 
 	"github.com/lsd-ceph/lsd/backend"
 	"github.com/lsd-ceph/lsd/internal/api"
+	"github.com/lsd-ceph/lsd/internal/bytesize"
 	"github.com/spf13/cobra"
 )
 
@@ -27,7 +28,7 @@ func ask(ctx context.Context, fn func(context.Context) error) error {
 
 func (a *app) addCommand() *cobra.Command {
 	var q api.AttachRequest
-	var logSize, logMemory, nullSize size
+	var logSize, logMemory, nullSize bytesize.Size
 	cmd := &cobra.Command{
 		Use:   "add STORE/IMAGE",
 		Short: "Attach an image as a block device, and print its path",
@@ -157,9 +158,9 @@ func (a *app) listCommand() *cobra.Command {
 				row("DEVICE", "IMAGE", "SIZE", "DIRTY", "READ/S", "WRITE/S", "STATE")
 				for _, i := range list {
 					if s := i.Stats; s != nil {
-						row(i.Device, i.URL, human(i.Size), human(s.Dirty), fmt.Sprintf("%.0f", s.ReadIOPS), fmt.Sprintf("%.0f", s.WriteIOPS), i.State)
+						row(i.Device, i.URL, bytesize.Human(i.Size), bytesize.Human(s.Dirty), fmt.Sprintf("%.0f", s.ReadIOPS), fmt.Sprintf("%.0f", s.WriteIOPS), i.State)
 					} else {
-						row(i.Device, i.URL, human(i.Size), "-", "-", "-", i.State)
+						row(i.Device, i.URL, bytesize.Human(i.Size), "-", "-", "-", i.State)
 					}
 				}
 			})
@@ -223,7 +224,7 @@ func (a *app) printStatus(im api.Image) error {
 		if im.Error != "" {
 			row("why", im.Error)
 		}
-		row("size", fmt.Sprintf("%s, blocks of %d bytes", human(im.Size), im.BlockSize))
+		row("size", fmt.Sprintf("%s, blocks of %d bytes", bytesize.Human(im.Size), im.BlockSize))
 		if im.Restarts > 0 {
 			row("reactor", fmt.Sprintf("replaced %d times", im.Restarts))
 		}
@@ -239,16 +240,16 @@ func (a *app) printStatus(im api.Image) error {
 func printStats(row func(...any), im api.Image) {
 	s := im.Stats
 	if !im.ReadOnly {
-		row("write log", fmt.Sprintf("%s of %s used (%d%%), %s", human(s.LogUsed), human(s.LogSize), s.LogUsed*100/max(s.LogSize, 1), im.Log))
+		row("write log", fmt.Sprintf("%s of %s used (%d%%), %s", bytesize.Human(s.LogUsed), bytesize.Human(s.LogSize), s.LogUsed*100/max(s.LogSize, 1), im.Log))
 		if s.LogError != "" {
 			row("log error", s.LogError)
 		}
-		row("dirty", fmt.Sprintf("%s not in the store yet, the oldest for %.1f s", human(s.Dirty), s.Lag))
-		row("destage", fmt.Sprintf("%d objects under way, %d waiting; %d objects, %s since it was opened", s.Puts, s.Queued, s.PutCount, human(s.PutBytes)))
+		row("dirty", fmt.Sprintf("%s not in the store yet, the oldest for %.1f s", bytesize.Human(s.Dirty), s.Lag))
+		row("destage", fmt.Sprintf("%d objects under way, %d waiting; %d objects, %s since it was opened", s.Puts, s.Queued, s.PutCount, bytesize.Human(s.PutBytes)))
 		row("ownership", fmt.Sprintf("epoch %d, lease good for %.0f s", s.Epoch, s.LeaseLeft))
 	}
 	row("in flight", fmt.Sprintf("%d writes and flushes, %d more wait for room in the log", s.InFlight, s.Waiting))
-	row("requests", fmt.Sprintf("%d reads (%s), %d writes (%s), %d flushes, %d discards", s.Reads, human(s.ReadBytes), s.Writes, human(s.WriteByts), s.Flushes, s.Discards))
+	row("requests", fmt.Sprintf("%d reads (%s), %d writes (%s), %d flushes, %d discards", s.Reads, bytesize.Human(s.ReadBytes), s.Writes, bytesize.Human(s.WriteByts), s.Flushes, s.Discards))
 	row("rate", fmt.Sprintf("%.0f reads/s, %.0f writes/s", s.ReadIOPS, s.WriteIOPS))
 	errs := fmt.Sprintf("%d of the store (tried again), %d reads failed", s.StoreErrors, s.ReadErrors)
 	if s.LastStoreError != "" {

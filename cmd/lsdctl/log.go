@@ -15,6 +15,7 @@ import (
 	"github.com/lsd-ceph/lsd/cache/writelog"
 	"github.com/lsd-ceph/lsd/engine"
 	"github.com/lsd-ceph/lsd/internal/api"
+	"github.com/lsd-ceph/lsd/internal/bytesize"
 	"github.com/lsd-ceph/lsd/internal/daemon"
 	"github.com/spf13/cobra"
 )
@@ -73,7 +74,7 @@ that are named. Logs that are in use are not read.`,
 			return a.table(func(row func(...any)) {
 				row("LOG", "SIZE", "IMAGE", "EPOCH", "RECORDS", "DATA", "STATE")
 				for _, l := range list {
-					row(l.Path, human(uint64(l.Size)), orDash(l.Image), l.Epoch, l.Records, human(l.Data), l.State)
+					row(l.Path, bytesize.Human(uint64(l.Size)), orDash(l.Image), l.Epoch, l.Records, bytesize.Human(l.Data), l.State)
 				}
 			})
 		},

@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/lsd-ceph/lsd/internal/api"
+	"github.com/lsd-ceph/lsd/internal/bytesize"
 	"golang.org/x/sys/unix"
 )
 
@@ -43,7 +44,7 @@ func (g *progress) show(p api.Progress) {
 	g.last = now
 	text := p.What
 	if p.Total > 0 {
-		text = fmt.Sprintf("%s: %s of %s, %d%%", p.What, human(p.Done), human(p.Total), p.Done*100/p.Total)
+		text = fmt.Sprintf("%s: %s of %s, %d%%", p.What, bytesize.Human(p.Done), bytesize.Human(p.Total), p.Done*100/p.Total)
 	}
 	if !g.tty {
 		fmt.Fprintln(g.w, text)

@@ -11,6 +11,7 @@ import (
 	"github.com/lsd-ceph/lsd/backend/open"
 	"github.com/lsd-ceph/lsd/engine"
 	"github.com/lsd-ceph/lsd/internal/api"
+	"github.com/lsd-ceph/lsd/internal/bytesize"
 	"github.com/spf13/cobra"
 )
 
@@ -27,7 +28,7 @@ func timedOut(u backend.URL, err error) error {
 
 func (a *app) createCommand() *cobra.Command {
 	var o engine.CreateOptions
-	bytes, block, object := size(0), size(4096), size(engine.DefaultObjectSize)
+	bytes, block, object := bytesize.Size(0), bytesize.Size(4096), bytesize.Size(engine.DefaultObjectSize)
 	cmd := &cobra.Command{
 		Use:   "create STORE/IMAGE --size SIZE",
 		Short: "Make an empty image",
@@ -84,7 +85,7 @@ func (a *app) create(ctx context.Context, url string, o engine.CreateOptions) er
 	if made {
 		fmt.Fprintf(a.out, "made the store %s\n", u)
 	}
-	fmt.Fprintf(a.out, "made %s of %s: attach it with lsdctl add %s\n", u.Image(name), human(o.Size), u.Image(name))
+	fmt.Fprintf(a.out, "made %s of %s: attach it with lsdctl add %s\n", u.Image(name), bytesize.Human(o.Size), u.Image(name))
 	return nil
 }
 
@@ -162,7 +163,7 @@ func (a *app) printImages(list []listed) error {
 			if i.Owner != nil {
 				owner = i.Owner.Host
 			}
-			row(i.Name, human(i.Size), i.BlockSize, i.Created.Local().Format(time.DateTime), owner)
+			row(i.Name, bytesize.Human(i.Size), i.BlockSize, i.Created.Local().Format(time.DateTime), owner)
 		}
 	})
 }
@@ -209,9 +210,9 @@ func (a *app) printInfo(u backend.URL, i engine.Info) error {
 	return a.table(func(row func(...any)) {
 		row("image", u.Image(i.Name))
 		row("id", i.ID)
-		row("size", fmt.Sprintf("%s (%d bytes)", human(i.Size), i.Size))
+		row("size", fmt.Sprintf("%s (%d bytes)", bytesize.Human(i.Size), i.Size))
 		row("block size", i.BlockSize)
-		row("object size", human(uint64(i.ObjectSize)))
+		row("object size", bytesize.Human(uint64(i.ObjectSize)))
 		row("created", i.Created.Local().Format(time.DateTime))
 		row("epoch", i.Epoch)
 		if i.Owner == nil {

@@ -1,4 +1,5 @@
-package main
+// Package bytesize reads and writes sizes as people do: 4K, 20G, 1.5 GiB.
+package bytesize
 
 import (
 	"fmt"
@@ -11,12 +12,12 @@ import (
 // units are the suffixes of sizes, each 1024 times the one before.
 const units = "KMGTPE"
 
-// A size is a number of bytes, as a flag: 512, 4K, 1.5G, 20GiB. Units are powers
+// A Size is a number of bytes, as a flag: 512, 4K, 1.5G, 20GiB. Units are powers
 // of 1024.
-type size uint64
+type Size uint64
 
 // String implements pflag.Value; it is the shortest that Set takes.
-func (s *size) String() string {
+func (s *Size) String() string {
 	v, unit := uint64(*s), ""
 	for i := 0; i < len(units) && v != 0 && v%1024 == 0; i++ {
 		v /= 1024
@@ -26,20 +27,20 @@ func (s *size) String() string {
 }
 
 // Type implements pflag.Value.
-func (s *size) Type() string { return "size" }
+func (s *Size) Type() string { return "size" }
 
 // Set implements pflag.Value.
-func (s *size) Set(text string) error {
-	v, err := parseSize(text)
+func (s *Size) Set(text string) error {
+	v, err := Parse(text)
 	if err != nil {
 		return err
 	}
-	*s = size(v)
+	*s = Size(v)
 	return nil
 }
 
-// parseSize parses a size; the error tells the rule.
-func parseSize(text string) (uint64, error) {
+// Parse parses a size; the error tells the rule.
+func Parse(text string) (uint64, error) {
 	bad := fmt.Errorf("%q is not a size: write 512, 4K, 20G or 1T (units of 1024)", text)
 	num, shift := text, 0
 	if up := strings.ToUpper(text); up != "" {
@@ -86,8 +87,8 @@ func lastByte(s string) byte {
 	return s[len(s)-1]
 }
 
-// human returns a size for people, to three digits.
-func human(n uint64) string {
+// Human returns a size for people, to three digits.
+func Human(n uint64) string {
 	if n < 1024 {
 		return fmt.Sprintf("%d B", n)
 	}
