@@ -45,6 +45,8 @@ unit: ## unit tests with the race detector, simulation and fuzz seeds included
 	@echo "== simulation"
 	go test $(GOFLAGS_LINK) -tags invariants -timeout 15m -run 'Crashes|Replays' ./engine ./cache/writelog
 	$(MAKE) sim SEEDS=3000
+	@echo "== what a hundred images cost"
+	go test $(GOFLAGS_LINK) -count=1 -run 'Hundred|Hung' -v ./internal/daemon
 
 .PHONY: lab
 lab: ## the stores' conformance suite, and fencing, on a real Ceph cluster

@@ -93,7 +93,8 @@ func TestOwnerThatRenewsAtTheLastMoment(t *testing.T) {
 		b.others = []*host{a}
 	}}
 	released := false
-	a.env.AfterFunc(40*time.Second, func() { stuck.Set(false); released = true })
+	// Before alpha gives up what it cannot put.
+	a.env.AfterFunc(15*time.Second, func() { stuck.Set(false); released = true })
 	if err := b.open(id, true); err != nil {
 		t.Fatal(err)
 	}

@@ -26,6 +26,14 @@ func (c *sumCache) init() {
 	c.held, c.order = map[objectRef]*list.Element{}, list.New()
 }
 
+// clear lets go of all of them.
+func (c *sumCache) clear() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.held, c.count = map[objectRef]*list.Element{}, 0
+	c.order.Init()
+}
+
 // get returns the checksums of an object's blocks, which do not change, or nil.
 func (c *sumCache) get(ref objectRef) []uint32 {
 	c.mu.Lock()

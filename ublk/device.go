@@ -234,6 +234,30 @@ func (d *Device) open(ctx context.Context) error {
 	return nil
 }
 
+// Rest gives the memory of the request buffers back while no request is under
+// way; they take memory again as requests come. It is called on the reactor. It
+// does nothing, and reports false, when a request is there or may be.
+//
+// The kernel puts a write's data into its buffer before it completes the fetch,
+// and takes a read's out of it when it is told the result. With a ring that is
+// still both have happened. Kernels before 6.5 can also do the first on the way
+// back from any other system call, so the memory stays there; USER_COPY is as old
+// as that change.
+func (d *Device) Rest() (bool, error) {
+	if d.ring == nil || !d.ring.Still() {
+		return false, nil
+	}
+	for i := range d.tags {
+		if d.tags[i].busy {
+			return false, nil
+		}
+	}
+	if !d.c.features.Has(FeatureUserCopy) {
+		return true, nil
+	}
+	return true, d.mem.Release()
+}
+
 // ID returns the device's number.
 func (d *Device) ID() int { return d.info.ID }
 

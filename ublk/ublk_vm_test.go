@@ -376,6 +376,41 @@ func TestVMVerify(t *testing.T) {
 	}
 }
 
+// TestVMRest takes the buffers' memory away again and again, whenever no request
+// is under way, while requests come and go: none may lose its data.
+func TestVMRest(t *testing.T) {
+	c := openControl(t)
+	m := &ram{data: make([]byte, 64<<20)}
+	d := start(t, c, Params{SizeBytes: uint64(len(m.data)), Depth: 8}, m)
+	var rests, busy atomic.Int64
+	var failed atomic.Pointer[error]
+	var again func()
+	again = func() {
+		switch ok, err := d.Rest(); {
+		case err != nil:
+			failed.Store(&err)
+			return
+		case ok:
+			rests.Add(1)
+		default:
+			busy.Add(1)
+		}
+		d.reactor.Post(again)
+	}
+	d.reactor.Post(again)
+	for _, depth := range []string{"1", "4"} {
+		fio(t, d.Path(), "--ioengine=libaio", "--rw=randwrite", "--bssplit=4k/60:64k/30:1m/10", "--size=64m", "--iodepth="+depth,
+			"--verify=crc32c", "--verify_fatal=1", "--verify_state_save=0")
+	}
+	if err := failed.Load(); err != nil {
+		t.Error(*err)
+	}
+	if rests.Load() < 100 {
+		t.Errorf("the memory was taken %d times (%d times there was a request): this tests nothing", rests.Load(), busy.Load())
+	}
+	t.Logf("the memory was taken %d times, and %d times there was a request", rests.Load(), busy.Load())
+}
+
 func TestVMDiscard(t *testing.T) {
 	m := &ram{data: bytes.Repeat([]byte{0xa5}, 16<<20)}
 	d := start(t, openControl(t), Params{SizeBytes: 16 << 20, MaxDiscardBytes: 4 << 20, MaxZeroesBytes: 2 << 20}, m)

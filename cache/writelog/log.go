@@ -74,9 +74,9 @@ type Log struct {
 	dev    aio.Device
 	client Client
 
-	mem      []byte   // mirror of the newest part; length a multiple of SegmentSize
-	memStart uint64   // position from which on mem has been filled by this process
-	crcs     []uint32 // CRC32C of each block of the log that holds live data
+	mem      []byte // mirror of the newest part; length a multiple of SegmentSize
+	memStart uint64 // position from which on mem has been filled by this process
+	crcs     sums
 
 	head      uint64 // position after the last appended byte of closed records
 	trimmed   uint64 // everything before is in the store
@@ -140,6 +140,19 @@ func (l *Log) Head() uint64 { return l.end() }
 
 // Idle reports that no record is open or in flight.
 func (l *Log) Idle() bool { return !l.isOpen && l.first == l.last }
+
+// Rest drops what memory an idle log does not need, and reports whether its
+// mirror may be dropped, too: then no byte of it is read any more until it has
+// been written anew. It does nothing unless all of the log is in the store, and
+// nothing is in flight.
+func (l *Log) Rest() bool {
+	if l.Used() > 0 || l.reclaimed != l.trimmed || !l.Idle() || !l.Quiet() {
+		return false
+	}
+	l.memStart = l.head
+	l.crcs.spare = nil
+	return true
+}
 
 // Quiet reports whether nothing is in flight to or from the SSD.
 func (l *Log) Quiet() bool {
@@ -296,10 +309,11 @@ func (l *Log) Commit() {
 	r.flushed = l.durable
 	buf := l.memAt(r.pos, int(r.size()))
 	clear(buf[BlockSize+l.used*Sector:])
+	sums, at := l.crcs.of(l.segment(r.pos)), blockIndex(r.pos)+1
 	for i := range r.data / BlockSize {
 		b := buf[BlockSize*(i+1):][:BlockSize]
 		sum := crc32.Checksum(b, castagnoli)
-		l.crcs[l.blockIndex(r.pos)+1+i] = sum
+		sums[at+i] = sum
 		putBlockSum(buf, r.data, i, sum)
 	}
 	encodeRecord(buf[:BlockSize], &l.hdr.Log, r)
@@ -315,7 +329,8 @@ func (l *Log) Commit() {
 // offset returns where in the file the position is.
 func (l *Log) offset(pos uint64) int64 { return DataOffset + int64(pos%l.hdr.Size) }
 
-func (l *Log) blockIndex(pos uint64) int { return int(pos % l.hdr.Size / BlockSize) }
+// blockIndex returns which block of its segment the position is in.
+func blockIndex(pos uint64) int { return int(pos % SegmentSize / BlockSize) }
 
 // Complete receives the result of writing a record.
 func (f *inflight) Complete(res int32, _ uint32) {
@@ -414,7 +429,12 @@ func (l *Log) Trim(pos uint64) {
 func (l *Log) reclaim() {
 	old := l.reclaimed
 	for l.reclaimed < l.trimmed && l.readers[l.segment(l.reclaimed)] == 0 {
-		l.reclaimed = min(l.reclaimed+SegmentSize-l.reclaimed%SegmentSize, l.trimmed)
+		start := l.reclaimed - l.reclaimed%SegmentSize
+		l.reclaimed = min(start+SegmentSize, l.trimmed)
+		// The next lap may have begun to use the segment, if it was half reclaimed.
+		if l.reclaimed == start+SegmentSize && l.end() <= start+l.hdr.Size {
+			l.crcs.drop(l.segment(start))
+		}
 	}
 	if l.reclaimed != old {
 		l.offerSpace()
@@ -505,7 +525,7 @@ func (l *Log) Read(p []byte, pos uint64, c aio.Completer) {
 func (l *Log) Verify(p []byte, pos uint64) error {
 	for i := 0; i < len(p); i += BlockSize {
 		at := pos*Sector + uint64(i)
-		if crc32.Checksum(p[i:i+BlockSize], castagnoli) != l.crcs[l.blockIndex(at)] {
+		if crc32.Checksum(p[i:i+BlockSize], castagnoli) != l.crcs.held[l.segment(at)][blockIndex(at)] {
 			return fmt.Errorf("%w: checksum of the block at offset %d of its file is wrong", ErrCorrupt, l.offset(at))
 		}
 	}

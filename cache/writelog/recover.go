@@ -141,7 +141,7 @@ func Open(f File) (*Log, error) {
 	}
 	return &Log{
 		file: f, hdr: h, header: n,
-		crcs:    make([]uint32, h.Size/BlockSize),
+		crcs:    sums{held: make([]*blockSums, h.Size/SegmentSize)},
 		readers: make([]uint16, h.Size/SegmentSize),
 	}, nil
 }
@@ -192,8 +192,9 @@ func (l *Log) Recover(start Start, sectors uint64, boot uuid.UUID, visit func(Re
 			}
 			extents = append(extents, e)
 		}
+		sums, at := l.crcs.of(l.segment(r.pos)), blockIndex(r.pos)+1
 		for i := range r.data / BlockSize {
-			l.crcs[l.blockIndex(r.pos)+1+i] = r.blockSum(hdr, i)
+			sums[at+i] = r.blockSum(hdr, i)
 		}
 		pos = r.pos + r.size()
 		if err := visit(Record{Seq: r.seq, Pos: r.pos, End: pos, Epoch: r.epoch, Extents: extents}); err != nil {

@@ -58,9 +58,9 @@ made now and removed by lsdctl del.`,
 	}
 	f := cmd.Flags()
 	f.StringVar(&q.Cache, "cache", "", "directory for the write log, or a block device (default STATE-DIR/cache)")
-	logSize, logMemory = 1<<30, 32<<20
+	logSize = 1 << 30
 	f.Var(&logSize, "log-size", "size of the write log")
-	f.Var(&logMemory, "log-memory", "memory that holds the newest part of the log, a multiple of 8M")
+	f.Var(&logMemory, "log-memory", "memory that holds the newest part of the log, a multiple of 8M (default 16M to 32M, as the daemon has it)")
 	f.IntVar(&q.Queues, "queues", 1, "hardware queues of the block device")
 	f.IntVar(&q.Depth, "depth", 128, "requests in each queue")
 	f.BoolVar(&q.ReadOnly, "read-only", false, "take no ownership; shows the image as the store has it now")
@@ -91,7 +91,7 @@ func checkAdd(cmd *cobra.Command, q api.AttachRequest) error {
 		return errors.New("a time or number is negative: see lsdctl add --help")
 	case cmd.Flags().Changed("lease") && q.Lease == 0:
 		return errors.New("--lease 0: it must be from 1s to 1h")
-	case q.LogSize == 0 || q.LogMemory == 0:
+	case q.LogSize == 0 || q.LogMemory == 0 && cmd.Flags().Changed("log-memory"):
 		return errors.New("the write log needs some space: see lsdctl add --help")
 	case q.LogSize < 0 || q.LogMemory < 0:
 		return errors.New("size is beyond all limits")
@@ -240,7 +240,7 @@ func (a *app) printStatus(im api.Image) error {
 func printStats(row func(...any), im api.Image) {
 	s := im.Stats
 	if !im.ReadOnly {
-		row("write log", fmt.Sprintf("%s of %s used (%d%%), %s", bytesize.Human(s.LogUsed), bytesize.Human(s.LogSize), s.LogUsed*100/max(s.LogSize, 1), im.Log))
+		row("write log", fmt.Sprintf("%s of %s used (%d%%), %s in memory, %s", bytesize.Human(s.LogUsed), bytesize.Human(s.LogSize), s.LogUsed*100/max(s.LogSize, 1), bytesize.Human(uint64(im.LogMemory)), im.Log))
 		if s.LogError != "" {
 			row("log error", s.LogError)
 		}

@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"github.com/lsd-ceph/lsd/internal/api"
+	"github.com/lsd-ceph/lsd/internal/bytesize"
 	"github.com/lsd-ceph/lsd/internal/daemon"
 	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
@@ -25,6 +26,7 @@ func main() { os.Exit(run()) }
 // options are the flags.
 type options struct {
 	cfg       daemon.Config
+	logMemory bytesize.Size
 	supervise bool
 	logFile   string
 	logJSON   bool
@@ -65,6 +67,8 @@ systemd runs it as lsd.service; without systemd, lsdctl add starts it with
 	f.BoolVar(&o.supervise, "supervise", false, "run the daemon as a child, and again when it dies")
 	f.StringVar(&o.onTerm, "on-term", "leave", "what SIGTERM does with the devices: leave them to the next lsdd, or detach")
 	f.DurationVar(&o.cfg.ExitTimeout, "exit-timeout", 20*time.Second, "how long to write to the store before the end")
+	o.logMemory = daemon.DefaultLogMemory
+	f.Var(&o.logMemory, "log-memory-total", "memory for the newest parts of all write logs together")
 	f.StringVar(&o.logFile, "log-file", "", "append the log to this file (default: standard error)")
 	f.BoolVar(&o.logJSON, "log-json", false, "log in JSON")
 	f.BoolVar(&o.verbose, "verbose", false, "log more")
@@ -95,7 +99,10 @@ func (o *options) run(ctx context.Context) (int, error) {
 		return 0, errors.New("this host has no name: give it one with --host-name")
 	case !filepath.IsAbs(o.cfg.StateDir) || !filepath.IsAbs(o.cfg.Socket):
 		return 0, errors.New("--state-dir and --socket must be absolute paths")
+	case o.logMemory < 16<<20 || o.logMemory > 1<<50:
+		return 0, fmt.Errorf("--log-memory-total %s: it must be from 16M to 1P", &o.logMemory)
 	}
+	o.cfg.LogMemory = int64(o.logMemory)
 	logger, err := o.logger()
 	if err != nil {
 		return 0, err
@@ -106,6 +113,9 @@ func (o *options) run(ctx context.Context) (int, error) {
 			return 1, err
 		}
 		return daemon.Supervise(ctx, logger, exe, childArgs(os.Args[1:]))
+	}
+	if err := daemon.BecomeIOFlusher(logger); err != nil {
+		return 1, err
 	}
 	signal.Ignore(unix.SIGHUP) // a terminal that closes ends nothing
 	// Stopped before Run returns: a second signal ends it at once.

@@ -82,6 +82,7 @@ type Image struct {
 	ReadOnly  bool      `json:"read_only"`
 	Null      bool      `json:"null"`
 	Log       string    `json:"log,omitempty"` // path of the write log
+	LogMemory int64     `json:"log_memory_bytes,omitempty"`
 	Queues    int       `json:"queues"`
 	Depth     int       `json:"depth"`
 	Restarts  int       `json:"restarts"` // times that its reactor was replaced

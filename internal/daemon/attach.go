@@ -22,15 +22,14 @@ import (
 
 // Defaults of an attachment.
 const (
-	defaultLogSize   = 1 << 30
-	defaultLogMemory = 32 << 20
-	defaultQueues    = 1
-	defaultDepth     = 128
-	defaultNullSize  = 1 << 30
-	maxLogMemory     = 4 << 30
-	maxDepth         = 4096
-	maxQueues        = 128
-	nullURL          = "null"
+	defaultLogSize  = 1 << 30
+	defaultQueues   = 1
+	defaultDepth    = 128
+	defaultNullSize = 1 << 30
+	maxLogMemory    = 4 << 30
+	maxDepth        = 4096
+	maxQueues       = 128
+	nullURL         = "null"
 )
 
 // lookTimeout bounds the first look at an image: a store that does not answer is
@@ -77,7 +76,6 @@ func (d *Daemon) plan(ctx context.Context, q api.AttachRequest) (record, error) 
 		BatchAge: q.BatchAge, CheckpointEvery: q.CheckpointEvery, StoreTimeout: q.StoreTimeout,
 	}
 	setDefault(&rec.LogSize, defaultLogSize)
-	setDefault(&rec.LogMemory, defaultLogMemory)
 	setDefault(&rec.Queues, defaultQueues)
 	setDefault(&rec.Depth, defaultDepth)
 	if err := checkPlan(rec, q); err != nil {
@@ -109,8 +107,8 @@ func checkPlan(rec record, q api.AttachRequest) error {
 		return fmt.Errorf("queue depth %d: it must be from 1 to %d", rec.Depth, maxDepth)
 	case rec.LogSize < writelog.MinSize || rec.LogSize > writelog.MaxSize || rec.LogSize%writelog.BlockSize != 0:
 		return fmt.Errorf("a write log of %d bytes: it must have from %d to %d, a multiple of %d", rec.LogSize, writelog.MinSize, int64(writelog.MaxSize), writelog.BlockSize)
-	case rec.LogMemory < 2*writelog.SegmentSize || rec.LogMemory > maxLogMemory || rec.LogMemory%writelog.SegmentSize != 0:
-		return fmt.Errorf("%d bytes of memory for the write log: it must be from %d to %d, a multiple of %d", rec.LogMemory, 2*writelog.SegmentSize, int64(maxLogMemory), writelog.SegmentSize)
+	case rec.LogMemory != 0 && (rec.LogMemory < leastLogMemory || rec.LogMemory > maxLogMemory || rec.LogMemory%writelog.SegmentSize != 0):
+		return fmt.Errorf("%d bytes of memory for the write log: it must be from %d to %d, a multiple of %d", rec.LogMemory, leastLogMemory, int64(maxLogMemory), writelog.SegmentSize)
 	case rec.Lease != 0 && (rec.Lease < engine.MinLease || rec.Lease > engine.MaxLease):
 		return fmt.Errorf("lease %v: it must be from %v to %v", rec.Lease, engine.MinLease, engine.MaxLease)
 	case !q.Null && q.Size != 0:

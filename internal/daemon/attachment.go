@@ -447,6 +447,7 @@ func (a *attachment) openDisk(ctx context.Context, rec record, there bool, o bri
 	if err != nil {
 		return nil, err
 	}
+	st = a.d.shared.gates.bound(u, st)
 	var log *writelog.OSFile
 	var before uuid.UUID
 	if !rec.ReadOnly {
@@ -455,7 +456,7 @@ func (a *attachment) openDisk(ctx context.Context, rec record, there bool, o bri
 		}
 	}
 	dk, err := openDisk(ctx, diskOptions{
-		rec: rec, store: st, log: log, host: a.d.cfg.Host, env: a.d.env,
+		rec: rec, store: st, log: log, host: a.d.cfg.Host, env: a.d.env, shared: a.d.shared,
 		force: o.force, progress: o.progress, logger: a.logger,
 	})
 	if err != nil {

@@ -41,7 +41,10 @@ type Config struct {
 	DetachOnExit bool
 	// ExitTimeout bounds what is destaged before the end. Default 20 s.
 	ExitTimeout time.Duration
-	Logger      *slog.Logger
+	// LogMemory bounds the memory that all write logs have together, in bytes.
+	// Default DefaultLogMemory.
+	LogMemory int64
+	Logger    *slog.Logger
 	// Ready is called once the socket answers; it may be nil.
 	Ready func()
 }
@@ -52,6 +55,7 @@ type Daemon struct {
 	logger  *slog.Logger
 	records records
 	env     hostEnv
+	shared  *shared
 	openSt  func(context.Context, backend.URL) (backend.Store, error)
 	started time.Time
 	lock    *os.File
@@ -102,7 +106,11 @@ func newDaemon(cfg Config) (*Daemon, error) {
 	if cfg.ExitTimeout == 0 {
 		cfg.ExitTimeout = 20 * time.Second
 	}
+	if cfg.LogMemory == 0 {
+		cfg.LogMemory = DefaultLogMemory
+	}
 	d := &Daemon{
+		shared:   newShared(cfg),
 		cfg:      cfg,
 		logger:   cfg.Logger,
 		records:  records{filepath.Join(cfg.StateDir, "attachments")},

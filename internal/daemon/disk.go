@@ -38,6 +38,13 @@ type disk struct {
 	store   backend.Store
 	log     *writelog.OSFile
 	mem     *uring.Arena
+	shared  *shared
+	memory  int64 // taken of shared.logMemory
+
+	// The watcher's: see rest.
+	requests  uint64
+	busySince time.Time
+	rested    bool
 
 	closed chan struct{} // made by close; closed when it has ended
 	err    error         // of close, valid after closed
@@ -50,6 +57,7 @@ type diskOptions struct {
 	log      *writelog.OSFile
 	host     string
 	env      hostEnv
+	shared   *shared
 	force    bool
 	progress func(api.Progress)
 	logger   *slog.Logger
@@ -57,7 +65,7 @@ type diskOptions struct {
 
 // openDisk opens the image of a record and starts its reactor.
 func openDisk(ctx context.Context, o diskOptions) (_ *disk, err error) {
-	d := &disk{logger: o.logger, store: o.store, log: o.log}
+	d := &disk{logger: o.logger, store: o.store, log: o.log, shared: o.shared}
 	defer func() {
 		if err != nil {
 			d.free()
@@ -84,7 +92,10 @@ func openDisk(ctx context.Context, o diskOptions) (_ *disk, err error) {
 	var mem []byte
 	if !o.rec.ReadOnly {
 		opt.Log = o.log
-		if d.mem, err = uring.NewArena(int(o.rec.LogMemory)); err != nil {
+		if d.memory, err = o.shared.takeLogMemory(o.rec.LogMemory); err != nil {
+			return nil, err
+		}
+		if d.mem, err = uring.NewArena(int(d.memory)); err != nil {
 			return nil, err
 		}
 		mem = d.mem.Bytes()
@@ -301,6 +312,9 @@ func (d *disk) free() {
 	var errs []error
 	if d.mem != nil {
 		errs = append(errs, d.mem.Close())
+	}
+	if d.memory > 0 {
+		d.shared.logMemory.give(d.memory)
 	}
 	if d.log != nil {
 		errs = append(errs, d.log.Close())

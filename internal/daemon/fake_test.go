@@ -34,10 +34,11 @@ type fakeKernel struct {
 	devs    map[int]*fakeDevice // guarded by mu
 	holders map[int][]string    // guarded by mu
 	addErr  error               // guarded by mu: of the next Add
+	slots   int                 // of each device
 }
 
 func newFakeKernel() *fakeKernel {
-	return &fakeKernel{devs: map[int]*fakeDevice{}, holders: map[int][]string{}}
+	return &fakeKernel{devs: map[int]*fakeDevice{}, holders: map[int][]string{}, slots: 8}
 }
 
 // fakeDevice is one device, and the hold of one server on it.
@@ -167,7 +168,7 @@ func (d *fakeDevice) getState() ublk.State {
 	return d.state
 }
 
-func (d *fakeDevice) Slots() int { return 8 }
+func (d *fakeDevice) Slots() int { return d.k.slots }
 
 func (d *fakeDevice) Start(_ context.Context, r *reactor.Reactor, h ublk.Handler) error {
 	d.mu.Lock()
@@ -194,6 +195,7 @@ func (d *fakeDevice) Stop(ctx context.Context, force bool) error {
 func (d *fakeDevice) Delete(ctx context.Context, _ bool) error {
 	return d.k.Delete(ctx, d.params.ID)
 }
+func (d *fakeDevice) Rest() (bool, error)   { return true, nil }
 func (d *fakeDevice) Close() error          { return nil }
 func (d *fakeDevice) Done() <-chan struct{} { return d.done }
 func (d *fakeDevice) Err() error            { return d.err }

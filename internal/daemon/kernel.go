@@ -25,6 +25,7 @@ type device interface {
 	Start(context.Context, *reactor.Reactor, ublk.Handler) error
 	Stop(ctx context.Context, force bool) error
 	Delete(ctx context.Context, force bool) error
+	Rest() (bool, error)
 	Close() error
 	Done() <-chan struct{}
 	Err() error

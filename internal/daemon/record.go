@@ -42,7 +42,7 @@ type record struct {
 	Log       string    `json:"log,omitempty"` // path: a file, or a block device
 	LogSize   int64     `json:"log_size,omitempty"`
 	LogDevice bool      `json:"log_device,omitempty"`
-	LogMemory int64     `json:"log_memory,omitempty"`
+	LogMemory int64     `json:"log_memory,omitempty"` // asked for; 0: the daemon's to choose
 	Queues    int       `json:"queues"`
 	Depth     int       `json:"depth"`
 	ReadOnly  bool      `json:"read_only,omitempty"`

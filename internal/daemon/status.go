@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"runtime/debug"
 	"time"
 
 	"github.com/lsd-ceph/lsd/engine"
@@ -16,6 +17,9 @@ const (
 	// as hung.
 	statsTimeout = 2 * time.Second
 	watchEvery   = time.Second
+	// freeEvery bounds how often the heap is cleaned up for the sake of images
+	// that have become idle.
+	freeEvery = time.Minute
 	// stallNotice is how long writes must have waited to be worth a log line.
 	stallNotice = 5 * time.Second
 )
@@ -38,6 +42,7 @@ func (a *attachment) describe(ctx context.Context) api.Image {
 	}
 	a.mu.Unlock()
 	if dk != nil {
+		im.LogMemory = dk.memory
 		ctx, stop := context.WithTimeout(ctx, statsTimeout)
 		defer stop()
 		s, err := dk.stats(ctx)
@@ -104,11 +109,19 @@ func advise(im api.Image) []string {
 func (d *Daemon) watch() {
 	t := time.NewTicker(watchEvery)
 	defer t.Stop()
+	var freed time.Time
+	garbage := false // of an image that has come to rest
 	for {
 		select {
 		case <-d.ctx.Done():
 			return
 		case <-t.C:
+		}
+		if garbage && time.Since(freed) > freeEvery {
+			// Nothing else would: an idle process makes no garbage, so it is not
+			// collected, and what it was is locked.
+			debug.FreeOSMemory()
+			freed, garbage = time.Now(), false
 		}
 		for _, a := range d.all() {
 			dk := a.getDisk()
@@ -118,6 +131,11 @@ func (d *Daemon) watch() {
 			ctx, stop := context.WithTimeout(d.ctx, statsTimeout)
 			if s, err := dk.stats(ctx); err == nil && s != nil {
 				a.note(s)
+				rested, err := dk.rest(ctx, time.Now(), s.Reads+s.Writes+s.Flushes+s.Discards)
+				if err != nil {
+					a.logger.Debug("an idle image keeps its memory", "err", err)
+				}
+				garbage = garbage || rested
 			}
 			stop()
 		}

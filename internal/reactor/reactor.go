@@ -141,7 +141,6 @@ func (r *Reactor) run(entries uint32, ready chan<- error) {
 		ready <- err
 		return
 	}
-	r.setIOFlusher()
 	close(ready)
 
 	err := r.loop()
@@ -206,15 +205,6 @@ func (r *Reactor) open(entries uint32) error {
 	}
 	r.ring, r.waker = ring, waker
 	return nil
-}
-
-// setIOFlusher tells the kernel that this thread serves I/O: it must not wait
-// in memory reclaim for a disk that this very thread serves
-// (PR_SET_IO_FLUSHER, prctl(2), since Linux 5.6).
-func (r *Reactor) setIOFlusher() {
-	if err := unix.Prctl(unix.PR_SET_IO_FLUSHER, 1, 0, 0, 0); err != nil {
-		r.log.Debug("no PR_SET_IO_FLUSHER: a disk served to this host may deadlock in memory reclaim", "err", err)
-	}
 }
 
 // loop runs turns until Stop or a panic, which it returns.

@@ -40,6 +40,7 @@ const (
 	reapBatch      = 64
 	busyRetries    = 1000
 	drainTimeout   = 5 * time.Second
+	maxWorkers     = 8 // of each of the kernel's two kinds
 )
 
 // slot is one row of the table that user_data points into.
@@ -143,7 +144,25 @@ func New(o Options) (*Ring, error) {
 		return nil, err
 	}
 	r.grow(cap(r.slots))
+	if err := r.limitWorkers(); err != nil {
+		r.Close()
+		return nil, err
+	}
 	return r, nil
+}
+
+// limitWorkers bounds the threads that the kernel makes for the ring's blocking
+// work: four for each processor otherwise, and as many as the process may have
+// for what is no regular file.
+func (r *Ring) limitWorkers() error {
+	n := [2]uint32{maxWorkers, maxWorkers}
+	// Unsafe: n is used by the kernel during the call only.
+	_, errno := r.ring.Register(int(r.fd), giouring.RegisterIOWQMaxWorkers, unsafe.Pointer(&n[0]), uint32(len(n)))
+	runtime.KeepAlive(&n)
+	if errno != 0 && errno != unix.EINVAL { // it is as old as 5.15
+		return fmt.Errorf("uring: bound the kernel's threads: %w", errno)
+	}
+	return nil
 }
 
 // grow extends the slot table to n slots and puts the new ones on the free list.
@@ -199,6 +218,13 @@ func (r *Ring) release(data uint64, flags uint32) Completer {
 	s.next = r.free
 	r.free = i + 1
 	return c
+}
+
+// Still reports whether nothing happens on the ring until its next system call:
+// what completes does so inside of those only (IORING_SETUP_DEFER_TASKRUN), there
+// is nothing to reap, and nothing waits to be submitted.
+func (r *Ring) Still() bool {
+	return r.deferTW && !r.Ready() && r.tail == atomic.LoadUint32(r.q.sqHead)
 }
 
 // Inflight returns how many operations have been queued and not yet reaped.

@@ -351,3 +351,49 @@ func BenchmarkNop(b *testing.B) {
 		})
 	}
 }
+
+// TestArenaRelease gives memory back that is locked, as all of the daemon's is.
+func TestArenaRelease(t *testing.T) {
+	const size = 1 << 20
+	a, err := NewArena(size)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer a.Close()
+	b := a.Bytes()
+	resident := func() (n int) {
+		pages := make([]byte, size/os.Getpagesize())
+		// Unsafe: the kernel fills pages during the call only.
+		_, _, errno := unix.Syscall(unix.SYS_MINCORE, uintptr(unsafe.Pointer(&b[0])), size, uintptr(unsafe.Pointer(&pages[0])))
+		if errno != 0 {
+			t.Fatal(errno)
+		}
+		for _, p := range pages {
+			n += int(p & 1)
+		}
+		return n
+	}
+	if err := unix.Mlock(b); err != nil {
+		t.Fatal(err)
+	}
+	for range 2 {
+		for i := range b {
+			b[i] = 0xff
+		}
+		if n := resident(); n != size/os.Getpagesize() {
+			t.Fatalf("%d pages are resident", n)
+		}
+		if err := a.Release(); err != nil {
+			t.Fatal(err)
+		}
+		if n := resident(); n != 0 {
+			t.Errorf("%d pages are resident after Release", n)
+		}
+		if b[0] != 0 || b[size-1] != 0 {
+			t.Error("the memory kept its contents")
+		}
+		if err := a.Release(); err != nil { // again
+			t.Error(err)
+		}
+	}
+}

@@ -1,0 +1,14 @@
+package engine
+
+// Rest drops what memory an idle image does not need, and reports whether the
+// memory that Start was given may lose its contents. It does nothing while
+// anything is under way, or in the log alone.
+func (im *Image) Rest() bool {
+	if im.jobs+im.reading+len(im.queue)+im.acks.n+im.flushes.n+im.blocked.n > 0 || im.open != nil {
+		return false
+	}
+	im.spare, im.queue, im.waiters = nil, nil, nil
+	im.readOps, im.slowOps, im.slow = nil, nil, nil
+	im.sums.clear()
+	return !im.readOnly && im.log.Rest()
+}

@@ -1,0 +1,55 @@
+package engine
+
+import (
+	"testing"
+	"time"
+
+	"github.com/lsd-ceph/lsd/backend/mem"
+)
+
+// TestRest: an idle image loses its log's memory, and nothing else; one that is
+// not idle keeps it.
+func TestRest(t *testing.T) {
+	st := mem.New()
+	id := newImageIn(t, st)
+	h := newHost(t, "alpha", st, 1)
+	if err := h.open(id, false); err != nil {
+		t.Fatal(err)
+	}
+	n := uint64(0)
+	for range 20 {
+		for range 50 {
+			n++
+			h.mustWrite(n, n)
+			if h.im.Rest() {
+				t.Fatal("it rests while writes are in the log alone")
+			}
+		}
+		h.im.Destage(func(error) {})
+		h.run(0)
+		if h.im.jobs > 0 || !h.im.Rest() {
+			t.Fatalf("it does not rest: %+v", h.im.Stats())
+		}
+		mem := h.im.log.Mirror().At(0, int(2*8<<20))
+		for i := range mem {
+			mem[i] = 0xcc // whoever reads this has taken it for data
+		}
+		for b := uint64(1); b <= n; b += 7 {
+			h.mustRead(b, b)
+		}
+		h.mustWrite(1, 1)
+		h.mustRead(1, 1)
+		h.mustRead(n, n)
+	}
+	h.run(time.Minute)
+	// And after a restart, from what the log's rest left on the disk.
+	h.mustWrite(2, 2)
+	h.disk.Kill()
+	again := &host{t: t, name: "alpha", st: st, disk: h.disk, env: &simEnv{rng: h.env.rng, disk: h.disk}}
+	if err := again.open(id, false); err != nil {
+		t.Fatal(err)
+	}
+	for b := uint64(1); b <= n; b++ {
+		again.mustRead(b, b)
+	}
+}

@@ -1,0 +1,128 @@
+//go:build e2e
+
+package e2e
+
+import (
+	"os"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/lsd-ceph/lsd/internal/api"
+)
+
+// freeze stops the daemon where it is, as a debugger or a host in trouble does;
+// the block devices and their users go on. thaw lets it go on.
+func (h *host) freeze() (thaw func()) {
+	h.t.Helper()
+	pid := h.pid()
+	if pid == 0 {
+		h.t.Fatal("no daemon to stop\n" + h.logTail())
+	}
+	if err := syscall.Kill(pid, syscall.SIGSTOP); err != nil {
+		h.t.Fatal(err)
+	}
+	thawed := false
+	thaw = func() {
+		if !thawed {
+			thawed = true
+			_ = syscall.Kill(pid, syscall.SIGCONT)
+		}
+	}
+	h.t.Cleanup(thaw)
+	return thaw
+}
+
+// settled returns what has been acknowledged once nothing more is.
+func (s *stamper) settled() vector {
+	s.t.Helper()
+	last := s.acked()
+	for quiet := 0; quiet < 10; time.Sleep(50 * time.Millisecond) {
+		if now := s.acked(); now != last {
+			last, quiet = now, 0
+		} else {
+			quiet++
+		}
+	}
+	return last
+}
+
+// TestStoppedOwner: the daemon of an image under load is stopped for longer than
+// its lease. While nobody takes the image, that is a pause. When another host does,
+// the first one acknowledges nothing from the moment it was stopped, its users get
+// errors, and everything that it had acknowledged is either with the new owner, if
+// it had been destaged, or in its log, which is refused and can be salvaged. Its
+// other images go on.
+func TestStoppedOwner(t *testing.T) {
+	first, second := newHost(t, "first"), newHost(t, "second")
+	store := storeURL(t)
+	url := store + "/disk"
+	first.create(url, "1G")
+	first.create(store+"/other", "1G")
+	dev := first.add(url, "--lease", "3s", "--batch-age", "1h")
+	other := first.add(store+"/other", "--lease", "3s")
+	plan := stampPlan{Seed: 40, Slots: 16, Pause: 500}
+	s := startStamps(t, dev, plan)
+	beside := startStamps(t, other, stampPlan{Seed: 41, Slots: 16, Pause: 2000})
+
+	thaw := first.freeze()
+	time.Sleep(5 * time.Second)
+	thaw()
+	s.awaitWrites(100, time.Minute)
+	beside.awaitWrites(20, time.Minute)
+
+	destaged := s.acked()
+	first.must("flush", dev)
+	s.awaitWrites(100, time.Minute)
+	thaw = first.freeze()
+	acked := s.settled()
+	found := second.add(url, "--lease", "3s", "--force")
+	last := stamps(t, found, plan)
+	atLeast(t, "what had been destaged", last, destaged)
+	atLeast(t, "what was written at all", read(&s.board.Begun), last)
+	if last.sum() >= acked.sum() {
+		t.Fatalf("%v was acknowledged and %v is in the store: this tests nothing", acked, last)
+	}
+	branch := stampPlan{Seed: 42, Slots: 16, Base: 800 << 20}
+	sb := startStamps(t, found, branch)
+	sb.awaitWrites(50, time.Minute)
+	branched := sb.stop()
+
+	thaw()
+	if r := s.wait(time.Minute); r.failed == nil || !strings.Contains(r.stderr, "input/output error") {
+		t.Errorf("the writer on the first host ended with %v", r.err())
+	}
+	if now := s.acked(); now != acked {
+		t.Errorf("acknowledged after another host had taken the image: %v, %v before", now, acked)
+	}
+	im := first.awaitStatus(dev, time.Minute, "it is fenced", func(im api.Image) bool { return im.State == "fenced" })
+	if !strings.Contains(im.Error, "second") || len(im.Advice) == 0 {
+		t.Errorf("the first host does not say who has the image: %q %q", im.Error, im.Advice)
+	}
+	beside.awaitWrites(50, 2*time.Minute)
+	beside.stop()
+	if *storeKind == "rados" {
+		if b, err := os.ReadFile(second.log); err != nil || !strings.Contains(string(b), "shut out of the store") {
+			t.Errorf("the first host's client was not blocklisted (%v):\n%s", err, second.logTail())
+		}
+	}
+
+	if got := stamps(t, found, plan); got != last {
+		t.Errorf("the second host has %v, and had %v", got, last)
+	}
+	if got := stamps(t, found, branch); got != branched {
+		t.Errorf("the second host has %v of its own writes, and had %v", got, branched)
+	}
+	first.del(dev)
+	first.refused(first.addArgs(url, "--force"), "epoch", "never reached the store", "log salvage", im.Log)
+	first.must("log", "salvage", im.Log, store+"/salvaged")
+	dev = first.add(store + "/salvaged")
+	atLeast(t, "what the first host had acknowledged, in its log", stamps(t, dev, plan), acked)
+	if got := stamps(t, dev, branch); got.sum() != 0 {
+		t.Errorf("the salvaged image has %v of the other history", got)
+	}
+	first.del(dev)
+	first.del(other)
+	second.del(found)
+}
