@@ -19,8 +19,8 @@ const flusherEnv = "LSD_IO_FLUSHER"
 // is short, for a disk that this very process serves. The attribute is a
 // thread's; those that it makes inherit it, and a program that it executes. The Go
 // runtime has threads before main begins, so the process sets it on one and
-// executes itself: then there are no others. It returns when that has been done,
-// or cannot be.
+// executes itself: then there are no others. It returns when that has been done, as
+// it has for one that Supervise started, or cannot be.
 func BecomeIOFlusher(logger *slog.Logger) error {
 	tried := os.Getenv(flusherEnv) != ""
 	if err := os.Unsetenv(flusherEnv); err != nil {

@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/exec"
 	"os/signal"
+	"runtime"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -27,6 +28,11 @@ const (
 // It returns the status of a command that ended by itself with success or with
 // ExitRefused.
 func Supervise(ctx context.Context, logger *slog.Logger, name string, args []string) (int, error) {
+	// What it starts inherits it from this thread: see BecomeIOFlusher, which says
+	// so where it fails.
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	_ = unix.Prctl(unix.PR_SET_IO_FLUSHER, 1, 0, 0, 0)
 	signals := make(chan os.Signal, 8)
 	signal.Notify(signals, unix.SIGTERM, unix.SIGINT)
 	signal.Ignore(unix.SIGHUP)
