@@ -1,0 +1,42 @@
+package main
+
+import (
+	"context"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/lsd-ceph/lsd/internal/daemon"
+)
+
+// TestBadOptions: what is wrong with the command line is said before anything is
+// touched.
+func TestBadOptions(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "state")
+	good := func() options {
+		return options{
+			cfg: daemon.Config{Socket: filepath.Join(dir, "s"), StateDir: dir, Host: "h"}, onTerm: "leave", logMemory: daemon.DefaultLogMemory,
+		}
+	}
+	for _, tt := range []struct {
+		change func(*options)
+		want   string
+	}{
+		{func(o *options) { o.onTerm = "x" }, "--on-term x"},
+		{func(o *options) { o.cfg.Host = "" }, "--host-name"},
+		{func(o *options) { o.cfg.StateDir = "state" }, "absolute"},
+		{func(o *options) { o.logMemory = 1 << 20 }, "--log-memory-total 1M"},
+		{func(o *options) { o.logMemory = 1 << 51 }, "--log-memory-total 2P"},
+	} {
+		o := good()
+		tt.change(&o)
+		status, err := o.run(context.Background())
+		if status != 0 || err == nil || !strings.Contains(err.Error(), tt.want) || strings.Contains(err.Error(), "\n") {
+			t.Errorf("status %d, %v; want one line with %q", status, err, tt.want)
+		}
+	}
+	if _, err := os.Stat(dir); err == nil {
+		t.Error("the state directory was made")
+	}
+}
