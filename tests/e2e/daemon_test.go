@@ -68,11 +68,18 @@ func (h *host) start() {
 	if err != nil {
 		h.t.Fatal(err)
 	}
+	var last result
+	defer func() {
+		if last.failed != nil {
+			h.t.Logf("the last attempt: %v\n%s", last.err(), h.logTail())
+		}
+	}()
 	eventually(h.t, 30*time.Second, "a daemon that answers", func() bool {
 		if !h.sup.running() {
 			h.t.Fatalf("the supervisor ended: %v\n%s", h.sup.err, h.logTail())
 		}
-		return h.ctl("list").failed == nil
+		last = h.ctl("list")
+		return last.failed == nil
 	})
 }
 
@@ -147,9 +154,18 @@ func (h *host) must(args ...string) string {
 	h.t.Helper()
 	r := h.ctlFor(2*time.Minute, args...)
 	if r.err() != nil {
+		if r.code == -1 {
+			h.t.Logf("what the daemon is at:\n%s", h.goroutines())
+		}
 		h.t.Fatalf("%v\ndaemon:\n%s", r.err(), h.logTail())
 	}
 	return strings.TrimSpace(r.stdout)
+}
+
+// goroutines says where all of the daemon is.
+func (h *host) goroutines() string {
+	r := execute(20*time.Second, nil, "curl", "-s", "--unix-socket", h.socket, "http://lsd/debug/pprof/goroutine?debug=2")
+	return r.stdout + r.stderr
 }
 
 // refused runs lsdctl, which must end with status 1 and one line that matches

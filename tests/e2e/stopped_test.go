@@ -4,6 +4,8 @@ package e2e
 
 import (
 	"os"
+	"path/filepath"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
@@ -32,6 +34,53 @@ func (h *host) freeze() (thaw func()) {
 	}
 	h.t.Cleanup(thaw)
 	return thaw
+}
+
+// freezeOutside is freeze at a moment when the daemon is not changing an object of
+// the store in a directory: it would keep the lock of that, and everybody waits for
+// such a lock until its process goes on or ends. Hosts that share a directory store
+// are processes of one host, where that can be arranged.
+func (h *host) freezeOutside(store string) (thaw func()) {
+	h.t.Helper()
+	dir, isFile := strings.CutPrefix(store, "file://")
+	for range 50 {
+		thaw = h.freeze()
+		if !isFile || !holdsLock(h.t, h.pid(), filepath.Join(dir, "locks")) {
+			return thaw
+		}
+		thaw()
+		time.Sleep(30 * time.Millisecond)
+	}
+	h.t.Fatal("the daemon holds a lock of the store all the time")
+	return nil
+}
+
+// holdsLock reports whether the process has a file of the directory locked.
+func holdsLock(t testing.TB, pid int, dir string) bool {
+	t.Helper()
+	files, err := os.ReadDir(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ours := map[string]bool{}
+	for _, f := range files {
+		var st syscall.Stat_t
+		if err := syscall.Stat(filepath.Join(dir, f.Name()), &st); err != nil {
+			t.Fatal(err)
+		}
+		ours[strconv.FormatUint(st.Ino, 10)] = true
+	}
+	b, err := os.ReadFile("/proc/locks")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for line := range strings.Lines(string(b)) { // 1: FLOCK ADVISORY WRITE 708 fe:00:262143 0 EOF
+		f := strings.Fields(line)
+		if len(f) > 5 && f[1] == "FLOCK" && f[4] == strconv.Itoa(pid) && ours[f[5][strings.LastIndexByte(f[5], ':')+1:]] {
+			return true
+		}
+	}
+	return false
 }
 
 // settled returns what has been acknowledged once nothing more is.
@@ -75,7 +124,7 @@ func TestStoppedOwner(t *testing.T) {
 	destaged := s.acked()
 	first.must("flush", dev)
 	s.awaitWrites(100, time.Minute)
-	thaw = first.freeze()
+	thaw = first.freezeOutside(store)
 	acked := s.settled()
 	found := second.add(url, "--lease", "3s", "--force")
 	last := stamps(t, found, plan)
