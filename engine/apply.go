@@ -118,7 +118,7 @@ func (im *Image) move(h *objectHeader, s, n uint64, off int) {
 // endApply makes the object the last one accepted.
 func (im *Image) endApply() {
 	h := im.apply.h
-	im.sums.add(refOfSeq(h.seq), h.sums)
+	im.sums.add(uint32(h.seq), h.sums)
 	im.accepted = position{h.seq, h.lastSeq, h.logEnd}
 	im.apply.h = nil
 	im.objs.charge()

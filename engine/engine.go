@@ -13,6 +13,9 @@ import (
 	"log/slog"
 	"syscall"
 	"time"
+
+	"github.com/lsd-ceph/lsd/cache/readcache"
+	"github.com/lsd-ceph/lsd/internal/aio"
 )
 
 // Env is what an image needs from the reactor that owns it. All its methods are
@@ -94,6 +97,7 @@ type Request struct {
 	at      uint32 // sectors appended to the log so far
 	seq     uint64 // record that must be complete, or durable, first
 	pending int    // parts of a read that are under way
+	how     readcache.How
 }
 
 // errEvicted is what writes get that come too late.
@@ -156,6 +160,12 @@ type Config struct {
 	// LogDepth is the most records of the write log in flight, up to
 	// writelog.MaxInFlight. Default 8.
 	LogDepth int
+	// ReadCache is the daemon's read cache. Default: one of the image's own that
+	// keeps nothing on an SSD.
+	ReadCache *readcache.Cache
+	// ReadCacheDevice is the read cache's file on the ring of the image's reactor;
+	// without it workers read it.
+	ReadCacheDevice aio.Device
 	// Logger gets what an operator should know. Default: slog.Default().
 	Logger *slog.Logger
 }
@@ -184,6 +194,9 @@ func (c Config) withDefaults() Config {
 	}
 	if c.Logger == nil {
 		c.Logger = slog.Default()
+	}
+	if c.ReadCache == nil {
+		c.ReadCache = readcache.None(readcache.Options{Logger: c.Logger})
 	}
 	return c
 }

@@ -11,6 +11,7 @@ import (
 
 	"github.com/google/uuid"
 	"github.com/lsd-ceph/lsd/backend"
+	"github.com/lsd-ceph/lsd/cache/readcache"
 	"github.com/lsd-ceph/lsd/cache/writelog"
 	"github.com/lsd-ceph/lsd/internal/aio"
 	"github.com/lsd-ceph/lsd/internal/extmap"
@@ -37,6 +38,9 @@ type Image struct {
 	buffers  sync.Pool // of *[]byte, for data objects being built
 	sums     sumCache  // shared by the workers that read objects
 	shared   *Shared
+	cache    *readcache.Cache
+	reads    *readcache.Client // of cache
+	cacheDev aio.Device        // the cache's file; nil: it is read on workers
 
 	// The reactor owns all that follows.
 	env   Env
@@ -68,6 +72,14 @@ type Image struct {
 	slowOps  []*slowRead
 	reading  int // slow reads running
 	slow     []*slowRead
+	cacheOps []*cacheRead // free
+	streams  streams
+	aheadOps []*aheadRead // free
+
+	cacheReads  int  // reads of the read cache under way in the ring
+	aheads      int  // read-ahead under way
+	maintaining bool // a worker maintains the read cache
+
 	ageTimer Timer
 	pump     Timer
 
@@ -514,7 +526,7 @@ func (im *Image) spawn(work, done func()) {
 // memory and files may go. An image that was closed, abandoned or fenced comes
 // to this by itself.
 func (im *Image) Quiet() bool {
-	return im.jobs == 0 && im.reading == 0 && (im.readOnly || im.log.Quiet())
+	return im.jobs == 0 && im.reading == 0 && im.cacheReads == 0 && im.aheads == 0 && (im.readOnly || im.log.Quiet())
 }
 
 // fence ends the image's service.

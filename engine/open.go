@@ -207,7 +207,14 @@ func newImage(ctx context.Context, st backend.Store, sb *superblock, o *OpenOpti
 	im.shared = im.cfg.Shared
 	im.objs = newPagedMap(sb.Sectors, &im.shared.Map)
 	im.logger = im.cfg.Logger
-	im.ctx, im.cancel = context.WithCancel(context.WithoutCancel(ctx))
+	im.cache, im.cacheDev = im.cfg.ReadCache, im.cfg.ReadCacheDevice
+	im.reads = im.cache.Client()
+	var cancel context.CancelFunc
+	im.ctx, cancel = context.WithCancel(context.WithoutCancel(ctx))
+	im.cancel = func() {
+		cancel()
+		im.reads.Close()
+	}
 	im.objs.Replaced = im.replaced
 	im.checkpoint.im = im
 	im.clean.im, im.clean.bad = im, map[uint32]bool{}

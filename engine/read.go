@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/lsd-ceph/lsd/backend"
+	"github.com/lsd-ceph/lsd/cache/readcache"
 	"github.com/lsd-ceph/lsd/cache/writelog"
 	"github.com/lsd-ceph/lsd/internal/extmap"
 )
@@ -17,12 +18,15 @@ const maxSlowReads = 64
 
 // read splits r into runs and starts all of them at once.
 func (im *Image) read(r *Request) {
+	st := im.streams.note(r.Sector, r.Sectors)
+	r.how = st.how()
 	r.pending = 1 // held until all parts are started
 	im.readRange(r, r.Sector, uint64(r.Sectors))
+	im.readAhead(st)
 	im.partDone(r, 0)
 }
 
-// readRange starts the reads of n of r's sectors from s.
+// readRange starts the reads of n of r's sectors from s, as the maps are now.
 func (im *Image) readRange(r *Request, s, n uint64) {
 	for end := s + n; s < end; {
 		e, ok := im.dirty.Next(s, end)
@@ -103,8 +107,7 @@ func (im *Image) readMapped(r *Request, s, end uint64) {
 			return
 		}
 		s = e.End()
-		dst := r.part(e.Sector, e.N)
-		if im.tail.read(im.log, e.Loc, dst) {
+		if im.tail.read(im.log, e.Loc, r.part(e.Sector, e.N)) {
 			continue
 		}
 		info := im.table.find(refOf(e.Loc).seq())
@@ -113,9 +116,7 @@ func (im *Image) readMapped(r *Request, s, end uint64) {
 			r.Err = syscall.EIO
 			continue
 		}
-		o := im.newSlowRead(r, e.Sector, e.N, dst)
-		o.object, o.loc, o.info = true, e.Loc, *info
-		im.startSlow(o)
+		im.readFromObject(r, e.Sector, e.N, e.Loc, info)
 	}
 }
 
@@ -191,7 +192,9 @@ type slowRead struct {
 	n       uint32
 	dst     []byte
 	loc     uint64 // in an object, or log position
-	info    objectInfo
+	key     readcache.Key
+	src     objectSource
+	fetched bool // from the store, not the read cache
 	err     error
 	tries   int
 	began   time.Duration
@@ -230,7 +233,7 @@ func (o *slowRead) run() {
 	if o.object {
 		ctx, stop := context.WithTimeout(im.ctx, im.cfg.StoreTimeout)
 		defer stop()
-		o.err = im.readObject(ctx, o.info, offsetOf(o.loc), o.dst)
+		o.fetched, o.err = im.reads.Read(ctx, &o.key, offsetOf(o.loc)*SectorSize, o.dst, &o.src, o.r.how)
 		return
 	}
 	if need := len(o.dst) + 2*writelog.BlockSize; cap(o.scratch) < need {
@@ -248,6 +251,7 @@ func (o *slowRead) finished() {
 		im.slow = append(im.slow[:0], im.slow[1:]...)
 		im.startSlow(next)
 	}
+	im.maintainCache()
 	if o.object && (im.moved(o) || im.again(o)) {
 		return
 	}
@@ -288,7 +292,9 @@ func (im *Image) freeSlow(o *slowRead) {
 func (im *Image) again(o *slowRead) bool {
 	switch {
 	case o.err == nil:
-		im.storeWorks()
+		if o.fetched {
+			im.storeWorks()
+		}
 		return false
 	case !retryable(o.err), im.state == Fenced, im.state == Released:
 		return false
@@ -306,48 +312,12 @@ func (im *Image) again(o *slowRead) bool {
 	return true
 }
 
-// readObject reads from an object's data at the offset in sectors into dst, and
-// verifies what it reads. Workers call it.
+// readObject reads from an object's data at the offset in sectors into dst, for
+// the engine's own use: it leaves nothing in the read cache. Workers call it.
 func (im *Image) readObject(ctx context.Context, info objectInfo, off int, dst []byte) error {
-	key := dataKey(im.id, uint64(info.number), uint64(info.epoch))
-	sums, err := im.objectSums(ctx, info)
-	if err != nil {
-		return err
-	}
-	size := int(info.sectors) * SectorSize
-	from := off * SectorSize / objectBlock * objectBlock
-	to := min((off*SectorSize+len(dst)+objectBlock-1)/objectBlock*objectBlock, size)
-	p := dst
-	if to-from != len(dst) {
-		p = make([]byte, to-from)
-	}
-	n, err := im.store.Get(ctx, key, p, int64(info.headerBytes()+from))
-	if err != nil {
-		return err
-	}
-	if n != len(p) {
-		return fmt.Errorf("object %s: %w: it ends after %d bytes, it should have %d", key, ErrCorrupt, info.headerBytes()+from+n, info.headerBytes()+size)
-	}
-	if err := verifyBlocks(p, sums, from/objectBlock); err != nil {
-		return fmt.Errorf("object %s: %w", key, err)
-	}
-	if to-from != len(dst) {
-		copy(dst, p[off*SectorSize-from:])
-	}
-	return nil
-}
-
-// objectSums returns the checksums of an object's data, from its header if they
-// are not at hand.
-func (im *Image) objectSums(ctx context.Context, info objectInfo) ([]uint32, error) {
-	ref := refOfSeq(uint64(info.number))
-	if s := im.sums.get(ref); s != nil {
-		return s, nil
-	}
-	h, err := im.readHeader(ctx, info)
-	if err != nil {
-		return nil, err
-	}
-	im.sums.add(ref, h.sums)
-	return h.sums, nil
+	ctx, stop := context.WithTimeout(ctx, im.cfg.StoreTimeout)
+	defer stop()
+	k := im.key(&info)
+	_, err := im.reads.Read(ctx, &k, off*SectorSize, dst, &objectSource{im, info}, readcache.Pass)
+	return err
 }

@@ -12,33 +12,33 @@ const maxSums = 1 << 20
 // it.
 type sumCache struct {
 	mu    sync.Mutex
-	held  map[objectRef]*list.Element // guarded by mu
-	order *list.List                  // of sumEntry, newest first; guarded by mu
-	count int                         // sums held; guarded by mu
+	held  map[uint32]*list.Element // guarded by mu
+	order *list.List               // of sumEntry, newest first; guarded by mu
+	count int                      // sums held; guarded by mu
 }
 
 type sumEntry struct {
-	ref  objectRef
-	sums []uint32
+	number uint32
+	sums   []uint32
 }
 
 func (c *sumCache) init() {
-	c.held, c.order = map[objectRef]*list.Element{}, list.New()
+	c.held, c.order = map[uint32]*list.Element{}, list.New()
 }
 
 // clear lets go of all of them.
 func (c *sumCache) clear() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	c.held, c.count = map[objectRef]*list.Element{}, 0
+	c.held, c.count = map[uint32]*list.Element{}, 0
 	c.order.Init()
 }
 
 // get returns the checksums of an object's blocks, which do not change, or nil.
-func (c *sumCache) get(ref objectRef) []uint32 {
+func (c *sumCache) get(number uint32) []uint32 {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	e := c.held[ref]
+	e := c.held[number]
 	if e == nil {
 		return nil
 	}
@@ -47,18 +47,18 @@ func (c *sumCache) get(ref objectRef) []uint32 {
 }
 
 // add keeps the checksums of an object, and lets go of the oldest ones.
-func (c *sumCache) add(ref objectRef, sums []uint32) {
+func (c *sumCache) add(number uint32, sums []uint32) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if c.held == nil || c.held[ref] != nil || len(sums) == 0 {
+	if c.held == nil || c.held[number] != nil || len(sums) == 0 {
 		return
 	}
-	c.held[ref] = c.order.PushFront(sumEntry{ref, sums})
+	c.held[number] = c.order.PushFront(sumEntry{number, sums})
 	c.count += len(sums)
 	for c.count > maxSums {
 		e := c.order.Back()
 		old := c.order.Remove(e).(sumEntry)
-		delete(c.held, old.ref)
+		delete(c.held, old.number)
 		c.count -= len(old.sums)
 	}
 }

@@ -1,0 +1,457 @@
+package readcache
+
+import (
+	"bytes"
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"math/rand/v2"
+	"sync"
+	"sync/atomic"
+	"testing"
+
+	"github.com/google/uuid"
+	"github.com/lsd-ceph/lsd/internal/simdisk"
+)
+
+var quiet = slog.New(slog.NewTextHandler(io.Discard, nil))
+
+// content is the store: an object's data is made from its name.
+type content struct {
+	object  Object
+	fetches atomic.Int64
+	blocks  atomic.Int64
+	err     error
+}
+
+func testObject(n uint64) Object {
+	return Object{Image: uuid.UUID{1, byte(n >> 3)}, Number: n, Epoch: 3}
+}
+
+func fillBlock(p []byte, o Object, block uint32) {
+	v := (o.Number<<32 | uint64(block)) * 0x9e3779b97f4a7c15
+	for i := 0; i+8 <= len(p); i += 8 {
+		binary.LittleEndian.PutUint64(p[i:], v+uint64(i))
+	}
+}
+
+// Fetch implements Source.
+func (s *content) Fetch(_ context.Context, first uint32, p []byte) error {
+	if s.err != nil {
+		return s.err
+	}
+	s.fetches.Add(1)
+	var whole [BlockSize]byte
+	for ; len(p) > 0; first++ {
+		s.blocks.Add(1)
+		fillBlock(whole[:], s.object, first)
+		p = p[copy(p, whole[:]):]
+	}
+	return nil
+}
+
+// memFile is a file in memory that any goroutine may use.
+type memFile struct {
+	mu        sync.RWMutex
+	b         []byte
+	failRead  atomic.Bool
+	failWrite atomic.Bool
+	writes    atomic.Int64
+	reads     atomic.Int64
+}
+
+var errDisk = errors.New("input/output error")
+
+func newMemFile(n int) *memFile { return &memFile{b: make([]byte, n)} }
+
+func (f *memFile) ReadAt(p []byte, off int64) (int, error) {
+	if f.failRead.Load() {
+		return 0, errDisk
+	}
+	f.mu.RLock()
+	defer f.mu.RUnlock()
+	f.reads.Add(int64(len(p)))
+	return copy(p, f.b[off:]), nil
+}
+
+func (f *memFile) WriteAt(p []byte, off int64) (int, error) {
+	if f.failWrite.Load() {
+		return 0, errDisk
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.writes.Add(int64(len(p)))
+	return copy(f.b[off:], p), nil
+}
+
+func (f *memFile) Sync() error         { return nil }
+func (f *memFile) Size() int64         { return int64(len(f.b)) }
+func (f *memFile) Buffer(n int) []byte { return make([]byte, n) }
+
+func mustOpen(tb testing.TB, f File) *Cache {
+	tb.Helper()
+	c, err := Open(f, Options{Seed: 7, Logger: quiet})
+	if err != nil {
+		tb.Fatal(err)
+	}
+	if err := c.Load(context.Background()); err != nil {
+		tb.Fatal(err)
+	}
+	return c
+}
+
+const testBlocks = 512 // of each object in these tests
+
+// testSize is not a multiple of the block size.
+const testSize = testBlocks*BlockSize - 512
+
+func key(c *Cache, n uint64) Key { return c.Key(testObject(n), testSize) }
+
+// read reads n bytes through the cache, as the engine does, and checks them.
+func read(tb testing.TB, u *Client, n uint64, off, size int, how How) (fetched bool) {
+	tb.Helper()
+	k := key(u.c, n)
+	first := uint32(off / BlockSize)
+	u.c.Next(&k, first, uint32((off+size+BlockSize-1)/BlockSize)-first, true)
+	dst := bytes.Repeat([]byte{0xee}, size)
+	fetched, err := u.Read(context.Background(), &k, off, dst, &content{object: k.Object}, how)
+	if err != nil {
+		tb.Fatal(err)
+	}
+	check(tb, k.Object, off, dst)
+	if u.c.Wants() {
+		u.c.Maintain()
+	}
+	return fetched
+}
+
+func check(tb testing.TB, o Object, off int, got []byte) {
+	tb.Helper()
+	var want [BlockSize]byte
+	for at := off; at < off+len(got); {
+		fillBlock(want[:], o, uint32(at/BlockSize))
+		n := min(BlockSize-at%BlockSize, off+len(got)-at)
+		if !bytes.Equal(got[at-off:][:n], want[at%BlockSize:][:n]) {
+			tb.Fatalf("object %d: wrong data at byte %d", o.Number, at)
+		}
+		at += n
+	}
+}
+
+func TestReadThrough(t *testing.T) {
+	c := mustOpen(t, newMemFile(MinSize))
+	u := c.Client()
+	for _, r := range []struct{ off, size int }{
+		{0, BlockSize}, {BlockSize, BlockSize}, {512, 512}, {3*BlockSize - 512, 1024}, {2*BlockSize + 512, 5 * BlockSize},
+		{testSize - 512, 512}, {testSize - BlockSize, BlockSize}, {0, testSize},
+	} {
+		t.Run(fmt.Sprint(r), func(t *testing.T) {
+			read(t, u, 1, r.off, r.size, Keep)
+			if read(t, u, 1, r.off, r.size, Keep) {
+				t.Error("the second read went to the store")
+			}
+		})
+	}
+	c.Maintain()
+	if read(t, u, 1, 0, testSize, Keep) {
+		t.Error("what is on the SSD was read from the store")
+	}
+	if s := c.Stats(); s.Fetched > uint64(testSize+4096) || s.Mismatches+s.Errors != 0 {
+		t.Errorf("stats: %+v", s)
+	}
+}
+
+// world is a cache on a simulated disk through crashes of all kinds.
+type world struct {
+	t    *testing.T
+	rng  *rand.Rand
+	disk *simdisk.Disk
+	c    *Cache
+	u    *Client
+	want bool // mismatches are to be expected
+}
+
+func (w *world) open() {
+	w.disk.FailWrites = false
+	w.c = mustOpen(w.t, w.disk)
+	w.u = w.c.Client()
+}
+
+func (w *world) step() {
+	switch n := w.rng.IntN(4000); {
+	case n == 0: // a clean stop
+		w.c.Close()
+		w.open()
+	case n == 1:
+		w.disk.Kill()
+		w.open()
+	case n == 2:
+		w.disk.CutPower()
+		w.open()
+		w.want = true
+	case n < 12:
+		w.disk.Damage(w.rng.Int64N(w.disk.Size()))
+		w.want = true
+	case n < 20:
+		w.disk.FailWrites = !w.disk.FailWrites
+	default:
+		object := w.rng.Uint64N(4)
+		if w.rng.IntN(3) == 0 {
+			object = w.rng.Uint64N(64)
+		}
+		size := 512 * (1 + w.rng.IntN(16))
+		if w.rng.IntN(4) == 0 {
+			size = 512 * (1 + w.rng.IntN(512))
+		}
+		off := w.rng.IntN((testSize-size)/512+1) * 512
+		read(w.t, w.u, object, off, size, How(w.rng.IntN(8)/6))
+	}
+}
+
+// TestCrashes reads while the disk loses, tears, flips and refuses: every read is
+// right, and the accounts stay in order.
+func TestCrashes(t *testing.T) {
+	for seed := range uint64(12) {
+		t.Run(fmt.Sprint(seed), func(t *testing.T) {
+			t.Parallel()
+			rng := rand.New(rand.NewPCG(seed, 1))
+			w := &world{t: t, rng: rng, disk: simdisk.New(MinSize, rng)}
+			w.open()
+			for range 6000 {
+				w.step()
+				if t.Failed() {
+					return
+				}
+			}
+			w.disk.FailWrites = false
+			w.c.Close()
+			w.open()
+			w.c.verifyAccounts(t)
+			if s := w.c.Stats(); !w.want && s.Mismatches != 0 {
+				t.Errorf("%d mismatches on a disk that lost nothing", s.Mismatches)
+			}
+		})
+	}
+}
+
+// verifyAccounts checks that every segment is in one place, and every word points
+// into a segment that is in use.
+func (c *Cache) verifyAccounts(t *testing.T) {
+	t.Helper()
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	where := map[uint32]string{}
+	put := func(s uint32, what string) {
+		if was, ok := where[s]; ok {
+			t.Errorf("segment %d is %s and %s", s, was, what)
+		}
+		where[s] = what
+	}
+	for _, s := range c.free {
+		put(s, "free")
+	}
+	for q := range queues {
+		for _, s := range c.fifo[q].list[c.fifo[q].head:] {
+			put(s, "queued")
+		}
+		if b := c.open[q]; b != nil {
+			put(b.h.index, "open")
+		}
+	}
+	for _, b := range c.full {
+		put(b.h.index, "full")
+	}
+	if len(where) != len(c.segments) {
+		t.Errorf("%d of %d segments are accounted for", len(where), len(c.segments))
+	}
+	n, places := 0, map[place]bool{}
+	for i := range c.index.words {
+		if w := c.index.words[i].Load(); w != 0 {
+			n++
+			p := placeIn(w)
+			if places[p] || where[p.segment()] == "free" || p.block() < headerBlocks {
+				t.Errorf("place %d is in use twice, or free", p)
+			}
+			places[p] = true
+		}
+	}
+	if n != c.index.count {
+		t.Errorf("%d words in use, %d counted", n, c.index.count)
+	}
+}
+
+func TestRestart(t *testing.T) {
+	f := newMemFile(MinSize)
+	c := mustOpen(t, f)
+	u := c.Client()
+	for n := range uint64(8) {
+		read(t, u, n, 0, testSize, Keep)
+	}
+	used := c.Stats().Used
+	c.Close()
+
+	c = mustOpen(t, f)
+	u = c.Client()
+	if s := c.Stats(); s.Used != used || used < 8*testSize {
+		t.Errorf("%d bytes are found after a clean stop, want %d", s.Used, used)
+	}
+	for n := range uint64(8) {
+		if read(t, u, n, 0, testSize, Keep) {
+			t.Errorf("object %d comes from the store after a restart", n)
+		}
+	}
+
+	// Killed: the segments that were being filled are gone, no more.
+	c = mustOpen(t, f)
+	if s := c.Stats(); s.Used != used {
+		t.Errorf("%d bytes are found after a kill, want %d", s.Used, used)
+	}
+	c.verifyAccounts(t)
+}
+
+// TestStrangers: what is in the file of another cache, or of nobody, is not used.
+func TestStrangers(t *testing.T) {
+	f := newMemFile(MinSize)
+	c := mustOpen(t, f)
+	read(t, c.Client(), 1, 0, testSize, Keep)
+	c.Close()
+	for name, spoil := range map[string]func(b []byte){
+		"no header":   func(b []byte) { clear(b[:BlockSize]) },
+		"bad header":  func(b []byte) { b[16]++ },
+		"new version": func(b []byte) { b[8]++ },
+	} {
+		t.Run(name, func(t *testing.T) {
+			g := newMemFile(MinSize)
+			copy(g.b, f.b)
+			spoil(g.b)
+			c, err := Open(g, Options{Seed: 8, Logger: quiet})
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := c.Load(context.Background()); err != nil {
+				t.Fatal(err)
+			}
+			if s := c.Stats(); s.Used != 0 {
+				t.Errorf("%d bytes are found", s.Used)
+			}
+		})
+	}
+	t.Run("swapped segments", func(t *testing.T) {
+		g := newMemFile(MinSize)
+		copy(g.b, f.b)
+		copy(g.b[dataOffset+SegmentSize:], f.b[dataOffset:dataOffset+SegmentSize])
+		clear(g.b[dataOffset : dataOffset+SegmentSize])
+		// What is left is in the third segment, which is where it was.
+		if s := mustOpen(t, g).Stats(); s.Used != (testBlocks-2*maxEntries)*BlockSize {
+			t.Errorf("%d bytes are found", s.Used)
+		}
+	})
+}
+
+// TestResize: a file that grew or shrank keeps what fits.
+func TestResize(t *testing.T) {
+	f := newMemFile(2 * MinSize)
+	c := mustOpen(t, f)
+	u := c.Client()
+	for n := range uint64(24) {
+		read(t, u, n, 0, testSize, Keep)
+	}
+	c.Close()
+	for _, size := range []int{MinSize, 2 * MinSize, 3 * MinSize} {
+		g := newMemFile(size)
+		copy(g.b, f.b)
+		c := mustOpen(t, g)
+		c.verifyAccounts(t)
+		if s := c.Stats(); s.Used < 15*testSize {
+			t.Errorf("%d bytes are found in a file of %d", s.Used, size)
+		}
+		u := c.Client()
+		for n := range uint64(40) {
+			read(t, u, n, 0, testSize, Keep)
+		}
+		c.verifyAccounts(t)
+	}
+}
+
+// TestBrokenDisk: a disk that fails never fails a read, and is given up.
+func TestBrokenDisk(t *testing.T) {
+	for _, what := range []string{"reads", "writes"} {
+		t.Run(what, func(t *testing.T) {
+			f := newMemFile(MinSize)
+			c := mustOpen(t, f)
+			u := c.Client()
+			for n := range uint64(8) {
+				read(t, u, n, 0, testSize, Keep)
+			}
+			f.failRead.Store(what == "reads")
+			f.failWrite.Store(what == "writes")
+			for n := range uint64(64) {
+				read(t, u, n, 0, testSize, Keep)
+			}
+			if s := c.Stats(); s.State != "off" || s.Errors == 0 {
+				t.Errorf("state %s after %d errors", s.State, s.Errors)
+			}
+			c.Close()
+		})
+	}
+}
+
+func TestSourceErrors(t *testing.T) {
+	c := mustOpen(t, newMemFile(MinSize))
+	u := c.Client()
+	k := key(c, 1)
+	broken := &content{object: k.Object, err: errDisk}
+	dst := make([]byte, BlockSize)
+	if _, err := u.Read(context.Background(), &k, 0, dst, broken, Keep); !errors.Is(err, errDisk) {
+		t.Errorf("error: %v", err)
+	}
+	c.Reserve(4)
+	if err := u.Ahead(context.Background(), &k, 8, 4, broken, Keep); !errors.Is(err, errDisk) {
+		t.Errorf("error of read-ahead: %v", err)
+	}
+	if held := c.flights.held.Load(); held != 0 {
+		t.Errorf("%d bytes stay reserved", held)
+	}
+	read(t, u, 1, 0, BlockSize, Keep)
+}
+
+// TestRace reads, evicts, and fills from many goroutines.
+func TestRace(t *testing.T) {
+	f := newMemFile(MinSize)
+	c := mustOpen(t, f)
+	var all sync.WaitGroup
+	for g := range uint64(8) {
+		all.Go(func() {
+			rng := rand.New(rand.NewPCG(g, 2))
+			u := c.Client()
+			defer u.Close()
+			for range 250 {
+				size := 512 * (1 + rng.IntN(64))
+				off := rng.IntN((testSize-size)/512+1) * 512
+				n := rng.Uint64N(64)
+				if rng.IntN(8) == 0 {
+					size, off = BlockSize*64, BlockSize*64*rng.IntN(4)
+				}
+				if rng.IntN(16) == 0 && c.Reserve(64) {
+					k := key(c, n)
+					if err := u.Ahead(context.Background(), &k, uint32(64*rng.IntN(4)), 64, &content{object: k.Object}, Keep); err != nil {
+						t.Error(err)
+					}
+				}
+				read(t, u, n, off, size, How(rng.IntN(4)/2))
+			}
+		})
+	}
+	all.Wait()
+	c.Maintain()
+	c.verifyAccounts(t)
+	if s := c.Stats(); s.Mismatches != 0 || s.Errors != 0 || s.Hits != 0 {
+		t.Errorf("stats: %+v", s)
+	}
+	c.Close()
+	c = mustOpen(t, f)
+	c.verifyAccounts(t)
+}

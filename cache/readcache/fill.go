@@ -1,0 +1,305 @@
+package readcache
+
+import (
+	"fmt"
+)
+
+// reinsertLimit bounds what of a segment is written once more when it is
+// reclaimed, so that each one reclaimed gives room for something new.
+const reinsertLimit = maxEntries * 3 / 4
+
+// insert keeps the blocks from first on that p holds; the object's last one may
+// be short. It does not wait for the SSD: when that is behind, blocks are not kept.
+func (c *Cache) insert(k *Key, first uint32, p []byte, how How) {
+	if how == Pass || c.off.Load() {
+		return
+	}
+	var last [BlockSize]byte
+	for block := first; len(p) > 0; block++ {
+		data := p[:min(BlockSize, len(p))]
+		p = p[len(data):]
+		if len(data) < BlockSize {
+			copy(last[:], data)
+			data = last[:]
+		}
+		sum := k.blockSum(block, data)
+		h := c.hash.block(k.hash, block)
+		c.mu.Lock()
+		c.admit(k, block, h, sum, data, how)
+		c.mu.Unlock()
+	}
+}
+
+// admit keeps a new block. The caller holds mu.
+func (c *Cache) admit(k *Key, block uint32, h uint64, sum uint32, data []byte, how How) {
+	if !c.loaded || c.closed {
+		return
+	}
+	if _, at := c.index.find(h); at >= 0 {
+		return
+	}
+	q := small
+	if c.ghost.take(h) {
+		q = large
+	} else if how == KeepKnown {
+		c.ghost.add(h)
+		return
+	}
+	key := blockKey{k.Object, block}
+	if c.put(q, keptBuffers, &key, h, 0, sum, data) {
+		c.counts.filled++
+	} else {
+		c.counts.dropped++
+	}
+}
+
+// put appends a block to the open segment of a queue, and reports false if there
+// is none to be had. The caller holds mu.
+func (c *Cache) put(q queue, keep int, k *blockKey, h uint64, uses int, sum uint32, data []byte) bool {
+	b := c.open[q]
+	if b == nil {
+		if b = c.begin(q, keep); b == nil {
+			c.wants.Store(true)
+			return false
+		}
+	}
+	i := b.h.entries
+	p := placeOf(b.h.index, headerBlocks+i)
+	copy(b.mem[p.block()*BlockSize:][:BlockSize], data)
+	if !c.index.insert(h, uses, p, sum) {
+		return false
+	}
+	setEntry(entry(b.mem, i), k, sum)
+	if b.h.entries++; b.h.entries == maxEntries {
+		c.open[q] = nil
+		c.full = append(c.full, b)
+		c.wants.Store(true)
+	}
+	return true
+}
+
+// begin opens a segment for a queue, if there is a free one and, beyond keep, a
+// buffer. The caller holds mu.
+func (c *Cache) begin(q queue, keep int) *buffer {
+	reserve := 0
+	if keep > 0 {
+		reserve = 1
+	}
+	if len(c.free) <= reserve || len(c.spare)+maxBuffers-c.made <= keep {
+		return nil
+	}
+	var b *buffer
+	if n := len(c.spare); n > 0 {
+		b, c.spare = c.spare[n-1], c.spare[:n-1]
+	} else {
+		b = &buffer{mem: c.file.Buffer(SegmentSize)}
+		c.made++
+	}
+	s := c.free[len(c.free)-1]
+	c.free = c.free[:len(c.free)-1]
+	if len(c.free) < lowSegments {
+		c.wants.Store(true)
+	}
+	c.seq++
+	b.h = segmentHeader{cache: c.id, seq: c.seq, index: s, queue: q}
+	c.segments[s].seq = c.seq
+	c.segments[s].buf.Store(b)
+	c.open[q] = b
+	return b
+}
+
+// Wants reports whether Maintain has something to do.
+func (c *Cache) Wants() bool { return c.wants.Load() && !c.off.Load() }
+
+// Maintain writes segments that are full, and evicts until there are free ones.
+// It blocks, and returns at once where somebody else is at it.
+func (c *Cache) Maintain() {
+	if !c.maintain.TryLock() {
+		return
+	}
+	defer c.maintain.Unlock()
+	c.work()
+}
+
+// work is Maintain, by the holder of maintain.
+func (c *Cache) work() {
+	c.wants.Store(false)
+	for !c.off.Load() {
+		c.mu.Lock()
+		b := c.nextFull()
+		reclaim := len(c.free) < lowSegments && c.fifo[small].len()+c.fifo[large].len() > 0
+		c.mu.Unlock()
+		switch {
+		case b != nil:
+			c.write(b)
+		case reclaim:
+			c.reclaim()
+		default:
+			return
+		}
+	}
+}
+
+// nextFull takes the next segment that is to be written, nil if there is none.
+// The caller holds mu.
+func (c *Cache) nextFull() *buffer {
+	if len(c.full) == 0 {
+		return nil
+	}
+	b := c.full[0]
+	c.full = append(c.full[:0], c.full[1:]...)
+	return b
+}
+
+// write writes a segment to the SSD.
+func (c *Cache) write(b *buffer) {
+	b.h.encode(b.mem)
+	n := (headerBlocks + b.h.entries) * BlockSize
+	_, err := c.file.WriteAt(b.mem[:n], c.offset(placeOf(b.h.index, 0)))
+	c.mu.Lock()
+	if err == nil {
+		c.counts.written += uint64(n)
+		c.fifo[b.h.queue].push(b.h.index)
+	} else {
+		c.counts.writeErrors++
+		for i := range b.h.entries {
+			_, h := c.entryHash(b.mem, i)
+			c.index.remove(h, placeOf(b.h.index, headerBlocks+i))
+		}
+		c.free = append(c.free, b.h.index)
+	}
+	c.mu.Unlock()
+	c.recycle(b)
+	if err != nil {
+		c.failed(&c.badWrites, fmt.Errorf("write: %w", err))
+		return
+	}
+	worked(&c.badWrites)
+}
+
+// entryHash returns the key and hash of entry i of a segment's header.
+func (c *Cache) entryHash(header []byte, i int) (k blockKey, h uint64) {
+	k.decode(entry(header, i))
+	return k, c.hash.block(c.hash.object(&k.Object), k.block)
+}
+
+// survivor is a block that is kept when its segment is reclaimed.
+type survivor struct {
+	key  blockKey
+	hash uint64
+	uses int // from now on
+	at   int // entry in its segment
+}
+
+// reclaim frees the oldest segment of one of the queues. From the small one,
+// what was used goes to the large one, and the ghost remembers the rest; from the
+// large one, what was used goes to its end.
+func (c *Cache) reclaim() {
+	c.mu.Lock()
+	q := large
+	if n := c.fifo[small].len(); n > 0 && (n*10 > len(c.segments) || c.fifo[large].len() == 0) {
+		q = small
+	}
+	s := c.fifo[q].pop()
+	c.mu.Unlock()
+
+	head := c.file.Buffer(headerBytes)
+	var h segmentHeader
+	err := c.readAt(head, placeOf(s, 0))
+	if err == nil {
+		h, err = decodeSegmentHeader(head, c.id, s)
+	}
+	c.mu.Lock()
+	if err != nil || h.seq != c.segments[s].seq {
+		c.seldom(c.errs.mismatches.Add(1), "a segment of the read cache has lost its header: its blocks come from the store", "segment", s)
+		c.index.purge(s)
+		c.free = append(c.free, s)
+		c.mu.Unlock()
+		return
+	}
+	keep := c.evict(q, &h, head)
+	c.mu.Unlock()
+	if len(keep) > 0 {
+		c.move(s, head, keep)
+	}
+	c.mu.Lock()
+	c.free = append(c.free, s)
+	c.mu.Unlock()
+}
+
+// evict takes out what is not used any more of a segment, and returns the rest.
+// The caller holds mu.
+func (c *Cache) evict(q queue, h *segmentHeader, head []byte) (keep []survivor) {
+	for i := range h.entries {
+		k, hash := c.entryHash(head, i)
+		p := placeOf(h.index, headerBlocks+i)
+		w, at := c.index.at(hash, p)
+		if at < 0 {
+			continue
+		}
+		uses := usesIn(w)
+		if uses > 0 && len(keep) < reinsertLimit {
+			if q == large {
+				uses--
+			} else {
+				uses = 0
+			}
+			keep = append(keep, survivor{k, hash, uses, i})
+			continue
+		}
+		c.index.remove(hash, p)
+		c.counts.evicted++
+		if q == small {
+			c.ghost.add(hash)
+		}
+	}
+	return keep
+}
+
+// move writes survivors of the segment s to the end of the large queue.
+func (c *Cache) move(s uint32, head []byte, keep []survivor) {
+	first, last := keep[0].at, keep[len(keep)-1].at
+	data := c.file.Buffer((last - first + 1) * BlockSize)
+	err := c.readAt(data, placeOf(s, headerBlocks+first))
+	for _, v := range keep {
+		b := data[(v.at-first)*BlockSize:][:BlockSize]
+		sum := entrySum(entry(head, v.at))
+		k := c.Key(v.key.Object, 0)
+		good := err == nil && k.blockSum(v.key.block, b) == sum
+		c.mu.Lock()
+		_, was := c.index.remove(v.hash, placeOf(s, headerBlocks+v.at))
+		switch {
+		case !was:
+		case good && c.put(large, 0, &v.key, v.hash, v.uses, sum, b):
+			c.counts.moved++
+		default:
+			c.counts.evicted++
+		}
+		full := c.nextFull()
+		c.mu.Unlock()
+		if full != nil {
+			c.write(full)
+		}
+	}
+}
+
+// Close writes what is in memory to the SSD. No other call may be running or
+// follow, but for Stats.
+func (c *Cache) Close() {
+	c.mu.Lock()
+	c.closed = true
+	c.mu.Unlock()
+	c.maintain.Lock()
+	defer c.maintain.Unlock()
+	c.work()
+	for q := range queues {
+		c.mu.Lock()
+		b := c.open[q]
+		c.open[q] = nil
+		c.mu.Unlock()
+		if b != nil && !c.off.Load() {
+			c.write(b)
+		}
+	}
+	c.off.Store(true)
+}

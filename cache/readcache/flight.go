@@ -1,0 +1,362 @@
+package readcache
+
+import (
+	"container/list"
+	"context"
+	"errors"
+	"math/bits"
+	"sync"
+	"sync/atomic"
+)
+
+// A Source reads an object from its store.
+type Source interface {
+	// Fetch reads the object's data from block first on into p, and verifies it.
+	Fetch(ctx context.Context, first uint32, p []byte) error
+}
+
+// maxRefused is how many requests for memory are refused before what was read
+// ahead the longest time ago, and not asked for since, is let go of: its reader
+// has gone elsewhere.
+const maxRefused = 16
+
+// A flight is one fetch of blocks of an object: those who want them meanwhile
+// wait for it. What was read ahead stays until it has been asked for.
+type flight struct {
+	object   Object
+	first, n uint32
+	ahead    bool
+	buf      []byte
+	done     chan struct{} // closed when it has ended
+	err      error         // valid after done
+
+	// Guarded by flights.mu.
+	refs   int
+	unread int           // blocks read ahead that nobody has asked for
+	kept   *list.Element // in flights.kept
+}
+
+// flights are the fetches under way, and what was read ahead.
+type flights struct {
+	budget  int64        // bytes for what is read ahead
+	held    atomic.Int64 // of these in use, or promised by Reserve
+	refused atomic.Int32
+
+	mu   sync.Mutex
+	of   map[Object][]*flight // guarded by mu
+	kept *list.List           // guarded by mu: what was read ahead, oldest first
+	pool [bufferClasses]sync.Pool
+}
+
+// bufferClasses: 4 KiB, 8 KiB, up to 2 MiB.
+const bufferClasses = 10
+
+func (fs *flights) init(budget int) {
+	fs.budget = int64(budget)
+	fs.of = map[Object][]*flight{}
+	fs.kept = list.New()
+}
+
+func bufferClass(n int) int { return bits.Len(uint((n+BlockSize-1)/BlockSize - 1)) }
+
+func (fs *flights) buffer(n int) []byte {
+	class := bufferClass(n)
+	if class >= bufferClasses {
+		return make([]byte, n)
+	}
+	if p, ok := fs.pool[class].Get().(*[]byte); ok {
+		return (*p)[:n]
+	}
+	return make([]byte, n, BlockSize<<class)
+}
+
+func (fs *flights) freeBuffer(b []byte) {
+	if class := bufferClass(cap(b)); class < bufferClasses && cap(b) == BlockSize<<class {
+		fs.pool[class].Put(&b)
+	}
+}
+
+// join returns the flight that has block first of an object, or a new one for the
+// blocks from first on, at most n, which the caller is to fly: mine. Either is to
+// be left afterwards.
+func (fs *flights) join(o *Object, first, n uint32, ahead bool) (f *flight, mine bool) {
+	fs.mu.Lock()
+	defer fs.mu.Unlock()
+	if fs.refused.Load() >= maxRefused {
+		fs.refused.Store(0)
+		if e := fs.kept.Front(); e != nil {
+			fs.forget(e.Value.(*flight))
+		}
+	}
+	for _, f := range fs.of[*o] {
+		if f.first <= first && first < f.first+f.n {
+			f.refs++
+			return f, false
+		}
+		if first < f.first && f.first < first+n {
+			n = f.first - first
+		}
+	}
+	f = &flight{object: *o, first: first, n: n, ahead: ahead, refs: 1, done: make(chan struct{})}
+	f.buf = fs.buffer(int(n) * BlockSize)
+	fs.of[*o] = append(fs.of[*o], f)
+	return f, true
+}
+
+// land ends a flight.
+func (fs *flights) land(f *flight, err error) {
+	fs.mu.Lock()
+	defer fs.mu.Unlock()
+	f.err = err
+	close(f.done)
+	if f.ahead && err == nil {
+		f.refs++
+		f.unread = int(f.n)
+		f.kept = fs.kept.PushBack(f)
+		return
+	}
+	fs.unlist(f)
+	if f.ahead {
+		fs.held.Add(-int64(f.n) * BlockSize)
+	}
+}
+
+// unlist makes a flight unknown to those who come. The caller holds mu.
+func (fs *flights) unlist(f *flight) {
+	l := fs.of[f.object]
+	for i := range l {
+		if l[i] == f {
+			l[i] = l[len(l)-1]
+			l[len(l)-1] = nil
+			l = l[:len(l)-1]
+			break
+		}
+	}
+	if len(l) == 0 {
+		delete(fs.of, f.object)
+	} else {
+		fs.of[f.object] = l
+	}
+}
+
+// forget lets go of what was read ahead. The caller holds mu.
+func (fs *flights) forget(f *flight) {
+	fs.kept.Remove(f.kept)
+	f.kept = nil
+	fs.unlist(f)
+	fs.held.Add(-int64(f.n) * BlockSize)
+	fs.unref(f)
+}
+
+func (fs *flights) unref(f *flight) {
+	if f.refs--; f.refs == 0 {
+		fs.freeBuffer(f.buf)
+		f.buf = nil
+	}
+}
+
+// leave ends the use of a flight, of which used blocks were asked for.
+func (fs *flights) leave(f *flight, used int) {
+	fs.mu.Lock()
+	defer fs.mu.Unlock()
+	if f.kept != nil {
+		if f.unread -= used; f.unread <= 0 {
+			fs.forget(f)
+		}
+	}
+	fs.unref(f)
+}
+
+// A Client is one image's use of the cache, and counts it.
+type Client struct {
+	c                *Cache
+	hits, hitBytes   atomic.Uint64
+	misses, missed   atomic.Uint64 // runs, bytes
+	fetched, ahead   atomic.Uint64 // bytes from the store, in all and read ahead
+	joined, aheadHit atomic.Uint64 // bytes that another fetch, and a read-ahead, served
+}
+
+// Client returns a new user of the cache, which is to be closed.
+func (c *Cache) Client() *Client {
+	u := &Client{c: c}
+	c.mu.Lock()
+	c.users[u] = struct{}{}
+	c.mu.Unlock()
+	return u
+}
+
+// Close ends the use.
+func (u *Client) Close() {
+	u.c.mu.Lock()
+	defer u.c.mu.Unlock()
+	if _, ok := u.c.users[u]; ok {
+		delete(u.c.users, u)
+		u.c.gone.add(u)
+	}
+}
+
+// Hit counts n bytes that a client got from the cache.
+func (u *Client) Hit(n int) {
+	u.hits.Add(1)
+	u.hitBytes.Add(uint64(n))
+}
+
+// Miss counts n bytes that the cache did not have.
+func (u *Client) Miss(n int) {
+	u.misses.Add(1)
+	u.missed.Add(uint64(n))
+}
+
+// Fetched counts n bytes that were read from the store beside the Source.
+func (u *Client) Fetched(n int) { u.fetched.Add(uint64(n)) }
+
+// A How says what becomes of blocks that came from the store.
+type How uint8
+
+const (
+	// Keep keeps them.
+	Keep How = iota
+	// KeepKnown keeps those that were let go of, or not kept, not long ago, and
+	// remembers the rest: for long sequential streams.
+	KeepKnown
+	// Pass keeps none.
+	Pass
+)
+
+// Read reads from the byte off of an object's data into dst: from the SSD, from
+// what others have under way, else from src. fetched says that src was asked.
+func (u *Client) Read(ctx context.Context, k *Key, off int, dst []byte, src Source, how How) (fetched bool, err error) {
+	c := u.c
+	for len(dst) > 0 {
+		first, skip := uint32(off/BlockSize), off%BlockSize
+		r := c.Next(k, first, uint32((skip+len(dst)+BlockSize-1)/BlockSize), false)
+		n := min(int(r.N)*BlockSize-skip, len(dst))
+		if !r.Cached || !c.readRun(k, first, r, skip, dst[:n]) {
+			var mine bool
+			n, mine, err = u.fetch(ctx, k, first, r.N, skip, dst[:n], src, how)
+			fetched = fetched || mine
+			if err != nil {
+				return fetched, err
+			}
+		}
+		off, dst = off+n, dst[n:]
+	}
+	return fetched, nil
+}
+
+// readRun reads a run that was found, from memory or SSD.
+func (c *Cache) readRun(k *Key, first uint32, r Run, skip int, dst []byte) bool {
+	if r.Memory && c.Copy(k, first, r, skip, dst) {
+		return true
+	}
+	if r.Memory {
+		return false
+	}
+	b := c.file.Buffer(int(r.N) * BlockSize)
+	if c.readAt(b, r.place) != nil || !c.Verify(k, first, r, b) {
+		return false
+	}
+	copy(dst, b[skip:])
+	return true
+}
+
+// fetch gets blocks that are not cached, or the first of them, and returns how
+// many bytes of dst it filled; none means to look again.
+func (u *Client) fetch(ctx context.Context, k *Key, first, n uint32, skip int, dst []byte, src Source, how How) (got int, mine bool, err error) {
+	fs := &u.c.flights
+	f, mine := fs.join(&k.Object, first, n, false)
+	if mine {
+		err = u.fly(ctx, f, k, src, how)
+	} else {
+		err = f.wait(ctx)
+	}
+	if err != nil {
+		fs.leave(f, 0)
+		if !mine && errors.Is(err, context.Canceled) && ctx.Err() == nil {
+			return 0, mine, nil // the other one was told to stop, not this one
+		}
+		return 0, mine, err
+	}
+	got = copy(dst, f.buf[int(first-f.first)*BlockSize+skip:])
+	if f.ahead {
+		u.aheadHit.Add(uint64(got))
+	} else if !mine {
+		u.joined.Add(uint64(got))
+	}
+	fs.leave(f, (skip+got)/BlockSize)
+	return got, mine, nil
+}
+
+// wait waits until the flight has ended.
+func (f *flight) wait(ctx context.Context) error {
+	select {
+	case <-f.done:
+		return f.err
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+// errEnded is what those get who wait for a fetch that panicked.
+var errEnded = errors.New("a fetch of the same blocks did not come to its end")
+
+// fly does the fetch of a flight, and keeps what it got.
+func (u *Client) fly(ctx context.Context, f *flight, k *Key, src Source, how How) (err error) {
+	err = errEnded
+	defer func() { u.c.flights.land(f, err) }()
+	data := f.buf
+	if end := k.Size - uint64(f.first)*BlockSize; uint64(len(data)) > end {
+		data = data[:end]
+	}
+	if err = src.Fetch(ctx, f.first, data); err != nil {
+		return err
+	}
+	u.fetched.Add(uint64(len(data)))
+	if f.ahead {
+		u.ahead.Add(uint64(len(data)))
+	}
+	u.c.insert(k, f.first, data, how)
+	return nil
+}
+
+// Reserve takes memory for reading n blocks ahead, and reports whether there was
+// enough. Ahead gives it back.
+func (c *Cache) Reserve(n uint32) bool {
+	fs := &c.flights
+	if fs.held.Add(int64(n)*BlockSize) <= fs.budget {
+		return true
+	}
+	fs.held.Add(-int64(n) * BlockSize)
+	fs.refused.Add(1)
+	return false
+}
+
+// Ahead fetches n blocks from first on before anyone asks for them, unless they
+// are cached or under way. The memory for them has been reserved.
+func (u *Client) Ahead(ctx context.Context, k *Key, first, n uint32, src Source, how How) error {
+	fs := &u.c.flights
+	for n > 0 {
+		r := u.c.Next(k, first, n, false)
+		done := r.N
+		if r.Cached {
+			fs.held.Add(-int64(done) * BlockSize)
+		} else {
+			f, mine := fs.join(&k.Object, first, r.N, true)
+			if !mine {
+				done = min(f.first+f.n-first, n)
+				fs.held.Add(-int64(done) * BlockSize)
+				fs.leave(f, 0)
+			} else {
+				done = f.n
+				err := u.fly(ctx, f, k, src, how)
+				fs.leave(f, 0)
+				if err != nil {
+					fs.held.Add(-int64(n-done) * BlockSize)
+					return err
+				}
+			}
+		}
+		first, n = first+done, n-done
+	}
+	return nil
+}

@@ -1,0 +1,86 @@
+package readcache
+
+// Stats is what a cache holds and has done since it was opened.
+type Stats struct {
+	State  string `json:"state"` // on, loading, off
+	Size   uint64 `json:"size_bytes"`
+	Used   uint64 `json:"used_bytes"`   // by blocks
+	Memory uint64 `json:"memory_bytes"` // index, ghost, buffers, read-ahead
+
+	ClientStats
+
+	Written    uint64 `json:"written_bytes"` // to the SSD: its wear
+	Filled     uint64 `json:"filled_bytes"`  // kept, of what was fetched
+	Moved      uint64 `json:"moved_bytes"`   // written again, since it was used
+	Evicted    uint64 `json:"evicted_bytes"`
+	Dropped    uint64 `json:"dropped_bytes"` // not kept, since the SSD was behind
+	Mismatches uint64 `json:"mismatches"`    // blocks and headers that failed their checksum
+	Errors     uint64 `json:"errors"`        // of the SSD
+}
+
+// ClientStats is what clients of a cache have done.
+type ClientStats struct {
+	Hits      uint64 `json:"hits"` // runs of blocks
+	HitBytes  uint64 `json:"hit_bytes"`
+	Misses    uint64 `json:"misses"`
+	MissBytes uint64 `json:"miss_bytes"`
+	Fetched   uint64 `json:"fetched_bytes"` // from the store, for misses, ahead of them, and headers
+	Ahead     uint64 `json:"ahead_bytes"`   // of these, read ahead
+	AheadUsed uint64 `json:"ahead_used"`    // of these, asked for from memory since
+	Joined    uint64 `json:"joined_bytes"`  // misses that another's fetch served
+}
+
+// clientCounts are the counts of clients that are gone.
+type clientCounts struct{ ClientStats }
+
+func (t *clientCounts) add(u *Client) {
+	s := u.Stats()
+	t.Hits += s.Hits
+	t.HitBytes += s.HitBytes
+	t.Misses += s.Misses
+	t.MissBytes += s.MissBytes
+	t.Fetched += s.Fetched
+	t.Ahead += s.Ahead
+	t.AheadUsed += s.AheadUsed
+	t.Joined += s.Joined
+}
+
+// Stats returns what the client has done.
+func (u *Client) Stats() ClientStats {
+	return ClientStats{
+		Hits: u.hits.Load(), HitBytes: u.hitBytes.Load(), Misses: u.misses.Load(), MissBytes: u.missed.Load(),
+		Fetched: u.fetched.Load(), Ahead: u.ahead.Load(), AheadUsed: u.aheadHit.Load(), Joined: u.joined.Load(),
+	}
+}
+
+// Stats returns what the cache holds and has done.
+func (c *Cache) Stats() Stats {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	total := c.gone
+	for u := range c.users {
+		total.add(u)
+	}
+	n := &c.counts
+	s := Stats{
+		State: "on", Size: uint64(len(c.segments)) * SegmentSize, Used: uint64(c.index.count) * BlockSize,
+		Memory:      c.memory(),
+		ClientStats: total.ClientStats,
+		Written:     n.written, Filled: n.filled * BlockSize, Moved: n.moved * BlockSize,
+		Evicted: n.evicted * BlockSize, Dropped: n.dropped * BlockSize,
+		Mismatches: c.errs.mismatches.Load(), Errors: c.errs.failed.Load(),
+	}
+	switch {
+	case c.off.Load():
+		s.State = "off"
+	case !c.loaded:
+		s.State = "loading"
+	}
+	return s
+}
+
+// memory returns the bytes of memory that the cache holds. The caller holds mu.
+func (c *Cache) memory() uint64 {
+	n := len(c.index.words)*8 + len(c.index.sums)*4 + len(c.ghost.prints)*4 + len(c.ghost.next) + len(c.segments)*16
+	return uint64(n+c.made*SegmentSize) + uint64(max(c.flights.held.Load(), 0))
+}

@@ -1,0 +1,195 @@
+package engine
+
+import (
+	"context"
+
+	"github.com/lsd-ceph/lsd/cache/readcache"
+	"github.com/lsd-ceph/lsd/internal/extmap"
+)
+
+const (
+	maxStreams = 8
+	// maxAheads bounds the fetches of an image's read-ahead under way.
+	maxAheads = 32
+	// aheadUnit is the most that one of them fetches, in sectors: 1 MiB.
+	aheadUnit = 1 << 20 / SectorSize
+	// A stream is read ahead of by minWindow sectors at first, twice as many each
+	// time, up to maxWindow: 128 KiB to 8 MiB.
+	minAhead = 128 << 10 / SectorSize
+	maxAhead = 8 << 20 / SectorSize
+	// streamSlack is how far from its end, in sectors, a stream may go on: many
+	// requests at one time arrive in any order.
+	streamSlack = 64 << 10 / SectorSize
+	// streamSteps is how many requests in a row make a stream.
+	streamSteps = 3
+	// longStream is after how many sectors, 8 MiB, the blocks of a stream are not
+	// worth the SSD's wear, unless they have been seen not long ago.
+	longStream = 8 << 20 / SectorSize
+)
+
+// A stream is a client's sequential reading.
+type stream struct {
+	next   uint64 // sector after the last one read
+	ahead  uint64 // sector after the last one read ahead
+	window uint64 // sectors
+	length uint64 // sectors read so far
+	steps  int
+	used   uint64 // streams.clock of the last request
+}
+
+// streams are the sequential streams of an image. The reactor owns them.
+type streams struct {
+	list  [maxStreams]stream
+	clock uint64 // requests
+}
+
+// note takes note of a read and returns the stream that it belongs to, nil if it
+// is not, or not yet, part of one.
+func (t *streams) note(s uint64, n uint32) *stream {
+	t.clock++
+	end, slack := s+uint64(n), max(streamSlack, 2*uint64(n))
+	oldest := &t.list[0]
+	for i := range t.list {
+		st := &t.list[i]
+		if st.used < oldest.used {
+			oldest = st
+		}
+		if st.steps == 0 || s+slack < st.next || s > st.next+slack {
+			continue
+		}
+		st.used = t.clock
+		if end > st.next {
+			st.length += end - st.next
+			st.next = end
+			st.steps++
+		}
+		if st.steps < streamSteps {
+			return nil
+		}
+		return st
+	}
+	*oldest = stream{next: end, ahead: end, length: uint64(n), steps: 1, used: t.clock}
+	return nil
+}
+
+// how returns how a stream's blocks are read.
+func (st *stream) how() readcache.How {
+	if st != nil && st.length > longStream {
+		return readcache.KeepKnown
+	}
+	return readcache.Keep
+}
+
+// readAhead fetches what the client of a stream will probably ask for next.
+func (im *Image) readAhead(st *stream) {
+	if st == nil {
+		return
+	}
+	st.ahead = max(st.ahead, st.next)
+	if st.ahead-st.next > st.window/2 {
+		return
+	}
+	st.window = min(max(2*st.window, minAhead), maxAhead)
+	for end := min(st.next+st.window, im.sectors); st.ahead < end; {
+		i := segmentOf(st.ahead)
+		if !im.objs.ready(i) {
+			im.withSegment(i, func(error) {})
+			return
+		}
+		to := min(end, segmentStart(i+1))
+		e, ok := im.nextInObject(st.ahead, to)
+		if !ok {
+			st.ahead = to
+			continue
+		}
+		n := min(uint64(e.N), aheadUnit)
+		if !im.fetchAhead(e.Loc, uint32(n), st.how()) {
+			st.ahead = e.Sector
+			return
+		}
+		st.ahead = e.Sector + n
+	}
+}
+
+// nextInObject returns the next run from s on, before end, that a read would get
+// from an object.
+func (im *Image) nextInObject(s, end uint64) (extmap.Extent, bool) {
+	for s < end {
+		stop := end
+		d, ok := im.dirty.Next(s, end)
+		if ok {
+			stop = d.Sector
+		}
+		if s < stop {
+			if e, ok := im.objs.Next(s, stop); ok {
+				return e, true
+			}
+		}
+		if !ok {
+			break
+		}
+		s = d.End()
+	}
+	return extmap.Extent{}, false
+}
+
+// aheadRead is a fetch of read-ahead, on a worker.
+type aheadRead struct {
+	im       *Image
+	key      readcache.Key
+	src      objectSource
+	first, n uint32 // blocks
+	how      readcache.How
+	err      error
+	// The functions for Env.Spawn, made once.
+	work, done func()
+}
+
+// fetchAhead has n sectors at loc fetched, and reports false if that has to wait:
+// too much is under way, or not yet asked for.
+func (im *Image) fetchAhead(loc uint64, n uint32, how readcache.How) bool {
+	info := im.table.find(refOf(loc).seq())
+	if info == nil {
+		return true // who reads there for its own sake will tell of it
+	}
+	k := im.key(info)
+	off := uint32(offsetOf(loc))
+	first := off / blockSectors
+	blocks := (off+n+blockSectors-1)/blockSectors - first
+	if run := im.cache.Next(&k, first, blocks, false); run.Cached && run.N == blocks {
+		return true
+	}
+	if im.aheads >= maxAheads || !im.cache.Reserve(blocks) {
+		return false
+	}
+	var o *aheadRead
+	if l := len(im.aheadOps); l > 0 {
+		o, im.aheadOps = im.aheadOps[l-1], im.aheadOps[:l-1]
+	} else {
+		o = &aheadRead{im: im}
+		o.work, o.done = o.run, o.finished
+	}
+	o.key, o.src, o.first, o.n, o.how, o.err = k, objectSource{im, *info}, first, blocks, how, nil
+	im.aheads++
+	im.env.Spawn(o.work, o.done)
+	return true
+}
+
+// run fetches, on a worker.
+func (o *aheadRead) run() {
+	ctx, stop := context.WithTimeout(o.im.ctx, o.im.cfg.StoreTimeout)
+	defer stop()
+	o.err = o.im.reads.Ahead(ctx, &o.key, o.first, o.n, &o.src, o.how)
+}
+
+// finished takes the result, on the reactor. An error ends all streams: whoever
+// reads there for its own sake will tell of it.
+func (o *aheadRead) finished() {
+	im := o.im
+	im.aheads--
+	if o.err != nil {
+		im.streams = streams{}
+	}
+	im.aheadOps = append(im.aheadOps, o)
+	im.maintainCache()
+}
