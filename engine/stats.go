@@ -8,6 +8,7 @@ import (
 
 	"github.com/google/uuid"
 	"github.com/lsd-ceph/lsd/backend"
+	"github.com/lsd-ceph/lsd/cache/readcache"
 )
 
 // Stats is what an image is doing, at one moment.
@@ -54,6 +55,8 @@ type Stats struct {
 	ReadIOPS  float64 `json:"read_iops"` // since the call before
 	WriteIOPS float64 `json:"write_iops"`
 
+	ReadCache readcache.ClientStats `json:"read_cache"`
+
 	StoreErrors    uint64  `json:"store_errors"`
 	StoreDown      bool    `json:"store_down"`
 	LastStoreError string  `json:"last_store_error,omitempty"`
@@ -81,6 +84,7 @@ func (im *Image) Stats() Stats {
 		ReadIOPS: c.readRate, WriteIOPS: c.writeRate,
 		StoreErrors: c.storeErrors, StoreDown: c.storeDown, ReadErrors: c.readErrors + c.mapErrors,
 		InFlight: im.acks.n + im.flushes.n, Waiting: im.blocked.n, Stalls: c.stalls,
+		ReadCache: im.reads.Stats(),
 	}
 	if im.why != nil {
 		s.Why = im.why.Error()

@@ -172,10 +172,13 @@ type world struct {
 	c    *Cache
 	u    *Client
 	want bool // mismatches are to be expected
+
+	failing bool // the disk fails what is written
 }
 
 func (w *world) open() {
-	w.disk.FailWrites = false
+	w.failing = false
+	w.disk.Fail = func(op simdisk.Op) bool { return w.failing && op.Kind == simdisk.Write }
 	w.c = mustOpen(w.t, w.disk)
 	w.u = w.c.Client()
 }
@@ -196,7 +199,7 @@ func (w *world) step() {
 		w.disk.Damage(w.rng.Int64N(w.disk.Size()))
 		w.want = true
 	case n < 20:
-		w.disk.FailWrites = !w.disk.FailWrites
+		w.failing = !w.failing
 	default:
 		object := w.rng.Uint64N(4)
 		if w.rng.IntN(3) == 0 {
@@ -226,7 +229,7 @@ func TestCrashes(t *testing.T) {
 					return
 				}
 			}
-			w.disk.FailWrites = false
+			w.failing = false
 			w.c.Close()
 			w.open()
 			w.c.verifyAccounts(t)

@@ -1,8 +1,15 @@
 package readcache
 
+// States of a cache.
+const (
+	StateOn      = "on"
+	StateLoading = "loading" // what is on the SSD is found, but nothing is kept yet
+	StateOff     = "off"     // there is no file, or it has failed
+)
+
 // Stats is what a cache holds and has done since it was opened.
 type Stats struct {
-	State  string `json:"state"` // on, loading, off
+	State  string `json:"state"`
 	Size   uint64 `json:"size_bytes"`
 	Used   uint64 `json:"used_bytes"`   // by blocks
 	Memory uint64 `json:"memory_bytes"` // index, ghost, buffers, read-ahead
@@ -63,7 +70,7 @@ func (c *Cache) Stats() Stats {
 	}
 	n := &c.counts
 	s := Stats{
-		State: "on", Size: uint64(len(c.segments)) * SegmentSize, Used: uint64(c.index.count) * BlockSize,
+		State: StateOn, Size: uint64(len(c.segments)) * SegmentSize, Used: uint64(c.index.count) * BlockSize,
 		Memory:      c.memory(),
 		ClientStats: total.ClientStats,
 		Written:     n.written, Filled: n.filled * BlockSize, Moved: n.moved * BlockSize,
@@ -72,9 +79,9 @@ func (c *Cache) Stats() Stats {
 	}
 	switch {
 	case c.off.Load():
-		s.State = "off"
+		s.State = StateOff
 	case !c.loaded:
-		s.State = "loading"
+		s.State = StateLoading
 	}
 	return s
 }

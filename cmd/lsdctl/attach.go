@@ -251,6 +251,9 @@ func printStats(row func(...any), im api.Image) {
 	row("in flight", fmt.Sprintf("%d writes and flushes, %d more wait for room in the log", s.InFlight, s.Waiting))
 	row("requests", fmt.Sprintf("%d reads (%s), %d writes (%s), %d flushes, %d discards", s.Reads, bytesize.Human(s.ReadBytes), s.Writes, bytesize.Human(s.WriteByts), s.Flushes, s.Discards))
 	row("rate", fmt.Sprintf("%.0f reads/s, %.0f writes/s", s.ReadIOPS, s.WriteIOPS))
+	if c := s.ReadCache; c.Hits+c.Misses > 0 {
+		row("read cache", fmt.Sprintf("%s found, %s not; %s read from the store", bytesize.Human(c.HitBytes), bytesize.Human(c.MissBytes), bytesize.Human(c.Fetched)))
+	}
 	errs := fmt.Sprintf("%d of the store (tried again), %d reads failed", s.StoreErrors, s.ReadErrors)
 	if s.LastStoreError != "" {
 		errs += fmt.Sprintf("; last %.0f s ago: %s", s.LastErrorAge, s.LastStoreError)

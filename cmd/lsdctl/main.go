@@ -74,7 +74,7 @@ have a unit of 1024: 512, 4K, 20G, 1T.`,
 	cmd.AddCommand(
 		a.createCommand(), a.lsCommand(), a.infoCommand(), a.rmCommand(),
 		a.addCommand(), a.listCommand(), a.statusCommand(), a.flushCommand(), a.delCommand(),
-		a.featuresCommand(), a.logCommand(), a.daemonCommand(), a.versionCommand(), a.shutdownCommand(),
+		a.featuresCommand(), a.logCommand(), a.daemonCommand(), a.cacheCommand(), a.versionCommand(), a.shutdownCommand(),
 	)
 	return cmd
 }

@@ -14,6 +14,7 @@ import (
 	"slices"
 	"time"
 
+	"github.com/lsd-ceph/lsd/cache/readcache"
 	"github.com/lsd-ceph/lsd/internal/api"
 	"github.com/lsd-ceph/lsd/internal/bytesize"
 	"github.com/lsd-ceph/lsd/internal/daemon"
@@ -27,6 +28,8 @@ func main() { os.Exit(run()) }
 type options struct {
 	cfg       daemon.Config
 	logMemory bytesize.Size
+	readCache bytesize.Size
+	envErr    error // of what the environment says
 	supervise bool
 	logFile   string
 	logJSON   bool
@@ -63,6 +66,12 @@ systemd runs it as lsd.service; without systemd, lsdctl add starts it with
 	f := cmd.Flags()
 	f.StringVar(&o.cfg.Socket, "socket", env(api.EnvSocket, api.DefaultSocket), "listen on this unix socket ($"+api.EnvSocket+")")
 	f.StringVar(&o.cfg.StateDir, "state-dir", env(api.EnvStateDir, api.DefaultStateDir), "write down what is attached here ($"+api.EnvStateDir+")")
+	f.StringVar(&o.cfg.ReadCache, "read-cache", os.Getenv(envReadCache), "file of the read cache, on a local SSD ($"+envReadCache+"; default: cache/read-cache in the state directory)")
+	o.readCache = daemon.DefaultReadCacheSize
+	if v := os.Getenv(envReadCacheSize); v != "" {
+		o.envErr = o.readCache.Set(v)
+	}
+	f.Var(&o.readCache, "read-cache-size", "size of the read cache, 0 for none ($"+envReadCacheSize+")")
 	f.StringVar(&o.cfg.Host, "host-name", host, "name of this host, for others who want an image")
 	f.BoolVar(&o.supervise, "supervise", false, "run the daemon as a child, and again when it dies")
 	f.StringVar(&o.onTerm, "on-term", "leave", "what SIGTERM does with the devices: leave them to the next lsdd, or detach")
@@ -103,6 +112,9 @@ func (o *options) run(ctx context.Context) (int, error) {
 		return 0, fmt.Errorf("--log-memory-total %s: it must be from 16M to 1P", &o.logMemory)
 	}
 	o.cfg.LogMemory = int64(o.logMemory)
+	if err := o.sizeReadCache(); err != nil {
+		return 0, err
+	}
 	logger, err := o.logger()
 	if err != nil {
 		return 0, err
@@ -136,6 +148,30 @@ func (o *options) run(ctx context.Context) (int, error) {
 		return 1, err
 	}
 	return 0, nil
+}
+
+// Environment variables for a daemon that lsdctl starts.
+const (
+	envReadCache     = "LSD_READ_CACHE"
+	envReadCacheSize = "LSD_READ_CACHE_SIZE"
+)
+
+// sizeReadCache takes the read cache's flags.
+func (o *options) sizeReadCache() error {
+	if o.envErr != nil {
+		return fmt.Errorf("$%s: %w", envReadCacheSize, o.envErr)
+	}
+	if o.cfg.ReadCache != "" && !filepath.IsAbs(o.cfg.ReadCache) {
+		return fmt.Errorf("--read-cache %s: it must be an absolute path", o.cfg.ReadCache)
+	}
+	if o.readCache > readcache.MaxSize {
+		return fmt.Errorf("--read-cache-size %s: it must be at most 8T", &o.readCache)
+	}
+	o.cfg.ReadCacheSize = int64(o.readCache)
+	if o.cfg.ReadCacheSize == 0 {
+		return nil
+	}
+	return readcache.CheckSize(o.cfg.ReadCacheSize)
 }
 
 func notify(logger *slog.Logger, state string) {

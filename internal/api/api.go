@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"github.com/google/uuid"
+	"github.com/lsd-ceph/lsd/cache/readcache"
 	"github.com/lsd-ceph/lsd/engine"
 )
 
@@ -20,11 +21,12 @@ const (
 
 // Paths of the API. Those with {id} are about the device /dev/ublkb{id}.
 const (
-	PathVersion  = "/v1/version"  // GET: Version
-	PathFeatures = "/v1/features" // GET: Features
-	PathImages   = "/v1/images"   // GET: []Image; POST AttachRequest: stream of Image
-	PathLogs     = "/v1/logs"     // GET: []Log
-	PathShutdown = "/v1/shutdown" // POST ShutdownRequest: stream of Done
+	PathVersion   = "/v1/version"    // GET: Version
+	PathFeatures  = "/v1/features"   // GET: Features
+	PathImages    = "/v1/images"     // GET: []Image; POST AttachRequest: stream of Image
+	PathLogs      = "/v1/logs"       // GET: []Log
+	PathReadCache = "/v1/read-cache" // GET: ReadCache
+	PathShutdown  = "/v1/shutdown"   // POST ShutdownRequest: stream of Done
 )
 
 // Version says which daemon answers.
@@ -34,6 +36,13 @@ type Version struct {
 	Host     string    `json:"host"`
 	StateDir string    `json:"state_dir"`
 	Started  time.Time `json:"started"`
+}
+
+// ReadCache is the read cache that the daemon's images share.
+type ReadCache struct {
+	Path  string `json:"path"`
+	Error string `json:"error,omitempty"` // why there is none
+	readcache.Stats
 }
 
 // States of an attached image that the engine does not know.

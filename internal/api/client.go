@@ -61,6 +61,11 @@ func (c *Client) Attach(ctx context.Context, r AttachRequest, progress func(Prog
 	return im, c.stream(ctx, PathImages, r, progress, &im)
 }
 
+// ReadCache tells what the read cache is and does.
+func (c *Client) ReadCache(ctx context.Context) (v ReadCache, err error) {
+	return v, c.get(ctx, PathReadCache, &v)
+}
+
 // Detach removes a device.
 func (c *Client) Detach(ctx context.Context, id int, r DetachRequest, progress func(Progress)) (d Done, err error) {
 	return d, c.stream(ctx, imagePath(id)+"/detach", r, progress, &d)

@@ -457,7 +457,7 @@ func (a *attachment) openDisk(ctx context.Context, rec record, there bool, o bri
 	}
 	dk, err := openDisk(ctx, diskOptions{
 		rec: rec, store: st, log: log, host: a.d.cfg.Host, env: a.d.env, shared: a.d.shared,
-		force: o.force, progress: o.progress, logger: a.logger,
+		force: o.force, progress: o.progress, logger: a.logger, cache: a.d.readCache,
 	})
 	if err != nil {
 		return nil, explainOpen(rec, err)

@@ -36,6 +36,11 @@ type Config struct {
 	StateDir string
 	Host     string // named to others who want an image
 	Version  string
+	// ReadCache is the file of the read cache. Default: read-cache in the state
+	// directory's cache.
+	ReadCache string
+	// ReadCacheSize is its size in bytes; 0 means that there is none.
+	ReadCacheSize int64
 	// DetachOnExit removes the devices when the daemon is told to end; else they
 	// wait for the next one.
 	DetachOnExit bool
@@ -61,6 +66,8 @@ type Daemon struct {
 	lock    *os.File
 	ctx     context.Context // ends with the daemon's service
 	cancel  context.CancelFunc
+
+	readCache *readCache
 
 	openKernel func() (kernel, error)
 	kernelMu   sync.Mutex
@@ -103,6 +110,9 @@ func newDaemon(cfg Config) (*Daemon, error) {
 	if cfg.Logger == nil {
 		cfg.Logger = slog.Default()
 	}
+	if cfg.ReadCache == "" {
+		cfg.ReadCache = filepath.Join(cfg.StateDir, "cache", "read-cache")
+	}
 	if cfg.ExitTimeout == 0 {
 		cfg.ExitTimeout = 20 * time.Second
 	}
@@ -131,6 +141,7 @@ func newDaemon(cfg Config) (*Daemon, error) {
 		return nil, err
 	}
 	d.ctx, d.cancel = context.WithCancel(context.Background())
+	d.readCache = openReadCache(cfg.ReadCache, cfg.ReadCacheSize, d.logger)
 	return d, nil
 }
 
@@ -272,6 +283,7 @@ func (d *Daemon) listen() (net.Listener, error) {
 
 // takeUp takes up what is recorded, in the background.
 func (d *Daemon) takeUp() error {
+	go d.readCache.load(d.ctx)
 	recs, err := d.records.load(func(path string, err error) {
 		d.logger.Error("this record of an attachment cannot be read, and is left as it is", "path", path, "err", err)
 	})
@@ -372,6 +384,8 @@ func (d *Daemon) leave(q exitRequest) []string {
 	}
 	all.Wait()
 	d.cancel()
+	// Its file is closed by the end of the process, which may still read it.
+	d.readCache.Close()
 	return remarks
 }
 

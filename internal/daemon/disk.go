@@ -61,6 +61,7 @@ type diskOptions struct {
 	force    bool
 	progress func(api.Progress)
 	logger   *slog.Logger
+	cache    *readCache
 }
 
 // openDisk opens the image of a record and starts its reactor.
@@ -86,6 +87,8 @@ func openDisk(ctx context.Context, o diskOptions) (_ *disk, err error) {
 			BatchAge:        o.rec.BatchAge,
 			CheckpointEvery: o.rec.CheckpointEvery,
 			StoreTimeout:    o.rec.StoreTimeout,
+			ReadCache:       o.cache.Cache,
+			ReadCacheDevice: o.cache.device(d.reactor),
 			Logger:          o.logger,
 		},
 	}

@@ -26,6 +26,7 @@ func (d *Daemon) handler() http.Handler {
 		reply(w, api.Version{Version: d.cfg.Version, PID: os.Getpid(), Host: d.cfg.Host, StateDir: d.cfg.StateDir, Started: d.started})
 	})
 	mux.HandleFunc("GET "+api.PathFeatures, d.serveFeatures)
+	mux.HandleFunc("GET "+api.PathReadCache, func(w http.ResponseWriter, _ *http.Request) { reply(w, d.readCache.describe()) })
 	mux.HandleFunc("GET "+api.PathImages, func(w http.ResponseWriter, r *http.Request) {
 		list := []api.Image{}
 		for _, a := range d.all() {

@@ -4,6 +4,7 @@ import (
 	"net/http"
 	"strconv"
 
+	"github.com/lsd-ceph/lsd/cache/readcache"
 	"github.com/lsd-ceph/lsd/engine"
 	"github.com/lsd-ceph/lsd/internal/api"
 	"github.com/prometheus/client_golang/prometheus"
@@ -24,6 +25,56 @@ type collector struct {
 	up      *prometheus.Desc
 	down    *prometheus.Desc
 	metrics []metric
+	cache   []cacheMetric
+}
+
+// cacheMetric is one figure of the read cache.
+type cacheMetric struct {
+	desc  *prometheus.Desc
+	kind  prometheus.ValueType
+	value func(*readcache.Stats) float64
+}
+
+// cacheMetrics returns the figures of the read cache.
+func cacheMetrics() []cacheMetric {
+	gauge := func(name, help string, v func(*readcache.Stats) uint64) cacheMetric {
+		return cacheMetric{
+			desc:  prometheus.NewDesc("lsd_read_cache_"+name, help, nil, nil),
+			kind:  prometheus.GaugeValue,
+			value: func(s *readcache.Stats) float64 { return float64(v(s)) },
+		}
+	}
+	counter := func(name, help string, v func(*readcache.Stats) uint64) cacheMetric {
+		m := gauge(name+"_total", help, v)
+		m.kind = prometheus.CounterValue
+		return m
+	}
+	return []cacheMetric{
+		gauge("up", "1 if it finds and keeps blocks.", func(s *readcache.Stats) uint64 {
+			if s.State == readcache.StateOn {
+				return 1
+			}
+			return 0
+		}),
+		gauge("size_bytes", "Size of its segments.", func(s *readcache.Stats) uint64 { return s.Size }),
+		gauge("used_bytes", "In blocks that are found.", func(s *readcache.Stats) uint64 { return s.Used }),
+		gauge("memory_bytes", "Memory for its index, ghost and buffers, and for what is read ahead.", func(s *readcache.Stats) uint64 { return s.Memory }),
+		counter("hits", "Runs of blocks that it had.", func(s *readcache.Stats) uint64 { return s.Hits }),
+		counter("hit_bytes", "Bytes that it had.", func(s *readcache.Stats) uint64 { return s.HitBytes }),
+		counter("misses", "Runs of blocks that it did not have.", func(s *readcache.Stats) uint64 { return s.Misses }),
+		counter("miss_bytes", "Bytes that it did not have.", func(s *readcache.Stats) uint64 { return s.MissBytes }),
+		counter("fetched_bytes", "Bytes read from stores: for misses, ahead of them, and headers.", func(s *readcache.Stats) uint64 { return s.Fetched }),
+		counter("ahead_bytes", "Of these, read ahead.", func(s *readcache.Stats) uint64 { return s.Ahead }),
+		counter("ahead_used_bytes", "Of these, asked for from memory since.", func(s *readcache.Stats) uint64 { return s.AheadUsed }),
+		counter("joined_bytes", "Bytes missed that another read's fetch served.", func(s *readcache.Stats) uint64 { return s.Joined }),
+		counter("written_bytes", "Bytes written to the SSD: its wear.", func(s *readcache.Stats) uint64 { return s.Written }),
+		counter("filled_bytes", "Bytes of blocks that were kept.", func(s *readcache.Stats) uint64 { return s.Filled }),
+		counter("moved_bytes", "Bytes of blocks written again, since they were in use.", func(s *readcache.Stats) uint64 { return s.Moved }),
+		counter("evicted_bytes", "Bytes of blocks that were evicted.", func(s *readcache.Stats) uint64 { return s.Evicted }),
+		counter("dropped_bytes", "Bytes of blocks not kept since the SSD was behind.", func(s *readcache.Stats) uint64 { return s.Dropped }),
+		counter("mismatches", "Blocks and headers that failed their checksum.", func(s *readcache.Stats) uint64 { return s.Mismatches }),
+		counter("errors", "Errors of the SSD.", func(s *readcache.Stats) uint64 { return s.Errors }),
+	}
 }
 
 // metrics returns the handler of /metrics.
@@ -51,9 +102,10 @@ func newCollector(d *Daemon) *collector {
 		return 0
 	}
 	return &collector{
-		d:    d,
-		up:   prometheus.NewDesc("lsd_image_up", "1 if the image serves.", []string{"device", "image", "state"}, nil),
-		down: imageDesc("reactor_restarts_total", "Times that the image's reactor was replaced."),
+		d:     d,
+		cache: cacheMetrics(),
+		up:    prometheus.NewDesc("lsd_image_up", "1 if the image serves.", []string{"device", "image", "state"}, nil),
+		down:  imageDesc("reactor_restarts_total", "Times that the image's reactor was replaced."),
 		metrics: []metric{
 			gauge("size_bytes", "Size of the image.", func(s *engine.Stats) float64 { return float64(s.Size) }),
 			gauge("epoch", "Epoch of the ownership.", func(s *engine.Stats) float64 { return float64(s.Epoch) }),
@@ -85,6 +137,9 @@ func newCollector(d *Daemon) *collector {
 			counter("puts_total", "Data objects put.", func(s *engine.Stats) float64 { return float64(s.PutCount) }),
 			counter("put_bytes_total", "Bytes in them.", func(s *engine.Stats) float64 { return float64(s.PutBytes) }),
 			counter("store_errors_total", "Errors of the store, all tried again.", func(s *engine.Stats) float64 { return float64(s.StoreErrors) }),
+			counter("read_cache_hit_bytes_total", "Bytes read from the read cache.", func(s *engine.Stats) float64 { return float64(s.ReadCache.HitBytes) }),
+			counter("read_cache_miss_bytes_total", "Bytes that the read cache did not have.", func(s *engine.Stats) float64 { return float64(s.ReadCache.MissBytes) }),
+			counter("read_cache_fetched_bytes_total", "Bytes read from the store.", func(s *engine.Stats) float64 { return float64(s.ReadCache.Fetched) }),
 			counter("read_errors_total", "Reads that failed.", func(s *engine.Stats) float64 { return float64(s.ReadErrors) }),
 		},
 	}
@@ -97,10 +152,17 @@ func (c *collector) Describe(ch chan<- *prometheus.Desc) {
 	for _, m := range c.metrics {
 		ch <- m.desc
 	}
+	for _, m := range c.cache {
+		ch <- m.desc
+	}
 }
 
 // Collect implements prometheus.Collector.
 func (c *collector) Collect(ch chan<- prometheus.Metric) {
+	cache := c.d.readCache.Stats()
+	for _, m := range c.cache {
+		ch <- prometheus.MustNewConstMetric(m.desc, m.kind, m.value(&cache))
+	}
 	for _, a := range c.d.all() {
 		im := a.describe(c.d.ctx)
 		dev := strconv.Itoa(im.ID)
