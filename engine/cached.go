@@ -153,10 +153,10 @@ func (im *Image) objectSums(ctx context.Context, info *objectInfo) ([]uint32, er
 	if s := im.sums.get(info.number); s != nil {
 		return s, nil
 	}
-	sums := make([]uint32, (info.sectors+blockSectors-1)/blockSectors)
+	sums := make([]uint32, sumCount(info))
 	b := make([]byte, 4*len(sums))
-	k := im.cache.Key(im.objectName(info), sumsBlock*objectBlock+uint64(len(b)))
-	if _, err := im.reads.Read(ctx, &k, sumsBlock*objectBlock, b, &sumsSource{im, info}, readcache.Keep); err != nil {
+	k, _ := im.sumsKey(info)
+	if _, err := im.reads.Read(ctx, &k, sumsBlock*objectBlock, b, &sumsSource{im, *info}, readcache.Keep); err != nil {
 		return nil, err
 	}
 	for i := range sums {
@@ -166,15 +166,25 @@ func (im *Image) objectSums(ctx context.Context, info *objectInfo) ([]uint32, er
 	return sums, nil
 }
 
+// sumCount returns how many checksums an object's data has.
+func sumCount(info *objectInfo) int { return int((info.sectors + blockSectors - 1) / blockSectors) }
+
+// sumsKey returns the read cache's key of an object's checksums, and the number of
+// blocks that they fill.
+func (im *Image) sumsKey(info *objectInfo) (k readcache.Key, blocks uint32) {
+	n := 4 * sumCount(info)
+	return im.cache.Key(im.objectName(info), sumsBlock*objectBlock+uint64(n)), uint32(n+objectBlock-1) / objectBlock
+}
+
 // sumsSource reads the checksums of an object's data from its header.
 type sumsSource struct {
 	im   *Image
-	info *objectInfo
+	info objectInfo
 }
 
 // Fetch implements readcache.Source.
 func (s *sumsSource) Fetch(ctx context.Context, first uint32, p []byte) error {
-	h, err := s.im.readHeader(ctx, *s.info)
+	h, err := s.im.readHeader(ctx, s.info)
 	if err != nil {
 		return err
 	}

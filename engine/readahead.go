@@ -33,6 +33,7 @@ type stream struct {
 	ahead  uint64 // sector after the last one read ahead
 	window uint64 // sectors
 	length uint64 // sectors read so far
+	sums   uint32 // the last object whose checksums were fetched ahead
 	steps  int
 	used   uint64 // streams.clock of the last request
 }
@@ -86,11 +87,12 @@ func (im *Image) readAhead(st *stream) {
 		return
 	}
 	st.ahead = max(st.ahead, st.next)
-	if st.ahead-st.next > st.window/2 {
-		return
+	end := min(st.next+st.window, im.sectors)
+	if st.ahead+min(st.window/2, aheadUnit) > end && end < im.sectors || st.ahead >= im.sectors {
+		return // it is far enough
 	}
-	st.window = min(max(2*st.window, minAhead), maxAhead)
-	for end := min(st.next+st.window, im.sectors); st.ahead < end; {
+	st.window = min(max(4*st.window, minAhead), maxAhead)
+	for end = min(st.next+st.window, im.sectors); st.ahead < end; {
 		i := segmentOf(st.ahead)
 		if !im.objs.ready(i) {
 			im.withSegment(i, func(error) {})
@@ -102,12 +104,33 @@ func (im *Image) readAhead(st *stream) {
 			st.ahead = to
 			continue
 		}
-		n := min(uint64(e.N), aheadUnit)
-		if !im.fetchAhead(e.Loc, uint32(n), st.how()) {
-			st.ahead = e.Sector
+		n := im.fetchAhead(e.Loc, min(e.N, aheadUnit), st.how())
+		st.ahead = e.Sector + uint64(n)
+		if n == 0 {
 			return
 		}
-		st.ahead = e.Sector + n
+	}
+	im.fetchSumsAhead(st)
+}
+
+// fetchSumsAhead fetches the checksums of the object that a stream comes to next:
+// its data waits for them.
+func (im *Image) fetchSumsAhead(st *stream) {
+	at := st.ahead + maxAhead
+	e, ok := im.nextInObject(at, min(at+aheadUnit, im.sectors))
+	if !ok {
+		return
+	}
+	info := im.table.find(refOf(e.Loc).seq())
+	if info == nil || info.number == st.sums || im.sums.get(info.number) != nil {
+		return
+	}
+	st.sums = info.number
+	k, blocks := im.sumsKey(info)
+	if claim, _, claimed := im.reads.Claim(&k, sumsBlock, blocks); claimed {
+		o := im.newAhead(k, info, claim, readcache.Keep)
+		o.src = &o.sums
+		im.env.Spawn(o.work, o.done)
 	}
 }
 
@@ -135,33 +158,44 @@ func (im *Image) nextInObject(s, end uint64) (extmap.Extent, bool) {
 
 // aheadRead is a fetch of read-ahead, on a worker.
 type aheadRead struct {
-	im       *Image
-	key      readcache.Key
-	src      objectSource
-	first, n uint32 // blocks
-	how      readcache.How
-	err      error
+	im    *Image
+	key   readcache.Key
+	data  objectSource
+	sums  sumsSource
+	src   readcache.Source // data or sums
+	claim readcache.Claim
+	how   readcache.How
+	err   error
 	// The functions for Env.Spawn, made once.
 	work, done func()
 }
 
-// fetchAhead has n sectors at loc fetched, and reports false if that has to wait:
-// too much is under way, or not yet asked for.
-func (im *Image) fetchAhead(loc uint64, n uint32, how readcache.How) bool {
+// fetchAhead has some of n sectors at loc fetched, and returns how many it has
+// seen to: 0 if they have to wait, for too much is under way, or not yet asked for.
+func (im *Image) fetchAhead(loc uint64, n uint32, how readcache.How) uint32 {
+	if im.aheads >= maxAheads {
+		return 0
+	}
 	info := im.table.find(refOf(loc).seq())
 	if info == nil {
-		return true // who reads there for its own sake will tell of it
+		return n // who reads there for its own sake will tell of it
 	}
 	k := im.key(info)
 	off := uint32(offsetOf(loc))
 	first := off / blockSectors
-	blocks := (off+n+blockSectors-1)/blockSectors - first
-	if run := im.cache.Next(&k, first, blocks, false); run.Cached && run.N == blocks {
-		return true
+	claim, seen, claimed := im.reads.Claim(&k, first, (off+n+blockSectors-1)/blockSectors-first)
+	if claimed {
+		o := im.newAhead(k, info, claim, how)
+		o.src = &o.data
+		im.env.Spawn(o.work, o.done)
 	}
-	if im.aheads >= maxAheads || !im.cache.Reserve(blocks) {
-		return false
+	if seen == 0 {
+		return 0
 	}
+	return min((first+seen)*blockSectors-off, n)
+}
+
+func (im *Image) newAhead(k readcache.Key, info *objectInfo, c readcache.Claim, how readcache.How) *aheadRead {
 	var o *aheadRead
 	if l := len(im.aheadOps); l > 0 {
 		o, im.aheadOps = im.aheadOps[l-1], im.aheadOps[:l-1]
@@ -169,17 +203,16 @@ func (im *Image) fetchAhead(loc uint64, n uint32, how readcache.How) bool {
 		o = &aheadRead{im: im}
 		o.work, o.done = o.run, o.finished
 	}
-	o.key, o.src, o.first, o.n, o.how, o.err = k, objectSource{im, *info}, first, blocks, how, nil
+	o.key, o.data, o.sums, o.claim, o.how, o.err = k, objectSource{im, *info}, sumsSource{im, *info}, c, how, nil
 	im.aheads++
-	im.env.Spawn(o.work, o.done)
-	return true
+	return o
 }
 
 // run fetches, on a worker.
 func (o *aheadRead) run() {
 	ctx, stop := context.WithTimeout(o.im.ctx, o.im.cfg.StoreTimeout)
 	defer stop()
-	o.err = o.im.reads.Ahead(ctx, &o.key, o.first, o.n, &o.src, o.how)
+	o.err = o.im.reads.Fly(ctx, o.claim, &o.key, o.src, o.how)
 }
 
 // finished takes the result, on the reactor. An error ends all streams: whoever

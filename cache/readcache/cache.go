@@ -16,8 +16,8 @@
 // file's header is ever synced.
 //
 // The cache has no goroutine of its own and no clock: it works in its callers.
-// On a reactor are called: Next, Copy, Offset, Verify, Wants, Reserve. The rest
-// may block.
+// On a reactor are called: Next, Copy, Offset, Verify, Wants, and to read ahead
+// Claim, which takes a lock for a moment. The rest may block.
 //
 // A Cache without a file keeps nothing, but its users still share fetches and
 // read-ahead.
@@ -92,6 +92,7 @@ type Cache struct {
 	errs                struct{ mismatches, failed atomic.Uint64 }
 
 	maintain sync.Mutex // held by the one who writes and reclaims segments
+	scratch  []byte     // a segment that is reclaimed; guarded by maintain
 
 	mu     sync.Mutex
 	loaded bool            // guarded by mu, as all that follows: blocks may be kept

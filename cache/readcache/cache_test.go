@@ -411,11 +411,14 @@ func TestSourceErrors(t *testing.T) {
 	if _, err := u.Read(context.Background(), &k, 0, dst, broken, Keep); !errors.Is(err, errDisk) {
 		t.Errorf("error: %v", err)
 	}
-	c.Reserve(4)
-	if err := u.Ahead(context.Background(), &k, 8, 4, broken, Keep); !errors.Is(err, errDisk) {
+	claim, n, ok := u.Claim(&k, 8, 4)
+	if !ok || n != 4 {
+		t.Fatalf("claimed %d blocks: %v", n, ok)
+	}
+	if err := u.Fly(context.Background(), claim, &k, broken, Keep); !errors.Is(err, errDisk) {
 		t.Errorf("error of read-ahead: %v", err)
 	}
-	if held := c.flights.held.Load(); held != 0 {
+	if held := c.flights.memory(); held != 0 {
 		t.Errorf("%d bytes stay reserved", held)
 	}
 	read(t, u, 1, 0, BlockSize, Keep)
@@ -438,9 +441,9 @@ func TestRace(t *testing.T) {
 				if rng.IntN(8) == 0 {
 					size, off = BlockSize*64, BlockSize*64*rng.IntN(4)
 				}
-				if rng.IntN(16) == 0 && c.Reserve(64) {
-					k := key(c, n)
-					if err := u.Ahead(context.Background(), &k, uint32(64*rng.IntN(4)), 64, &content{object: k.Object}, Keep); err != nil {
+				k := key(c, n)
+				if claim, _, ok := u.Claim(&k, uint32(64*rng.IntN(4)), 64); ok {
+					if err := u.Fly(context.Background(), claim, &k, &content{object: k.Object}, Keep); err != nil {
 						t.Error(err)
 					}
 				}

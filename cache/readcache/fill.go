@@ -10,10 +10,12 @@ const reinsertLimit = maxEntries * 3 / 4
 
 // insert keeps the blocks from first on that p holds; the object's last one may
 // be short. It does not wait for the SSD: when that is behind, blocks are not kept.
-func (c *Cache) insert(k *Key, first uint32, p []byte, how How) {
+// It reports whether all of them are found now.
+func (c *Cache) insert(k *Key, first uint32, p []byte, how How) bool {
 	if how == Pass || c.off.Load() {
-		return
+		return false
 	}
+	all := true
 	var last [BlockSize]byte
 	for block := first; len(p) > 0; block++ {
 		data := p[:min(BlockSize, len(p))]
@@ -25,32 +27,35 @@ func (c *Cache) insert(k *Key, first uint32, p []byte, how How) {
 		sum := k.blockSum(block, data)
 		h := c.hash.block(k.hash, block)
 		c.mu.Lock()
-		c.admit(k, block, h, sum, data, how)
+		all = c.admit(k, block, h, sum, data, how) && all
 		c.mu.Unlock()
 	}
+	return all
 }
 
-// admit keeps a new block. The caller holds mu.
-func (c *Cache) admit(k *Key, block uint32, h uint64, sum uint32, data []byte, how How) {
+// admit keeps a new block, and reports whether the cache has it. The caller holds
+// mu.
+func (c *Cache) admit(k *Key, block uint32, h uint64, sum uint32, data []byte, how How) bool {
 	if !c.loaded || c.closed {
-		return
+		return false
 	}
 	if _, at := c.index.find(h); at >= 0 {
-		return
+		return true
 	}
 	q := small
 	if c.ghost.take(h) {
 		q = large
 	} else if how == KeepKnown {
 		c.ghost.add(h)
-		return
+		return false
 	}
 	key := blockKey{k.Object, block}
-	if c.put(q, keptBuffers, &key, h, 0, sum, data) {
-		c.counts.filled++
-	} else {
+	if !c.put(q, keptBuffers, &key, h, 0, sum, data) {
 		c.counts.dropped++
+		return false
 	}
+	c.counts.filled++
+	return true
 }
 
 // put appends a block to the open segment of a queue, and reports false if there
@@ -203,7 +208,10 @@ func (c *Cache) reclaim() {
 	s := c.fifo[q].pop()
 	c.mu.Unlock()
 
-	head := c.file.Buffer(headerBytes)
+	if c.scratch == nil {
+		c.scratch = c.file.Buffer(SegmentSize)
+	}
+	head := c.scratch[:headerBytes]
 	var h segmentHeader
 	err := c.readAt(head, placeOf(s, 0))
 	if err == nil {
@@ -259,7 +267,7 @@ func (c *Cache) evict(q queue, h *segmentHeader, head []byte) (keep []survivor) 
 // move writes survivors of the segment s to the end of the large queue.
 func (c *Cache) move(s uint32, head []byte, keep []survivor) {
 	first, last := keep[0].at, keep[len(keep)-1].at
-	data := c.file.Buffer((last - first + 1) * BlockSize)
+	data := c.scratch[headerBytes:][:(last-first+1)*BlockSize]
 	err := c.readAt(data, placeOf(s, headerBlocks+first))
 	for _, v := range keep {
 		b := data[(v.at-first)*BlockSize:][:BlockSize]

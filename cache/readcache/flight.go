@@ -26,9 +26,9 @@ type flight struct {
 	object   Object
 	first, n uint32
 	ahead    bool
-	buf      []byte
 	done     chan struct{} // closed when it has ended
-	err      error         // valid after done
+	buf      []byte        // valid after done, as err is
+	err      error
 
 	// Guarded by flights.mu.
 	refs   int
@@ -38,21 +38,21 @@ type flight struct {
 
 // flights are the fetches under way, and what was read ahead.
 type flights struct {
-	budget  int64        // bytes for what is read ahead
-	held    atomic.Int64 // of these in use, or promised by Reserve
-	refused atomic.Int32
+	budget int // bytes for what is read ahead
+	pool   [bufferClasses]sync.Pool
 
-	mu   sync.Mutex
-	of   map[Object][]*flight // guarded by mu
-	kept *list.List           // guarded by mu: what was read ahead, oldest first
-	pool [bufferClasses]sync.Pool
+	mu      sync.Mutex
+	held    int                  // guarded by mu, as all that follows: bytes read ahead, or being read
+	refused int                  // claims in a row that had no room
+	of      map[Object][]*flight // by what they fetch
+	kept    *list.List           // what was read ahead, oldest first
 }
 
 // bufferClasses: 4 KiB, 8 KiB, up to 2 MiB.
 const bufferClasses = 10
 
 func (fs *flights) init(budget int) {
-	fs.budget = int64(budget)
+	fs.budget = budget
 	fs.of = map[Object][]*flight{}
 	fs.kept = list.New()
 }
@@ -79,37 +79,66 @@ func (fs *flights) freeBuffer(b []byte) {
 // join returns the flight that has block first of an object, or a new one for the
 // blocks from first on, at most n, which the caller is to fly: mine. Either is to
 // be left afterwards.
-func (fs *flights) join(o *Object, first, n uint32, ahead bool) (f *flight, mine bool) {
+func (fs *flights) join(o *Object, first, n uint32) (f *flight, mine bool) {
 	fs.mu.Lock()
 	defer fs.mu.Unlock()
-	if fs.refused.Load() >= maxRefused {
-		fs.refused.Store(0)
-		if e := fs.kept.Front(); e != nil {
-			fs.forget(e.Value.(*flight))
-		}
+	f, n = fs.find(o, first, n)
+	if f != nil {
+		f.refs++
+		return f, false
 	}
+	return fs.begin(o, first, n, false), true
+}
+
+// find returns the flight that has block first, or how many blocks from there on,
+// at most n, have none. The caller holds mu.
+func (fs *flights) find(o *Object, first, n uint32) (*flight, uint32) {
 	for _, f := range fs.of[*o] {
 		if f.first <= first && first < f.first+f.n {
-			f.refs++
-			return f, false
+			return f, min(f.first+f.n-first, n)
 		}
 		if first < f.first && f.first < first+n {
 			n = f.first - first
 		}
 	}
-	f = &flight{object: *o, first: first, n: n, ahead: ahead, refs: 1, done: make(chan struct{})}
-	f.buf = fs.buffer(int(n) * BlockSize)
-	fs.of[*o] = append(fs.of[*o], f)
-	return f, true
+	return nil, n
 }
 
-// land ends a flight.
-func (fs *flights) land(f *flight, err error) {
+// begin returns a new flight. The caller holds mu.
+func (fs *flights) begin(o *Object, first, n uint32, ahead bool) *flight {
+	f := &flight{object: *o, first: first, n: n, ahead: ahead, refs: 1, done: make(chan struct{})}
+	fs.of[*o] = append(fs.of[*o], f)
+	return f
+}
+
+// claim is join for reading ahead: it returns a new flight, or none if block first
+// has one already, and for how many blocks that goes; 0 if there is no memory.
+func (fs *flights) claim(o *Object, first, n uint32) (*flight, uint32) {
+	fs.mu.Lock()
+	defer fs.mu.Unlock()
+	f, n := fs.find(o, first, n)
+	if f != nil {
+		return nil, n
+	}
+	if fs.held+int(n)*BlockSize > fs.budget {
+		if fs.refused++; fs.refused >= maxRefused && fs.kept.Len() > 0 {
+			fs.refused = 0
+			fs.forget(fs.kept.Front().Value.(*flight))
+		}
+		return nil, 0
+	}
+	fs.refused = 0
+	fs.held += int(n) * BlockSize
+	return fs.begin(o, first, n, true), n
+}
+
+// land ends a flight. found says that what it fetched is in the cache now.
+func (fs *flights) land(f *flight, err error, found bool) {
 	fs.mu.Lock()
 	defer fs.mu.Unlock()
 	f.err = err
 	close(f.done)
-	if f.ahead && err == nil {
+	if f.ahead && err == nil && !found {
 		f.refs++
 		f.unread = int(f.n)
 		f.kept = fs.kept.PushBack(f)
@@ -117,7 +146,7 @@ func (fs *flights) land(f *flight, err error) {
 	}
 	fs.unlist(f)
 	if f.ahead {
-		fs.held.Add(-int64(f.n) * BlockSize)
+		fs.held -= int(f.n) * BlockSize
 	}
 }
 
@@ -144,12 +173,12 @@ func (fs *flights) forget(f *flight) {
 	fs.kept.Remove(f.kept)
 	f.kept = nil
 	fs.unlist(f)
-	fs.held.Add(-int64(f.n) * BlockSize)
+	fs.held -= int(f.n) * BlockSize
 	fs.unref(f)
 }
 
 func (fs *flights) unref(f *flight) {
-	if f.refs--; f.refs == 0 {
+	if f.refs--; f.refs == 0 && f.buf != nil {
 		fs.freeBuffer(f.buf)
 		f.buf = nil
 	}
@@ -264,7 +293,7 @@ func (c *Cache) readRun(k *Key, first uint32, r Run, skip int, dst []byte) bool 
 // many bytes of dst it filled; none means to look again.
 func (u *Client) fetch(ctx context.Context, k *Key, first, n uint32, skip int, dst []byte, src Source, how How) (got int, mine bool, err error) {
 	fs := &u.c.flights
-	f, mine := fs.join(&k.Object, first, n, false)
+	f, mine := fs.join(&k.Object, first, n)
 	if mine {
 		err = u.fly(ctx, f, k, src, how)
 	} else {
@@ -303,7 +332,9 @@ var errEnded = errors.New("a fetch of the same blocks did not come to its end")
 // fly does the fetch of a flight, and keeps what it got.
 func (u *Client) fly(ctx context.Context, f *flight, k *Key, src Source, how How) (err error) {
 	err = errEnded
-	defer func() { u.c.flights.land(f, err) }()
+	found := false
+	defer func() { u.c.flights.land(f, err, found) }()
+	f.buf = u.c.flights.buffer(int(f.n) * BlockSize)
 	data := f.buf
 	if end := k.Size - uint64(f.first)*BlockSize; uint64(len(data)) > end {
 		data = data[:end]
@@ -315,48 +346,28 @@ func (u *Client) fly(ctx context.Context, f *flight, k *Key, src Source, how How
 	if f.ahead {
 		u.ahead.Add(uint64(len(data)))
 	}
-	u.c.insert(k, f.first, data, how)
+	found = u.c.insert(k, f.first, data, how)
 	return nil
 }
 
-// Reserve takes memory for reading n blocks ahead, and reports whether there was
-// enough. Ahead gives it back.
-func (c *Cache) Reserve(n uint32) bool {
-	fs := &c.flights
-	if fs.held.Add(int64(n)*BlockSize) <= fs.budget {
-		return true
+// A Claim is blocks that are to be read ahead.
+type Claim struct{ f *flight }
+
+// Claim claims the blocks from first on, at most n, for reading ahead, and returns
+// how many blocks are seen to: by the claim, which is then to be flown; or without
+// one, since they are cached or under way. None are when there is no memory.
+func (u *Client) Claim(k *Key, first, n uint32) (c Claim, seen uint32, claimed bool) {
+	r := u.c.Next(k, first, n, false)
+	if r.Cached {
+		return Claim{}, r.N, false
 	}
-	fs.held.Add(-int64(n) * BlockSize)
-	fs.refused.Add(1)
-	return false
+	f, seen := u.c.flights.claim(&k.Object, first, r.N)
+	return Claim{f}, seen, f != nil
 }
 
-// Ahead fetches n blocks from first on before anyone asks for them, unless they
-// are cached or under way. The memory for them has been reserved.
-func (u *Client) Ahead(ctx context.Context, k *Key, first, n uint32, src Source, how How) error {
-	fs := &u.c.flights
-	for n > 0 {
-		r := u.c.Next(k, first, n, false)
-		done := r.N
-		if r.Cached {
-			fs.held.Add(-int64(done) * BlockSize)
-		} else {
-			f, mine := fs.join(&k.Object, first, r.N, true)
-			if !mine {
-				done = min(f.first+f.n-first, n)
-				fs.held.Add(-int64(done) * BlockSize)
-				fs.leave(f, 0)
-			} else {
-				done = f.n
-				err := u.fly(ctx, f, k, src, how)
-				fs.leave(f, 0)
-				if err != nil {
-					fs.held.Add(-int64(n-done) * BlockSize)
-					return err
-				}
-			}
-		}
-		first, n = first+done, n-done
-	}
-	return nil
+// Fly fetches what was claimed.
+func (u *Client) Fly(ctx context.Context, c Claim, k *Key, src Source, how How) error {
+	err := u.fly(ctx, c.f, k, src, how)
+	u.c.flights.leave(c.f, 0)
+	return err
 }

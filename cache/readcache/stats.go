@@ -86,8 +86,15 @@ func (c *Cache) Stats() Stats {
 	return s
 }
 
+// memory returns the bytes of memory that read-ahead holds.
+func (fs *flights) memory() uint64 {
+	fs.mu.Lock()
+	defer fs.mu.Unlock()
+	return uint64(fs.held)
+}
+
 // memory returns the bytes of memory that the cache holds. The caller holds mu.
 func (c *Cache) memory() uint64 {
 	n := len(c.index.words)*8 + len(c.index.sums)*4 + len(c.ghost.prints)*4 + len(c.ghost.next) + len(c.segments)*16
-	return uint64(n+c.made*SegmentSize) + uint64(max(c.flights.held.Load(), 0))
+	return uint64(n+c.made*SegmentSize) + c.flights.memory()
 }

@@ -1,0 +1,136 @@
+package readcache
+
+import (
+	"container/list"
+	"math/rand/v2"
+	"testing"
+)
+
+// A trace yields the blocks that are asked for, one after another.
+type trace func() uint64
+
+// zipf asks for a few of n blocks most of the time.
+func zipf(rng *rand.Rand, n uint64, s float64) trace {
+	z := rand.NewZipf(rng, s, 8, n-1)
+	return func() uint64 { return z.Uint64() * 0x9e3779b97f4a7c15 % n } // hot ones are everywhere
+}
+
+// withScans mixes scans of blocks that nothing else asks for into a trace: length
+// blocks in a row, one after each every blocks.
+func withScans(t trace, every, length uint64) trace {
+	var n, next uint64 = 0, 1 << 32
+	return func() uint64 {
+		n++
+		if n%(every+length) < every {
+			return t()
+		}
+		next++
+		return next
+	}
+}
+
+// loop asks for the same n blocks over and over.
+func loop(n uint64) trace {
+	var i uint64
+	return func() uint64 { i++; return i % n }
+}
+
+// lru is the peer: an LRU of whole blocks.
+type lru struct {
+	size int
+	m    map[uint64]*list.Element
+	l    *list.List
+}
+
+func newLRU(size int) *lru { return &lru{size, map[uint64]*list.Element{}, list.New()} }
+
+// access asks for a block and reports whether it was there.
+func (c *lru) access(b uint64) bool {
+	if e := c.m[b]; e != nil {
+		c.l.MoveToFront(e)
+		return true
+	}
+	c.m[b] = c.l.PushFront(b)
+	if len(c.m) > c.size {
+		e := c.l.Back()
+		delete(c.m, c.l.Remove(e).(uint64))
+	}
+	return false
+}
+
+// ours is the real cache, of which only the choice of what stays matters here.
+type ours struct {
+	c    *Cache
+	data [BlockSize]byte
+}
+
+func newOurs(tb testing.TB, segments int) *ours {
+	return &ours{c: mustOpen(tb, newMemFile(dataOffset+segments*SegmentSize))}
+}
+
+// access asks for a block and reports whether it was there.
+func (o *ours) access(b uint64) bool {
+	k := o.c.Key(testObject(b/testBlocks), testSize)
+	block := uint32(b % testBlocks)
+	if o.c.Next(&k, block, 1, true).Cached {
+		return true
+	}
+	o.c.insert(&k, block, o.data[:], Keep)
+	if o.c.Wants() {
+		o.c.Maintain()
+	}
+	return false
+}
+
+// policyCases are the traces of test and benchmark: the cache has 64 segments.
+func policyCases(rng *rand.Rand) map[string]trace {
+	const blocks = 64 * maxEntries
+	return map[string]trace{
+		"zipf 1.1":             zipf(rng, 16*blocks, 1.1),
+		"zipf 1.01":            zipf(rng, 8*blocks, 1.01),
+		"zipf 1.1 and scans":   withScans(zipf(rng, 16*blocks, 1.1), 2*blocks, 2*blocks),
+		"zipf 1.01 and scans":  withScans(zipf(rng, 8*blocks, 1.01), blocks/2, blocks),
+		"loop beyond its size": loop(blocks + blocks/4),
+		"uniform":              func() uint64 { return rng.Uint64N(4 * blocks) },
+	}
+}
+
+// hitRatio runs n accesses after as many for warming up.
+func hitRatio(n int, t trace, access func(uint64) bool) float64 {
+	for range n {
+		access(t())
+	}
+	hits := 0
+	for range n {
+		if access(t()) {
+			hits++
+		}
+	}
+	return float64(hits) / float64(n)
+}
+
+// TestBeatsLRU: with scans between, and on loops, S3-FIFO keeps what is used again
+// where an LRU of the same size loses it; elsewhere it is as good.
+func TestBeatsLRU(t *testing.T) {
+	for name, least := range map[string]float64{
+		"zipf 1.1":             1.0,
+		"zipf 1.01":            1.0,
+		"zipf 1.1 and scans":   1.1,
+		"zipf 1.01 and scans":  1.1,
+		"loop beyond its size": 1.1,
+	} {
+		t.Run(name, func(t *testing.T) {
+			const n = 300_000
+			run := func(access func(uint64) bool) float64 {
+				return hitRatio(n, policyCases(rand.New(rand.NewPCG(1, 2)))[name], access)
+			}
+			o := newOurs(t, 64)
+			a, b := run(o.access), run(newLRU(64*maxEntries).access)
+			t.Logf("hits %.3f, LRU %.3f; written %.2f of what was kept", a, b,
+				float64(o.c.Stats().Written)/float64(max(o.c.Stats().Filled, 1)))
+			if a < b*least {
+				t.Errorf("hit ratio %.3f, LRU has %.3f", a, b)
+			}
+		})
+	}
+}

@@ -1,0 +1,474 @@
+package engine_test
+
+import (
+	"context"
+	"encoding/binary"
+	"io"
+	"log/slog"
+	"math/rand/v2"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/google/uuid"
+	"github.com/lsd-ceph/lsd/backend"
+	"github.com/lsd-ceph/lsd/backend/mem"
+	"github.com/lsd-ceph/lsd/cache/readcache"
+	"github.com/lsd-ceph/lsd/cache/writelog"
+	"github.com/lsd-ceph/lsd/engine"
+	"github.com/lsd-ceph/lsd/internal/aio"
+)
+
+var silent = slog.New(slog.NewTextHandler(io.Discard, nil))
+
+// loop is a reactor without a ring, which works on a simulated clock too.
+type loop struct {
+	posted chan func()
+	began  time.Time
+	hook   func() // ends a turn; the loop's own
+}
+
+func newLoop() *loop {
+	l := &loop{posted: make(chan func(), 1<<16), began: time.Now(), hook: func() {}}
+	go func() {
+		for fn := range l.posted {
+			fn()
+			l.hook()
+		}
+	}()
+	return l
+}
+
+func (l *loop) Now() time.Duration { return time.Since(l.began) }
+
+func (l *loop) Spawn(work, done func()) {
+	go func() {
+		work()
+		l.posted <- done
+	}()
+}
+
+func (l *loop) AfterFunc(d time.Duration, fn func()) engine.Timer {
+	return timer{time.AfterFunc(d, func() { l.posted <- fn })}
+}
+
+type timer struct{ *time.Timer }
+
+func (t timer) Reset(d time.Duration) { t.Timer.Reset(d) }
+
+func (l *loop) call(fn func()) {
+	ran := make(chan struct{})
+	l.posted <- func() { fn(); close(ran) }
+	<-ran
+}
+
+// file is a file in memory: for the write log, and for the read cache.
+type file struct {
+	mu sync.Mutex
+	b  []byte
+}
+
+func (f *file) ReadAt(p []byte, off int64) (int, error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return copy(p, f.b[off:]), nil
+}
+
+func (f *file) WriteAt(p []byte, off int64) (int, error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return copy(f.b[off:], p), nil
+}
+
+func (f *file) Sync() error         { return nil }
+func (f *file) Size() int64         { return int64(len(f.b)) }
+func (f *file) Buffer(n int) []byte { return make([]byte, n) }
+func (f *file) Close() error        { return nil }
+
+// device is a file on a loop's ring.
+type device struct {
+	f     *file
+	l     *loop
+	reads int
+}
+
+func (d *device) ReadAt(p []byte, off int64, c aio.Completer) {
+	d.reads++
+	n, _ := d.f.ReadAt(p, off)
+	d.l.posted <- func() { c.Complete(int32(n), 0) }
+}
+
+func (d *device) WriteAt(p []byte, off int64, c aio.Completer) {
+	n, _ := d.f.WriteAt(p, off)
+	d.l.posted <- func() { c.Complete(int32(n), 0) }
+}
+
+func (d *device) Sync(c aio.Completer) { d.l.posted <- func() { c.Complete(0, 0) } }
+
+// farStore is a store with a latency, and a bandwidth that all its users share.
+// It counts what is read of data objects.
+type farStore struct {
+	backend.Store
+	latency   time.Duration
+	bandwidth float64 // bytes per second; 0: no limit
+	bytes     atomic.Int64
+	gets      atomic.Int64
+
+	mu   sync.Mutex
+	free time.Time // guarded by mu: when the line is free
+}
+
+func (s *farStore) Get(ctx context.Context, key string, p []byte, off int64) (int, error) {
+	n, err := s.Store.Get(ctx, key, p, off)
+	if !strings.Contains(key, "/d/") {
+		return n, err
+	}
+	s.gets.Add(1)
+	s.bytes.Add(int64(n))
+	if s.latency > 0 {
+		time.Sleep(s.latency)
+	}
+	if s.bandwidth > 0 {
+		s.mu.Lock()
+		now := time.Now()
+		if s.free.Before(now) {
+			s.free = now
+		}
+		s.free = s.free.Add(time.Duration(float64(n) / s.bandwidth * float64(time.Second)))
+		wait := s.free.Sub(now)
+		s.mu.Unlock()
+		time.Sleep(wait)
+	}
+	return n, err
+}
+
+const (
+	imageSize   = 96 << 20
+	imageBlocks = imageSize / 4096
+)
+
+// stampSectors writes into each sector where it is.
+func stampSectors(p []byte, sector uint64) {
+	for ; len(p) > 0; p, sector = p[512:], sector+1 {
+		binary.LittleEndian.PutUint64(p, sector+1)
+		binary.LittleEndian.PutUint64(p[504:], ^sector)
+	}
+}
+
+func checkSectors(t *testing.T, p []byte, sector uint64) {
+	for ; len(p) > 0; p, sector = p[512:], sector+1 {
+		if binary.LittleEndian.Uint64(p) != sector+1 || binary.LittleEndian.Uint64(p[504:]) != ^sector {
+			t.Errorf("sector %d reads wrong", sector)
+			return
+		}
+	}
+}
+
+// client keeps a number of requests in flight until it has none left to ask for.
+type client struct {
+	t    *testing.T
+	l    *loop
+	im   *engine.Image
+	next func() (sector uint64, sectors uint32, ok bool)
+	op   engine.Op
+	live int
+	done chan struct{}
+}
+
+func (c *client) RequestDone(r *engine.Request) {
+	if r.Err != 0 {
+		c.t.Errorf("request at %d: %v", r.Sector, r.Err)
+	}
+	if c.op == engine.Read {
+		checkSectors(c.t, r.Buf, r.Sector)
+	}
+	c.live--
+	c.l.posted <- func() { c.submit(r) }
+}
+
+func (c *client) submit(r *engine.Request) {
+	sector, n, ok := c.next()
+	if !ok {
+		if c.live == 0 && c.done != nil {
+			close(c.done)
+			c.done = nil
+		}
+		return
+	}
+	c.live++
+	r.Sector, r.Sectors = sector, n
+	r.Buf = r.Buf[:n*512]
+	if c.op == engine.Write {
+		stampSectors(r.Buf, sector)
+	} else {
+		clear(r.Buf)
+	}
+	c.im.Submit(r)
+}
+
+// drive runs requests of up to size bytes, depth at a time, and returns how long
+// they took.
+func drive(t *testing.T, l *loop, im *engine.Image, op engine.Op, depth, size int, next func() (uint64, uint32, bool)) time.Duration {
+	c := &client{t: t, l: l, im: im, op: op, next: next, done: make(chan struct{})}
+	done := c.done
+	began := time.Now()
+	for range depth {
+		l.posted <- func() { c.submit(&engine.Request{Op: op, Buf: make([]byte, size), Done: c}) }
+	}
+	<-done
+	return time.Since(began)
+}
+
+// inOrder asks for the whole image.
+func inOrder(size int) func() (uint64, uint32, bool) {
+	at := uint64(0)
+	return func() (uint64, uint32, bool) {
+		s := at
+		at += uint64(size / 512)
+		return s, uint32(size / 512), s < imageSize/512
+	}
+}
+
+// shuffled asks for every block of the image once.
+func shuffled() func() (uint64, uint32, bool) {
+	perm, i := rand.New(rand.NewPCG(5, 5)).Perm(imageBlocks), 0
+	return func() (uint64, uint32, bool) {
+		if i == len(perm) {
+			return 0, 0, false
+		}
+		i++
+		return uint64(perm[i-1]) * 8, 8, true
+	}
+}
+
+// uniform asks for n random blocks.
+func uniform(n int) func() (uint64, uint32, bool) {
+	rng := rand.New(rand.NewPCG(6, 6))
+	return func() (uint64, uint32, bool) {
+		n--
+		return rng.Uint64N(imageBlocks) * 8, 8, n >= 0
+	}
+}
+
+// written returns an image that has been written all over, in order or not.
+func written(t *testing.T, st backend.Store, scattered bool) uuid.UUID {
+	t.Helper()
+	ctx := context.Background()
+	id, err := engine.Create(ctx, st, "disk", engine.CreateOptions{Size: imageSize})
+	if err != nil {
+		t.Fatal(err)
+	}
+	f := &file{b: make([]byte, 2*writelog.MinSize)}
+	im, err := engine.Open(ctx, st, id, engine.OpenOptions{Log: f, Host: "test", Config: engine.Config{Logger: silent}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	l := newLoop()
+	defer close(l.posted)
+	l.call(func() {
+		im.Start(l, &device{f: f, l: l}, make([]byte, 4*writelog.SegmentSize))
+		l.hook = im.EndTurn
+	})
+	if scattered {
+		drive(t, l, im, engine.Write, 32, 4096, shuffled())
+	} else {
+		drive(t, l, im, engine.Write, 8, 1<<20, inOrder(1<<20))
+	}
+	closed := make(chan error, 1)
+	l.call(func() { im.Close(func(err error) { closed <- err }) })
+	if err := <-closed; err != nil {
+		t.Fatal(err)
+	}
+	time.Sleep(time.Minute)
+	synctest.Wait()
+	return id
+}
+
+// reader is an image that is read through a cache.
+type reader struct {
+	t   *testing.T
+	l   *loop
+	im  *engine.Image
+	dev *device
+}
+
+func openReader(t *testing.T, st backend.Store, id uuid.UUID, cache *readcache.Cache, f *file) *reader {
+	t.Helper()
+	r := &reader{t: t, l: newLoop()}
+	c := engine.Config{Logger: silent, ReadCache: cache}
+	if f != nil {
+		r.dev = &device{f: f, l: r.l}
+		c.ReadCacheDevice = r.dev
+	}
+	var err error
+	if r.im, err = engine.Open(context.Background(), st, id, engine.OpenOptions{ReadOnly: true, Config: c}); err != nil {
+		t.Fatal(err)
+	}
+	r.l.call(func() { r.im.Start(r.l, nil, nil) })
+	return r
+}
+
+func (r *reader) close() {
+	for quiet := false; !quiet; time.Sleep(time.Second) {
+		r.l.call(func() { quiet = r.im.Quiet() })
+	}
+	r.l.call(func() { r.im.Close(func(error) {}) })
+	close(r.l.posted)
+}
+
+func openCache(t *testing.T, f *file) *readcache.Cache {
+	t.Helper()
+	c, err := readcache.Open(f, readcache.Options{Logger: silent})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := c.Load(context.Background()); err != nil {
+		t.Fatal(err)
+	}
+	return c
+}
+
+// TestRandomReadsFetchLittle: random reads of 4 KiB fetch at most half as much
+// again as they ask for, headers included, with a small cache and without one.
+func TestRandomReadsFetchLittle(t *testing.T) {
+	for name, c := range map[string]struct{ scattered, cached bool }{
+		"written in order":      {false, true},
+		"written at random":     {true, true},
+		"without a cache's SSD": {true, false},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				st := &farStore{Store: mem.New(), latency: time.Millisecond}
+				id := written(t, st, c.scattered)
+				st.bytes.Store(0)
+				cache, f := readcache.None(readcache.Options{}), (*file)(nil)
+				if c.cached {
+					f = &file{b: make([]byte, readcache.MinSize)}
+					cache = openCache(t, f)
+				}
+				r := openReader(t, st, id, cache, f)
+				const reads = 30_000
+				drive(t, r.l, r.im, engine.Read, 32, 4096, uniform(reads))
+				s := cache.Stats()
+				r.close()
+				asked := float64(s.MissBytes)
+				t.Logf("%.0f MiB read, %.0f MiB of it missed, %.3f times that fetched", float64(reads*4096)/(1<<20), asked/(1<<20), float64(st.bytes.Load())/asked)
+				if got := float64(st.bytes.Load()); got > 1.5*asked || got != float64(s.Fetched) {
+					t.Errorf("%.0f bytes fetched for %.0f that were missed; %d were counted", got, asked, s.Fetched)
+				}
+				if c.cached && s.HitBytes == 0 {
+					t.Error("nothing was found")
+				}
+			})
+		})
+	}
+}
+
+// TestSequentialReadsUseTheStore: one sequential reader gets nine tenths of what
+// the store can give, at any depth and size of requests.
+func TestSequentialReadsUseTheStore(t *testing.T) {
+	for name, c := range map[string]struct {
+		depth, size int
+		latency     time.Duration
+		cached      bool
+	}{
+		"128 KiB":                 {1, 128 << 10, 2 * time.Millisecond, false},
+		"128 KiB, cached":         {1, 128 << 10, 2 * time.Millisecond, true},
+		"4 KiB":                   {1, 4 << 10, 2 * time.Millisecond, true},
+		"4 KiB, depth 32":         {32, 4 << 10, 2 * time.Millisecond, false},
+		"1 MiB, depth 8":          {8, 1 << 20, 2 * time.Millisecond, true},
+		"128 KiB, higher latency": {4, 128 << 10, 5 * time.Millisecond, true},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				const bandwidth = 400e6
+				st := &farStore{Store: mem.New()}
+				id := written(t, st, false)
+				st.latency, st.bandwidth = c.latency, bandwidth
+				cache, f := readcache.None(readcache.Options{}), (*file)(nil)
+				if c.cached {
+					f = &file{b: make([]byte, readcache.MinSize)}
+					cache = openCache(t, f)
+				}
+				st.bytes.Store(0)
+				r := openReader(t, st, id, cache, f)
+				took := drive(t, r.l, r.im, engine.Read, c.depth, c.size, inOrder(c.size))
+				r.close()
+				got := imageSize / took.Seconds() / bandwidth
+				t.Logf("%.3f of the store's bandwidth, %.3f times the image fetched", got, float64(st.bytes.Load())/imageSize)
+				if got < 0.9 {
+					t.Errorf("%.3f of the store's bandwidth", got)
+				}
+				if n := st.bytes.Load(); n > imageSize*102/100 {
+					t.Errorf("%d bytes fetched for an image of %d", n, imageSize)
+				}
+			})
+		})
+	}
+}
+
+// TestSharedCache: two images with the same objects, as clones are, fetch each
+// place once, whether they read at the same time or one after the other.
+func TestSharedCache(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		st := &farStore{Store: mem.New(), latency: time.Millisecond}
+		id := written(t, st, true)
+		st.bytes.Store(0)
+		f := &file{b: make([]byte, 160<<20)}
+		cache := openCache(t, f)
+		a, b := openReader(t, st, id, cache, f), openReader(t, st, id, cache, f)
+		var both sync.WaitGroup
+		for _, r := range []*reader{a, b} {
+			both.Go(func() { drive(t, r.l, r.im, engine.Read, 16, 4096, shuffled()) })
+		}
+		both.Wait()
+		if n := st.bytes.Load(); n > imageSize*101/100 {
+			t.Errorf("%d bytes fetched for an image of %d", n, imageSize)
+		}
+		if s := cache.Stats(); s.Joined == 0 {
+			t.Error("no read waited for another's fetch")
+		}
+		a.close()
+		b.close()
+
+		cache.Close()
+		cache = openCache(t, f)
+		st.bytes.Store(0)
+		c := openReader(t, st, id, cache, f)
+		drive(t, c.l, c.im, engine.Read, 16, 4096, shuffled())
+		c.close()
+		if n := st.bytes.Load(); n != 0 {
+			t.Errorf("%d bytes fetched after a restart of the cache", n)
+		}
+		if c.dev.reads == 0 {
+			t.Error("nothing was read through the ring")
+		}
+	})
+}
+
+// TestDamagedCache: what the SSD gives back wrong comes from the store.
+func TestDamagedCache(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		st := &farStore{Store: mem.New()}
+		id := written(t, st, false)
+		f := &file{b: make([]byte, 160<<20)}
+		cache := openCache(t, f)
+		r := openReader(t, st, id, cache, f)
+		drive(t, r.l, r.im, engine.Read, 4, 4096, shuffled())
+		cache.Close()
+		for i := 5 * 4096; i < len(f.b); i += 64 << 10 {
+			f.b[i+100] ^= 1
+		}
+		r.close()
+		cache = openCache(t, f)
+		r = openReader(t, st, id, cache, f)
+		drive(t, r.l, r.im, engine.Read, 4, 64<<10, inOrder(64<<10))
+		r.close()
+		if s := cache.Stats(); s.Mismatches == 0 || s.HitBytes == 0 {
+			t.Errorf("stats: %+v", s)
+		}
+	})
+}
