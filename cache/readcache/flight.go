@@ -31,6 +31,7 @@ type flight struct {
 	err      error
 
 	// Guarded by flights.mu.
+	begun  bool // somebody flies it
 	refs   int
 	unread int           // blocks read ahead that nobody has asked for
 	kept   *list.Element // in flights.kept
@@ -77,17 +78,29 @@ func (fs *flights) freeBuffer(b []byte) {
 }
 
 // join returns the flight that has block first of an object, or a new one for the
-// blocks from first on, at most n, which the caller is to fly: mine. Either is to
-// be left afterwards.
+// blocks from first on, at most n. mine says that the caller is to fly it: a new
+// one, or one that was claimed and not begun yet. It is to be left afterwards.
 func (fs *flights) join(o *Object, first, n uint32) (f *flight, mine bool) {
 	fs.mu.Lock()
 	defer fs.mu.Unlock()
 	f, n = fs.find(o, first, n)
-	if f != nil {
+	if f == nil {
+		f = fs.add(o, first, n, false)
+	} else {
 		f.refs++
-		return f, false
 	}
-	return fs.begin(o, first, n, false), true
+	mine = !f.begun
+	f.begun = true
+	return f, mine
+}
+
+// begin reports whether the one who has claimed a flight is to fly it.
+func (fs *flights) begin(f *flight) bool {
+	fs.mu.Lock()
+	defer fs.mu.Unlock()
+	mine := !f.begun
+	f.begun = true
+	return mine
 }
 
 // find returns the flight that has block first, or how many blocks from there on,
@@ -104,8 +117,8 @@ func (fs *flights) find(o *Object, first, n uint32) (*flight, uint32) {
 	return nil, n
 }
 
-// begin returns a new flight. The caller holds mu.
-func (fs *flights) begin(o *Object, first, n uint32, ahead bool) *flight {
+// add returns a new flight. The caller holds mu.
+func (fs *flights) add(o *Object, first, n uint32, ahead bool) *flight {
 	f := &flight{object: *o, first: first, n: n, ahead: ahead, refs: 1, done: make(chan struct{})}
 	fs.of[*o] = append(fs.of[*o], f)
 	return f
@@ -129,7 +142,7 @@ func (fs *flights) claim(o *Object, first, n uint32) (*flight, uint32) {
 	}
 	fs.refused = 0
 	fs.held += int(n) * BlockSize
-	return fs.begin(o, first, n, true), n
+	return fs.add(o, first, n, true), n
 }
 
 // land ends a flight. found says that what it fetched is in the cache now.
@@ -365,9 +378,11 @@ func (u *Client) Claim(k *Key, first, n uint32) (c Claim, seen uint32, claimed b
 	return Claim{f}, seen, f != nil
 }
 
-// Fly fetches what was claimed.
-func (u *Client) Fly(ctx context.Context, c Claim, k *Key, src Source, how How) error {
-	err := u.fly(ctx, c.f, k, src, how)
+// Fly fetches what was claimed, unless somebody who could not wait does so.
+func (u *Client) Fly(ctx context.Context, c Claim, k *Key, src Source, how How) (err error) {
+	if u.c.flights.begin(c.f) {
+		err = u.fly(ctx, c.f, k, src, how)
+	}
 	u.c.flights.leave(c.f, 0)
 	return err
 }
