@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"runtime"
 	"runtime/debug"
 	"time"
 
@@ -19,7 +20,7 @@ const (
 	watchEvery   = time.Second
 	// freeEvery bounds how often the heap is cleaned up for the sake of images
 	// that have become idle.
-	freeEvery = time.Minute
+	freeEvery = 15 * time.Second
 	// stallNotice is how long writes must have waited to be worth a log line.
 	stallNotice = 5 * time.Second
 )
@@ -119,7 +120,8 @@ func (d *Daemon) watch() {
 		}
 		if garbage && time.Since(freed) > freeEvery {
 			// Nothing else would: an idle process makes no garbage, so it is not
-			// collected, and what it was is locked.
+			// collected, and what it was is locked. Pools let go at the second time.
+			runtime.GC()
 			debug.FreeOSMemory()
 			freed, garbage = time.Now(), false
 		}
