@@ -69,7 +69,7 @@ type inflight struct {
 type Log struct {
 	file   File
 	hdr    Header
-	header int // which copy was written last
+	header int // which copy counted when the log was opened
 
 	dev    aio.Device
 	client Client
@@ -590,11 +590,15 @@ func (l *Log) Adopt(epoch, first uint64, boot uuid.UUID) error {
 	}
 	h := l.hdr
 	h.Epoch, h.FirstSeq, h.Boot, h.generation = epoch, first, boot, h.generation+1
-	copyNo := 1 - l.header
-	if err := writeHeader(l.file, &h, copyNo); err != nil {
-		return err
+	// The copy that counts now comes last, so that one of them is whole at any
+	// time. It does come: a copy that is damaged must not bring back an older
+	// ownership, which would not know the newest records.
+	for _, copyNo := range [2]int{1 - l.header, l.header} {
+		if err := writeHeader(l.file, &h, copyNo); err != nil {
+			return err
+		}
 	}
-	l.hdr, l.header = h, copyNo
+	l.hdr = h
 	return nil
 }
 

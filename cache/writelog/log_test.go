@@ -283,6 +283,51 @@ func TestDamageBeforeFlush(t *testing.T) {
 	}
 }
 
+// TestDamagedHeader: either copy of the header can be damaged, and the log is
+// still known as what it is.
+func TestDamagedHeader(t *testing.T) {
+	for copyNo := range int64(2) {
+		d := newDisk(t, rand.New(rand.NewPCG(4, 4)))
+		want := start(t, d, &client{}, Start{Seq: 1}, nil).Header()
+		d.Damage(copyNo*BlockSize + 50)
+		got, _, err := ReadHeader(d)
+		if err != nil || got.Epoch != want.Epoch || got.FirstSeq != want.FirstSeq || got.Boot != want.Boot {
+			t.Errorf("copy %d damaged: %+v, %v; want %+v", copyNo, got, err, want)
+		}
+	}
+}
+
+// TestCreateOverOldLog: a process that dies while it makes a log of what was one
+// before leaves the old log or the new one, and no mixture.
+func TestCreateOverOldLog(t *testing.T) {
+	for i := range 4 {
+		writes, opens := i%2, 1+i/2 // of two writes; either copy was written last
+		d := newDisk(t, rand.New(rand.NewPCG(5, 5)))
+		var old Header
+		for range opens {
+			old = start(t, d, &client{}, Start{Seq: 1}, nil).Header()
+		}
+		made := Header{Log: uuid.New(), Image: uuid.New()}
+		left := writes
+		d.Fail = func(o simdisk.Op) bool {
+			if o.Kind == simdisk.Write {
+				left--
+			}
+			return left < 0
+		}
+		if err := Create(d, made); err == nil {
+			t.Fatalf("Create does not fail with write %d", writes)
+		}
+		d.Fail = nil
+		got, _, err := ReadHeader(d)
+		isOld := got.Log == old.Log && got.Epoch == old.Epoch && got.FirstSeq == old.FirstSeq
+		isNew := got.Log == made.Log && got.Epoch == 0
+		if err != nil || !isOld && !isNew {
+			t.Errorf("opened %d times, failed after %d writes: %+v, %v", opens, writes, got, err)
+		}
+	}
+}
+
 func TestHoldKeepsSegment(t *testing.T) {
 	d := newDisk(t, rand.New(rand.NewPCG(3, 3)))
 	l := start(t, d, &client{}, Start{Seq: 1}, nil)
