@@ -314,6 +314,67 @@ func TestLeaseRunsOutDuringOutage(t *testing.T) {
 	}
 }
 
+// TestOwnerThatCannotDestageLetsGo: an owner that is asked for the image, and
+// whose store takes renewals but no objects, does not keep it for ever, and
+// acknowledges nothing once it has given up.
+func TestOwnerThatCannotDestageLetsGo(t *testing.T) {
+	inner := mem.New()
+	id := newImageIn(t, inner)
+	full := faultstore.NewSwitch()
+	noObjects := faultstore.All(full.On, faultstore.Method(faultstore.Put))
+	a := newHost(t, "alpha", faultstore.New(inner, faultstore.If(noObjects, faultstore.Fault{Before: backend.ErrTemporary})), 1)
+	if err := a.open(id, false); err != nil {
+		t.Fatal(err)
+	}
+	a.mustWrite(1, 1)
+	a.im.Destage(func(error) {})
+	a.run(0)
+	full.Set(true)
+	a.mustWrite(2, 2)
+	b := newHost(t, "beta", inner, 2)
+	b.others = []*host{a}
+	if err := b.open(id, true); err != nil {
+		t.Fatal(err)
+	}
+	if b.env.now > time.Minute {
+		t.Errorf("the taker waited for %v", b.env.now)
+	}
+	if a.im.state != Released {
+		t.Errorf("the first host is %v, want released", a.im.state)
+	}
+	b.mustRead(1, 1)
+	b.mustRead(2, 0)
+	var stale *StaleLogError
+	a2 := &host{t: t, name: "alpha", st: inner, disk: a.disk, env: &simEnv{rng: a.env.rng, disk: a.disk}}
+	if err := a2.open(id, false); !errors.As(err, &stale) {
+		t.Errorf("alpha's log, which has what no store has: %v, want it refused as stale", err)
+	}
+}
+
+// TestDamagedAnswerDoesNotFence: an object of ours that is there already, and
+// whose header comes back damaged, is not another writer's.
+func TestDamagedAnswerDoesNotFence(t *testing.T) {
+	inner := mem.New()
+	id := newImageIn(t, inner)
+	st := faultstore.New(inner)
+	a := newHost(t, "alpha", st, 1)
+	if err := a.open(id, false); err != nil {
+		t.Fatal(err)
+	}
+	object := faultstore.Key("*/d/*")
+	st.Inject(
+		faultstore.If(faultstore.All(faultstore.Method(faultstore.Put), object, faultstore.First(1)), faultstore.Fault{After: backend.ErrTemporary}),
+		faultstore.If(faultstore.All(faultstore.Method(faultstore.Get), object, faultstore.First(1)), faultstore.Fault{Corrupt: faultstore.FlipBit(300)}),
+	)
+	a.mustWrite(1, 1)
+	destaged := false
+	a.im.Destage(func(err error) { destaged = err == nil })
+	a.run(time.Minute)
+	if !destaged || a.im.state != Active {
+		t.Errorf("destaged %v, the image is %v because %v", destaged, a.im.state, a.im.why)
+	}
+}
+
 func TestRemovedImageFences(t *testing.T) {
 	st := mem.New()
 	id := newImageIn(t, st)
