@@ -35,8 +35,8 @@ setup: ## install what building, tests and lab need (Debian 12, as root)
 check: ## gofmt, vet, staticcheck, for every build tag
 	@echo "== gofmt, vet, staticcheck"
 	@unformatted=$$(gofmt -l $$(git ls-files '*.go')); test -z "$$unformatted" || { echo "not gofmt'ed: $$unformatted" >&2; exit 1; }
-	go vet $(GOFLAGS_LINK) -tags lab,ublk,e2e,invariants ./...
-	go run $(STATICCHECK) -tags lab,ublk,e2e,invariants ./...
+	go vet $(GOFLAGS_LINK) -tags lab,ublk,e2e,invariants,mutate ./...
+	go run $(STATICCHECK) -tags lab,ublk,e2e,invariants,mutate ./...
 
 .PHONY: unit
 unit: ## unit tests with the race detector, simulation and fuzz seeds included
@@ -45,6 +45,7 @@ unit: ## unit tests with the race detector, simulation and fuzz seeds included
 	@echo "== simulation"
 	go test $(GOFLAGS_LINK) -tags invariants -timeout 15m -run 'Crashes|Replays' ./engine ./cache/writelog
 	$(MAKE) sim SEEDS=3000
+	$(MAKE) sim-mutations
 	@echo "== what a hundred images cost"
 	go test $(GOFLAGS_LINK) -count=1 -run 'Hundred|Hung' -v ./internal/daemon
 
@@ -72,8 +73,12 @@ ifdef SEED
 	@echo "== seed $(SEED); what happens goes to bin/sim-$(SEED).log"
 	bin/sim.test -test.run 'Simulation$$' -test.timeout 0 -sim.seeds 1 -sim.first $(SEED) -sim.log 2>bin/sim-$(SEED).log
 else
-	GOGC=400 bin/sim.test -test.run 'Simulation$$' -test.timeout 0 -sim.seeds $(SEEDS) -sim.first $(FIRST) -sim.progress
+	bin/sim.test -test.run 'Simulation$$' -test.timeout 0 -sim.seeds $(SEEDS) -sim.first $(FIRST) -sim.progress
 endif
+
+.PHONY: sim-mutations
+sim-mutations: ## plants bugs, one at a time: the simulation must find each within 3000 seeds
+	go test $(GOFLAGS_LINK) -tags invariants,mutate -timeout 0 -count=1 -v -run 'Mutation' ./engine
 
 .PHONY: fuzz
 fuzz: ## each fuzz test for FUZZTIME (30s)

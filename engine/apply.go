@@ -5,6 +5,7 @@ import (
 
 	"github.com/lsd-ceph/lsd/internal/extmap"
 	"github.com/lsd-ceph/lsd/internal/invariants"
+	"github.com/lsd-ceph/lsd/internal/mutate"
 )
 
 const (
@@ -61,6 +62,7 @@ func (im *Image) applyPart() {
 	s := e.sector + a.done
 	n := min(uint64(e.n)-a.done, segmentStart(segmentOf(s)+1)-s)
 	switch {
+	case e.zero && mutate.On(mutate.DiscardUndestaged):
 	case e.zero:
 		im.unmap(s, n)
 	case a.h.cleaned():
@@ -68,6 +70,9 @@ func (im *Image) applyPart() {
 	default:
 		im.checkpoint.touch(segmentOf(s))
 		im.objs.Insert(s, n, refOfSeq(a.h.seq).loc(a.off))
+	}
+	if mutate.On(mutate.DirtyDropped) && a.b != nil {
+		im.dirty.RemoveRange(s, n, 0, 1<<62)
 	}
 	if a.b != nil && !a.h.cleaned() {
 		im.dirty.RemoveRange(s, n, a.b.start/SectorSize, a.b.end/SectorSize)
@@ -99,7 +104,7 @@ func (im *Image) move(h *objectHeader, s, n uint64, off int) {
 		if !ok {
 			break
 		}
-		if refOf(e.Loc).seq() <= h.base {
+		if refOf(e.Loc).seq() <= h.base || mutate.On(mutate.MovedOverNewer) {
 			a.runs = append(a.runs, e)
 		}
 		at = e.End()
@@ -179,7 +184,7 @@ func (im *Image) advance() {
 	a := &im.apply
 	for im.leased() && !a.waiting {
 		if a.b == nil {
-			if len(im.queue) == 0 || im.queue[0].state != batchDurable || im.checkpoint.behind() {
+			if len(im.queue) == 0 || (im.queue[0].state != batchDurable && !(mutate.On(mutate.AcceptOutOfOrder) && im.queue[0].header != nil && len(im.queue) > 1 && im.queue[1].state == batchDurable)) || im.checkpoint.behind() {
 				break
 			}
 			a.b = im.queue[0]
@@ -255,7 +260,9 @@ func (im *Image) applyGoesOn(err error) {
 
 // applied does what becomes possible when a batch's object has been accepted.
 func (im *Image) applied(b *batch) {
-	im.log.Trim(b.end)
+	if !mutate.On(mutate.TrimEarly) {
+		im.log.Trim(b.end)
+	}
 	im.checkInvariants()
 	im.retire(b)
 	im.notifyDestaged()

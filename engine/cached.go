@@ -7,6 +7,7 @@ import (
 	"syscall"
 
 	"github.com/lsd-ceph/lsd/cache/readcache"
+	"github.com/lsd-ceph/lsd/internal/mutate"
 )
 
 // sumsBlock is where the read cache has the checksums of an object's blocks, far
@@ -141,7 +142,7 @@ func (s *objectSource) Fetch(ctx context.Context, first uint32, p []byte) error 
 	if n != len(p) {
 		return fmt.Errorf("object %s: %w: it ends after %d bytes, it should have %d", key, ErrCorrupt, from+int64(n), info.headerBytes()+int(info.sectors)*SectorSize)
 	}
-	if err := verifyBlocks(p, sums, int(first)); err != nil {
+	if err := verifyBlocks(p, sums, int(first)); err != nil && !mutate.On(mutate.ObjectUnverified) {
 		return fmt.Errorf("object %s: %w", key, err)
 	}
 	return nil

@@ -10,6 +10,7 @@ import (
 	"github.com/google/uuid"
 	"github.com/lsd-ceph/lsd/backend"
 	"github.com/lsd-ceph/lsd/internal/extmap"
+	"github.com/lsd-ceph/lsd/internal/mutate"
 )
 
 const (
@@ -82,7 +83,7 @@ type mapPart struct {
 
 // touch says that a segment of the map is about to change.
 func (c *checkpointer) touch(i uint32) {
-	if c.running != nil && c.running.pending.has(i) {
+	if c.running != nil && c.running.pending.has(i) && !mutate.On(mutate.CheckpointMixed) {
 		c.copy(i)
 	}
 	c.im.objs.touch(i)

@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"github.com/lsd-ceph/lsd/backend"
+	"github.com/lsd-ceph/lsd/internal/mutate"
 )
 
 const (
@@ -32,7 +33,7 @@ type reaper struct {
 func (im *Image) reap() {
 	x, t := &im.reaper, &im.table
 	last := im.checkpoint.last
-	if last == nil || !im.leased() || x.jobs >= reapJobs {
+	if last == nil || mutate.On(mutate.DeadKept) || !im.leased() || x.jobs >= reapJobs {
 		im.reaped()
 		return
 	}
@@ -43,7 +44,7 @@ func (im *Image) reap() {
 		switch {
 		case o == nil:
 			continue
-		case len(batch) < reapBatch && !x.going[n] && uint64(n) <= last.Object && !im.super.sb.held(uint64(n), uint64(o.died)):
+		case len(batch) < reapBatch && !x.going[n] && (uint64(n) <= last.Object || mutate.On(mutate.DeletedEarly)) && !im.super.sb.held(uint64(n), uint64(o.died)):
 			batch = append(batch, *o)
 		}
 		kept = append(kept, n)

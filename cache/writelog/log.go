@@ -24,6 +24,7 @@ import (
 
 	"github.com/google/uuid"
 	"github.com/lsd-ceph/lsd/internal/aio"
+	"github.com/lsd-ceph/lsd/internal/mutate"
 )
 
 // A Client is told of a log's progress, on the reactor.
@@ -223,7 +224,7 @@ func (l *Log) room(sectors int) Status {
 
 // space reports whether the log may grow to the position end.
 func (l *Log) space(end uint64) Status {
-	if end-l.reclaimed > l.hdr.Size {
+	if end-l.reclaimed > l.hdr.Size && !mutate.On(mutate.LogOverwritten) {
 		return Full
 	}
 	low := end
@@ -352,7 +353,7 @@ func (f *inflight) Complete(res int32, _ uint32) {
 	}
 	f.done = true
 	n := l.first
-	for n != l.last && l.ring[n%MaxInFlight].done {
+	for n != l.last && (l.ring[n%MaxInFlight].done || mutate.On(mutate.AckOutOfOrder)) {
 		n++
 	}
 	if n == l.first || l.err != nil {
@@ -398,6 +399,9 @@ func (l *Log) kickSync() {
 		return
 	}
 	l.syncing = l.completed
+	if mutate.On(mutate.SyncCoversInFlight) {
+		l.syncing = l.nextSeq - 1
+	}
 	l.dev.Sync((*syncDone)(l))
 }
 
@@ -525,7 +529,7 @@ func (l *Log) Read(p []byte, pos uint64, c aio.Completer) {
 func (l *Log) Verify(p []byte, pos uint64) error {
 	for i := 0; i < len(p); i += BlockSize {
 		at := pos*Sector + uint64(i)
-		if crc32.Checksum(p[i:i+BlockSize], castagnoli) != l.crcs.held[l.segment(at)][blockIndex(at)] {
+		if crc32.Checksum(p[i:i+BlockSize], castagnoli) != l.crcs.held[l.segment(at)][blockIndex(at)] && !mutate.On(mutate.LogReadUnverified) {
 			return fmt.Errorf("%w: checksum of the block at offset %d of its file is wrong", ErrCorrupt, l.offset(at))
 		}
 	}

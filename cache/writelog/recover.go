@@ -6,6 +6,8 @@ import (
 	"io"
 
 	"github.com/google/uuid"
+
+	"github.com/lsd-ceph/lsd/internal/mutate"
 )
 
 // A File is the blocking view of a log's file or device. Offsets, lengths and
@@ -175,7 +177,7 @@ func (l *Log) Recover(start Start, sectors uint64, boot uuid.UUID, visit func(Re
 	limit := start.Pos + l.hdr.Size
 	known := false // the checksum of the record before is known
 	var extents []Extent
-	for pos < limit {
+	for pos < limit && !(mutate.On(mutate.RecoveryStopsEarly) && seq-start.Seq >= 8) {
 		r, hdr, err := s.at(pos, seq, known)
 		if err != nil {
 			return err
@@ -266,7 +268,7 @@ func (s *scanner) at(pos, seq uint64, known bool) (record, []byte, error) {
 // whole reports whether the data of the record at b is as its header says.
 func (s *scanner) whole(r *record, b []byte) bool {
 	for i := range r.data / BlockSize {
-		if crc32.Checksum(b[BlockSize*(i+1):][:BlockSize], castagnoli) != r.blockSum(b, i) {
+		if crc32.Checksum(b[BlockSize*(i+1):][:BlockSize], castagnoli) != r.blockSum(b, i) && !mutate.On(mutate.TornRecord) {
 			return false
 		}
 	}
@@ -286,7 +288,7 @@ func (s *scanner) contradiction(pos, end, seq uint64) error {
 			continue
 		}
 		r, ok := decodeRecord(b, &s.log.hdr.Log, s.sectors)
-		if ok && r.pos == p && r.seq >= seq && r.epoch >= s.epoch && r.flushed >= seq {
+		if ok && r.pos == p && r.seq >= seq && r.epoch >= s.epoch && r.flushed >= seq && !mutate.On(mutate.ProofIgnored) {
 			return fmt.Errorf("%w: record %d, at offset %d of its file, is damaged although record %d says that it had been flushed",
 				ErrCorrupt, seq, s.log.offset(pos), r.seq)
 		}

@@ -1,0 +1,79 @@
+// Package mutate plants bugs, one at a time, to show that the tests find them.
+//
+// Without the build tag "mutate" nothing is planted, and the compiler drops every
+// place where a bug could be. With it, the environment variable LSD_MUTATION names
+// the bug. A place looks like this:
+//
+//	if r.FUA && !mutate.On(mutate.FUAPlain) {
+package mutate
+
+// A Bug is one that can be planted.
+type Bug string
+
+// The bugs.
+const (
+	// FlushEarly completes flushes before the data is on stable media.
+	FlushEarly Bug = "flush-early"
+	// FUAPlain treats FUA writes as plain ones.
+	FUAPlain Bug = "fua-plain"
+	// AckOutOfOrder acknowledges a record although one before it is in flight.
+	AckOutOfOrder Bug = "ack-out-of-order"
+	// SyncCoversInFlight takes for durable what was in flight when a sync began.
+	SyncCoversInFlight Bug = "sync-covers-in-flight"
+	// AcceptOutOfOrder accepts a data object as destaged because the one after it is.
+	AcceptOutOfOrder Bug = "accept-out-of-order"
+	// PutForgotten takes a put that failed for one that went through.
+	PutForgotten Bug = "put-forgotten"
+	// ObjectUnverified serves data from objects without a look at its checksums.
+	ObjectUnverified Bug = "object-unverified"
+	// HeaderUnverified believes the header of a data object as it is.
+	HeaderUnverified Bug = "header-unverified"
+	// LogReadUnverified serves and destages data from the log on the SSD without a
+	// look at its checksums.
+	LogReadUnverified Bug = "log-read-unverified"
+	// TornRecord accepts a record of the log in recovery whose data is torn.
+	TornRecord Bug = "torn-record"
+	// ProofIgnored opens a log although it proves that flushed data is gone.
+	ProofIgnored Bug = "proof-ignored"
+	// RecoveryStopsEarly leaves the newest records of the log out.
+	RecoveryStopsEarly Bug = "recovery-stops-early"
+	// LogOverwritten lets a full log overwrite what is not in the store.
+	LogOverwritten Bug = "log-overwritten"
+	// TrimEarly frees log space when an object is sealed, not when it is accepted.
+	TrimEarly Bug = "trim-early"
+	// DirtyDropped drops what is newer than the batch that was accepted.
+	DirtyDropped Bug = "dirty-dropped"
+	// DiscardUnrecorded forgets discards in the map.
+	DiscardUnrecorded Bug = "discard-unrecorded"
+	// DiscardUndestaged forgets discards when objects are accepted.
+	DiscardUndestaged Bug = "discard-undestaged"
+	// LeaseIgnored acknowledges without a valid lease.
+	LeaseIgnored Bug = "lease-ignored"
+	// LeaseNotAwaited takes an image over without waiting for the owner's lease.
+	LeaseNotAwaited Bug = "lease-not-awaited"
+	// EpochIgnored goes on as owner although the superblock names another epoch.
+	EpochIgnored Bug = "epoch-ignored"
+	// EpochUnrecorded does not record where an epoch begins.
+	EpochUnrecorded Bug = "epoch-unrecorded"
+	// StaleLogDropped throws away a log that holds what no store has.
+	StaleLogDropped Bug = "stale-log-dropped"
+	// DeletedEarly deletes dead data objects that recovery still needs.
+	DeletedEarly Bug = "deleted-early"
+	// CheckpointMixed writes a checkpoint that holds changes made after it began.
+	CheckpointMixed Bug = "checkpoint-mixed"
+	// DeadKept leaves dead data objects in the store.
+	DeadKept Bug = "dead-kept"
+	// MovedOverNewer lets the cleaner put back what has been overwritten meanwhile.
+	MovedOverNewer Bug = "moved-over-newer"
+)
+
+// All are the bugs that can be planted.
+func All() []Bug {
+	return []Bug{
+		FlushEarly, FUAPlain, AckOutOfOrder, SyncCoversInFlight, AcceptOutOfOrder, PutForgotten,
+		ObjectUnverified, HeaderUnverified, LogReadUnverified, TornRecord, ProofIgnored, RecoveryStopsEarly,
+		LogOverwritten, TrimEarly, DirtyDropped, DiscardUnrecorded, DiscardUndestaged,
+		LeaseIgnored, LeaseNotAwaited, EpochIgnored, EpochUnrecorded, StaleLogDropped, DeletedEarly, CheckpointMixed,
+		DeadKept, MovedOverNewer,
+	}
+}
