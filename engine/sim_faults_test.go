@@ -63,7 +63,7 @@ func newPlan(rng *rand.Rand) simPlan {
 		p.cell = 1
 	}
 	if rng.IntN(12) == 0 {
-		p.stormy, p.phases = true, 3 // enough data to fill the log and to go around it
+		p.stormy, p.phases, p.steps = true, 2, min(p.steps, 250) // enough data to fill the log and to go around it
 	}
 	p.spaceRatio = []float64{1.05, 1.3, 2}[rng.IntN(3)]
 	p.mapMemory = []int64{1 << 10, 64 << 10, 1 << 20}[rng.IntN(3)]
@@ -143,7 +143,11 @@ func (w *world) corrupt(b []byte) int {
 	if w.rng.IntN(4) == 0 {
 		return w.rng.IntN(len(b))
 	}
-	return faultstore.FlipBit(w.rng.IntN(8 * len(b)))(b)
+	n := len(b)
+	if w.rng.IntN(2) == 0 {
+		n = min(n, 512) // where the headers are
+	}
+	return faultstore.FlipBit(w.rng.IntN(8 * n))(b)
 }
 
 // ssdFails says which operations of the SSD of h fail.
@@ -227,10 +231,11 @@ func (f simFile) Buffer(n int) []byte {
 	if n != writelog.SegmentSize {
 		return make([]byte, n)
 	}
-	if f.h.w.scratch == nil {
-		f.h.w.scratch = make([]byte, n)
+	m := f.h.w.memory
+	if m.scratch == nil {
+		m.scratch = make([]byte, n)
 	}
-	return f.h.w.scratch
+	return m.scratch
 }
 
 // simStore is the store as a process of a host sees it: a process may die before

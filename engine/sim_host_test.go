@@ -23,6 +23,7 @@ type simHost struct {
 	name   string
 	boot   uuid.UUID
 	disk   *simdisk.Disk
+	memory []byte // of the log; a new process finds the old one's in it
 	store  backend.Store
 	env    *simEnv
 	im     *Image // nil while no process has it open
@@ -132,7 +133,10 @@ func (h *simHost) open(id uuid.UUID, force bool) (err error) {
 	}
 	h.im = im
 	h.env.now = h.Now()
-	h.im.Start(h.env, h.disk.Device(), make([]byte, w.plan.memory))
+	if h.memory == nil {
+		h.memory = w.memory.take(w.plan.memory)
+	}
+	h.im.Start(h.env, h.disk.Device(), h.memory)
 	return nil
 }
 
@@ -171,7 +175,7 @@ func (w *world) start(h *simHost, force bool) (powerCut bool, err error) {
 			} else {
 				h.kill()
 			}
-		case try < 12 && h.injected > 0:
+		case try < 12 && (h.injected > 0 || names(err, "try again")):
 			h.kill()
 			h.Sleep(context.Background(), time.Duration(w.rng.IntN(3000))*time.Millisecond)
 		default:

@@ -38,7 +38,7 @@ type world struct {
 	late         []func() // effects on the store that have not come yet
 	effectIsLate bool
 	strays       map[string]bool // objects that were put by such
-	scratch      []byte          // see simFile.Buffer
+	memory       *simMemory
 }
 
 // The image uses four regions of simRegion sectors: at its beginning, across the
@@ -66,9 +66,29 @@ func (w *world) within(cell, n uint64) uint64 {
 	return min(cell, cell/region*region+region-n)
 }
 
-func newWorld(seed uint64) *world {
+// simMemory is the large memory of worlds that run one after the other: to get it
+// anew from the operating system takes longer than all else.
+type simMemory struct {
+	logs    [][]byte // of logs, free
+	scratch []byte   // see simFile.Buffer
+}
+
+const simLogMemory = 2 * writelog.SegmentSize // at most
+
+// take returns n bytes for the memory of a log.
+func (m *simMemory) take(n int) []byte {
+	if k := len(m.logs); k > 0 {
+		p := m.logs[k-1]
+		m.logs = m.logs[:k-1]
+		clear(p[:n])
+		return p[:n]
+	}
+	return make([]byte, n, simLogMemory)
+}
+
+func newWorld(seed uint64, memory *simMemory) *world {
 	rng := rand.New(rand.NewPCG(seed, 42))
-	w := &world{rng: rng, plan: newPlan(rng), inner: mem.New(), nextWrite: 1, strays: map[string]bool{}}
+	w := &world{rng: rng, plan: newPlan(rng), inner: mem.New(), memory: memory, nextWrite: 1, strays: map[string]bool{}}
 	id, err := Create(context.Background(), w.inner, "disk", CreateOptions{
 		Size: simSectors * SectorSize, BlockSize: uint32(w.plan.cell * SectorSize), ObjectSize: MinObjectSize,
 	})
@@ -354,8 +374,8 @@ func (w *world) reissue(h *simHost, m *model, out []*simRequest) {
 }
 
 // simulate runs a whole world and returns the hash of its trace.
-func simulate(seed uint64) uint64 {
-	w := newWorld(seed)
+func simulate(seed uint64, memory *simMemory) uint64 {
+	w := newWorld(seed, memory)
 	w.owner = w.newHost()
 	if _, err := w.start(w.owner, false); err != nil {
 		w.fail("open: %v", err)
@@ -367,6 +387,9 @@ func simulate(seed uint64) uint64 {
 	}
 	w.run(w.plan.steps)
 	w.finish()
+	for len(w.hosts) > 0 {
+		w.drop(w.hosts[0])
+	}
 	return w.trace
 }
 
@@ -445,6 +468,16 @@ func (w *world) logFails() {
 // is never served.
 func (w *world) logDamaged() {
 	h := w.owner
+	if w.rng.IntN(2) == 0 { // a new process has nothing of the log in memory
+		h.kill()
+		w.reopen(h.m.acked, false, false, "daemon killed")
+		h.faults.full = true
+		w.run(w.rng.IntN(50))
+		if h.dead || h.im.state != Active {
+			w.crash()
+			return
+		}
+	}
 	used, head := h.im.log.Used(), h.im.log.Head()
 	off := w.rng.Int64N(2 * writelog.BlockSize) // in one of the headers
 	if used > 0 && w.rng.IntN(6) > 0 {
@@ -506,6 +539,9 @@ func (w *world) secondHost() {
 func (w *world) drop(h *simHost) {
 	i := slices.Index(w.hosts, h)
 	w.hosts = slices.Delete(w.hosts, i, i+1)
+	if h.memory != nil {
+		w.memory.logs = append(w.memory.logs, h.memory)
+	}
 	w.gone++
 }
 

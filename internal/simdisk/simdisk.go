@@ -4,7 +4,8 @@
 //   - operations complete in any order;
 //   - a killed process's operations in flight take effect or not;
 //   - a power cut keeps, of the writes that no sync covered, any subset, and of
-//     each any subset of its 512-byte sectors;
+//     each any subset of its 512-byte sectors; but the cache of the disk has a
+//     size, and what does not fit any more is stable;
 //   - operations fail, as Fail says; a write that fails may leave any subset of
 //     its sectors behind, and a sync that fails makes nothing stable.
 //
@@ -25,6 +26,7 @@ import (
 const (
 	blockSize  = 4096
 	sectorSize = 512
+	cacheSize  = 16 << 20
 )
 
 // A Kind is what an operation does.
@@ -72,6 +74,7 @@ type Disk struct {
 	cache   []block // what reads see
 	stable  []block // what a power cut leaves
 	pending []unsynced
+	cached  int // bytes in pending
 	gen     int
 	queue   []op
 
@@ -128,6 +131,10 @@ func (d *Disk) write(p []byte, off int64) {
 	d.gen++
 	d.pending = append(d.pending, unsynced{d.gen, off, data})
 	d.Writes++
+	d.cached += len(data)
+	for d.cached > cacheSize {
+		d.evict()
+	}
 }
 
 // failWrite does what a write that fails may do: some of it.
@@ -142,14 +149,20 @@ func (d *Disk) failWrite(p []byte, off int64) {
 	d.write(old, off)
 }
 
+// evict makes the oldest write stable.
+func (d *Disk) evict() {
+	u := d.pending[0]
+	store(d.stable, u.data, u.off)
+	d.cached -= len(u.data)
+	d.pending[0] = unsynced{}
+	d.pending = d.pending[1:]
+}
+
 // settle makes stable the writes up to number gen.
 func (d *Disk) settle(gen int) {
-	i := 0
-	for i < len(d.pending) && d.pending[i].gen <= gen {
-		store(d.stable, d.pending[i].data, d.pending[i].off)
-		i++
+	for len(d.pending) > 0 && d.pending[0].gen <= gen {
+		d.evict()
 	}
-	d.pending = d.pending[i:]
 	d.Syncs++
 }
 
@@ -245,7 +258,7 @@ func (d *Disk) CutPower() {
 			store(d.stable, u.data, u.off)
 		}
 	}
-	d.pending = nil
+	d.pending, d.cached = nil, 0
 	copy(d.cache, d.stable)
 }
 
