@@ -347,8 +347,8 @@ func (c *checkpointer) finish() {
 		return putManifest(ctx, im.store, m, b)
 	}, func() {
 		im.changeSuper(func(sb *superblock) {
-			if sb.Checkpoint == nil || *sb.Checkpoint != r.ref {
-				sb.Prev = sb.Checkpoint
+			if sb.Checkpoint != nil && *sb.Checkpoint != r.ref {
+				sb.Prev = append(sb.Prev, *sb.Checkpoint)
 			}
 			sb.Checkpoint, sb.Intent = &r.ref, nil
 		}, func() { c.published(m) })
@@ -451,7 +451,7 @@ func (c *checkpointer) removeOld(old *checkpointRef, done func()) {
 	}
 	held := old == nil || sb.heldManifest(*old)
 	if len(keys) == 0 && held {
-		c.forgetPrev(done)
+		c.forgetPrev(old, done)
 		return
 	}
 	im.removeKeys(func(ctx context.Context) error {
@@ -464,14 +464,17 @@ func (c *checkpointer) removeOld(old *checkpointRef, done func()) {
 			return e
 		}
 		return errors.Join(err, e)
-	}, func() { c.forgetPrev(done) })
+	}, func() { c.forgetPrev(old, done) })
 }
 
-// forgetPrev says in the superblock that nothing is left of the checkpoint that
-// was replaced. The next change will do, whatever it is for.
-func (c *checkpointer) forgetPrev(done func()) {
-	im := c.im
-	im.super.changes = append(im.super.changes, superChange{func(sb *superblock) { sb.Prev = nil }, func() {}})
+// forgetPrev says in the superblock that nothing is left of the checkpoint old,
+// which was replaced. The next change will do, whatever it is for.
+func (c *checkpointer) forgetPrev(old *checkpointRef, done func()) {
+	if old != nil {
+		gone := func(x checkpointRef) bool { return x == *old }
+		forget := func(sb *superblock) { sb.Prev = slices.DeleteFunc(sb.Prev, gone) }
+		c.im.super.changes = append(c.im.super.changes, superChange{forget, func() {}})
+	}
 	done()
 }
 

@@ -96,10 +96,10 @@ func (im *Image) afterReaping(fn func()) {
 // begun can arrive any more.
 func (im *Image) startLeftovers() {
 	sb := im.super.sb
-	if len(sb.Stale) == 0 && sb.Prev == nil {
+	if len(sb.Stale) == 0 && len(sb.Prev) == 0 {
 		return
 	}
-	stale, prev := len(sb.Stale), sb.Prev
+	stale, prev := len(sb.Stale), slices.Clone(sb.Prev)
 	remove := func(ctx context.Context) error { return removeLeftovers(ctx, im.store, sb) }
 	im.removeKeys(remove, func() {
 		im.env.AfterFunc(leftoverGrace, func() {
@@ -120,7 +120,7 @@ const leftoverGrace = 2 * time.Minute
 // dropStale forgets the first entries of what may have been left behind, but for
 // those of owners that were cut off: a host that was paused may go on at any time,
 // and put what it had begun before it learns that it is fenced.
-func (s *superblock) dropStale(n int, prev *checkpointRef) {
+func (s *superblock) dropStale(n int, prev []checkpointRef) {
 	var kept []staleObjects
 	for i, x := range s.Stale {
 		cutOff := slices.ContainsFunc(s.Points, func(p point) bool { return p.Epoch == x.Epoch })
@@ -129,15 +129,16 @@ func (s *superblock) dropStale(n int, prev *checkpointRef) {
 		}
 	}
 	s.Stale = kept
-	if s.Prev != nil && prev != nil && *s.Prev == *prev {
-		s.Prev = nil
-	}
+	s.Prev = slices.DeleteFunc(s.Prev, func(c checkpointRef) bool { return slices.Contains(prev, c) })
 }
 
 // removeLeftovers removes what the superblock says may have been left behind.
 func removeLeftovers(ctx context.Context, st backend.Store, sb *superblock) error {
-	if c := sb.Prev; c != nil && !sb.heldManifest(*c) && (sb.Checkpoint == nil || *sb.Checkpoint != *c) {
-		if err := deleteParts(ctx, st, func(part int) string { return manifestKey(sb.Image, *c, part) }, 1); err != nil {
+	for _, c := range sb.Prev {
+		if sb.heldManifest(c) {
+			continue
+		}
+		if err := deleteParts(ctx, st, func(part int) string { return manifestKey(sb.Image, c, part) }, 1); err != nil {
 			return err
 		}
 	}

@@ -40,9 +40,9 @@ type superblock struct {
 	Window     int            `json:"window"` // objects that an owner may have put beyond an unbroken run
 
 	// What a crash may have left behind, so that the next start removes it.
-	Intent *checkpointRef `json:"intent,omitempty"` // a checkpoint that is being written
-	Prev   *checkpointRef `json:"prev,omitempty"`   // the one that Checkpoint has replaced
-	Stale  []staleObjects `json:"stale,omitempty"`  // put by fenced owners
+	Intent *checkpointRef  `json:"intent,omitempty"` // a checkpoint that is being written
+	Prev   []checkpointRef `json:"prev,omitempty"`   // those that Checkpoint has replaced
+	Stale  []staleObjects  `json:"stale,omitempty"`  // put by fenced owners
 
 	// Points are states of the image that must stay readable.
 	Points []point `json:"points,omitempty"`
@@ -141,9 +141,14 @@ func decodeSuperblock(b []byte, id uuid.UUID) (*superblock, error) {
 			return bad("epochs")
 		}
 	}
-	for _, c := range []*checkpointRef{s.Checkpoint, s.Intent, s.Prev} {
+	for _, c := range []*checkpointRef{s.Checkpoint, s.Intent} {
 		if !s.validRef(c) {
 			return bad("checkpoint")
+		}
+	}
+	for _, c := range s.Prev {
+		if !s.validRef(&c) {
+			return bad("prev")
 		}
 	}
 	for _, x := range s.Stale {
@@ -171,6 +176,7 @@ func (s *superblock) clone() *superblock {
 		c.Owner = &o
 	}
 	c.Epochs = slices.Clone(s.Epochs)
+	c.Prev = slices.Clone(s.Prev)
 	c.Stale = slices.Clone(s.Stale)
 	c.Points = slices.Clone(s.Points)
 	return &c

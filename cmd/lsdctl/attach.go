@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/lsd-ceph/lsd/backend"
+	"github.com/lsd-ceph/lsd/engine"
 	"github.com/lsd-ceph/lsd/internal/api"
 	"github.com/lsd-ceph/lsd/internal/bytesize"
 	"github.com/spf13/cobra"
@@ -70,6 +71,7 @@ made now and removed by lsdctl del.`,
 	f.Var(&nullSize, "size", "size of a --null device (default 1G)")
 	f.IntVar(&q.ID, "id", -1, "number of the device; -1: any")
 	f.DurationVar(&q.BatchAge, "batch-age", 0, "longest that a write waits for its object to fill (default 5s)")
+	f.Float64Var(&q.SpaceRatio, "space-ratio", 0, "space that the store may hold for each live byte before it is cleaned (default 1.3)")
 	f.IntVar(&q.CheckpointEvery, "checkpoint-every", 0, "most data objects since the last checkpoint (default 512)")
 	f.DurationVar(&q.StoreTimeout, "store-timeout", 0, "limit of one attempt of a store operation (default 20s)")
 	for _, name := range []string{"batch-age", "checkpoint-every", "store-timeout"} {
@@ -89,6 +91,8 @@ func checkAdd(cmd *cobra.Command, q api.AttachRequest) error {
 		return fmt.Errorf("--depth %d: it must be 1 or more", q.Depth)
 	case q.Lease < 0 || q.BatchAge < 0 || q.StoreTimeout < 0 || q.CheckpointEvery < 0:
 		return errors.New("a time or number is negative: see lsdctl add --help")
+	case cmd.Flags().Changed("space-ratio") && !(q.SpaceRatio >= engine.MinSpaceRatio && q.SpaceRatio <= engine.MaxSpaceRatio):
+		return fmt.Errorf("--space-ratio %v: it must be from %v to %v", q.SpaceRatio, engine.MinSpaceRatio, engine.MaxSpaceRatio)
 	case cmd.Flags().Changed("lease") && q.Lease == 0:
 		return errors.New("--lease 0: it must be from 1s to 1h")
 	case q.LogSize == 0 || q.LogMemory == 0 && cmd.Flags().Changed("log-memory"):

@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"github.com/lsd-ceph/lsd/cache/readcache"
+	"github.com/lsd-ceph/lsd/engine"
 	"github.com/lsd-ceph/lsd/internal/api"
 	"github.com/lsd-ceph/lsd/internal/bytesize"
 	"github.com/lsd-ceph/lsd/internal/daemon"
@@ -28,6 +29,7 @@ func main() { os.Exit(run()) }
 type options struct {
 	cfg       daemon.Config
 	logMemory bytesize.Size
+	mapMemory bytesize.Size
 	readCache bytesize.Size
 	envErr    error // of what the environment says
 	supervise bool
@@ -78,6 +80,8 @@ systemd runs it as lsd.service; without systemd, lsdctl add starts it with
 	f.DurationVar(&o.cfg.ExitTimeout, "exit-timeout", 20*time.Second, "how long to write to the store before the end")
 	o.logMemory = daemon.DefaultLogMemory
 	f.Var(&o.logMemory, "log-memory-total", "memory for the newest parts of all write logs together")
+	o.mapMemory = engine.DefaultMapMemory
+	f.Var(&o.mapMemory, "map-memory", "memory for the maps of all images together")
 	f.StringVar(&o.logFile, "log-file", "", "append the log to this file (default: standard error)")
 	f.BoolVar(&o.logJSON, "log-json", false, "log in JSON")
 	f.BoolVar(&o.verbose, "verbose", false, "log more")
@@ -110,8 +114,10 @@ func (o *options) run(ctx context.Context) (int, error) {
 		return 0, errors.New("--state-dir and --socket must be absolute paths")
 	case o.logMemory < 16<<20 || o.logMemory > 1<<50:
 		return 0, fmt.Errorf("--log-memory-total %s: it must be from 16M to 1P", &o.logMemory)
+	case o.mapMemory < 16<<20 || o.mapMemory > 1<<50:
+		return 0, fmt.Errorf("--map-memory %s: it must be from 16M to 1P", &o.mapMemory)
 	}
-	o.cfg.LogMemory = int64(o.logMemory)
+	o.cfg.LogMemory, o.cfg.MapMemory = int64(o.logMemory), int64(o.mapMemory)
 	if err := o.sizeReadCache(); err != nil {
 		return 0, err
 	}

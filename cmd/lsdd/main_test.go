@@ -7,6 +7,7 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/lsd-ceph/lsd/engine"
 	"github.com/lsd-ceph/lsd/internal/daemon"
 )
 
@@ -16,7 +17,7 @@ func TestBadOptions(t *testing.T) {
 	dir := filepath.Join(t.TempDir(), "state")
 	good := func() options {
 		return options{
-			cfg: daemon.Config{Socket: filepath.Join(dir, "s"), StateDir: dir, Host: "h"}, onTerm: "leave", logMemory: daemon.DefaultLogMemory,
+			cfg: daemon.Config{Socket: filepath.Join(dir, "s"), StateDir: dir, Host: "h"}, onTerm: "leave", logMemory: daemon.DefaultLogMemory, mapMemory: engine.DefaultMapMemory,
 		}
 	}
 	for _, tt := range []struct {
@@ -28,6 +29,8 @@ func TestBadOptions(t *testing.T) {
 		{func(o *options) { o.cfg.StateDir = "state" }, "absolute"},
 		{func(o *options) { o.logMemory = 1 << 20 }, "--log-memory-total 1M"},
 		{func(o *options) { o.logMemory = 1 << 51 }, "--log-memory-total 2P"},
+		{func(o *options) { o.mapMemory = 1 << 20 }, "--map-memory 1M"},
+		{func(o *options) { o.mapMemory = 1 << 51 }, "--map-memory 2P"},
 	} {
 		o := good()
 		tt.change(&o)

@@ -74,6 +74,7 @@ type AttachRequest struct {
 
 	BatchAge        time.Duration `json:"batch_age_ns,omitempty"`
 	CheckpointEvery int           `json:"checkpoint_every,omitempty"`
+	SpaceRatio      float64       `json:"space_ratio,omitempty"`
 	StoreTimeout    time.Duration `json:"store_timeout_ns,omitempty"`
 }
 

@@ -73,7 +73,7 @@ func (d *Daemon) plan(ctx context.Context, q api.AttachRequest) (record, error) 
 		Phase: phaseAttaching, Boot: d.env.boot, PID: os.Getpid(), Added: time.Now().UTC().Truncate(time.Second),
 		LogSize: q.LogSize, LogMemory: q.LogMemory, Queues: q.Queues, Depth: q.Depth,
 		ReadOnly: q.ReadOnly, Null: q.Null, Lease: q.Lease,
-		BatchAge: q.BatchAge, CheckpointEvery: q.CheckpointEvery, StoreTimeout: q.StoreTimeout,
+		BatchAge: q.BatchAge, CheckpointEvery: q.CheckpointEvery, SpaceRatio: q.SpaceRatio, StoreTimeout: q.StoreTimeout,
 	}
 	setDefault(&rec.LogSize, defaultLogSize)
 	setDefault(&rec.Queues, defaultQueues)
@@ -111,6 +111,10 @@ func checkPlan(rec record, q api.AttachRequest) error {
 		return fmt.Errorf("%d bytes of memory for the write log: it must be from %d to %d, a multiple of %d", rec.LogMemory, leastLogMemory, int64(maxLogMemory), writelog.SegmentSize)
 	case rec.Lease != 0 && (rec.Lease < engine.MinLease || rec.Lease > engine.MaxLease):
 		return fmt.Errorf("lease %v: it must be from %v to %v", rec.Lease, engine.MinLease, engine.MaxLease)
+	case rec.SpaceRatio != 0 && !(rec.SpaceRatio >= engine.MinSpaceRatio && rec.SpaceRatio <= engine.MaxSpaceRatio):
+		return fmt.Errorf("space ratio %v: it must be from %v to %v", rec.SpaceRatio, engine.MinSpaceRatio, engine.MaxSpaceRatio)
+	case rec.CheckpointEvery < 0:
+		return fmt.Errorf("%d data objects between checkpoints: it must be 1 or more", rec.CheckpointEvery)
 	case !q.Null && q.Size != 0:
 		return errors.New("a size can be given for a null device only: an image has its own")
 	}

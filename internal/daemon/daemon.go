@@ -49,6 +49,9 @@ type Config struct {
 	// LogMemory bounds the memory that all write logs have together, in bytes.
 	// Default DefaultLogMemory.
 	LogMemory int64
+	// MapMemory is what the maps of all images may take together, in bytes.
+	// Default engine.DefaultMapMemory.
+	MapMemory int64
 	Logger    *slog.Logger
 	// Ready is called once the socket answers; it may be nil.
 	Ready func()

@@ -86,7 +86,9 @@ func openDisk(ctx context.Context, o diskOptions) (_ *disk, err error) {
 		Config: engine.Config{
 			BatchAge:        o.rec.BatchAge,
 			CheckpointEvery: o.rec.CheckpointEvery,
+			SpaceRatio:      o.rec.SpaceRatio,
 			StoreTimeout:    o.rec.StoreTimeout,
+			Shared:          o.shared.engine,
 			ReadCache:       o.cache.Cache,
 			ReadCacheDevice: o.cache.device(d.reactor),
 			Logger:          o.logger,

@@ -52,6 +52,7 @@ type record struct {
 	Lease           time.Duration `json:"lease_ns,omitempty"`
 	BatchAge        time.Duration `json:"batch_age_ns,omitempty"`
 	CheckpointEvery int           `json:"checkpoint_every,omitempty"`
+	SpaceRatio      float64       `json:"space_ratio,omitempty"`
 	StoreTimeout    time.Duration `json:"store_timeout_ns,omitempty"`
 }
 

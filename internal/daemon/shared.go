@@ -7,6 +7,7 @@ import (
 
 	"github.com/lsd-ceph/lsd/backend"
 	"github.com/lsd-ceph/lsd/cache/writelog"
+	"github.com/lsd-ceph/lsd/engine"
 	"github.com/lsd-ceph/lsd/internal/bytesize"
 )
 
@@ -26,12 +27,13 @@ const (
 // shared is what the images of one daemon have in common: what bounds them all
 // together. Each disk gets it, and takes its part from it.
 type shared struct {
+	engine    *engine.Shared
 	logMemory budget
 	gates     gates
 }
 
 func newShared(cfg Config) *shared {
-	return &shared{logMemory: budget{total: cfg.LogMemory}}
+	return &shared{engine: engine.NewShared(cfg.MapMemory), logMemory: budget{total: cfg.LogMemory}}
 }
 
 // A budget is an amount of memory of which the images of a daemon have parts.
