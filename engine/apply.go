@@ -268,5 +268,8 @@ func (im *Image) applied(b *batch) {
 	im.notifyDestaged()
 	im.checkpoint.maybe()
 	im.reap()
+	if b.cleaned() {
+		im.clean.accepted()
+	}
 	im.clean.maybe()
 }

@@ -368,7 +368,6 @@ func (c *cleaner) accepted() {
 	if r := c.running; r != nil {
 		if r.objects--; r.objects == 0 {
 			c.end()
-			c.maybe()
 		}
 	}
 }
