@@ -472,3 +472,82 @@ func TestDamagedCache(t *testing.T) {
 		}
 	})
 }
+
+// instant is a device whose operations end when complete is called, and an
+// environment that runs nothing.
+type instant struct {
+	f    *file
+	c    []aio.Completer
+	res  []int32
+	last int // workers that were asked for
+}
+
+func (d *instant) ReadAt(p []byte, off int64, c aio.Completer) {
+	n, _ := d.f.ReadAt(p, off)
+	d.c, d.res = append(d.c, c), append(d.res, int32(n))
+}
+func (d *instant) WriteAt([]byte, int64, aio.Completer) {}
+func (d *instant) Sync(aio.Completer)                   {}
+func (d *instant) Now() time.Duration                   { return 0 }
+func (d *instant) Spawn(_, _ func())                    { d.last++ }
+func (d *instant) AfterFunc(time.Duration, func()) engine.Timer {
+	return timer{time.NewTimer(time.Hour)}
+}
+func (d *instant) complete() {
+	for i := range d.c {
+		d.c[i].Complete(d.res[i], 0)
+	}
+	d.c, d.res = d.c[:0], d.res[:0]
+}
+
+type counted int
+
+func (c *counted) RequestDone(r *engine.Request) {
+	if r.Err == 0 {
+		*c++
+	}
+}
+
+// TestHitsDoNotAllocate: what the SSD has is read without a worker, a lock to wait
+// for, or an allocation.
+func TestHitsDoNotAllocate(t *testing.T) {
+	st := &farStore{Store: mem.New(), latency: time.Millisecond}
+	var id uuid.UUID
+	f := &file{b: make([]byte, 160<<20)}
+	synctest.Test(t, func(t *testing.T) {
+		id = written(t, st, false)
+		cache := openCache(t, f)
+		r := openReader(t, st, id, cache, f)
+		drive(t, r.l, r.im, engine.Read, 4, 4096, shuffled())
+		r.close()
+		cache.Close()
+	})
+	for _, size := range []int{4096, 16 << 10} {
+		d := &instant{f: f}
+		im, err := engine.Open(context.Background(), st, id, engine.OpenOptions{ReadOnly: true, Config: engine.Config{
+			Logger: silent, ReadCache: openCache(t, f), ReadCacheDevice: d,
+		}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		im.Start(d, nil, nil)
+		var done counted
+		rng := rand.New(rand.NewPCG(1, 1))
+		r := &engine.Request{Op: engine.Read, Sectors: uint32(size / 512), Buf: make([]byte, size), Done: &done}
+		read := func() {
+			r.Sector = rng.Uint64N(imageSize/uint64(size)) * uint64(size/512)
+			im.Submit(r)
+			d.complete()
+		}
+		for range 1000 {
+			read()
+		}
+		if n := testing.AllocsPerRun(2000, read); n != 0 {
+			t.Errorf("%v allocations for each read of %d bytes", n, size)
+		}
+		checkSectors(t, r.Buf, r.Sector)
+		if done != 3001 || d.last != 0 {
+			t.Errorf("%d of 3001 reads ended, %d of them on workers", done, d.last)
+		}
+	}
+}

@@ -38,6 +38,10 @@ type flight struct {
 }
 
 // flights are the fetches under way, and what was read ahead.
+//
+// A fetch begins and ends within one call of a worker, and nobody waits for one
+// that has not begun: so those who run one worker at a time, as a simulation
+// does, come to an end.
 type flights struct {
 	budget int // bytes for what is read ahead
 	pool   [bufferClasses]sync.Pool

@@ -10,9 +10,6 @@ import (
 // block of data has place 0.
 type place uint32
 
-// noPlace is where blocks are that the cache does not have.
-const noPlace place = 0
-
 func (p place) segment() uint32 { return uint32(p) / segmentBlocks }
 func (p place) block() int      { return int(p % segmentBlocks) }
 

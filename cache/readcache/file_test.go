@@ -1,0 +1,69 @@
+package readcache
+
+import (
+	"context"
+	"errors"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+)
+
+func TestOSFile(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "cache")
+	f, err := OpenFile(context.Background(), path, MinSize)
+	if err != nil {
+		t.Fatal(err)
+	}
+	c := mustOpen(t, f)
+	read(t, c.Client(), 1, 0, testSize, Keep)
+	c.Close()
+
+	soon, stop := context.WithTimeout(context.Background(), 20*time.Millisecond)
+	defer stop()
+	if _, err := OpenFile(soon, path, MinSize); !errors.Is(err, ErrLocked) {
+		t.Errorf("second open: %v", err)
+	}
+	if err := f.Close(); err != nil {
+		t.Fatal(err)
+	}
+	for _, size := range []int64{2 * MinSize, MinSize} {
+		if f, err = OpenFile(context.Background(), path, size); err != nil {
+			t.Fatal(err)
+		}
+		if st, err := os.Stat(path); err != nil || st.Size() != size || f.Size() != size {
+			t.Errorf("size %d, want %d (%v)", st.Size(), size, err)
+		}
+		c = mustOpen(t, f)
+		if read(t, c.Client(), 1, 0, testSize, Keep) {
+			t.Error("the store was asked")
+		}
+		c.Close()
+		if err := f.Close(); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+func TestRefusedFiles(t *testing.T) {
+	dir := t.TempDir()
+	for _, c := range []struct {
+		path string
+		size int64
+		want string
+	}{
+		{dir, MinSize, "not a regular file"},
+		{"/dev/null", MinSize, "not a regular file"},
+		{filepath.Join(dir, "none", "cache"), MinSize, "no such file"},
+		{filepath.Join(dir, "cache"), MinSize - 1, "must have from"},
+		{filepath.Join(dir, "cache"), MaxSize + 1, "must have from"},
+	} {
+		if _, err := OpenFile(context.Background(), c.path, c.size); err == nil || !strings.Contains(err.Error(), c.want) {
+			t.Errorf("%s of %d bytes: %v, want %q", c.path, c.size, err, c.want)
+		}
+	}
+	if left, err := os.ReadDir(dir); err != nil || len(left) != 0 {
+		t.Errorf("%v is left behind (%v)", left, err)
+	}
+}

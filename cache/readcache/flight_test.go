@@ -1,0 +1,202 @@
+package readcache
+
+import (
+	"context"
+	"errors"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+)
+
+// slow is content that takes a second to come.
+type slow struct{ content }
+
+func (s *slow) Fetch(ctx context.Context, first uint32, p []byte) error {
+	select {
+	case <-time.After(time.Second):
+		return s.content.Fetch(ctx, first, p)
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+// TestSingleFlight: reads of the same blocks at one time fetch them once, with and
+// without an SSD, and whatever of them each wants.
+func TestSingleFlight(t *testing.T) {
+	for name, c := range map[string]*Cache{"SSD": mustOpen(t, newMemFile(MinSize)), "none": None(Options{Logger: quiet})} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				src := &slow{content{object: testObject(1)}}
+				var all sync.WaitGroup
+				for i := range 32 {
+					all.Go(func() {
+						u := c.Client()
+						defer u.Close()
+						k := key(c, 1)
+						dst := make([]byte, (1+i%8)*BlockSize-512*(i%3))
+						if _, err := u.Read(context.Background(), &k, 512*(i%3), dst, src, Keep); err != nil {
+							t.Error(err)
+						}
+						check(t, k.Object, 512*(i%3), dst)
+					})
+				}
+				all.Wait()
+				if n := src.blocks.Load(); n != 8 {
+					t.Errorf("%d blocks fetched, want 8", n)
+				}
+				if n := len(c.flights.of); n != 0 {
+					t.Errorf("%d flights are left", n)
+				}
+			})
+		})
+	}
+}
+
+// TestCancelledFlight: a fetch that its reader gives up does not fail the others.
+func TestCancelledFlight(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := None(Options{Logger: quiet})
+		k := key(c, 1)
+		src := &slow{content{object: k.Object}}
+		ctx, stop := context.WithCancel(context.Background())
+		var all sync.WaitGroup
+		all.Go(func() {
+			if _, err := c.Client().Read(ctx, &k, 0, make([]byte, BlockSize), src, Keep); !errors.Is(err, context.Canceled) {
+				t.Errorf("the one who gave up: %v", err)
+			}
+		})
+		time.Sleep(time.Second / 2)
+		all.Go(func() {
+			dst := make([]byte, BlockSize)
+			if _, err := c.Client().Read(context.Background(), &k, 0, dst, src, Keep); err != nil {
+				t.Errorf("the other one: %v", err)
+			}
+			check(t, k.Object, 0, dst)
+		})
+		time.Sleep(time.Second / 4)
+		stop()
+		all.Wait()
+	})
+}
+
+// TestPanickedFlight: those who wait for a fetch that panics are told.
+func TestPanickedFlight(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := None(Options{Logger: quiet})
+		k := key(c, 1)
+		go func() {
+			defer func() { _ = recover() }()
+			_, _ = c.Client().Read(context.Background(), &k, 0, make([]byte, BlockSize), panics{}, Keep)
+		}()
+		time.Sleep(time.Second / 2)
+		if _, err := c.Client().Read(context.Background(), &k, 0, make([]byte, BlockSize), panics{}, Keep); !errors.Is(err, errEnded) {
+			t.Errorf("the one who waited: %v", err)
+		}
+	})
+}
+
+type panics struct{}
+
+func (panics) Fetch(context.Context, uint32, []byte) error {
+	time.Sleep(time.Second)
+	panic("boom")
+}
+
+// TestAheadMemory: read-ahead keeps to its memory, and what nobody asks for makes
+// room in the end.
+func TestAheadMemory(t *testing.T) {
+	c := None(Options{AheadMemory: 64 * BlockSize, Logger: quiet})
+	u := c.Client()
+	k := key(c, 1)
+	src := &content{object: k.Object}
+	claim := func(first, n uint32) bool {
+		cl, _, ok := u.Claim(&k, first, n)
+		if ok {
+			if err := u.Fly(context.Background(), cl, &k, src, Keep); err != nil {
+				t.Fatal(err)
+			}
+		}
+		return ok
+	}
+	for i := range uint32(4) {
+		if !claim(i*16, 16) {
+			t.Fatal("no memory for what fits")
+		}
+	}
+	if _, seen, ok := u.Claim(&k, 16, 32); ok || seen != 16 {
+		t.Errorf("what is there is claimed again: %d, %v", seen, ok)
+	}
+	if claim(64, 16) {
+		t.Fatal("more is held than there is memory for")
+	}
+	before := src.fetches.Load()
+	if fetched := readFrom(t, u, src, 16*BlockSize, 16*BlockSize); fetched || src.fetches.Load() != before {
+		t.Error("what was read ahead is fetched again")
+	}
+	if !claim(64, 16) {
+		t.Error("what was asked for does not make room")
+	}
+	for range maxRefused {
+		claim(128, 16)
+	}
+	if !claim(128, 16) {
+		t.Error("what nobody asks for does not make room")
+	}
+	if n := c.Stats().Memory; n > 64*BlockSize+1024 {
+		t.Errorf("%d bytes held", n)
+	}
+}
+
+func readFrom(t *testing.T, u *Client, src Source, off, size int) bool {
+	t.Helper()
+	k := key(u.c, 1)
+	dst := make([]byte, size)
+	fetched, err := u.Read(context.Background(), &k, off, dst, src, Keep)
+	if err != nil {
+		t.Fatal(err)
+	}
+	check(t, k.Object, off, dst)
+	return fetched
+}
+
+// TestNotBegun: who needs what is claimed, and not begun, does not wait for it.
+func TestNotBegun(t *testing.T) {
+	c := None(Options{Logger: quiet})
+	u := c.Client()
+	k := key(c, 1)
+	src := &content{object: k.Object}
+	claim, _, ok := u.Claim(&k, 0, 8)
+	if !ok {
+		t.Fatal("no claim")
+	}
+	if !readFrom(t, u, src, 2*BlockSize, BlockSize) {
+		t.Error("who fetched it?")
+	}
+	if err := u.Fly(context.Background(), claim, &k, src, Keep); err != nil {
+		t.Fatal(err)
+	}
+	if n := src.blocks.Load(); n != 8 {
+		t.Errorf("%d blocks fetched, want 8", n)
+	}
+}
+
+// TestStreamsAreNotKept: a long stream leaves nothing on the SSD the first time,
+// and nearly all of it the second time: the ghost's buckets lose some.
+func TestStreamsAreNotKept(t *testing.T) {
+	c := mustOpen(t, newMemFile(MinSize))
+	u := c.Client()
+	for pass := range 3 {
+		before := u.Stats().Fetched
+		for n := range uint64(8) {
+			read(t, u, n, 0, testSize, KeepKnown)
+		}
+		fetched := float64(u.Stats().Fetched-before) / (8 * testSize)
+		if pass < 2 && fetched != 1 || pass == 2 && fetched > 0.1 {
+			t.Errorf("pass %d: %.2f of it fetched", pass, fetched)
+		}
+		if s := c.Stats(); (s.Filled > 0) != (pass > 0) {
+			t.Errorf("pass %d: %d bytes kept", pass, s.Filled)
+		}
+	}
+}
