@@ -82,9 +82,12 @@ func (o *ours) access(b uint64) bool {
 	return false
 }
 
-// policyCases are the traces of test and benchmark: the cache has 64 segments.
+// policySegments is the size of the caches that are compared.
+const policySegments = 32
+
+// policyCases are the traces of test and benchmark.
 func policyCases(rng *rand.Rand) map[string]trace {
-	const blocks = 64 * maxEntries
+	const blocks = policySegments * maxEntries
 	return map[string]trace{
 		"zipf 1.1":             zipf(rng, 16*blocks, 1.1),
 		"zipf 1.01":            zipf(rng, 8*blocks, 1.01),
@@ -120,17 +123,51 @@ func TestBeatsLRU(t *testing.T) {
 		"loop beyond its size": 1.1,
 	} {
 		t.Run(name, func(t *testing.T) {
-			const n = 300_000
+			const n = 100_000
 			run := func(access func(uint64) bool) float64 {
 				return hitRatio(n, policyCases(rand.New(rand.NewPCG(1, 2)))[name], access)
 			}
-			o := newOurs(t, 64)
-			a, b := run(o.access), run(newLRU(64*maxEntries).access)
+			o := newOurs(t, policySegments)
+			a, b := run(o.access), run(newLRU(policySegments*maxEntries).access)
 			t.Logf("hits %.3f, LRU %.3f; written %.2f of what was kept", a, b,
 				float64(o.c.Stats().Written)/float64(max(o.c.Stats().Filled, 1)))
 			if a < b*least {
 				t.Errorf("hit ratio %.3f, LRU has %.3f", a, b)
 			}
 		})
+	}
+}
+
+// BenchmarkHitRatio prints the table of docs/benchmarks.md.
+func BenchmarkHitRatio(b *testing.B) {
+	for name := range policyCases(rand.New(rand.NewPCG(1, 2))) {
+		b.Run(name, func(b *testing.B) {
+			const n = 500_000
+			run := func(access func(uint64) bool) float64 {
+				return hitRatio(n, policyCases(rand.New(rand.NewPCG(1, 2)))[name], access)
+			}
+			o := newOurs(b, policySegments)
+			b.ReportMetric(run(o.access), "hits")
+			b.ReportMetric(run(newLRU(policySegments*maxEntries).access), "LRU-hits")
+			s := o.c.Stats()
+			b.ReportMetric(float64(s.Written)/float64(s.Filled), "written/kept")
+			b.ReportMetric(0, "ns/op")
+		})
+	}
+}
+
+// BenchmarkLookup finds a block in a full cache.
+func BenchmarkLookup(b *testing.B) {
+	o := newOurs(b, policySegments)
+	for n := range uint64(policySegments * maxEntries) {
+		o.access(n)
+	}
+	var at uint64
+	b.ReportAllocs()
+	for b.Loop() {
+		at += 7919
+		n := at % (policySegments * maxEntries)
+		k := o.c.Key(testObject(n/testBlocks), testSize)
+		o.c.Next(&k, uint32(n%testBlocks), 1, true)
 	}
 }
