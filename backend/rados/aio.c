@@ -1,6 +1,8 @@
 #include "aio.h"
 #include "_cgo_export.h"
 
+#include <malloc.h>
+
 static const char attr_name[] = "lsd.version";
 
 // A thread of librados calls this.
@@ -8,6 +10,11 @@ static void complete(rados_completion_t c, void *arg)
 {
 	(void)c;
 	lsdRadosDone(((struct lsd_op *)arg)->handle);
+}
+
+void lsd_bound_malloc(void)
+{
+	mallopt(M_MMAP_THRESHOLD, 128 << 10);
 }
 
 struct lsd_op *lsd_op_new(uintptr_t handle, size_t len)

@@ -23,6 +23,9 @@ func lsdRadosDone(handle C.uintptr_t) {
 	close(done)
 }
 
+// boundMalloc keeps memory that librados has freed from staying in the process.
+func boundMalloc() { C.lsd_bound_malloc() }
+
 // do runs one asynchronous operation: submit gives it to librados, and result,
 // which may be nil, takes what it brought when it succeeded. It returns what the
 // operation returned, which is negative errno if it failed, or the error of ctx;

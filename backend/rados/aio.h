@@ -24,6 +24,11 @@ struct lsd_op {
 	int rval_read, rval_stat, rval_xattrs;
 };
 
+// lsd_bound_malloc makes the C library give large buffers, such as librados' copies
+// of objects, back to the system when they are freed. By itself it learns to keep
+// up to 32 MiB of each, and where memory is locked it cannot give them back later.
+void lsd_bound_malloc(void);
+
 // lsd_op_new returns an operation with a buffer of len bytes, or NULL if there
 // is no memory.
 struct lsd_op *lsd_op_new(uintptr_t handle, size_t len);

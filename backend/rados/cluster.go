@@ -146,6 +146,7 @@ func (c *cluster) failed() bool {
 
 // connect makes a connection.
 func connect(key clusterKey) (*rados.Conn, error) {
+	boundMalloc()
 	newConn := rados.NewConn
 	if key.id != "" {
 		newConn = func() (*rados.Conn, error) { return rados.NewConnWithUser(key.id) }
