@@ -34,6 +34,7 @@ type simPlan struct {
 	corrupt    float64 // that a bit of what it reads is flipped, or the end missing
 	slow       float64 // that a job of a worker waits, and its result again
 	ssdRead    float64 // that a read of the SSD fails
+	ssdFlip    float64 // that a bit of what is read of it is flipped
 	openIO     float64 // that an I/O of the SSD fails while an image is being opened
 	dieOpen    float64 // that a process dies while it opens the image
 	skew       int64   // greatest rate error of a host's clock, in parts of 1024
@@ -56,7 +57,7 @@ func newPlan(rng *rand.Rand) simPlan {
 	p := simPlan{
 		cell: 8, lease: 20 * time.Second, memory: (1 + rng.IntN(2)) * writelog.SegmentSize,
 		before: some(2, 0.1), after: some(2, 0.1), late: some(3, 0.05), corrupt: some(4, 0.02), slow: some(2, 0.2),
-		ssdRead: some(4, 0.05), openIO: some(4, 0.02), dieOpen: some(2, 0.7), skew: 30,
+		ssdRead: some(4, 0.05), ssdFlip: some(4, 0.1), openIO: some(4, 0.02), dieOpen: some(2, 0.7), skew: 30,
 		trims: 0.02 + some(3, 0.3), large: some(6, 0.1), phases: 2 + rng.IntN(4), steps: 150 + rng.IntN(500), reissues: rng.IntN(2) == 0,
 	}
 	if rng.IntN(2) == 0 {
@@ -114,7 +115,10 @@ func (h *simHost) inject(op faultstore.Op) faultstore.Fault {
 	case !x.on:
 		return faultstore.Fault{}
 	}
-	r := w.rng.Float64()
+	r, corrupt := w.rng.Float64(), p.corrupt
+	if h.opening {
+		corrupt *= 5 // few reads matter more than these
+	}
 	for _, f := range []struct {
 		chance float64
 		ok     bool
@@ -125,7 +129,7 @@ func (h *simHost) inject(op faultstore.Op) faultstore.Fault {
 		{p.late, faultstore.Writes(op), func() faultstore.Fault {
 			return faultstore.Fault{Late: func(effect func()) { w.late = append(w.late, effect) }}
 		}},
-		{p.corrupt, read, func() faultstore.Fault { h.badReads = true; return faultstore.Fault{Corrupt: w.corrupt} }},
+		{corrupt, read, func() faultstore.Fault { h.badReads = true; return faultstore.Fault{Corrupt: w.corrupt} }},
 	} {
 		if r < f.chance && f.ok {
 			return fail(f.fault())
@@ -169,6 +173,15 @@ func (h *simHost) ssdFails(op simdisk.Op) bool {
 		h.injected++
 	}
 	return fails
+}
+
+// ssdFlips flips bits of what h reads of its SSD. While an image is being opened it
+// does not: a record that does not read is the end of the log then.
+func (h *simHost) ssdFlips(_ simdisk.Op, p []byte) {
+	if w := h.w; h.faults.on && !h.opening && w.rng.Float64() < w.plan.ssdFlip {
+		h.badReads = true
+		faultstore.FlipBit(w.rng.IntN(8 * len(p)))(p)
+	}
 }
 
 // simCrash is what a process of a host dies of.

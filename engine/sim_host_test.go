@@ -58,7 +58,7 @@ func (w *world) newHost() *simHost {
 // newDisk gives the host a new SSD.
 func (h *simHost) newDisk() {
 	h.disk = simdisk.New(writelog.MinSize, h.w.rng)
-	h.disk.Fail = h.ssdFails
+	h.disk.Fail, h.disk.Corrupt = h.ssdFails, h.ssdFlips
 }
 
 // Now implements Clock for Open.
@@ -345,26 +345,27 @@ func (h *simHost) readAll(id string) []uint64 {
 	w := h.w
 	got := make([]uint64, w.cells())
 	cell := w.plan.cell
-	chunk := min(uint64(512), 2048/cell)
-	left := 0
-	for c := uint64(0); c < w.cells(); c += chunk {
-		r := &Request{Op: Read, Sector: w.sectorOf(c), Sectors: uint32(chunk * cell), Buf: make([]byte, chunk*cell*SectorSize)}
-		left++
+	for c := uint64(0); c < w.cells(); {
+		first := c
+		n := w.cellsFrom(c, 2048/cell)
+		c += n
+		ended := false
+		r := &Request{Op: Read, Sector: w.sectorOf(first), Sectors: uint32(n * cell), Buf: make([]byte, n*cell*SectorSize)}
 		r.Done = doneFunc(func(r *Request) {
-			left--
+			ended = true
 			if r.Err != 0 {
 				w.fail("%s: read after recovery of %s: %v", h.name, id, r.Err)
 			}
-			for i := range chunk {
-				n, err := stamp(r.Buf[i*cell*SectorSize:][:cell*SectorSize], w.sectorOf(c+i))
+			for i := range n {
+				v, err := stamp(r.Buf[i*cell*SectorSize:][:cell*SectorSize], w.sectorOf(first+i))
 				if err != nil {
 					w.fail("%s: %s: %v", h.name, id, err)
 				}
-				got[c+i] = n
+				got[first+i] = v
 			}
 		})
 		h.im.Submit(r)
-		w.until(h, func() bool { return left == 0 }, "reads after recovery")
+		w.until(h, func() bool { return ended }, "reads after recovery")
 	}
 	return got
 }

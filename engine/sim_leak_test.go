@@ -126,8 +126,10 @@ func (w *world) damageStore() {
 		return
 	}
 	c.m, c.badReads = m, true
-	for cell := uint64(0); cell < w.cells(); cell += 64 {
-		r := c.read(cell, 64)
+	for cell := uint64(0); cell < w.cells(); {
+		n := w.cellsFrom(cell, 64)
+		r := c.read(cell, n)
+		cell += n
 		w.until(c, func() bool { return r.ended }, "read of a damaged image")
 		if r.Err != 0 && r.Err != syscall.EIO {
 			w.fail("read of a damaged image: %v", r.Err)

@@ -20,7 +20,7 @@ var (
 
 // simRegressions are seeds that have found a bug once. What a seed means changes
 // with the simulation: each bug has a test of its own, too.
-var simRegressions = []uint64{34, 58, 218, 219}
+var simRegressions = []uint64{34, 58, 218, 219, 225}
 
 // TestSimulation drives the real engine, write log and recovery through worlds in
 // which everything fails, one for each seed; docs/reliability.md says what they

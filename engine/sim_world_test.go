@@ -41,29 +41,63 @@ type world struct {
 	memory       *simMemory
 }
 
-// The image uses four regions of simRegion sectors: at its beginning, across the
-// border of two pages of the map, across that of two segments of it, and at its
-// end.
+// simRegion is a part of the image that the world uses.
+type simRegion struct{ start, sectors uint64 }
+
 const (
-	simSectors = 1 << 21 // 1 GiB
-	simRegion  = 1 << 12 // 2 MiB
+	simSectors = 1 << 22 // 2 GiB
+	simLarge   = 3072    // sectors: 1.5 MiB
+	simSmall   = 128
 )
 
-var simRegions = [4]uint64{0, extmap.PageSectors - simRegion/2, segmentSectors - simRegion/2, simSectors - simRegion}
+// simRegions are three large regions, at the beginning of the image, across a
+// border of its map's segments and at its end, and small ones all over it: so many
+// segments of the map are in use.
+var simRegions = func() []simRegion {
+	list := []simRegion{{0, simLarge}, {segmentSectors - simLarge/2, simLarge}, {simSectors - simLarge, simLarge}}
+	for i := uint64(1); i < 25; i++ {
+		list = append(list, simRegion{simSectors/26*i/8*8 + extmap.PageSectors, simSmall})
+	}
+	return list
+}()
 
 // cells returns the number of the model's cells.
-func (w *world) cells() uint64 { return uint64(len(simRegions)) * simRegion / w.plan.cell }
+func (w *world) cells() (n uint64) {
+	for _, r := range simRegions {
+		n += r.sectors / w.plan.cell
+	}
+	return n
+}
+
+// regionOf returns the region of a cell, and the cell that the region begins with.
+func (w *world) regionOf(cell uint64) (r simRegion, first uint64) {
+	for _, r = range simRegions {
+		n := r.sectors / w.plan.cell
+		if cell < first+n {
+			return r, first
+		}
+		first += n
+	}
+	panic("the image has no such cell")
+}
 
 // sectorOf returns where a cell is in the image.
 func (w *world) sectorOf(cell uint64) uint64 {
-	s := cell * w.plan.cell
-	return simRegions[s/simRegion] + s%simRegion
+	r, first := w.regionOf(cell)
+	return r.start + (cell-first)*w.plan.cell
 }
 
-// within moves a run of cells so that it does not cross regions.
-func (w *world) within(cell, n uint64) uint64 {
-	region := simRegion / w.plan.cell
-	return min(cell, cell/region*region+region-n)
+// cellsFrom returns how many cells, at most n, follow from a cell on in its region.
+func (w *world) cellsFrom(cell, n uint64) uint64 {
+	r, first := w.regionOf(cell)
+	return min(n, first+r.sectors/w.plan.cell-cell)
+}
+
+// within makes a run of cells one that lies in one region.
+func (w *world) within(cell, n uint64) (uint64, uint64) {
+	r, first := w.regionOf(cell)
+	n = min(n, r.sectors/w.plan.cell)
+	return min(cell, first+r.sectors/w.plan.cell-n), n
 }
 
 // simMemory is the large memory of worlds that run one after the other: to get it
@@ -263,8 +297,7 @@ func (w *world) act(h *simHost) {
 	case k < 11:
 		w.actWrite(h)
 	case k < 17:
-		n := 1 + w.rng.Uint64N(24)
-		h.read(w.place(n), n)
+		h.read(w.place(1 + w.rng.Uint64N(24)))
 	case k == 17:
 		h.flush()
 	case k == 18 && w.rng.IntN(8) == 0:
@@ -272,12 +305,12 @@ func (w *world) act(h *simHost) {
 	}
 }
 
-// place draws where a request for n cells is.
-func (w *world) place(n uint64) uint64 {
-	region := simRegion / w.plan.cell
+// place draws where a request for n cells, or as many as fit there, is.
+func (w *world) place(n uint64) (cell, cells uint64) {
+	large := simLarge / w.plan.cell
 	switch w.rng.IntN(4) {
-	case 0: // across a border of pages
-		return w.within(region+region/2-w.rng.Uint64N(n+1), n)
+	case 0: // across a border of segments
+		return w.within(large+large/2-w.rng.Uint64N(n+1), n)
 	case 1, 2: // hot
 		return w.within(w.rng.Uint64N(64), n)
 	}
@@ -289,9 +322,9 @@ func (w *world) actWrite(h *simHost) {
 	op, fua := Write, w.rng.IntN(20) == 0
 	switch r := w.rng.Float64(); {
 	case w.plan.stormy && r < 0.9, r < w.plan.large:
-		n = (1 + w.rng.Uint64N(simRegion*3/4)) / w.plan.cell // up to 1.5 MiB: several records
+		n = (1 + w.rng.Uint64N(simLarge)) / w.plan.cell // up to 1.5 MiB: several records
 	case r < w.plan.large+w.plan.trims:
-		n, op = 1+w.rng.Uint64N(simRegion/w.plan.cell/2), Discard
+		n, op = 1+w.rng.Uint64N(simLarge/w.plan.cell/2), Discard
 		if w.rng.IntN(2) == 0 {
 			op = WriteZeroes
 		}
@@ -299,8 +332,8 @@ func (w *world) actWrite(h *simHost) {
 	case w.rng.IntN(2) == 0:
 		n = 1 + w.rng.Uint64N(64/w.plan.cell)
 	}
-	n = max(n, 1)
-	h.write(w.place(n), n, op, fua)
+	cell, n := w.place(max(n, 1))
+	h.write(cell, n, op, fua)
 }
 
 // settle ends all faults and waits until nothing of h is in flight.
@@ -520,7 +553,7 @@ func (w *world) logFull() {
 	if h.im.state != Active || h.im.log.Err() != nil {
 		return
 	}
-	r := h.read(w.place(4), 4)
+	r := h.read(w.place(4))
 	w.until(h, func() bool { return r.ended }, "a read while the log is full")
 	w.settle(h)
 }

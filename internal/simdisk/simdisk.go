@@ -6,6 +6,7 @@
 //   - a power cut keeps, of the writes that no sync covered, any subset, and of
 //     each any subset of its 512-byte sectors; but the cache of the disk has a
 //     size, and what does not fit any more is stable;
+//   - reads return what is not there, as Corrupt makes it;
 //   - operations fail, as Fail says; a write that fails may leave any subset of
 //     its sectors behind, and a sync that fails makes nothing stable.
 //
@@ -80,6 +81,8 @@ type Disk struct {
 
 	// Fail, if not nil, says which operations fail with EIO.
 	Fail func(Op) bool
+	// Corrupt, if not nil, may change what an operation has read.
+	Corrupt func(o Op, p []byte)
 	// Writes, Syncs and Reads count what was done.
 	Writes, Syncs, Reads int
 }
@@ -123,6 +126,14 @@ func load(m []block, p []byte, off int64) {
 		}
 		p = p[blockSize:]
 	}
+}
+
+func (d *Disk) read(p []byte, off int64) {
+	load(d.cache, p, off)
+	if d.Corrupt != nil {
+		d.Corrupt(Op{Read, off, len(p)}, p)
+	}
+	d.Reads++
 }
 
 func (d *Disk) write(p []byte, off int64) {
@@ -218,8 +229,7 @@ func (d *Disk) Step() bool {
 			d.failWrite(o.p, o.Off)
 		}
 	case o.Kind == Read:
-		load(d.cache, o.p, o.Off)
-		d.Reads++
+		d.read(o.p, o.Off)
 	case o.Kind == Write:
 		d.write(o.p, o.Off)
 	default:
@@ -276,8 +286,7 @@ func (d *Disk) ReadAt(p []byte, off int64) (int, error) {
 	if d.fails(Op{Read, off, len(p)}) {
 		return 0, syscall.EIO
 	}
-	load(d.cache, p, off)
-	d.Reads++
+	d.read(p, off)
 	return len(p), nil
 }
 
