@@ -411,7 +411,7 @@ func (im *Image) inherit(sb *superblock, ours bool) {
 	if sb.Owner != nil && !ours {
 		sb.cutOff()
 	}
-	sb.Points = slices.DeleteFunc(sb.Points, func(p point) bool { return p.Log == im.spent })
+	sb.dropPoints(func(p point) bool { return p.Log == im.spent })
 	im.unreleased = sb.Owner != nil || slices.ContainsFunc(sb.Points, func(p point) bool { return !p.Settled })
 }
 

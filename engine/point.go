@@ -1,6 +1,7 @@
 package engine
 
 import (
+	"slices"
 	"time"
 
 	"github.com/google/uuid"
@@ -90,6 +91,26 @@ func (s *superblock) cutOff() {
 func (s *superblock) addPoint(p point) {
 	s.Points = append(s.Points, p)
 	if n := len(s.Points) - maxPoints; n > 0 {
-		s.Points = s.Points[n:]
+		oldest := s.Points[n-1].Epoch
+		s.dropPoints(func(p point) bool { return p.Epoch <= oldest })
+	}
+}
+
+// dropPoints gives up points. What only they needed goes in its time: a manifest as
+// one that has been replaced.
+func (s *superblock) dropPoints(drop func(point) bool) {
+	var dropped []point
+	s.Points = slices.DeleteFunc(s.Points, func(p point) bool {
+		if drop(p) {
+			dropped = append(dropped, p)
+			return true
+		}
+		return false
+	})
+	for _, p := range dropped {
+		c := p.Checkpoint
+		if c != nil && (s.Checkpoint == nil || *s.Checkpoint != *c) && !s.heldManifest(*c) && !slices.Contains(s.Prev, *c) {
+			s.Prev = append(s.Prev, *c)
+		}
 	}
 }

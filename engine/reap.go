@@ -2,6 +2,7 @@ package engine
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"slices"
 	"time"
@@ -133,41 +134,62 @@ func (s *superblock) dropStale(n int, prev []checkpointRef) {
 }
 
 // removeLeftovers removes what the superblock says may have been left behind.
+// Something that the store refuses to delete does not keep it from the rest.
 func removeLeftovers(ctx context.Context, st backend.Store, sb *superblock) error {
+	var refused []error
+	try := func(err error) bool {
+		if errors.Is(err, backend.ErrPermanent) {
+			refused = append(refused, err)
+			err = nil
+		}
+		return err == nil
+	}
 	for _, c := range sb.Prev {
 		if sb.heldManifest(c) {
 			continue
 		}
-		if err := deleteParts(ctx, st, func(part int) string { return manifestKey(sb.Image, c, part) }, 1); err != nil {
+		if err := deleteParts(ctx, st, func(part int) string { return manifestKey(sb.Image, c, part) }, 1); !try(err) {
 			return err
 		}
 	}
 	for _, x := range sb.Stale {
-		if x.Checkpoint {
-			c := checkpointRef{Object: x.Object, Epoch: x.Epoch}
-			if sb.Checkpoint != nil && *sb.Checkpoint == c || sb.heldManifest(c) {
-				continue // it was published after all
-			}
-			if err := removeCheckpoint(ctx, st, sb, c); err != nil {
-				return err
-			}
-			continue
+		if err := removeStale(ctx, st, sb, x); !try(err) {
+			return err
 		}
-		for n := x.Object; n <= x.Object+uint64(sb.Window); n++ {
-			if err := deleteAll(ctx, st, []string{dataKey(sb.Image, n, x.Epoch)}); err != nil {
-				return fmt.Errorf("an object of an earlier owner: %w", err)
-			}
+	}
+	return errors.Join(refused...)
+}
+
+// removeStale removes what one entry of the superblock says may have been left
+// behind.
+func removeStale(ctx context.Context, st backend.Store, sb *superblock, x staleObjects) error {
+	if x.Checkpoint {
+		c := checkpointRef{Object: x.Object, Epoch: x.Epoch}
+		if sb.Checkpoint != nil && *sb.Checkpoint == c || sb.heldManifest(c) {
+			return nil // it was published after all
 		}
+		return removeCheckpoint(ctx, st, sb, c)
+	}
+	var keys []string
+	for n := x.Object; n <= x.Object+uint64(sb.Window); n++ {
+		keys = append(keys, dataKey(sb.Image, n, x.Epoch))
+	}
+	if err := deleteAll(ctx, st, keys); err != nil {
+		return fmt.Errorf("an object of an earlier owner: %w", err)
 	}
 	return nil
 }
 
 // removeCheckpoint removes what a checkpoint has put before it was published.
 func removeCheckpoint(ctx context.Context, st backend.Store, sb *superblock, c checkpointRef) error {
-	err := deleteParts(ctx, st, func(part int) string { return mapKey(sb.Image, c, uint32(part)) }, checkpointPuts)
-	if err != nil {
-		return err
+	refused := deleteParts(ctx, st, func(part int) string { return mapKey(sb.Image, c, uint32(part)) }, checkpointPuts)
+	if refused != nil && !errors.Is(refused, backend.ErrPermanent) {
+		return refused
 	}
 	// The manifest's first part is put last, so the others may be there without it.
-	return deleteParts(ctx, st, func(part int) string { return manifestKey(sb.Image, c, part) }, maxManifest/manifestPart)
+	err := deleteParts(ctx, st, func(part int) string { return manifestKey(sb.Image, c, part) }, maxManifest/manifestPart)
+	if err != nil && !errors.Is(err, backend.ErrPermanent) {
+		return err
+	}
+	return errors.Join(refused, err)
 }
