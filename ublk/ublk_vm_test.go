@@ -384,8 +384,8 @@ func TestVMRest(t *testing.T) {
 	d := start(t, c, Params{SizeBytes: uint64(len(m.data)), Depth: 8}, m)
 	var rests, busy atomic.Int64
 	var failed atomic.Pointer[error]
-	var again func()
-	again = func() {
+	var timer *reactor.Timer
+	again := func() {
 		switch ok, err := d.Rest(); {
 		case err != nil:
 			failed.Store(&err)
@@ -395,11 +395,11 @@ func TestVMRest(t *testing.T) {
 		default:
 			busy.Add(1)
 		}
-		d.reactor.Post(again)
+		timer.Reset(500 * time.Microsecond)
 	}
-	d.reactor.Post(again)
+	d.reactor.Post(func() { timer = d.reactor.AfterFunc(0, again) })
 	for _, depth := range []string{"1", "4"} {
-		fio(t, d.Path(), "--ioengine=libaio", "--rw=randwrite", "--bssplit=4k/60:64k/30:1m/10", "--size=64m", "--iodepth="+depth,
+		fio(t, d.Path(), "--ioengine=libaio", "--rw=randwrite", "--bssplit=4k/60:64k/30:1m/10", "--size=32m", "--iodepth="+depth,
 			"--verify=crc32c", "--verify_fatal=1", "--verify_state_save=0")
 	}
 	if err := failed.Load(); err != nil {
