@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"math"
 	"sync"
 	"syscall"
 	"time"
@@ -466,7 +467,7 @@ func (im *Image) Destage(fn func(error)) {
 	}
 	last := im.sealed.object
 	if im.open != nil {
-		last++ // the log has failed: this batch cannot be sealed
+		last = math.MaxUint64 // the log has failed: this batch cannot be sealed
 	}
 	if last <= im.accepted.object {
 		fn(nil)
