@@ -263,6 +263,7 @@ func (im *Image) applied(b *batch) {
 	if !mutate.On(mutate.TrimEarly) {
 		im.log.Trim(b.end)
 	}
+	im.pace.trimmedLog(b.end - b.start)
 	im.checkInvariants()
 	im.retire(b)
 	im.notifyDestaged()

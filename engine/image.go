@@ -54,6 +54,7 @@ type Image struct {
 	table objectTable
 	apply applier
 	tail  tail
+	pace  pacer
 
 	unreleased   bool      // the ownership before was not given up
 	spent        uuid.UUID // a log of this host from which the store has everything
@@ -119,7 +120,7 @@ type counters struct {
 	reads0, writes0                  uint64 // at the last rate sample
 	readRate, writeRate              float64
 	sampledAt                        time.Duration
-	stalls                           uint64        // writes that had to wait for room in the log
+	stalls                           uint64        // writes that had to wait for room in the log, or their turn
 	stalledSince                     time.Duration // 0: nothing is waiting
 }
 
@@ -147,6 +148,7 @@ func (im *Image) Start(env Env, dev aio.Device, mem []byte) {
 	im.ageTimer = env.AfterFunc(im.cfg.BatchAge, im.sealByAge)
 	im.pump = env.AfterFunc(0, im.pumpNow)
 	im.apply.timer = env.AfterFunc(0, im.advance)
+	im.pace.timer = env.AfterFunc(0, func() { im.unblock = true })
 	im.clean.timer = env.AfterFunc(0, im.clean.maybe)
 	im.startSuper()
 	im.startLeftovers()
@@ -217,7 +219,7 @@ func (im *Image) write(r *Request) {
 		im.finish(r, 0)
 		return
 	}
-	if im.blocked.n > 0 || !im.appendWrite(r) {
+	if im.blocked.n > 0 || !im.admits(len(r.Buf)) || !im.appendWrite(r) {
 		im.block(r)
 	}
 }
@@ -416,6 +418,9 @@ func (im *Image) admitBlocked() {
 			continue
 		}
 		r := im.blocked.head
+		if r.at == 0 && !im.admits(len(r.Buf)) {
+			return
+		}
 		rest := r.next
 		if !im.appendHead(r, rest) {
 			return

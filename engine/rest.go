@@ -4,9 +4,11 @@ package engine
 // memory that Start was given may lose its contents. It does nothing while
 // anything is under way, or in the log alone.
 func (im *Image) Rest() bool {
-	if im.jobs+im.reading+len(im.queue)+im.acks.n+im.flushes.n+im.blocked.n > 0 || im.open != nil {
+	if im.jobs+im.reading+len(im.queue)+im.acks.n+im.flushes.n+im.blocked.n > 0 || im.open != nil ||
+		im.apply.h != nil || im.clean.running != nil || im.checkpoint.running != nil {
 		return false
 	}
+	im.tail = tail{}
 	im.spare, im.queue, im.waiters = nil, nil, nil
 	im.readOps, im.slowOps, im.slow = nil, nil, nil
 	im.sums.clear()
