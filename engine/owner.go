@@ -266,7 +266,12 @@ func (im *Image) superReloaded(sb *superblock, version backend.Version) {
 		}
 		im.fenced(fmt.Errorf("epoch %d is over: the image is at epoch %d, owned by %s", s.sb.Epoch, sb.Epoch, who))
 	default:
+		fewer := len(sb.Points) < len(s.sb.Points)
 		s.sb, s.version, s.renew = sb, version, true
+		if fewer { // somebody has given them up: what they held can go
+			im.startLeftovers()
+			im.reap()
+		}
 		if sb.Evict != nil && sb.Evict.Epoch == sb.Epoch {
 			im.evict(sb.Evict.By)
 		}

@@ -1,10 +1,13 @@
 package engine
 
 import (
+	"context"
+	"errors"
 	"slices"
 	"time"
 
 	"github.com/google/uuid"
+	"github.com/lsd-ceph/lsd/backend"
 )
 
 // point is a state of the image that must stay readable although the image has
@@ -114,3 +117,26 @@ func (s *superblock) dropPoints(drop func(point) bool) {
 		}
 	}
 }
+
+// ForgetLogs gives up the states that the image of that id keeps for write logs that
+// were cut off: for the given one, or with uuid.Nil for all. It returns how many
+// these were. Such a log cannot be salvaged any more. Whoever owns the image, or
+// attaches it next, reclaims the space.
+func ForgetLogs(ctx context.Context, st backend.Store, id, log uuid.UUID) (int, error) {
+	forgotten := 0
+	_, _, err := changeSuperblock(ctx, st, id, func(sb *superblock) error {
+		before := len(sb.Points)
+		sb.dropPoints(func(p point) bool { return p.Settled && (log == uuid.Nil || p.Log == log) })
+		forgotten = before - len(sb.Points)
+		if forgotten == 0 {
+			return errNothing
+		}
+		return nil
+	})
+	if errors.Is(err, errNothing) {
+		err = nil
+	}
+	return forgotten, err
+}
+
+var errNothing = errors.New("nothing to change")

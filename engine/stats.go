@@ -145,6 +145,16 @@ type Info struct {
 	Owner      *Holder   `json:"owner,omitempty"`
 	Evicting   string    `json:"evict_asked_by,omitempty"`
 	Checkpoint uint64    `json:"checkpoint_object,omitempty"`
+	CutOff     []Branch  `json:"cut_off,omitempty"`
+}
+
+// Branch is a state of an image that is kept for a write log that was cut off by a
+// forced take-over, and may hold more.
+type Branch struct {
+	Log   uuid.UUID `json:"log_id"`
+	Host  string    `json:"host"`
+	Since time.Time `json:"since"` // of that host's ownership
+	Epoch uint64    `json:"epoch"`
 }
 
 // Holder is the owner of an image.
@@ -178,6 +188,9 @@ func Describe(ctx context.Context, st backend.Store, name string) (Info, error) 
 	}
 	if sb.Checkpoint != nil {
 		info.Checkpoint = sb.Checkpoint.Object
+	}
+	for _, p := range sb.Points {
+		info.CutOff = append(info.CutOff, Branch{Log: p.Log, Host: p.Host, Since: p.Since, Epoch: p.Epoch})
 	}
 	return info, nil
 }

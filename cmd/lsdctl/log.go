@@ -27,7 +27,7 @@ func (a *app) logCommand() *cobra.Command {
 		Args:  noSuchCommand,
 		RunE:  func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
-	cmd.AddCommand(a.logLsCommand(), a.logSalvageCommand())
+	cmd.AddCommand(a.logLsCommand(), a.logSalvageCommand(), a.logForgetCommand())
 	return cmd
 }
 

@@ -223,6 +223,9 @@ func (a *app) printInfo(u backend.URL, i engine.Info) error {
 		if i.Evicting != "" {
 			row("asked for by", i.Evicting)
 		}
+		for _, b := range i.CutOff {
+			row("kept for log", fmt.Sprintf("%s of %s, cut off in epoch %d: salvage it there, or lsdctl log forget", b.Log, b.Host, b.Epoch))
+		}
 	})
 }
 
