@@ -116,8 +116,9 @@ func (h *simHost) inject(op faultstore.Op) faultstore.Fault {
 		return faultstore.Fault{}
 	}
 	r, corrupt := w.rng.Float64(), p.corrupt
-	if h.opening {
-		corrupt *= 5 // few reads matter more than these
+	damage := w.corrupt
+	if h.opening && strings.Contains(op.Key, "/d/") {
+		corrupt, damage = 20*corrupt, w.corruptHeader // few reads matter more than these
 	}
 	for _, f := range []struct {
 		chance float64
@@ -129,7 +130,7 @@ func (h *simHost) inject(op faultstore.Op) faultstore.Fault {
 		{p.late, faultstore.Writes(op), func() faultstore.Fault {
 			return faultstore.Fault{Late: func(effect func()) { w.late = append(w.late, effect) }}
 		}},
-		{corrupt, read, func() faultstore.Fault { h.badReads = true; return faultstore.Fault{Corrupt: w.corrupt} }},
+		{corrupt, read, func() faultstore.Fault { h.badReads = true; return faultstore.Fault{Corrupt: damage} }},
 	} {
 		if r < f.chance && f.ok {
 			return fail(f.fault())
@@ -137,6 +138,12 @@ func (h *simHost) inject(op faultstore.Op) faultstore.Fault {
 		r -= f.chance
 	}
 	return faultstore.Fault{}
+}
+
+// corruptHeader damages the beginning of what an operation of the store has read.
+func (w *world) corruptHeader(b []byte) int {
+	faultstore.FlipBit(w.rng.IntN(8 * 256))(b)
+	return len(b)
 }
 
 // corrupt damages what an operation of the store has read.
