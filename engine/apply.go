@@ -40,16 +40,7 @@ func (im *Image) beginApply(h *objectHeader) {
 	if h.seq != im.accepted.object+1 {
 		panic("engine: objects accepted out of order")
 	}
-	sectors := uint32(h.data / SectorSize)
-	o := objectInfo{number: uint32(h.seq), epoch: uint32(h.epoch), header: uint16(h.header / objectAlign), sectors: sectors, live: sectors, born: uint32(h.seq)}
-	if h.cleaned() {
-		// What has been overwritten since it was read never lives: see move.
-		o.born = h.born
-	}
-	if o.live == 0 {
-		o.died = uint32(h.seq)
-	}
-	im.table.add(o)
+	im.table.add(infoOf(h))
 	a := &im.apply
 	a.h, a.info, a.next, a.done, a.off, a.prefetched = h, nil, 0, 0, 0, 0
 }
@@ -98,17 +89,7 @@ func (im *Image) unmap(s, n uint64) {
 // after h.base has changed since are left as they are: their data in h is dead.
 func (im *Image) move(h *objectHeader, s, n uint64, off int) {
 	a := &im.apply
-	a.runs = a.runs[:0]
-	for at := s; at < s+n; {
-		e, ok := im.objs.Next(at, s+n)
-		if !ok {
-			break
-		}
-		if refOf(e.Loc).seq() <= h.base || mutate.On(mutate.MovedOverNewer) {
-			a.runs = append(a.runs, e)
-		}
-		at = e.End()
-	}
+	a.runs = movable(im.objs.Map, h, s, n, a.runs[:0])
 	moved := uint64(0)
 	for _, e := range a.runs {
 		im.checkpoint.touch(segmentOf(s))
@@ -118,6 +99,22 @@ func (im *Image) move(h *objectHeader, s, n uint64, off int) {
 	if moved < n {
 		im.table.release(im.table.find(h.seq), uint32(n-moved), h.seq)
 	}
+}
+
+// movable appends to runs what of the n sectors from s the cleaner's object h has
+// read and nothing has changed since.
+func movable(m *extmap.Map, h *objectHeader, s, n uint64, runs []extmap.Extent) []extmap.Extent {
+	for at := s; at < s+n; {
+		e, ok := m.Next(at, s+n)
+		if !ok {
+			break
+		}
+		if refOf(e.Loc).seq() <= h.base || mutate.On(mutate.MovedOverNewer) {
+			runs = append(runs, e)
+		}
+		at = e.End()
+	}
+	return runs
 }
 
 // endApply makes the object the last one accepted.

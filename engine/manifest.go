@@ -53,15 +53,25 @@ type manifest struct {
 
 func (m *manifest) ref() checkpointRef { return checkpointRef{m.at.object, m.epoch} }
 
-func (m *manifest) encode() []byte {
-	le := binary.LittleEndian
-	held := 0
+// held returns how many segments are not empty.
+func (m *manifest) held() int {
+	n := 0
 	for _, s := range m.segments {
 		if s.size > 0 {
-			held++
+			n++
 		}
 	}
-	size := manifestFixed + len(m.objects)*manifestObject + len(m.maps)*manifestMap + held*manifestSegment
+	return n
+}
+
+// size returns the bytes of the encoded manifest.
+func (m *manifest) size() int {
+	return manifestFixed + len(m.objects)*manifestObject + len(m.maps)*manifestMap + m.held()*manifestSegment
+}
+
+func (m *manifest) encode() []byte {
+	le := binary.LittleEndian
+	held, size := m.held(), m.size()
 	b := make([]byte, manifestFixed, size)
 	copy(b, manifestMagic)
 	le.PutUint32(b[8:], manifestVersion)

@@ -505,8 +505,7 @@ func (im *Image) recoverStore(ctx context.Context, sb *superblock) error {
 func (im *Image) replay(ctx context.Context, sb *superblock, last uint64) error {
 	return im.headers(ctx, sb, im.accepted, last, func(h *objectHeader) error {
 		if h.firstSeq != im.accepted.seq+1 {
-			return fmt.Errorf("object %s: %w: it begins at record %d, the one before ends at %d",
-				dataKey(im.id, h.seq, h.epoch), ErrCorrupt, h.firstSeq, im.accepted.seq)
+			return notNext(im.id, h, im.accepted.seq)
 		}
 		if err := im.loadSegments(ctx, h.segments); err != nil {
 			return err

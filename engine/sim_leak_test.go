@@ -10,99 +10,40 @@ import (
 	"github.com/lsd-ceph/lsd/backend"
 )
 
-// reachable returns the keys that an image which nobody has attached needs, and
-// says which others the superblock knows of, so that the next attach removes them.
-func reachable(ctx context.Context, st backend.Store, im *Image) (keys map[string]bool, stale func(string) bool, err error) {
-	sb, _, err := loadSuperblock(ctx, st, im.id)
+// checkStore fails if anything is wrong with the image in the store, which nobody
+// has attached, or the store holds what nothing refers to.
+func (w *world) checkStore() {
+	rep := w.check()
+	var wrong []string
+	for _, f := range rep.Errors {
+		if !w.strays[f.Object] {
+			wrong = append(wrong, f.String())
+		}
+	}
+	for _, key := range slices.Concat(rep.Dead, rep.Pending) {
+		if !w.strays[key] {
+			wrong = append(wrong, "left over: "+key)
+		}
+	}
+	all, err := CheckStore(context.Background(), w.inner, "mem:")
 	if err != nil {
-		return nil, nil, err
+		w.fail("check: %v", err)
 	}
-	keys = map[string]bool{SuperblockKey(im.id): true, backend.DirectoryKey: true}
-	for _, p := range sb.Points {
-		if p.Checkpoint != nil {
-			keys[manifestKey(im.id, *p.Checkpoint, 0)] = true
-		}
+	for _, f := range all.Errors {
+		wrong = append(wrong, f.String())
 	}
-	at := position{}
-	if sb.Checkpoint != nil {
-		m, err := im.loadManifest(ctx, *sb.Checkpoint)
-		if err != nil {
-			return nil, nil, err
-		}
-		keys[manifestKey(im.id, *sb.Checkpoint, 0)] = true
-		for _, o := range m.maps {
-			if o.live > 0 || sb.heldMap(o.at.Object, uint64(o.died)) {
-				keys[mapKey(im.id, o.at, o.part)] = true
-			}
-		}
-		for _, o := range m.objects {
-			if o.live > 0 || sb.held(uint64(o.number), uint64(o.died)) {
-				keys[dataKey(im.id, uint64(o.number), uint64(o.epoch))] = true
-			}
-		}
-		at = m.at
+	if len(wrong) > 0 {
+		w.fail("check: %s", strings.Join(wrong, "; "))
 	}
-	err = im.headers(ctx, sb, at, maxObjectSeq, func(h *objectHeader) error {
-		keys[dataKey(im.id, h.seq, h.epoch)] = true
-		return nil
-	})
-	return keys, func(key string) bool { return isStale(sb, key) }, err
 }
 
-// isStale reports whether the superblock says that the object may have been left
-// behind.
-func isStale(sb *superblock, key string) bool {
-	for _, x := range sb.Stale {
-		c := checkpointRef{Object: x.Object, Epoch: x.Epoch}
-		if x.Checkpoint {
-			if strings.HasPrefix(key, strings.TrimSuffix(mapKey(sb.Image, c, 0), "0")) || key == manifestKey(sb.Image, c, 0) {
-				return true
-			}
-			continue
-		}
-		for n := x.Object; n <= x.Object+uint64(sb.Window); n++ {
-			if key == dataKey(sb.Image, n, x.Epoch) {
-				return true
-			}
-		}
-	}
-	return false
-}
-
-// checkLeaks fails if the store holds what nothing refers to, or lacks what
-// something does.
-func (w *world) checkLeaks() {
-	ctx := context.Background()
-	sb, _, err := loadSuperblock(ctx, w.inner, w.id)
+// check is what lsdctl check does.
+func (w *world) check() *CheckReport {
+	rep, err := Check(context.Background(), w.inner, "disk", "mem:/disk", CheckOptions{Deep: true, Parallel: 1})
 	if err != nil {
-		w.fail("leaks: %v", err)
+		w.fail("check: %v", err)
 	}
-	im := newImage(ctx, w.inner, sb, &OpenOptions{ReadOnly: true, Parallel: 1})
-	defer im.cancel()
-	keys, stale, err := reachable(ctx, w.inner, im)
-	if err != nil {
-		w.fail("leaks: %v", err)
-	}
-	var leaked []string
-	err = w.inner.List(ctx, "", func(key string) error {
-		switch {
-		case keys[key], stale(key), w.strays[key]:
-		default:
-			leaked = append(leaked, key)
-		}
-		delete(keys, key)
-		return nil
-	})
-	if err != nil {
-		w.fail("leaks: %v", err)
-	}
-	for key := range keys {
-		leaked = append(leaked, "missing: "+key)
-	}
-	if len(leaked) > 0 {
-		slices.Sort(leaked)
-		w.fail("%d objects are left over: %s", len(leaked), strings.Join(leaked, ", "))
-	}
+	return rep
 }
 
 // damageStore flips a bit of, or cuts, one object at rest. The image then names
@@ -116,6 +57,10 @@ func (w *world) damageStore() {
 	key := keys[w.rng.IntN(len(keys))]
 	if err := damage(ctx, w.inner, key, w.corrupt); err != nil {
 		w.fail("damage: %v", err)
+	}
+	rep := w.check()
+	if w.wholeNeeded(rep, key) && !slices.ContainsFunc(rep.Errors, func(f Finding) bool { return strings.Contains(f.String(), key) }) {
+		w.fail("check does not find the damaged object %s", key)
 	}
 	m := w.owner.m
 	c := w.newHost()
@@ -135,6 +80,20 @@ func (w *world) damageStore() {
 			w.fail("read of a damaged image: %v", r.Err)
 		}
 	}
+}
+
+// wholeNeeded reports whether every byte of an object is needed. Of a map object,
+// parts may be out of date, and of a data object that a point needs, the data.
+func (w *world) wholeNeeded(rep *CheckReport, key string) bool {
+	switch parseKey(w.id, key).kind {
+	case keySuper:
+		return true
+	case keyMap:
+		return false
+	case keyData:
+		return rep.Points == 0 && !slices.Contains(rep.Stale, key)
+	}
+	return !slices.Contains(rep.Stale, key)
 }
 
 // damage changes an object of either kind as corrupt says, which returns how many

@@ -689,7 +689,7 @@ func (w *world) finish() {
 	w.recovered(c, m, len(m.history), false, "detached and attached elsewhere")
 	c.faults.on = false
 	c.close()
-	w.checkLeaks()
+	w.checkStore()
 	if w.rng.IntN(4) == 0 {
 		w.damageStore()
 	}

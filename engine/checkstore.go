@@ -1,0 +1,135 @@
+package engine
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+
+	"github.com/google/uuid"
+	"github.com/lsd-ceph/lsd/backend"
+)
+
+// CheckStore checks that the directory of a store and what is in it belong
+// together: that each name has a superblock, and that all objects are those of an
+// image with a name. It does not look into the images, and changes nothing. url
+// names the store in messages.
+func CheckStore(ctx context.Context, st backend.Store, url string) (*CheckReport, error) {
+	rep := &CheckReport{Image: url, Errors: []Finding{}, Dead: []string{}, Stale: []string{}, Pending: []string{}, Notes: []string{}, Repairs: []Repair{}}
+	st = patient{st, Real{}}
+	// The names come last: an image that is being made has its superblock first.
+	s := storeScan{objects: map[uuid.UUID]int{}, super: map[uuid.UUID]bool{}}
+	if err := st.List(ctx, "", s.note); err != nil {
+		return nil, fmt.Errorf("list the objects of the store: %w", err)
+	}
+	names, err := backend.Names(ctx, st)
+	if err != nil && !errors.Is(err, backend.ErrPermanent) {
+		return nil, err
+	}
+	if err != nil {
+		rep.Errors = append(rep.Errors, Finding{Object: backend.DirectoryKey, Problem: err.Error(), Action: "bring it back from a copy of the pool; no image can be found by its name"})
+		return rep, nil
+	}
+	rep.Objects = s.total
+	rep.Notes = append(rep.Notes, fmt.Sprintf("%d images; lsdctl check STORE/IMAGE looks into one", len(names)))
+	if err := s.checkNames(ctx, st, names, rep); err != nil {
+		return nil, err
+	}
+	return rep, s.checkNameless(ctx, st, rep)
+}
+
+// storeScan is what a listing of a store has.
+type storeScan struct {
+	total   int
+	objects map[uuid.UUID]int // of each image
+	super   map[uuid.UUID]bool
+	strange []string
+}
+
+func (s *storeScan) note(key string) error {
+	s.total++
+	head, rest, _ := strings.Cut(key, "/")
+	id, err := uuid.Parse(head)
+	switch {
+	case key == backend.DirectoryKey:
+	case err != nil || id.String() != head:
+		s.strange = append(s.strange, key)
+	default:
+		s.objects[id]++
+		s.super[id] = s.super[id] || rest == "super"
+	}
+	return nil
+}
+
+// checkNames reports names without a superblock, and images with several names.
+func (s *storeScan) checkNames(ctx context.Context, st backend.Store, names []backend.Entry, rep *CheckReport) error {
+	named := map[uuid.UUID]bool{}
+	for _, n := range names {
+		if named[n.ID] {
+			rep.Errors = append(rep.Errors, Finding{Object: backend.DirectoryKey, Problem: fmt.Sprintf("image %s has several names, one of them %s", n.ID, n.Name), Action: "lsdctl check each name, and bring the directory back from a copy of the pool"})
+		}
+		named[n.ID] = true
+		if s.super[n.ID] {
+			continue
+		}
+		if _, err := st.Stat(ctx, SuperblockKey(n.ID)); err == nil {
+			continue // it is new
+		} else if !errors.Is(err, backend.ErrNotFound) {
+			return err
+		}
+		switch _, err := backend.Lookup(ctx, st, n.Name); {
+		case err == nil:
+			rep.Errors = append(rep.Errors, Finding{Object: SuperblockKey(n.ID), Problem: fmt.Sprintf("the superblock is missing, and the directory has the name %s for it", n.Name), Action: rmAgain})
+		case !errors.Is(err, backend.ErrNotFound):
+			return err
+		}
+	}
+	return nil
+}
+
+// checkNameless reports images without a name, and objects that are nothing of
+// ours.
+func (s *storeScan) checkNameless(ctx context.Context, st backend.Store, rep *CheckReport) error {
+	// Read again: an image that was just being made when it was listed has its
+	// name by now.
+	names, err := backend.Names(ctx, st)
+	if err != nil {
+		return err
+	}
+	named := map[uuid.UUID]bool{}
+	for _, n := range names {
+		named[n.ID] = true
+	}
+	for id, n := range s.objects {
+		if named[id] {
+			continue
+		}
+		f := Finding{Object: id.String() + "/", Problem: fmt.Sprintf("%d objects of an image that has neither name nor superblock", n), Action: "if nobody misses an image, remove them by hand"}
+		sb, _, err := loadSuperblock(ctx, st, id)
+		switch {
+		case err == nil:
+			f.Object = SuperblockKey(id)
+			f.Problem = fmt.Sprintf("no name in the directory for this image, made as %s on %s, with %d objects", sb.Name, sb.Created.Format("2006-01-02"), n)
+			f.Action = "bring the directory back from a copy of the pool; if nobody misses the image, remove its objects by hand"
+		case unreadableSuper(err):
+			f.Object, f.Problem = SuperblockKey(id), "no name in the directory for this image, and "+err.Error()
+		case !errors.Is(err, backend.ErrNotFound):
+			return err
+		case !s.still(ctx, st, id):
+			continue // a removal that has come to its end meanwhile
+		}
+		rep.Errors = append(rep.Errors, f)
+	}
+	for _, key := range s.strange {
+		rep.Errors = append(rep.Errors, Finding{Object: key, Problem: "no object of lsd has such a name", Action: byHand})
+	}
+	slices.SortFunc(rep.Errors, func(a, b Finding) int { return strings.Compare(a.Object, b.Object) })
+	return nil
+}
+
+// still reports whether anything of an image is there.
+func (s *storeScan) still(ctx context.Context, st backend.Store, id uuid.UUID) bool {
+	found := errors.New("found")
+	return st.List(ctx, id.String()+"/", func(string) error { return found }) != nil
+}
