@@ -4,6 +4,7 @@ package main
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -23,10 +24,24 @@ func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), unix.SIGINT, unix.SIGTERM)
 	defer stop()
 	if err := newApp(os.Stdout, os.Stderr).command().ExecuteContext(ctx); err != nil {
-		fmt.Fprintf(os.Stderr, "lsdctl: %s\n", api.OneLine(err))
+		if line := api.OneLine(err); line != "" {
+			fmt.Fprintf(os.Stderr, "lsdctl: %s\n", line)
+		}
 		stop()
-		os.Exit(1)
+		os.Exit(status(err))
 	}
+}
+
+// status returns the exit status for the error of a command.
+func status(err error) int {
+	var s *statusError
+	switch {
+	case err == nil:
+		return 0
+	case errors.As(err, &s):
+		return s.status
+	}
+	return 1
 }
 
 // app is what the commands share.
@@ -72,7 +87,7 @@ have a unit of 1024: 512, 4K, 20G, 1T.`,
 	f.StringVar(&a.socket, "socket", env(api.EnvSocket, api.DefaultSocket), "socket of the daemon ($"+api.EnvSocket+")")
 	f.StringVar(&a.stateDir, "state-dir", env(api.EnvStateDir, api.DefaultStateDir), "state directory of a daemon that add starts ($"+api.EnvStateDir+")")
 	cmd.AddCommand(
-		a.createCommand(), a.lsCommand(), a.infoCommand(), a.rmCommand(),
+		a.createCommand(), a.lsCommand(), a.infoCommand(), a.checkCommand(), a.rmCommand(),
 		a.addCommand(), a.listCommand(), a.statusCommand(), a.flushCommand(), a.delCommand(),
 		a.featuresCommand(), a.logCommand(), a.daemonCommand(), a.cacheCommand(), a.versionCommand(), a.shutdownCommand(),
 	)

@@ -1,0 +1,236 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"math"
+	"os"
+	"time"
+
+	"github.com/lsd-ceph/lsd/backend"
+	"github.com/lsd-ceph/lsd/backend/open"
+	"github.com/lsd-ceph/lsd/engine"
+	"github.com/lsd-ceph/lsd/internal/api"
+	"github.com/lsd-ceph/lsd/internal/bytesize"
+	"github.com/spf13/cobra"
+)
+
+// Exit statuses of check, which are those of fsck in short.
+const (
+	statusErrors = 1 // something is wrong
+	statusFailed = 2 // it could not be looked at
+)
+
+// A statusError ends the program with a status of its own.
+type statusError struct {
+	status int
+	err    error // nil if all has been said
+}
+
+// Error returns the message, which may be empty.
+func (e *statusError) Error() string {
+	if e.err == nil {
+		return ""
+	}
+	return e.err.Error()
+}
+
+// Unwrap returns the error.
+func (e *statusError) Unwrap() error { return e.err }
+
+// failed makes an error one of a check that could not be made.
+func failed(err error) error {
+	var s *statusError
+	if err == nil || errors.As(err, &s) {
+		return err
+	}
+	return &statusError{statusFailed, err}
+}
+
+func (a *app) checkCommand() *cobra.Command {
+	var o engine.CheckOptions
+	var rate bytesize.Size
+	args := exactArgs("STORE/IMAGE")
+	cmd := &cobra.Command{
+		Use:   "check STORE/IMAGE | STORE",
+		Short: "Check an image, or that a store's names and images belong together",
+		Long: `Check that an image in its store is whole: superblock, checkpoint, map, the
+headers of all data objects and the map against them, the states that are kept
+for left-over logs; and look for objects that nothing refers to. --deep reads all
+data as well. Of a STORE, check that each name has an image and each image a name.
+
+It needs no daemon, and changes nothing without --repair. That does only what
+loses nothing: it removes what nothing refers to, and corrects counts. An image
+that is attached is checked as its owner goes on, and not repaired.
+
+The exit status is 0 if nothing is wrong or all that was has been repaired, 1 if
+something is, 2 if the check could not be made.`,
+		Example: `  lsdctl check rados://rbd/vm2
+  lsdctl check rados://rbd/vm2 --deep --rate 50M
+  lsdctl check file:///srv/lsd/vm1 --repair
+  lsdctl check rados://rbd`,
+		Args: func(cmd *cobra.Command, list []string) error { return failed(args(cmd, list)) },
+		RunE: func(cmd *cobra.Command, args []string) error {
+			if rate > math.MaxInt64 {
+				return failed(errors.New("--rate is beyond all limits"))
+			}
+			if rate > 0 && !o.Deep {
+				return failed(errors.New("--rate bounds what --deep reads: give that, too"))
+			}
+			o.Rate = int64(rate)
+			err := a.check(cmd.Context(), args[0], o)
+			a.progress.end()
+			return failed(err)
+		},
+	}
+	cmd.SetFlagErrorFunc(func(c *cobra.Command, err error) error {
+		return failed(fmt.Errorf("%w: see %s --help", err, c.CommandPath()))
+	})
+	f := cmd.Flags()
+	f.BoolVar(&o.Deep, "deep", false, "read all data and verify its checksums")
+	f.BoolVar(&o.Repair, "repair", false, "mend what can be mended without losing anything")
+	f.Var(&rate, "rate", "most bytes that --deep reads in a second (default: no limit)")
+	return a.jsonFlag(cmd)
+}
+
+func (a *app) check(ctx context.Context, url string, o engine.CheckOptions) error {
+	began := time.Now()
+	rep, err := a.checkURL(ctx, url, o)
+	if err != nil {
+		return err
+	}
+	a.progress.end()
+	if a.json {
+		err = a.printJSON(rep)
+	} else {
+		a.printReport(rep, o.Repair, time.Since(began))
+	}
+	if err == nil && !rep.Clean() {
+		return &statusError{status: statusErrors}
+	}
+	return err
+}
+
+// checkURL checks the image of that URL, or the store if it is one.
+func (a *app) checkURL(ctx context.Context, url string, o engine.CheckOptions) (*engine.CheckReport, error) {
+	u, name, imageErr := backend.ParseImage(url)
+	if imageErr == nil {
+		var rep *engine.CheckReport
+		rep, imageErr = a.checkImage(ctx, u, name, o)
+		if !errors.Is(imageErr, backend.ErrNotFound) && !errors.Is(imageErr, backend.ErrPermanent) {
+			return rep, imageErr
+		}
+	}
+	s, err := backend.ParseStore(url)
+	if err != nil {
+		return nil, imageErr
+	}
+	rep, err := a.checkStore(ctx, s)
+	switch {
+	case errors.Is(err, backend.ErrNotFound) && errors.Is(imageErr, backend.ErrNotFound):
+		return nil, fmt.Errorf("%s is neither an image nor a store: see lsdctl ls", url)
+	case errors.Is(err, backend.ErrNotFound):
+		return nil, imageErr
+	case err == nil && (o.Repair || o.Deep):
+		return nil, fmt.Errorf("%s is a store: --deep and --repair are for an image", url)
+	}
+	return rep, err
+}
+
+// checkImage checks an image; the error matches ErrNotFound if there is none.
+func (a *app) checkImage(ctx context.Context, u backend.URL, name string, o engine.CheckOptions) (*engine.CheckReport, error) {
+	st, err := openWithin(ctx, u, open.Store)
+	if err != nil {
+		return nil, timedOut(u, err)
+	}
+	defer st.Close()
+	what := "checking " + u.Image(name)
+	a.progress.show(api.Progress{What: what})
+	o.Progress = func(done, total uint64) { a.progress.show(api.Progress{What: what, Done: done, Total: total}) }
+	if o.Host, err = os.Hostname(); err != nil {
+		o.Host = "unknown"
+	}
+	rep, err := engine.Check(ctx, st, name, u.Image(name), o)
+	return rep, timedOut(u, err)
+}
+
+// checkStore checks a store; the error matches ErrNotFound if there is none.
+func (a *app) checkStore(ctx context.Context, u backend.URL) (*engine.CheckReport, error) {
+	st, err := openWithin(ctx, u, open.Store)
+	if err != nil {
+		return nil, timedOut(u, err)
+	}
+	defer st.Close()
+	// Any namespace of a pool can be opened.
+	if _, err := st.Stat(ctx, backend.DirectoryKey); err != nil {
+		return nil, timedOut(u, err)
+	}
+	a.progress.show(api.Progress{What: "checking " + u.String()})
+	rep, err := engine.CheckStore(ctx, st, u.String())
+	return rep, timedOut(u, err)
+}
+
+// printReport prints what was found, a line each, and a summary.
+func (a *app) printReport(r *engine.CheckReport, repair bool, took time.Duration) {
+	say := func(format string, args ...any) { fmt.Fprintf(a.out, format+"\n", args...) }
+	for _, n := range r.Notes {
+		say("note: %s", n)
+	}
+	bad, mendable := 0, 0
+	for _, f := range r.Errors {
+		if !f.Mended {
+			bad++
+			say("error: %s", f)
+		}
+	}
+	for _, m := range r.Repairs {
+		if m.Done {
+			say("repaired: %s: %s", m.Object, m.What)
+		} else {
+			mendable++
+		}
+	}
+	for _, k := range []struct {
+		keys []string
+		what string
+	}{
+		{r.Dead, "nothing refers to any more: the owner removes it"},
+		{r.Pending, "an owner was putting, or is: the next attach sees to it"},
+	} {
+		if n := len(k.keys); n > 0 {
+			say("harmless: %d objects that %s: %s", n, k.what, k.keys[0])
+		}
+	}
+	if n := len(r.Stale); n > 0 && !repair {
+		say("harmless: %d objects that an earlier owner has left: the next attach removes them, or --repair: %s", n, r.Stale[0])
+	}
+	if mendable > 0 && !repair {
+		say("lsdctl check --repair would see to %d objects", mendable)
+	}
+	say("%s: %s, %s", r.Image, verdict(bad), summary(r, took))
+}
+
+func verdict(bad int) string {
+	switch bad {
+	case 0:
+		return "clean"
+	case 1:
+		return "1 error"
+	}
+	return fmt.Sprintf("%d errors", bad)
+}
+
+func summary(r *engine.CheckReport, took time.Duration) string {
+	s := fmt.Sprintf("%d objects", r.Objects)
+	if r.Epoch > 0 || r.Segments > 0 {
+		s = fmt.Sprintf("%d data objects, %d map segments", r.Objects, r.Segments)
+	}
+	if r.Points > 0 {
+		s += fmt.Sprintf(", %d states kept for logs", r.Points)
+	}
+	if r.Read > 0 {
+		s += fmt.Sprintf(", %s read", bytesize.Human(r.Read))
+	}
+	return s + fmt.Sprintf(", %v", took.Round(time.Millisecond))
+}
