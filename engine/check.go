@@ -315,7 +315,8 @@ func (c *checker) judge(ctx context.Context, last bool) (again bool, err error) 
 		if err != nil {
 			return false, err
 		}
-		moved = version != c.version
+		// An owner deletes what has died without a word in the superblock.
+		moved = version != c.version || c.reach.sb.Owner != nil
 	}
 	var sure, unsure []Finding
 	for _, f := range c.found {
