@@ -6,6 +6,8 @@ import "sync/atomic"
 type Shared struct {
 	// Map bounds the memory of the images' maps.
 	Map Budget
+	// Scrub bounds what is read back of the images' objects.
+	Scrub ScrubRate
 	// cleaning has a place for each cleaning that may run at one time.
 	cleaning chan struct{}
 }

@@ -91,6 +91,7 @@ type Image struct {
 	checkpoint checkpointer
 	reaper     reaper
 	clean      cleaner
+	scrub      scrubber
 	stats      counters
 }
 
@@ -150,6 +151,7 @@ func (im *Image) Start(env Env, dev aio.Device, mem []byte) {
 	im.apply.timer = env.AfterFunc(0, im.advance)
 	im.pace.timer = env.AfterFunc(0, func() { im.unblock = true })
 	im.clean.timer = env.AfterFunc(0, im.clean.maybe)
+	im.startScrub()
 	im.startSuper()
 	im.startLeftovers()
 	im.checkpoint.maybe()
@@ -555,6 +557,7 @@ func (im *Image) fence(s State, why error) {
 	im.waiters = nil
 	im.checkpoint.fail(why)
 	im.clean.end()
+	im.scrub.end()
 	im.objs.leave()
 	if im.super.timer != nil {
 		im.super.timer.Stop()

@@ -31,6 +31,8 @@ type host struct {
 	env  *simEnv
 	disk *simdisk.Disk
 	im   *Image
+	// shared is what its image shares with others; may be nil.
+	shared *Shared
 	// others run while this host waits in Open.
 	others []*host
 }
@@ -55,7 +57,7 @@ func (h *host) Sleep(_ context.Context, d time.Duration) error {
 func (h *host) open(id uuid.UUID, force bool) error {
 	im, err := Open(context.Background(), h.st, id, OpenOptions{
 		Log: h.disk, URL: "mem:/disk", Host: h.name, Force: force, Clock: h, Lease: 10 * time.Second,
-		Config: Config{CheckpointEvery: 8, BatchAge: time.Hour, Logger: quiet},
+		Config: Config{CheckpointEvery: 8, BatchAge: time.Hour, Logger: quiet, Shared: h.shared},
 	})
 	if err == nil {
 		h.im = im

@@ -57,6 +57,8 @@ type Stats struct {
 
 	ReadCache readcache.ClientStats `json:"read_cache"`
 
+	Scrub ScrubStats `json:"scrub"`
+
 	StoreErrors    uint64  `json:"store_errors"`
 	StoreDown      bool    `json:"store_down"`
 	LastStoreError string  `json:"last_store_error,omitempty"`
@@ -96,6 +98,7 @@ func (im *Image) Stats() Stats {
 		s.Stalled = (now - c.stalledSince).Seconds()
 	}
 	if !im.readOnly {
+		s.Scrub = im.scrub.stats(now)
 		im.logStats(&s, now)
 	}
 	return s
