@@ -1,0 +1,303 @@
+package engine
+
+import (
+	"context"
+	"encoding/binary"
+	"fmt"
+	"hash/crc32"
+	"math/rand/v2"
+	"os"
+	"runtime"
+	"runtime/debug"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/google/uuid"
+	"github.com/lsd-ceph/lsd/backend"
+	"github.com/lsd-ceph/lsd/backend/mem"
+	"github.com/lsd-ceph/lsd/cache/writelog"
+	"github.com/lsd-ceph/lsd/internal/extmap"
+	"github.com/lsd-ceph/lsd/internal/simdisk"
+)
+
+// hugeStore holds an image over all of which 4 KiB blocks have been written at
+// random, 4 GiB of them for each 256 GiB. The superblock is real; manifest, map
+// segments and data objects are computed when they are read. It is for one
+// goroutine.
+type hugeStore struct {
+	*mem.Store
+	id       uuid.UUID
+	objects  uint32 // data objects
+	manifest []byte
+	template []byte // a data object's header
+	block    []byte
+	mapGets  int
+	others   int
+}
+
+const (
+	hugeExtents = 256 // of a segment
+	hugeSegment = segmentFixed + 7*hugeExtents
+	hugePart    = mapObjectSize / hugeSegment // segments in a map object
+	hugeBlocks  = 2048                        // of a data object
+)
+
+func newHugeStore(tb testing.TB, size uint64) *hugeStore {
+	ctx := context.Background()
+	st := &hugeStore{Store: mem.New(), block: make([]byte, objectBlock)}
+	var err error
+	if st.id, err = Create(ctx, st, "huge", CreateOptions{Size: size}); err != nil {
+		tb.Fatal(err)
+	}
+	segments := segmentsOf(size / SectorSize)
+	st.objects = max(segments*hugeExtents/hugeBlocks, 16)
+	ref := checkpointRef{Object: uint64(st.objects), Epoch: 1}
+	m := &manifest{image: st.id, epoch: 1, at: position{ref.Object, uint64(st.objects), 0}, log: uuid.New()}
+	header := headerSize(hugeBlocks, hugeBlocks*objectBlock) / objectAlign
+	for n := uint32(1); n <= st.objects; n++ {
+		m.objects = append(m.objects, objectInfo{number: n, epoch: 1, born: n, header: uint16(header), sectors: hugeBlocks * 8, live: hugeBlocks * 8})
+	}
+	for i := range segments {
+		if i%hugePart == 0 {
+			m.maps = append(m.maps, mapObject{at: ref, part: i / hugePart})
+		}
+		o := &m.maps[i/hugePart]
+		m.segments = append(m.segments, storedSegment{object: i / hugePart, offset: o.size, size: hugeSegment})
+		o.size, o.live = o.size+hugeSegment, o.live+hugeSegment
+	}
+	st.manifest = m.encode()
+	st.makeTemplate()
+	_, _, err = changeSuperblock(ctx, st, st.id, func(sb *superblock) error {
+		sb.Epoch, sb.Checkpoint, sb.Epochs = 1, &ref, []epochStart{{Epoch: 1, Object: 1, Seq: 1}}
+		return nil
+	})
+	if err != nil {
+		tb.Fatal(err)
+	}
+	return st
+}
+
+// makeTemplate makes the header of an object of blocks that are all the same.
+func (s *hugeStore) makeTemplate() {
+	h := &objectHeader{image: s.id, epoch: 1, seq: 1, firstSeq: 1, lastSeq: 1, data: hugeBlocks * objectBlock}
+	for i := range uint64(hugeBlocks) {
+		h.extents = append(h.extents, objectExtentInfo{sector: i * 16, n: 8})
+	}
+	h.header = headerSize(len(h.extents), h.data)
+	b := make([]byte, h.header+h.data)
+	h.encode(b)
+	s.template = b[:h.header:h.header]
+}
+
+// segment returns segment i. All extents take the same number of bytes: the two
+// halves of objects, and of places in them, take turns.
+func (s *hugeStore) segment(i uint32) []byte {
+	rng := rand.New(rand.NewPCG(7, uint64(i)))
+	span := extmap.NewSpan(segmentStart(i), segmentPages)
+	at, half := segmentStart(i), uint64(s.objects)/2
+	for k := range uint64(hugeExtents) {
+		at += 8 * (1 + rng.Uint64N(62))
+		ref := objectRef(1 + rng.Uint64N(half/2) + (k+1)%2*(half+half/2))
+		off := int(rng.Uint64N(hugeBlocks/4) + (k+1)%2*(hugeBlocks-hugeBlocks/4))
+		span.Insert(at, 8, ref.loc(off*8))
+		at += 8
+	}
+	return encodeSegment(nil, s.id, i, span)
+}
+
+// Get implements backend.Store.
+func (s *hugeStore) Get(ctx context.Context, key string, p []byte, off int64) (int, error) {
+	_, name, _ := strings.Cut(key, "/")
+	var kind, object, epoch string
+	if parts := strings.FieldsFunc(name, func(r rune) bool { return r == '/' || r == '.' }); len(parts) >= 3 {
+		kind, object, epoch = parts[0], parts[1], parts[2]
+	}
+	number, err := strconv.ParseUint(object, 16, 32)
+	if err != nil || epoch != "1" || number > uint64(s.objects) {
+		return s.Store.Get(ctx, key, p, off)
+	}
+	switch kind {
+	case "c":
+		s.others++
+		return copy(p, s.manifest[min(off, int64(len(s.manifest))):]), nil
+	case "m":
+		s.mapGets++
+		part, err := strconv.ParseUint(key[strings.LastIndexByte(key, '.')+1:], 16, 32)
+		if err != nil || off%hugeSegment != 0 || len(p) != hugeSegment {
+			return 0, fmt.Errorf("get %s at %d: %w", key, off, backend.ErrPermanent)
+		}
+		return copy(p, s.segment(uint32(part)*hugePart+uint32(off/hugeSegment))), nil
+	}
+	s.others++
+	return s.data(number, p, off), nil
+}
+
+// data reads from a data object.
+func (s *hugeStore) data(number uint64, p []byte, off int64) (n int) {
+	if off < int64(len(s.template)) {
+		h := append([]byte(nil), s.template...)
+		binary.LittleEndian.PutUint64(h[40:], number)
+		binary.LittleEndian.PutUint32(h[12:], 0)
+		binary.LittleEndian.PutUint32(h[12:], crc32.Checksum(h, castagnoli))
+		n = copy(p, h[off:])
+	}
+	end := int64(len(s.template) + hugeBlocks*objectBlock)
+	for n < len(p) && off+int64(n) < end {
+		n += copy(p[n:min(int64(len(p)), end-off)], s.block)
+	}
+	return n
+}
+
+// Stat implements backend.Store.
+func (s *hugeStore) Stat(ctx context.Context, key string) (int64, error) {
+	if strings.Contains(key, "/c/") {
+		return int64(len(s.manifest)), nil
+	}
+	return s.Store.Stat(ctx, key)
+}
+
+// rss returns a field of this process's memory, in bytes.
+func rss(tb testing.TB, field string) int64 {
+	b, err := os.ReadFile("/proc/self/status")
+	if err != nil {
+		tb.Fatal(err)
+	}
+	_, rest, ok := strings.Cut(string(b), "\n"+field+":")
+	n, err := strconv.ParseInt(strings.Fields(rest)[0], 10, 64)
+	if !ok || err != nil {
+		tb.Fatalf("%s: %v", field, err)
+	}
+	return n << 10
+}
+
+// opened is what opening an image took.
+type opened struct {
+	im   *Image
+	env  *simEnv
+	took time.Duration
+	peak int64 // resident memory beyond that before, at its highest
+	heap int64 // what stays of the heap
+}
+
+func openHuge(tb testing.TB, st *hugeStore, mapMemory int64) opened {
+	disk := simdisk.New(writelog.MinSize, rand.New(rand.NewPCG(1, 2)))
+	ring := make([]byte, 8<<20)
+	debug.FreeOSMemory()
+	var before, after runtime.MemStats
+	runtime.ReadMemStats(&before)
+	// Resets the peak of the resident memory.
+	if err := os.WriteFile("/proc/self/clear_refs", []byte("5"), 0); err != nil {
+		tb.Fatal(err)
+	}
+	base, began := rss(tb, "VmRSS"), time.Now()
+	im, err := Open(context.Background(), st, st.id, OpenOptions{Log: disk, Parallel: 1, Config: Config{Logger: quiet, Shared: NewShared(mapMemory)}})
+	o := opened{im: im, took: time.Since(began)}
+	if err != nil {
+		tb.Fatal(err)
+	}
+	o.peak = rss(tb, "VmHWM") - base
+	runtime.GC()
+	runtime.ReadMemStats(&after)
+	o.heap = int64(after.HeapAlloc) - int64(before.HeapAlloc)
+	o.env = &simEnv{rng: rand.New(rand.NewPCG(3, 4)), disk: disk}
+	im.Start(o.env, disk.Device(), ring)
+	return o
+}
+
+// readAll reads n random blocks that have been written, or some beside them, one
+// after the other.
+func (o *opened) readAll(tb testing.TB, n int, each func()) {
+	var done countDone
+	rng := rand.New(rand.NewPCG(5, 6))
+	r := &Request{Op: Read, Sectors: 8, Buf: make([]byte, 4096), Done: &done}
+	for i := range n {
+		r.Sector = rng.Uint64N(o.im.sectors/8) * 8
+		o.im.Submit(r)
+		o.im.EndTurn()
+		for int(done) == i && (o.env.step() || o.env.fire()) {
+			o.im.EndTurn()
+		}
+		if int(done) != i+1 || r.Err != 0 {
+			tb.Fatalf("read %d of sector %d: %d done, error %v", i, r.Sector, done, r.Err)
+		}
+		each()
+	}
+}
+
+// TestHugeImage opens 64 TiB that hold 1 TiB of random 4 KiB writes. What is
+// asserted is memory and loads; the time is told.
+func TestHugeImage(t *testing.T) {
+	if raceEnabled {
+		t.Log("under the race detector memory says nothing: only loads are counted")
+	}
+	st := newHugeStore(t, MaxSize)
+	const budget = 16 << 20
+	o := openHuge(t, st, budget)
+	t.Logf("64 TiB, %d data objects, %d map segments, a manifest of %.1f MiB: open took %v, %.1f MiB at its peak, %.1f MiB stay",
+		st.objects, segmentsOf(o.im.sectors), mib(len(st.manifest)), o.took.Round(time.Millisecond), mib(o.peak), mib(o.heap))
+	if st.mapGets != 0 {
+		t.Errorf("opening loaded %d map segments", st.mapGets)
+	}
+	if !raceEnabled && (o.peak >= 64<<20 || o.heap >= 64<<20) {
+		t.Errorf("opening took %.1f MiB, of which %.1f stay: more than 64", mib(o.peak), mib(o.heap))
+	}
+	loads, highest := 0, int64(0)
+	o.readAll(t, 8000, func() {
+		if got := st.mapGets - loads; got > 1 {
+			t.Fatalf("a read loaded %d map segments", got)
+		}
+		loads = st.mapGets
+		highest = max(highest, o.im.objs.charged)
+	})
+	t.Logf("8000 random reads: %d map loads, %d evictions; the map took %.1f MiB at most of %d", st.mapGets, o.im.objs.evictions, mib(highest), budget>>20)
+	if o.im.objs.evictions == 0 || highest > budget+1<<20 {
+		t.Errorf("%d evictions; the map took %.1f MiB where %d are allowed", o.im.objs.evictions, mib(highest), budget>>20)
+	}
+	// A place that was just read costs no load.
+	o.readAll(t, 1, func() {})
+	loads = st.mapGets
+	o.readAll(t, 1, func() {})
+	if st.mapGets != loads {
+		t.Error("the same place read again loads its segment again")
+	}
+	o.im.Abandon()
+}
+
+func mib[T int | int64](n T) float64 { return float64(n) / (1 << 20) }
+
+// BenchmarkOpen opens images of several sizes, full of random writes.
+func BenchmarkOpen(b *testing.B) {
+	for _, size := range []uint64{1 << 30, 64 << 30, 1 << 40, 16 << 40, MaxSize} {
+		b.Run(fmt.Sprintf("GiB=%d", size>>30), func(b *testing.B) {
+			st := newHugeStore(b, size)
+			var o opened
+			for b.Loop() {
+				if o.im != nil {
+					o.im.Abandon()
+				}
+				o = openHuge(b, st, 0)
+			}
+			b.ReportMetric(mib(o.peak), "peak-MiB")
+			b.ReportMetric(mib(o.heap), "heap-MiB")
+			b.ReportMetric(float64(o.took.Microseconds())/1000, "open-ms")
+		})
+	}
+}
+
+// BenchmarkRandomReadsOfHugeImage reads all over 64 TiB with the default memory
+// for the map.
+func BenchmarkRandomReadsOfHugeImage(b *testing.B) {
+	o := openHuge(b, newHugeStore(b, MaxSize), DefaultMapMemory)
+	highest := int64(0)
+	o.readAll(b, 100000, func() { highest = max(highest, o.im.objs.charged) })
+	var m runtime.MemStats
+	runtime.GC()
+	runtime.ReadMemStats(&m)
+	b.ReportMetric(mib(highest), "map-MiB")
+	b.ReportMetric(mib(int64(m.HeapAlloc)), "heap-MiB")
+	b.ReportMetric(float64(o.im.objs.loaded), "loads")
+	b.ReportMetric(float64(o.im.objs.evictions), "evictions")
+	b.ReportMetric(float64(highest)/float64(o.im.objs.loaded-o.im.objs.evictions)/hugeExtents, "bytes/extent")
+}
