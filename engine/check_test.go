@@ -21,13 +21,17 @@ import (
 // take-over whose point is still there, and a clean end.
 type checkedImage struct {
 	t  *testing.T
-	st *mem.Store
+	st backend.Store
 	id uuid.UUID
 }
 
 func newCheckedImage(t *testing.T) *checkedImage {
 	t.Helper()
-	st := mem.New()
+	return newCheckedImageIn(t, mem.New())
+}
+
+func newCheckedImageIn(t *testing.T, st backend.Store) *checkedImage {
+	t.Helper()
 	id, err := Create(context.Background(), st, "disk", CreateOptions{Size: 256 << 20, ObjectSize: MinObjectSize})
 	if err != nil {
 		t.Fatal(err)

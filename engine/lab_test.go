@@ -81,3 +81,20 @@ func TestRADOSNeighbourGoesOn(t *testing.T) {
 	}
 	b.mustRead(1, 2)
 }
+
+// TestRADOSCheck: an image on a real cluster is clean, and what is damaged there is
+// named.
+func TestRADOSCheck(t *testing.T) {
+	c := newCheckedImageIn(t, newRADOS(t)())
+	if rep := c.check(CheckOptions{Deep: true}); !rep.Clean() || len(rep.Errors)+len(rep.Dead) > 0 {
+		t.Errorf("%s%+v", c.lines(rep), rep)
+	}
+	if rep, err := CheckStore(context.Background(), c.st, "rados://rbd"); err != nil || !rep.Clean() {
+		t.Errorf("store: %v, %+v", err, rep)
+	}
+	keys := c.keys("d/")
+	c.corrupt(keys[len(keys)-1], flipLast)
+	if rep := c.check(CheckOptions{Deep: true}); len(rep.Errors) != 1 || rep.Errors[0].Object != keys[len(keys)-1] {
+		t.Errorf("%s is damaged: %s", keys[len(keys)-1], c.lines(rep))
+	}
+}

@@ -258,6 +258,9 @@ func printStats(row func(...any), im api.Image) {
 	if c := s.ReadCache; c.Hits+c.Misses > 0 {
 		row("read cache", fmt.Sprintf("%s found, %s not; %s read from the store", bytesize.Human(c.HitBytes), bytesize.Human(c.MissBytes), bytesize.Human(c.Fetched)))
 	}
+	if !im.ReadOnly {
+		row("scrub", scrubStatus(s.Scrub))
+	}
 	errs := fmt.Sprintf("%d of the store (tried again), %d reads failed", s.StoreErrors, s.ReadErrors)
 	if s.LastStoreError != "" {
 		errs += fmt.Sprintf("; last %.0f s ago: %s", s.LastErrorAge, s.LastStoreError)
@@ -266,6 +269,18 @@ func printStats(row func(...any), im api.Image) {
 	if im.StoreDownSince != nil {
 		row("store", "down since "+im.StoreDownSince.Local().Format(time.DateTime))
 	}
+}
+
+// scrubStatus tells how far the scrub is.
+func scrubStatus(s engine.ScrubStats) string {
+	text := "not running"
+	if s.Running {
+		text = fmt.Sprintf("at object %d: %d of %d objects in this pass", s.Object, s.Objects, s.Total)
+	}
+	if s.Passes > 0 {
+		text += fmt.Sprintf("; the last pass took %.0f s and ended %.0f s ago", s.Last, s.Age)
+	}
+	return fmt.Sprintf("%s; %s read, %d damaged objects found", text, bytesize.Human(s.Bytes), s.Errors)
 }
 
 func (a *app) flushCommand() *cobra.Command {

@@ -30,6 +30,7 @@ type options struct {
 	cfg       daemon.Config
 	logMemory bytesize.Size
 	mapMemory bytesize.Size
+	scrubRate bytesize.Size
 	readCache bytesize.Size
 	envErr    error // of what the environment says
 	supervise bool
@@ -81,6 +82,8 @@ systemd runs it as lsd.service; without systemd, lsdctl add starts it with
 	o.logMemory = daemon.DefaultLogMemory
 	f.Var(&o.logMemory, "log-memory-total", "memory for the newest parts of all write logs together")
 	o.mapMemory = engine.DefaultMapMemory
+	o.scrubRate = daemon.DefaultScrubRate
+	f.Var(&o.scrubRate, "scrub-rate", "bytes that are read back and verified in a second, of all images together; 0: none")
 	f.Var(&o.mapMemory, "map-memory", "memory for the maps of all images together")
 	f.StringVar(&o.logFile, "log-file", "", "append the log to this file (default: standard error)")
 	f.BoolVar(&o.logJSON, "log-json", false, "log in JSON")
@@ -116,7 +119,10 @@ func (o *options) run(ctx context.Context) (int, error) {
 		return 0, fmt.Errorf("--log-memory-total %s: it must be from 16M to 1P", &o.logMemory)
 	case o.mapMemory < 16<<20 || o.mapMemory > 1<<50:
 		return 0, fmt.Errorf("--map-memory %s: it must be from 16M to 1P", &o.mapMemory)
+	case o.scrubRate > 1<<50:
+		return 0, fmt.Errorf("--scrub-rate %s: it must be at most 1P", &o.scrubRate)
 	}
+	o.cfg.ScrubRate = int64(o.scrubRate)
 	o.cfg.LogMemory, o.cfg.MapMemory = int64(o.logMemory), int64(o.mapMemory)
 	if err := o.sizeReadCache(); err != nil {
 		return 0, err

@@ -30,6 +30,7 @@ func TestBadOptions(t *testing.T) {
 		{func(o *options) { o.logMemory = 1 << 20 }, "--log-memory-total 1M"},
 		{func(o *options) { o.logMemory = 1 << 51 }, "--log-memory-total 2P"},
 		{func(o *options) { o.mapMemory = 1 << 20 }, "--map-memory 1M"},
+		{func(o *options) { o.scrubRate = 1 << 51 }, "--scrub-rate 2P"},
 		{func(o *options) { o.mapMemory = 1 << 51 }, "--map-memory 2P"},
 	} {
 		o := good()

@@ -52,6 +52,9 @@ type Config struct {
 	// MapMemory is what the maps of all images may take together, in bytes.
 	// Default engine.DefaultMapMemory.
 	MapMemory int64
+	// ScrubRate bounds what is read back of all images to verify it, in bytes a
+	// second; 0 means that nothing is.
+	ScrubRate int64
 	Logger    *slog.Logger
 	// Ready is called once the socket answers; it may be nil.
 	Ready func()

@@ -270,6 +270,7 @@ type world struct {
 	kernel *fakeKernel
 	store  *mem.Store
 	outage *faultstore.Switch
+	scrub  int64 // bytes a second
 	log    syncBuffer
 }
 
@@ -327,8 +328,8 @@ func (h *host) start() {
 	h.w.t.Helper()
 	d, err := newDaemon(Config{
 		Socket: filepath.Join(h.dir, "sock"), StateDir: h.dir, Host: fmt.Sprintf("host%d", lastHost.Add(1)),
-		ExitTimeout: 5 * time.Second,
-		Logger:      slog.New(slog.NewTextHandler(&h.w.log, nil)),
+		ExitTimeout: 5 * time.Second, ScrubRate: h.w.scrub,
+		Logger: slog.New(slog.NewTextHandler(&h.w.log, nil)),
 	})
 	if err != nil {
 		h.w.t.Fatal(err)

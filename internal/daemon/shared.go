@@ -15,6 +15,10 @@ import (
 // images and some.
 const DefaultLogMemory = 2 << 30
 
+// DefaultScrubRate is what lsdd verifies in a second unless it is told otherwise:
+// 690 GB a day.
+const DefaultScrubRate = 8 << 20
+
 const (
 	// What a log may have of the budget when its user does not say.
 	leastLogMemory = 2 * writelog.SegmentSize
@@ -33,7 +37,9 @@ type shared struct {
 }
 
 func newShared(cfg Config) *shared {
-	return &shared{engine: engine.NewShared(cfg.MapMemory), logMemory: budget{total: cfg.LogMemory}}
+	s := &shared{engine: engine.NewShared(cfg.MapMemory), logMemory: budget{total: cfg.LogMemory}}
+	s.engine.Scrub.Set(cfg.ScrubRate)
+	return s
 }
 
 // A budget is an amount of memory of which the images of a daemon have parts.

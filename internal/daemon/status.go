@@ -99,6 +99,9 @@ func advise(im api.Image) []string {
 	if s.ReadErrors > 0 {
 		add("%d reads have failed since it was opened: the daemon's log names the objects", s.ReadErrors)
 	}
+	if s.Scrub.Errors > 0 {
+		add("the scrub has found %d damaged objects since it was opened, the last one %s: bring them back from a copy of the pool; lsdctl check --deep lists them all", s.Scrub.Errors, s.Scrub.Bad)
+	}
 	if s.LogError != "" {
 		add("the write log's disk has failed: unmount, and lsdctl del --force %d, then add with another --cache", im.ID)
 	}
