@@ -100,6 +100,14 @@ bench-engine: ## the engine's writes beside fio on the same file, and its cost i
 bench-null: build ## ublk without an engine beside null_blk and loop, in one VM
 	scripts/e2e --bench-null
 
+.PHONY: bench-space
+bench-space: ## write and space amplification of overwrites, beside theory
+	go test $(GOFLAGS_LINK) -run xxx -bench Amplification -benchtime 1x -timeout 0 -v ./tests/bench
+
+.PHONY: bench-scale
+bench-scale: ## opening images up to 64 TiB: time and memory against size, objects and log
+	go test $(GOFLAGS_LINK) -run TestHugeImage -bench 'Open$$|Replay|DirtyLog|HugeImage' -benchtime 1x -timeout 0 -v ./engine
+
 .PHONY: install
 install: build ## install the binaries and the systemd unit below PREFIX
 	install -d $(DESTDIR)$(PREFIX)/bin $(DESTDIR)/etc/systemd/system

@@ -124,6 +124,7 @@ type amplification struct {
 	space, spacePeak, table float64 // bytes of data objects for each byte that lives; as the image counts it
 	theory                  float64 // at the space that was measured
 	deleted                 uint64
+	mapBytes                float64 // memory of the map for each block of 4 KiB
 }
 
 // overwriter writes an image that is full over and over.
@@ -235,13 +236,13 @@ func (o *overwriter) measure(rounds, warm int) (a amplification) {
 	a.space /= float64(samples)
 	a.table /= float64(samples)
 	a.theory = o.pattern.theory(a.space)
-	a.deleted = s.Deleted
+	a.deleted, a.mapBytes = s.Deleted, float64(s.MapBytes)/float64(o.blocks)
 	return a
 }
 
 func (a amplification) String() string {
-	return fmt.Sprintf("WA %.3f (theory %.3f; all rounds %.3f; moved %.3f, headers and dedup %.4f, map %.4f), space %.3f (peak %.3f, table %.3f), %d objects deleted",
-		a.write, a.theory, a.writeAll, a.cleaned, a.header, a.maps, a.space, a.spacePeak, a.table, a.deleted)
+	return fmt.Sprintf("WA %.3f (theory %.3f; all rounds %.3f; moved %.3f, headers and dedup %.4f, map %.4f), space %.3f (peak %.3f, table %.3f), %d objects deleted, %.2f bytes of memory a block",
+		a.write, a.theory, a.writeAll, a.cleaned, a.header, a.maps, a.space, a.spacePeak, a.table, a.deleted, a.mapBytes)
 }
 
 // BenchmarkAmplification measures write and space amplification in the long form.
@@ -269,6 +270,9 @@ func TestAmplification(t *testing.T) {
 			t.Log(a)
 			if bound, ok := bounds[p.name]; !ok || a.write > bound {
 				t.Errorf("%.3f bytes are put for each byte written, more than %.2f", a.write, bound)
+			}
+			if a.mapBytes > 8.2 {
+				t.Errorf("the map takes %.2f bytes of memory for each block of 4 KiB", a.mapBytes)
 			}
 			// A sixty-fourth of slack for an image this small, and what one
 			// cleaning has put before its victims die.
