@@ -66,6 +66,13 @@ vm: build ## ublk and end-to-end tests on kernels 6.12 and 7.2, short form
 vm-long: build ## the same, long form
 	scripts/e2e --long
 
+# HOURS or MINUTES in all, half of it on each store.
+soak_seconds := $(shell echo $$(( ($(or $(MINUTES),$(if $(HOURS),$(HOURS) * 60,5)) * 60) / 2 )))
+
+.PHONY: soak
+soak: build ## everything at once in the VM, on both stores: HOURS=1 or MINUTES=5, SEED=n to do it again
+	scripts/e2e --soak $(soak_seconds) --seed $(or $(SEED),0)
+
 .PHONY: sim
 sim: ## the simulation over many seeds (SEEDS=500, FIRST=0), or one (SEED=123)
 	go test $(GOFLAGS_LINK) -tags invariants -c -o bin/sim.test ./engine
