@@ -146,6 +146,9 @@ type Config struct {
 	// SpaceRatio is how much space the data objects may take in the store for what
 	// lives of them, before the cleaner begins to reclaim it: 1.05 to 10. Default 1.3.
 	SpaceRatio float64
+	// PaceFrom is the share of the log from which on writes are slowed down, more
+	// and more as it fills: above 0, up to 1, which means never. Default 0.5.
+	PaceFrom float64
 	// Shared is what the images of a daemon share. Default: it is the image's own.
 	Shared *Shared
 	// StoreTimeout bounds one attempt of an operation on the store; it is then
@@ -185,6 +188,9 @@ func (c Config) withDefaults() Config {
 	}
 	if c.SpaceRatio == 0 {
 		c.SpaceRatio = DefaultSpaceRatio
+	}
+	if c.PaceFrom == 0 {
+		c.PaceFrom = 0.5
 	}
 	if c.Shared == nil {
 		c.Shared = NewShared(0)

@@ -18,11 +18,11 @@ const (
 // the store takes it come to its speed by many short waits, and not to a wall. The
 // reactor owns it.
 //
-// Below half of the log nothing waits. From there on bytes are admitted at twice
-// the speed of destaging when the log is half full and at none of it when it is
-// full, and besides at a speed that would fill what is left in paceFill: so a log
-// whose store is away fills more and more slowly. Where demand never ends, the log
-// settles at about three quarters.
+// Below Config.PaceFrom, half of the log, nothing waits. From there on bytes are
+// admitted at twice the speed of destaging, and less of it the fuller the log is,
+// down to none, and besides at a speed that would fill what is left in paceFill: so
+// a log whose store is away fills more and more slowly. Where demand never ends, the
+// log settles at about three quarters.
 type pacer struct {
 	timer  Timer
 	credit float64       // bytes that may be admitted; negative: admitted before their time
@@ -37,14 +37,14 @@ type pacer struct {
 // for another try if not.
 func (im *Image) admits(n int) bool {
 	p := &im.pace
-	size, used := im.log.Size(), im.log.Used()
+	size, used := float64(im.log.Size()), float64(im.log.Used())
 	now := im.env.Now()
-	if used < size/2 {
+	if used < size*im.cfg.PaceFrom || im.cfg.PaceFrom >= 1 {
 		p.credit, p.at = paceBurst, now
 		return true
 	}
-	free := float64(size - min(used, size))
-	rate := p.measured(now)*2*free/float64(size/2) + free/paceFill.Seconds() + 1
+	free := max(size-used, 0)
+	rate := p.measured(now)*2*free/(size*(1-im.cfg.PaceFrom)) + free/paceFill.Seconds() + 1
 	p.credit = min(p.credit+rate*(now-p.at).Seconds(), paceBurst)
 	p.at = now
 	if p.credit > 0 {

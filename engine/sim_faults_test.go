@@ -73,6 +73,9 @@ func newPlan(rng *rand.Rand) simPlan {
 		StoreTimeout: time.Hour, // of the real clock: the simulation loses answers by itself
 		Logger:       quiet,
 	}
+	if p.stormy || rng.IntN(2) == 0 {
+		p.config.PaceFrom = 1 // so that the log does become full
+	}
 	if *simLog {
 		p.config.Logger = slog.New(slog.NewTextHandler(os.Stderr, nil))
 	}
