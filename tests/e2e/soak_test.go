@@ -111,7 +111,13 @@ func (s *soak) events() map[string]func() {
 		"pause within the lease": func() { pause(some(soakLease / 2)) },
 		"pause beyond the lease": func() { pause(soakLease + some(soakLease)) },
 		"outage":                 func() { s.begin(); time.Sleep(some(10 * time.Second)); s.end() },
-		"kill -9 in an outage":   func() { s.begin(); time.Sleep(some(2 * time.Second)); s.h.crash(); time.Sleep(some(2 * time.Second)); s.end() },
+		"kill -9 in an outage": func() {
+			s.begin()
+			time.Sleep(some(2 * time.Second))
+			s.h.crash()
+			time.Sleep(some(2 * time.Second))
+			s.end()
+		},
 		"outage until writes wait": func() {
 			s.begin()
 			// The log is full, or the lease has run out.
@@ -124,7 +130,11 @@ func (s *soak) events() map[string]func() {
 	}
 	if *storeKind == "rados" {
 		events["OSD paused"] = func() { askHost(s.t, "ceph pause"); time.Sleep(some(8 * time.Second)); askHost(s.t, "ceph resume") }
-		events["OSD killed"] = func() { askHost(s.t, "ceph kill-osd"); time.Sleep(some(4 * time.Second)); askHost(s.t, "ceph start-osd") }
+		events["OSD killed"] = func() {
+			askHost(s.t, "ceph kill-osd")
+			time.Sleep(some(4 * time.Second))
+			askHost(s.t, "ceph start-osd")
+		}
 	}
 	return events
 }
