@@ -494,7 +494,7 @@ func TestCheckBesideOwner(t *testing.T) {
 	if err := h.open(c.id, false); err != nil {
 		t.Fatal(err)
 	}
-	for seed := range uint64(20) {
+	for seed := range uint64(6) {
 		rng := rand.New(rand.NewPCG(seed, 9))
 		st := &watchedStore{Store: c.st, hook: func(op, key string) {
 			if rng.IntN(8) == 0 {
@@ -513,8 +513,7 @@ func TestCheckBesideOwner(t *testing.T) {
 	if h.im.reaper.deleted < 20 {
 		t.Fatalf("the owner has deleted %d objects only", h.im.reaper.deleted)
 	}
-	r := c.reach()
-	o := r.head.m.objects[slices.IndexFunc(r.head.m.objects, func(o objectInfo) bool { return o.live > 0 && !r.sb.held(uint64(o.number), 0) })]
+	o := h.im.table.list[slices.IndexFunc(h.im.table.list, func(o objectInfo) bool { return !o.gone && o.live > 0 })]
 	key := dataKey(c.id, uint64(o.number), uint64(o.epoch))
 	c.remove(key)
 	st := &watchedStore{Store: c.st, hook: func(op, key string) {
