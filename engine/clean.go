@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"math"
 	"slices"
+	"sort"
 
 	"github.com/lsd-ceph/lsd/backend"
 )
@@ -116,13 +117,10 @@ func (c *cleaner) lags() bool {
 // choose returns the victims of a cleaning, best first.
 func (c *cleaner) choose() []objectInfo {
 	im := c.im
-	type candidate struct {
-		objectInfo
-		score float64
-	}
-	var list []candidate
+	list := victimList{limit: cleanObjects * im.object}
 	small := c.scattered()
-	for _, o := range im.table.list {
+	for i := range im.table.list {
+		o := &im.table.list[i]
 		if o.gone || o.live == 0 || c.bad[o.number] || im.super.sb.held(uint64(o.number), 0) {
 			continue
 		}
@@ -134,19 +132,40 @@ func (c *cleaner) choose() []objectInfo {
 		if small {
 			score = 1 / float64(o.live)
 		}
-		list = append(list, candidate{o, score})
+		list.offer(o, score)
 	}
-	slices.SortFunc(list, func(a, b candidate) int { return cmp.Compare(b.score, a.score) })
-	var victims []objectInfo
-	total := uint64(0)
-	for _, o := range list {
-		if total+uint64(o.live) > cleanObjects*im.object || len(victims) == maxVictims {
-			break
-		}
-		total += uint64(o.live)
-		victims = append(victims, o.objectInfo)
+	return list.victims()
+}
+
+// victimList keeps the best victims of those that it is offered, as many as one
+// cleaning takes: an image may have far more objects than a turn could sort.
+type victimList struct {
+	limit  uint64 // sectors that live
+	total  uint64 // of the best
+	best   []objectInfo
+	scores []float64 // descending
+}
+
+func (l *victimList) offer(o *objectInfo, score float64) {
+	k := len(l.best)
+	if k > 0 && score <= l.scores[k-1] && (l.total > l.limit || k == maxVictims) {
+		return
 	}
-	return victims
+	at := sort.Search(k, func(i int) bool { return l.scores[i] < score })
+	l.best, l.scores = slices.Insert(l.best, at, *o), slices.Insert(l.scores, at, score)
+	l.total += uint64(o.live)
+	for k = len(l.best) - 1; k > 0 && (l.total-uint64(l.best[k].live) > l.limit || k >= maxVictims); k-- {
+		l.total -= uint64(l.best[k].live)
+		l.best, l.scores = l.best[:k], l.scores[:k]
+	}
+}
+
+// victims returns the best ones that together keep the limit.
+func (l *victimList) victims() []objectInfo {
+	if k := len(l.best); k > 0 && l.total > l.limit {
+		return l.best[:k-1]
+	}
+	return l.best
 }
 
 // benefit says how good a victim is an object of which the share u lives, and that

@@ -1,0 +1,61 @@
+package engine
+
+import (
+	"cmp"
+	"math/rand/v2"
+	"slices"
+	"testing"
+)
+
+// TestVictimList compares the choice of victims with sorting all.
+func TestVictimList(t *testing.T) {
+	for seed := range uint64(200) {
+		rng := rand.New(rand.NewPCG(seed, 1))
+		type victim struct {
+			objectInfo
+			score float64
+		}
+		var all []victim
+		l := victimList{limit: 1 + rng.Uint64N(5000)}
+		for n := range uint32(rng.IntN(2000)) {
+			v := victim{objectInfo{number: n, live: 1 + rng.Uint32N(1000)}, rng.Float64()}
+			if seed%4 == 0 {
+				v.live = 1 // as many as there may be
+			}
+			all = append(all, v)
+			l.offer(&v.objectInfo, v.score)
+		}
+		slices.SortFunc(all, func(a, b victim) int { return cmp.Compare(b.score, a.score) })
+		var want []uint32
+		total := uint64(0)
+		for _, v := range all {
+			if total += uint64(v.live); total > l.limit || len(want) == maxVictims {
+				break
+			}
+			want = append(want, v.number)
+		}
+		var got []uint32
+		for _, o := range l.victims() {
+			got = append(got, o.number)
+		}
+		if !slices.Equal(got, want) {
+			t.Fatalf("seed %d: victims %v, want %v", seed, got, want)
+		}
+	}
+}
+
+// BenchmarkChoose is the choice of victims among the objects of 1 TiB: so long the
+// reactor does nothing else.
+func BenchmarkChoose(b *testing.B) {
+	im, _ := newStill(b)
+	rng := rand.New(rand.NewPCG(1, 2))
+	for n := range uint32(131072) {
+		im.table.add(objectInfo{number: n + 1, sectors: 16384, live: 8000 + rng.Uint32N(8384)})
+	}
+	im.accepted.object = 131072
+	for b.Loop() {
+		if len(im.clean.choose()) == 0 {
+			b.Fatal("no victims")
+		}
+	}
+}
