@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"sync"
 	"time"
 
 	"github.com/google/uuid"
@@ -526,6 +527,8 @@ func (im *Image) headers(ctx context.Context, sb *superblock, at position, last 
 	}
 	ahead := make([]chan answer, 0, im.parallel)
 	ctx, stop := context.WithCancel(ctx)
+	var asking sync.WaitGroup
+	defer asking.Wait() // what was asked in vain uses the image still
 	defer stop()
 	asked := at.object
 	for next := at.object + 1; next <= last; next++ {
@@ -539,7 +542,7 @@ func (im *Image) headers(ctx context.Context, sb *superblock, at position, last 
 			if ahead = append(ahead, c); im.parallel == 1 {
 				ask()
 			} else {
-				go ask()
+				asking.Go(ask)
 			}
 		}
 		a := <-ahead[0]
