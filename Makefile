@@ -41,7 +41,8 @@ check: ## gofmt, vet, staticcheck, for every build tag
 .PHONY: unit
 unit: ## unit tests with the race detector, simulation and fuzz seeds included
 	@echo "== unit tests"
-	go test $(GOFLAGS_LINK) -race -timeout 15m ./...
+	go test $(GOFLAGS_LINK) -race -timeout 15m $$(go list ./... | grep -v /tests/bench)
+	go test $(GOFLAGS_LINK) -timeout 15m ./tests/bench
 	@echo "== simulation"
 	go test $(GOFLAGS_LINK) -tags invariants -timeout 15m -run 'Crashes|Replays' ./engine ./cache/writelog
 	$(MAKE) sim SEEDS=3000
