@@ -112,6 +112,10 @@ bench-null: build ## ublk without an engine beside null_blk and loop, in one VM
 bench-space: ## write and space amplification of overwrites, beside theory
 	go test $(GOFLAGS_LINK) -run xxx -bench Amplification -benchtime 1x -timeout 0 -v ./tests/bench
 
+.PHONY: bench-latency
+bench-latency: ## latency of writes with and without the cleaner, and under overload
+	go test $(GOFLAGS_LINK) -run xxx -bench 'CleanerLatency|Overload' -benchtime 1x -timeout 0 -v ./tests/bench
+
 .PHONY: bench-scale
 bench-scale: ## opening images up to 64 TiB: time and memory against size, objects and log
 	go test $(GOFLAGS_LINK) -run TestHugeImage -bench 'Open$$|Replay|DirtyLog|HugeImage' -benchtime 1x -timeout 0 -v ./engine
