@@ -455,7 +455,7 @@ func (c *checkpointer) removeOld(old *checkpointRef, done func()) {
 		return
 	}
 	im.removeKeys(func(ctx context.Context) error {
-		err := deleteAll(ctx, im.store, keys)
+		err := deleteAll(ctx, im.store, &keys)
 		if held || err != nil && !errors.Is(err, backend.ErrPermanent) {
 			return err
 		}
@@ -478,17 +478,19 @@ func (c *checkpointer) forgetPrev(old *checkpointRef, done func()) {
 	done()
 }
 
-// deleteAll deletes objects, of which any may have gone before. One that the store
-// refuses to delete does not keep it from the others.
-func deleteAll(ctx context.Context, st backend.Store, keys []string) error {
+// deleteAll deletes objects, of which any may have gone before, and takes those that
+// it is done with off the list, so that another try goes on from there. One that the
+// store refuses to delete does not keep it from the others.
+func deleteAll(ctx context.Context, st backend.Store, keys *[]string) error {
 	var refused []error
-	for _, k := range keys {
-		switch err := st.Delete(ctx, k); {
+	for len(*keys) > 0 {
+		switch err := st.Delete(ctx, (*keys)[0]); {
 		case errors.Is(err, backend.ErrPermanent):
 			refused = append(refused, err)
 		case err != nil && !errors.Is(err, backend.ErrNotFound):
 			return err
 		}
+		*keys = (*keys)[1:]
 	}
 	return errors.Join(refused...)
 }
@@ -560,7 +562,9 @@ func (im *Image) removeTry(remove func(context.Context) error, done func(), trie
 			im.logger.Warn("something dead could not be removed: it wastes space until lsdctl check --repair", "err", err)
 			done()
 		case err != nil:
-			im.storeFailed(err)
+			if left > im.cfg.StoreTimeout || !errors.Is(err, context.DeadlineExceeded) {
+				im.storeFailed(err) // else it was the lease that gave so little time
+			}
 			again()
 		default:
 			done()

@@ -61,7 +61,7 @@ func (im *Image) reap() {
 		x.going[o.number] = true
 		keys[i] = dataKey(im.id, uint64(o.number), uint64(o.epoch))
 	}
-	im.removeKeys(func(ctx context.Context) error { return deleteAll(ctx, im.store, keys) }, func() {
+	im.removeKeys(func(ctx context.Context) error { return deleteAll(ctx, im.store, &keys) }, func() {
 		x.jobs--
 		for _, o := range batch {
 			delete(x.going, o.number)
@@ -101,17 +101,24 @@ func (im *Image) startLeftovers() {
 		return
 	}
 	stale, prev := len(sb.Stale), slices.Clone(sb.Prev)
-	remove := func(ctx context.Context) error { return removeLeftovers(ctx, im.store, sb) }
-	im.removeKeys(remove, func() {
+	parts := im.manifestParts()
+	first, second := leftovers{sb: sb, parts: parts}, leftovers{sb: sb, parts: parts}
+	im.removeKeys(func(ctx context.Context) error { return first.remove(ctx, im.store) }, func() {
 		im.env.AfterFunc(leftoverGrace, func() {
 			if im.state != Active {
 				return
 			}
-			im.removeKeys(remove, func() {
+			im.removeKeys(func(ctx context.Context) error { return second.remove(ctx, im.store) }, func() {
 				im.changeSuper(func(sb *superblock) { sb.dropStale(stale, prev) }, func() {})
 			})
 		})
 	})
+}
+
+// manifestParts returns how many parts a manifest of the image may have had.
+func (im *Image) manifestParts() int {
+	now := manifestFixed + len(im.table.list)*manifestObject + len(im.objs.maps)*manifestMap + len(im.objs.stored)*manifestSegment
+	return 2 + 2*now/manifestPart
 }
 
 // leftoverGrace is the time after which nothing that a dead or fenced owner has
@@ -133,61 +140,65 @@ func (s *superblock) dropStale(n int, prev []checkpointRef) {
 	s.Prev = slices.DeleteFunc(s.Prev, func(c checkpointRef) bool { return slices.Contains(prev, c) })
 }
 
-// removeLeftovers removes what the superblock says may have been left behind.
-// Something that the store refuses to delete does not keep it from the rest.
-func removeLeftovers(ctx context.Context, st backend.Store, sb *superblock) error {
+// leftovers is what a superblock says may have been left behind. One goroutine at a
+// time may use it.
+type leftovers struct {
+	sb    *superblock
+	parts int // that a manifest may have
+	next  int // entry, first of Prev, then of Stale
+}
+
+// remove removes it, from where the last call ended. Something that the store
+// refuses to delete does not keep it from the rest.
+func (l *leftovers) remove(ctx context.Context, st backend.Store) error {
 	var refused []error
-	try := func(err error) bool {
+	for ; l.next < len(l.sb.Prev)+len(l.sb.Stale); l.next++ {
+		err := l.removeNext(ctx, st)
 		if errors.Is(err, backend.ErrPermanent) {
 			refused = append(refused, err)
-			err = nil
-		}
-		return err == nil
-	}
-	for _, c := range sb.Prev {
-		if sb.heldManifest(c) {
-			continue
-		}
-		if err := deleteParts(ctx, st, func(part int) string { return manifestKey(sb.Image, c, part) }, 1); !try(err) {
-			return err
-		}
-	}
-	for _, x := range sb.Stale {
-		if err := removeStale(ctx, st, sb, x); !try(err) {
+		} else if err != nil {
 			return err
 		}
 	}
 	return errors.Join(refused...)
 }
 
-// removeStale removes what one entry of the superblock says may have been left
-// behind.
-func removeStale(ctx context.Context, st backend.Store, sb *superblock, x staleObjects) error {
-	if x.Checkpoint {
-		c := checkpointRef{Object: x.Object, Epoch: x.Epoch}
-		if sb.Checkpoint != nil && *sb.Checkpoint == c || sb.heldManifest(c) {
-			return nil // it was published after all
+func (l *leftovers) removeNext(ctx context.Context, st backend.Store) error {
+	sb := l.sb
+	if l.next < len(sb.Prev) {
+		c := sb.Prev[l.next]
+		if sb.heldManifest(c) {
+			return nil
 		}
-		return removeCheckpoint(ctx, st, sb, c)
+		return deleteParts(ctx, st, func(part int) string { return manifestKey(sb.Image, c, part) }, 1)
+	}
+	x := sb.Stale[l.next-len(sb.Prev)]
+	if x.Checkpoint {
+		return l.removeCheckpoint(ctx, st, checkpointRef{Object: x.Object, Epoch: x.Epoch})
 	}
 	var keys []string
 	for n := x.Object; n <= x.Object+uint64(sb.Window); n++ {
 		keys = append(keys, dataKey(sb.Image, n, x.Epoch))
 	}
-	if err := deleteAll(ctx, st, keys); err != nil {
+	if err := deleteAll(ctx, st, &keys); err != nil {
 		return fmt.Errorf("an object of an earlier owner: %w", err)
 	}
 	return nil
 }
 
-// removeCheckpoint removes what a checkpoint has put before it was published.
-func removeCheckpoint(ctx context.Context, st backend.Store, sb *superblock, c checkpointRef) error {
+// removeCheckpoint removes what a checkpoint has put before it was published, unless
+// it was published after all.
+func (l *leftovers) removeCheckpoint(ctx context.Context, st backend.Store, c checkpointRef) error {
+	sb := l.sb
+	if sb.Checkpoint != nil && *sb.Checkpoint == c || sb.heldManifest(c) {
+		return nil
+	}
 	refused := deleteParts(ctx, st, func(part int) string { return mapKey(sb.Image, c, uint32(part)) }, checkpointPuts)
 	if refused != nil && !errors.Is(refused, backend.ErrPermanent) {
 		return refused
 	}
 	// The manifest's first part is put last, so the others may be there without it.
-	err := deleteParts(ctx, st, func(part int) string { return manifestKey(sb.Image, c, part) }, maxManifest/manifestPart)
+	err := deleteParts(ctx, st, func(part int) string { return manifestKey(sb.Image, c, part) }, l.parts)
 	if err != nil && !errors.Is(err, backend.ErrPermanent) {
 		return err
 	}
