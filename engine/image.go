@@ -57,6 +57,7 @@ type Image struct {
 	pace  pacer
 
 	unreleased   bool      // the ownership before was not given up
+	unused       uuid.UUID // the id for a log made anew
 	spent        uuid.UUID // a log of this host from which the store has everything
 	recoveredLog uuid.UUID // whose positions the last recovered object gives
 	accepted     position  // of the last data object in the map

@@ -243,9 +243,12 @@ func (im *Image) takeOnce(ctx context.Context, o *OpenOptions) error {
 	}
 	ours := log != nil
 	if !ours {
+		if im.unused == uuid.Nil {
+			im.unused = uuid.New()
+		}
 		// The log is there before the superblock names it: whatever stops this
 		// attempt, the next one finds that the image is its own.
-		h := writelog.Header{Log: uuid.New(), Image: im.id, ImageURL: o.URL, Boot: o.Boot}
+		h := writelog.Header{Log: im.unused, Image: im.id, ImageURL: o.URL, Boot: o.Boot}
 		if err := writelog.Create(o.Log, h); err != nil {
 			return err
 		}
@@ -337,6 +340,11 @@ func (im *Image) examineLog(ctx context.Context, o *OpenOptions) (*writelog.Log,
 		return nil, &StaleLogError{Image: o.URL, Epoch: h.Epoch, Now: sb.Epoch, Records: last - have}
 	}
 	im.spent = h.Log
+	if last == 0 {
+		// Perhaps an attempt whose outcome is not known made it: what that changes,
+		// however late, is then ours.
+		im.unused = h.Log
+	}
 	return nil, nil
 }
 

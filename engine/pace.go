@@ -8,6 +8,9 @@ const (
 	// paceFill is in what time, at that speed alone, writes may fill what is left of
 	// the log.
 	paceFill = 5 * time.Second
+	// paceFloor is the least speed, bytes a second: a log whose store is away does
+	// become full.
+	paceFloor = 1 << 20
 	// paceBurst is how much may be admitted at once after a pause.
 	paceBurst = 256 << 10 // bytes
 	paceMin   = 500 * time.Microsecond
@@ -44,7 +47,7 @@ func (im *Image) admits(n int) bool {
 		return true
 	}
 	free := max(size-used, 0)
-	rate := p.measured(now)*2*free/(size*(1-im.cfg.PaceFrom)) + free/paceFill.Seconds() + 1
+	rate := p.measured(now)*2*free/(size*(1-im.cfg.PaceFrom)) + max(free/paceFill.Seconds(), paceFloor)
 	p.credit = min(p.credit+rate*(now-p.at).Seconds(), paceBurst)
 	p.at = now
 	if p.credit > 0 {

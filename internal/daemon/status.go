@@ -93,7 +93,10 @@ func advise(im api.Image) []string {
 	} else if s.StoreDown {
 		add("the store does not take writes (%s): they go on until the write log is full, then wait; nothing is lost; see to the store", s.LastStoreError)
 	}
-	if s.Waiting > 0 {
+	switch {
+	case s.Waiting > 0 && s.LogUsed < s.LogSize/10*9:
+		add("the write log is filling: writes are slowed down to what the store takes, %d wait their turn", s.Waiting)
+	case s.Waiting > 0:
 		add("the write log is full: %d writes wait for room since %.0f s; it is freed as the store takes objects; a larger --log-size (del, then add) takes longer bursts", s.Waiting, s.Stalled)
 	}
 	if s.ReadErrors > 0 {

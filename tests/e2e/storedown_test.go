@@ -79,7 +79,17 @@ func TestStoreDown(t *testing.T) {
 	im = h.awaitStatus(dev, 5*time.Minute, "the log is full and writes wait", func(im api.Image) bool {
 		return isActive(im) && im.Stats.Waiting > 0 && im.Stats.Stalled > 1
 	})
+	// As the log fills, writes slow down before they stop.
 	before := s.acked()
+	for end := time.Now().Add(2 * time.Minute); time.Now().Before(end); {
+		time.Sleep(2 * time.Second)
+		if now := s.acked(); now != before {
+			before = now
+			continue
+		}
+		break
+	}
+	im = h.awaitStatus(dev, time.Minute, "the log is full", isActive)
 	if im.Stats.LogUsed < im.Stats.LogSize*3/4 || im.Stats.Dirty == 0 || im.Stats.Stalls == 0 || im.StoreDownSince == nil || !advises(im, "log is full") {
 		t.Errorf("writes wait, and the status does not tell that the log is full: %+v %q", im.Stats, im.Advice)
 	}
