@@ -23,8 +23,8 @@ const (
 //
 // Below Config.PaceFrom, half of the log, nothing waits. From there on bytes are
 // admitted at twice the speed of destaging, and less of it the fuller the log is,
-// down to none, and besides at a speed that would fill what is left in paceFill: so
-// a log whose store is away fills more and more slowly. Where demand never ends, the
+// down to none, and besides at a speed that would fill what is left in paceFill, or
+// at paceFloor: so a log whose store is away fills more and more slowly. Where demand never ends, the
 // log settles at about three quarters.
 type pacer struct {
 	timer  Timer
