@@ -48,7 +48,7 @@ func newCheckedImageIn(t *testing.T, st backend.Store) *checkedImage {
 	if err := b.open(id, true); err != nil {
 		t.Fatal(err)
 	}
-	b.scatter(rng, 3000, 2048)
+	b.scatter(rng, 7000, 2048)
 	b.mustClose()
 	if b.im.clean.moved == 0 {
 		t.Fatal("nothing was cleaned")

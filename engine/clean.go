@@ -25,6 +25,8 @@ const (
 	// cleanFull is the share of live data, in percent, from which on an object is
 	// not worth cleaning.
 	cleanFull = 97
+	// minMerge is by how many a cleaning of small objects reduces their number.
+	minMerge = 16
 	// maxVictims bounds the objects of one cleaning.
 	maxVictims = 512
 )
@@ -47,6 +49,9 @@ type cleaner struct {
 	bad     map[uint32]bool // victims that could not be read
 	timer   Timer
 	moved   uint64 // bytes, since the image was opened
+	// Sectors of the objects that points need, and what lives of them, when victims
+	// were last chosen.
+	heldSpace, heldLive uint64
 }
 
 // cleaning is one run of the cleaner.
@@ -74,12 +79,12 @@ type movedPiece struct {
 	data   []byte
 }
 
-// debt returns by how many sectors the objects that live exceed the space that the
-// image may hold.
+// debt returns by how many sectors the objects that live, and that no point needs,
+// exceed the space that they may hold.
 func (c *cleaner) debt() int64 {
 	t := &c.im.table
-	allowed := int64(float64(t.live)*c.im.cfg.SpaceRatio) + cleanSlack*int64(c.im.object)
-	return int64(t.space) - allowed
+	space, live := int64(t.space-min(c.heldSpace, t.space)), t.live-min(c.heldLive, t.live)
+	return space - int64(float64(live)*c.im.cfg.SpaceRatio) - cleanSlack*int64(c.im.object)
 }
 
 // scattered reports whether the live data lies in many more objects than it needs.
@@ -118,10 +123,15 @@ func (c *cleaner) lags() bool {
 func (c *cleaner) choose() []objectInfo {
 	im := c.im
 	list := victimList{limit: cleanObjects * im.object}
-	small := c.scattered()
+	small := c.debt() <= 0
+	c.heldSpace, c.heldLive = 0, 0
 	for i := range im.table.list {
 		o := &im.table.list[i]
-		if o.gone || o.live == 0 || c.bad[o.number] || im.super.sb.held(uint64(o.number), 0) {
+		if o.gone || o.live == 0 || c.bad[o.number] {
+			continue
+		}
+		if im.super.sb.held(uint64(o.number), 0) {
+			c.heldSpace, c.heldLive = c.heldSpace+uint64(o.sectors), c.heldLive+uint64(o.live)
 			continue
 		}
 		u := float64(o.live) / float64(o.sectors)
@@ -134,7 +144,12 @@ func (c *cleaner) choose() []objectInfo {
 		}
 		list.offer(o, score)
 	}
-	return list.victims()
+	victims := list.victims()
+	switch fewer := len(victims) - int((list.total+im.object-1)/im.object); {
+	case small && fewer < minMerge, !small && c.debt() <= 0:
+		return nil // nothing is gained: what there is to gain is held
+	}
+	return victims
 }
 
 // victimList keeps the best victims of those that it is offered, as many as one

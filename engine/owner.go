@@ -269,6 +269,7 @@ func (im *Image) superReloaded(sb *superblock, version backend.Version) {
 		fewer := len(sb.Points) < len(s.sb.Points)
 		s.sb, s.version, s.renew = sb, version, true
 		if fewer { // somebody has given them up: what they held can go
+			im.clean.heldSpace, im.clean.heldLive = 0, 0
 			im.startLeftovers()
 			im.reap()
 		}
