@@ -1,0 +1,297 @@
+package engine
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+
+	"github.com/lsd-ceph/lsd/backend"
+	"github.com/lsd-ceph/lsd/cache/writelog"
+	"github.com/lsd-ceph/lsd/internal/extmap"
+)
+
+// recoverStore loads the last checkpoint and replays the data objects after it:
+// the longest unbroken run.
+func (im *Image) recoverStore(ctx context.Context, sb *superblock) error {
+	im.super.sb = sb
+	if err := im.loadCheckpoint(ctx, sb.Checkpoint); err != nil {
+		return err
+	}
+	return im.replay(ctx, sb, maxObjectSeq)
+}
+
+// replay enters the data objects after the last one in the map, up to the object
+// last or the end of the run.
+func (im *Image) replay(ctx context.Context, sb *superblock, last uint64) error {
+	return im.headers(ctx, sb, im.accepted, last, func(h *objectHeader) error {
+		if h.firstSeq != im.accepted.seq+1 {
+			return notNext(im.id, h, im.accepted.seq)
+		}
+		if err := im.loadSegments(ctx, h.segments); err != nil {
+			return err
+		}
+		im.applyNow(h)
+		im.recoveredLog = h.log
+		return nil
+	})
+}
+
+// headers reads the headers of the data objects after a position, several at a
+// time, and calls fn for each, in order, up to the object last or the end of the
+// run.
+func (im *Image) headers(ctx context.Context, sb *superblock, at position, last uint64, fn func(*objectHeader) error) error {
+	type answer struct {
+		h   *objectHeader
+		err error
+	}
+	ahead := make([]chan answer, 0, im.parallel)
+	ctx, stop := context.WithCancel(ctx)
+	var asking sync.WaitGroup
+	defer asking.Wait() // what was asked in vain uses the image still
+	defer stop()
+	asked := at.object
+	for next := at.object + 1; next <= last; next++ {
+		for len(ahead) < im.parallel && asked < last {
+			asked++
+			seq, c := asked, make(chan answer, 1)
+			ask := func() {
+				h, err := im.loadHeader(ctx, sb, seq)
+				c <- answer{h, err}
+			}
+			if ahead = append(ahead, c); im.parallel == 1 {
+				ask()
+			} else {
+				asking.Go(ask)
+			}
+		}
+		a := <-ahead[0]
+		ahead = append(ahead[:0], ahead[1:]...)
+		if errors.Is(a.err, backend.ErrNotFound) {
+			return nil
+		}
+		if a.err != nil {
+			return a.err
+		}
+		if err := fn(a.h); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// loadSegments brings the segments that each calls its function for into memory.
+// It blocks, and is for the time before Start.
+func (im *Image) loadSegments(ctx context.Context, each func(func(uint32) bool)) error {
+	var missing []uint32
+	each(func(i uint32) bool {
+		if !im.objs.ready(i) {
+			missing = append(missing, i)
+		}
+		return true
+	})
+	spans := make([]*extmap.Span, len(missing))
+	err := inParallel(im.parallel, len(missing), func(k int) (err error) {
+		spans[k], err = readSegment(ctx, im.store, im.id, im.objs.place(missing[k]), missing[k], im.sectors)
+		return err
+	})
+	if err != nil {
+		return err
+	}
+	for k, i := range missing {
+		im.objs.enter(i, spans[k])
+	}
+	return nil
+}
+
+// inParallel calls fn for 0 to n-1, up to limit at a time, and returns the first
+// error.
+func inParallel(limit, n int, fn func(int) error) error {
+	if limit == 1 || n < 2 {
+		for k := range n {
+			if err := fn(k); err != nil {
+				return err
+			}
+		}
+		return nil
+	}
+	errs := make(chan error, n)
+	places := make(chan struct{}, limit)
+	for k := range n {
+		places <- struct{}{}
+		go func() {
+			errs <- fn(k)
+			<-places
+		}()
+	}
+	var first error
+	for range n {
+		if err := <-errs; err != nil && first == nil {
+			first = err
+		}
+	}
+	return first
+}
+
+// storeEnd returns where the store's unbroken run of objects ends.
+func (im *Image) storeEnd(ctx context.Context, sb *superblock) (position, error) {
+	var at position
+	if sb.Checkpoint != nil {
+		m, err := im.loadManifest(ctx, *sb.Checkpoint)
+		if err != nil {
+			return at, err
+		}
+		at = m.at
+	}
+	err := im.headers(ctx, sb, at, maxObjectSeq, func(h *objectHeader) error {
+		at = position{h.seq, h.lastSeq, h.logEnd}
+		return nil
+	})
+	return at, err
+}
+
+// loadHeader reads the header of a data object, and makes sure that all of the
+// object is there. It fails with ErrNotFound where the run of objects ends.
+func (im *Image) loadHeader(ctx context.Context, sb *superblock, seq uint64) (*objectHeader, error) {
+	epoch := sb.epochOf(seq)
+	if epoch == 0 || seq > maxObjectSeq {
+		return nil, backend.ErrNotFound // no epoch has been settled: no object was put
+	}
+	key := dataKey(im.id, seq, epoch)
+	b := make([]byte, firstRead)
+	n, err := im.store.Get(ctx, key, b, 0)
+	if err != nil {
+		return nil, err
+	}
+	fail := func(err error) (*objectHeader, error) { return nil, fmt.Errorf("object %s: %w", key, err) }
+	size, err := objectHeaderSize(b[:n])
+	if err != nil {
+		return fail(err)
+	}
+	if size > n {
+		rest := make([]byte, size)
+		m, err := im.store.Get(ctx, key, rest[copy(rest, b[:n]):], int64(n))
+		if err != nil {
+			return nil, err
+		}
+		b, n = rest, n+m
+	}
+	if n < size {
+		return fail(fmt.Errorf("%w: it ends after %d bytes, its header has %d", ErrCorrupt, n, size))
+	}
+	h, err := decodeObjectHeader(b[:size], im.sectors)
+	if err != nil {
+		return fail(err)
+	}
+	if h.image != im.id || h.seq != seq || h.epoch != epoch {
+		return fail(fmt.Errorf("%w: it is another object than its name says", ErrCorrupt))
+	}
+	whole, err := im.store.Stat(ctx, key)
+	if err != nil {
+		return nil, err
+	}
+	if whole != int64(h.header+h.data) {
+		return fail(fmt.Errorf("%w: it has %d bytes, it should have %d", ErrCorrupt, whole, h.header+h.data))
+	}
+	return h, nil
+}
+
+// readWhole reads all of an object.
+func readWhole(ctx context.Context, st backend.Store, key string) ([]byte, error) {
+	size, err := st.Stat(ctx, key)
+	if err != nil {
+		return nil, err
+	}
+	if size > backend.MaxObject {
+		return nil, fmt.Errorf("object %s: %w: %d bytes", key, ErrCorrupt, size)
+	}
+	b := make([]byte, size)
+	n, err := st.Get(ctx, key, b, 0)
+	if err != nil {
+		return nil, err
+	}
+	return b[:n], nil
+}
+
+func (im *Image) loadManifest(ctx context.Context, c checkpointRef) (*manifest, error) {
+	key := manifestKey(im.id, c, 0)
+	m, err := im.readManifest(ctx, c)
+	if err == nil && m.ref() != c {
+		err = fmt.Errorf("%w: it is another checkpoint than its name says", ErrCorrupt)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("checkpoint %s: %w", key, err)
+	}
+	return m, nil
+}
+
+// readManifest reads and decodes the parts of a manifest.
+func (im *Image) readManifest(ctx context.Context, c checkpointRef) (*manifest, error) {
+	b, err := readWhole(ctx, im.store, manifestKey(im.id, c, 0))
+	if err != nil {
+		return nil, err
+	}
+	size, err := manifestSize(b)
+	if err != nil {
+		return nil, err
+	}
+	for part := 1; len(b) < size; part++ {
+		more, err := readWhole(ctx, im.store, manifestKey(im.id, c, part))
+		if err != nil {
+			return nil, err
+		}
+		if len(more) == 0 || len(more) > size-len(b) {
+			return nil, fmt.Errorf("%w: its part %d has %d bytes", ErrCorrupt, part, len(more))
+		}
+		b = append(b, more...)
+	}
+	return decodeManifest(b, im.id, im.sectors)
+}
+
+// loadCheckpoint makes the map that of a checkpoint, nil for the empty one: what
+// it says of objects and segments is loaded, the segments come when needed.
+func (im *Image) loadCheckpoint(ctx context.Context, c *checkpointRef) error {
+	if c == nil {
+		return nil
+	}
+	m, err := im.loadManifest(ctx, *c)
+	if err != nil {
+		return err
+	}
+	im.table.load(m.objects)
+	im.objs.maps, im.objs.stored = m.maps, m.segments
+	last := *c
+	im.checkpoint.last = &last
+	im.accepted, im.recoveredLog = m.at, m.log
+	return nil
+}
+
+// recoverLog replays what the log holds beyond the store, and returns the number
+// of the first record that it can ever have held.
+func (im *Image) recoverLog(o *OpenOptions) (first uint64, err error) {
+	h := im.log.Header()
+	first = h.FirstSeq
+	if first == 0 { // never used
+		first = im.accepted.seq + 1
+	}
+	start := writelog.Start{Pos: 0, Seq: first}
+	if im.recoveredLog == h.Log {
+		start = writelog.Start{Pos: im.accepted.logEnd, Seq: im.accepted.seq + 1}
+	}
+	if start.Seq != im.accepted.seq+1 {
+		return 0, fmt.Errorf("%w: it begins at record %d, the store ends at %d", writelog.ErrCorrupt, start.Seq, im.accepted.seq)
+	}
+	// Positions of other logs mean nothing here.
+	im.accepted.logEnd = start.Pos
+	im.sealed = im.accepted
+	before := im.accepted
+	err = im.log.Recover(start, im.sectors, o.Boot, func(r writelog.Record) error {
+		im.recoverRecord(r, before)
+		before.seq, before.logEnd = r.Seq, r.End
+		return nil
+	})
+	if err == nil && im.open != nil {
+		im.sealAt(before.seq, before.logEnd)
+	}
+	return first, err
+}
