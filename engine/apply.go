@@ -22,27 +22,26 @@ const (
 // begins, and what the object's writes have in the log stays there. The reactor
 // owns it.
 type applier struct {
-	b          *batch // nil: nothing is being applied
-	h          *objectHeader
-	info       *objectInfo
-	next       int    // extent
-	done       uint64 // sectors of it
-	off        int    // offset of the next data in the object's data, in sectors
-	waiting    bool   // for a segment
+	b          *batch        // that h was put for; nil in recovery
+	h          *objectHeader // nil: nothing is being applied
+	next       int           // extent
+	done       uint64        // sectors of it
+	off        int           // offset of the next data in the object's data, in sectors
+	waiting    bool          // for a segment
 	loads      int
 	prefetched int // extents whose segments have been asked for
 	timer      Timer
 	runs       []extmap.Extent // scratch
 }
 
-// accept begins to enter a data object, the next in order.
+// beginApply begins to enter a data object, the next in order.
 func (im *Image) beginApply(h *objectHeader) {
 	if h.seq != im.accepted.object+1 {
 		panic("engine: objects accepted out of order")
 	}
 	im.table.add(infoOf(h))
 	a := &im.apply
-	a.h, a.info, a.next, a.done, a.off, a.prefetched = h, nil, 0, 0, 0, 0
+	a.h, a.next, a.done, a.off, a.prefetched = h, 0, 0, 0, 0
 }
 
 // applyPart enters what of the next extent lies in one segment, which must be in
