@@ -72,9 +72,15 @@ type kernelTimespec struct {
 
 // scratch is the memory that a ring itself passes to the kernel by address.
 type scratch struct {
-	arg eventsArg
-	ts  kernelTimespec
+	arg      eventsArg
+	ts       kernelTimespec
+	deadline kernelTimespec
 }
+
+// deadlineAddr returns the address of the deadline for the kernel.
+//
+// Unsafe: scratch is arena memory, mapped as long as the ring is there.
+func (s *scratch) deadlineAddr() uint64 { return uint64(uintptr(unsafe.Pointer(&s.deadline))) }
 
 // A Ring is one io_uring instance. See the package comment for who may use it.
 type Ring struct {
@@ -94,6 +100,8 @@ type Ring struct {
 	batch   [reapBatch]cqe
 	backlog []cqe // CQEs taken out of a full queue before they could be dispatched
 	reaping bool
+
+	deadline deadline
 
 	mem     *Arena
 	scratch *scratch
@@ -136,6 +144,7 @@ func New(o Options) (*Ring, error) {
 		// and scratch holds integers only.
 		scratch: (*scratch)(unsafe.Pointer(unsafe.SliceData(mem.Bytes()))),
 	}
+	r.deadline.r = r
 	// scratch.ts is in the arena too: its address stays good for the ring's life.
 	r.scratch.arg.ts = uint64(uintptr(unsafe.Pointer(&r.scratch.ts)))
 	if r.q, err = mapQueues(gr); err != nil {
@@ -238,9 +247,7 @@ func (r *Ring) Inflight() int { return r.inflight }
 func (r *Ring) sqe() *giouring.SubmissionQueueEntry {
 	e := r.ring.GetSQE()
 	for e == nil {
-		if err := r.Submit(); err != nil {
-			panic(fmt.Errorf("uring: submission queue stays full: %w", err))
-		}
+		r.makeRoom()
 		e = r.ring.GetSQE()
 	}
 	// giouring's Prepare methods leave fields alone that the kernel looks at
@@ -248,6 +255,13 @@ func (r *Ring) sqe() *giouring.SubmissionQueueEntry {
 	*e = giouring.SubmissionQueueEntry{}
 	r.tail++
 	return e
+}
+
+// makeRoom empties the submission queue.
+func (r *Ring) makeRoom() {
+	if err := r.Submit(); err != nil {
+		panic(fmt.Errorf("uring: submission queue stays full: %w", err))
+	}
 }
 
 // Fixed returns a stand-in for a file descriptor that names entry index of the
@@ -341,6 +355,10 @@ const (
 // which is copied. What addresses in the payload point to is not: that memory
 // must be mapped and outlive the command.
 func (r *Ring) Command(fd int, op uint32, cmd []byte, c Completer) {
+	r.command(fd, op, cmd, r.hold(c, true))
+}
+
+func (r *Ring) command(fd int, op uint32, cmd []byte, data uint64) {
 	room := CmdSize
 	if r.sqe128 {
 		room = CmdSize128
@@ -357,7 +375,7 @@ func (r *Ring) Command(fd int, op uint32, cmd []byte, c Completer) {
 	// GetSQE strides accordingly), of which giouring's type covers the first 64.
 	payload := unsafe.Slice((*byte)(unsafe.Add(unsafe.Pointer(e), cmdOffset)), room)
 	clear(payload[copy(payload, cmd):])
-	e.UserData = r.hold(c, true)
+	e.UserData = data
 }
 
 // unsubmitted returns how many prepared SQEs the kernel has not consumed, after
