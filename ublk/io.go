@@ -5,6 +5,7 @@ import (
 	"strconv"
 	"unsafe"
 
+	"github.com/lsd-ceph/lsd/internal/uring"
 	"golang.org/x/sys/unix"
 )
 
@@ -55,6 +56,14 @@ type Handler interface {
 	Handle(io *IO)
 }
 
+// A LateHandler is a Handler that uses [IO.CompleteInTime]. Late is called for each
+// request whose completion came too late: it is the handler's again, as it was
+// before, and waits to be completed.
+type LateHandler interface {
+	Handler
+	Late(io *IO)
+}
+
 // HandlerFunc makes a function a Handler.
 type HandlerFunc func(io *IO)
 
@@ -94,6 +103,12 @@ type IO struct {
 // learns of it with the reactor's next submission.
 func (io *IO) Complete(res int32) { io.t.commit(res) }
 
+// CompleteInTime is Complete, if the kernel comes to it before the deadline of the
+// reactor's ring ([uring.Ring.SetDeadline]). If it does not, the kernel learns
+// nothing, and the device's handler, which must be a [LateHandler], has the request
+// again.
+func (io *IO) CompleteInTime(res int32) { io.t.commitInTime(res) }
+
 // tag is one request slot of a queue. It is the Completer of its own FETCH and
 // COMMIT_AND_FETCH commands.
 type tag struct {
@@ -102,6 +117,8 @@ type tag struct {
 	buf  []byte
 	io   IO
 	busy bool // the handler has it
+	// inTime is set while a commit is under way that may come too late.
+	inTime bool
 
 	// cmd is the struct ublksrv_io_cmd to send next. Only the result changes.
 	cmd [sizeofIOCmd]byte
@@ -125,12 +142,24 @@ func (t *tag) fetch() {
 
 // commit sends the result of the tag's request and offers the tag again.
 func (t *tag) commit(res int32) {
+	t.result(res)
+	t.d.ring.Command(t.d.char, t.d.opCommit, t.cmd[:], t)
+}
+
+// commitInTime is commit, unless it would be too late.
+func (t *tag) commitInTime(res int32) {
+	t.result(res)
+	t.inTime = true
+	t.d.ring.CommandBefore(t.d.char, t.d.opCommit, t.cmd[:], t)
+}
+
+// result ends the handler's turn.
+func (t *tag) result(res int32) {
 	if !t.busy {
 		panic("ublk: request completed twice")
 	}
 	t.busy = false
 	binary.NativeEndian.PutUint32(t.cmd[4:], uint32(res))
-	t.d.ring.Command(t.d.char, t.d.opCommit, t.cmd[:], t)
 }
 
 // resOK is UBLK_IO_RES_OK, resAbort UBLK_IO_RES_ABORT.
@@ -142,6 +171,13 @@ const (
 // Complete implements uring.Completer: the kernel has given the tag a request,
 // or has given the tag back for good.
 func (t *tag) Complete(res int32, _ uint32) {
+	inTime := t.inTime
+	t.inTime = false
+	if inTime && uring.TooLate(res) {
+		t.busy = true
+		t.d.handler.(LateHandler).Late(&t.io)
+		return
+	}
 	if res != resOK {
 		t.d.tagEnded(res)
 		return

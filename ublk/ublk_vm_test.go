@@ -23,6 +23,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/lsd-ceph/lsd/internal/boottime"
 	"github.com/lsd-ceph/lsd/internal/reactor"
 	"golang.org/x/sys/unix"
 )
@@ -409,6 +410,93 @@ func TestVMRest(t *testing.T) {
 		t.Errorf("the memory was taken %d times (%d times there was a request): this tests nothing", rests.Load(), busy.Load())
 	}
 	t.Logf("the memory was taken %d times, and %d times there was a request", rests.Load(), busy.Load())
+}
+
+// leased is a disk in memory whose changes are told in time only. Those that come too
+// late are told again when there is time.
+type leased struct {
+	ram
+	late  []*IO // the reactor's
+	lates atomic.Int64
+}
+
+func (l *leased) Handle(io *IO) {
+	if io.Op == OpRead {
+		l.ram.Handle(io)
+		return
+	}
+	l.writes.Add(1)
+	copy(l.data[io.Sector*sectorSize:], io.Buf)
+	io.CompleteInTime(int32(len(io.Buf)))
+}
+
+func (l *leased) Late(io *IO) {
+	l.lates.Add(1)
+	l.late = append(l.late, io)
+}
+
+func (l *leased) extend(r *reactor.Reactor, by time.Duration) {
+	r.Ring().SetDeadline(boottime.Now() + by)
+	list := l.late
+	l.late = nil
+	for _, io := range list {
+		io.CompleteInTime(int32(len(io.Buf)))
+	}
+}
+
+// TestVMInTime: the kernel takes no completion after the deadline and all of them
+// before it, and none gets lost when it passes at any time.
+func TestVMInTime(t *testing.T) {
+	l := &leased{ram: ram{data: make([]byte, 64<<20)}}
+	d := start(t, openControl(t), Params{SizeBytes: uint64(len(l.data)), Depth: 32}, l)
+	r := d.reactor
+	write := func() error {
+		return exec.Command("dd", "if=/dev/zero", "of="+d.Path(), "bs=4k", "count=1", "oflag=direct", "conv=notrunc").Run()
+	}
+	written := make(chan error, 1)
+	go func() { written <- write() }()
+	select {
+	case err := <-written:
+		t.Fatalf("a write ended without a deadline that is still to come: %v", err)
+	case <-time.After(3 * time.Second):
+		if l.lates.Load() == 0 {
+			t.Fatal("no write has arrived: this tests nothing")
+		}
+	}
+
+	const lease, over = 20 * time.Millisecond, 10 * time.Millisecond
+	end := make(chan struct{})
+	var timer *reactor.Timer
+	r.Post(func() {
+		timer = r.AfterFunc(0, func() {
+			select {
+			case <-end:
+				l.extend(r, time.Hour)
+			default:
+				l.extend(r, lease)
+				timer.Reset(lease + over)
+			}
+		})
+	})
+	if err := <-written; err != nil {
+		t.Fatal(err)
+	}
+	args := []string{"--ioengine=libaio", "--rw=randrw", "--bs=4k", "--size=16m", "--verify=crc32c", "--verify_fatal=1", "--verify_state_save=0"}
+	for _, depth := range []string{"1", "32"} {
+		fio(t, d.Path(), append(args, "--iodepth="+depth)...)
+	}
+	late := l.lates.Load()
+	t.Logf("of %d writes %d were told too late at first", l.writes.Load(), late)
+	if late < 50 {
+		t.Error("this tests nothing")
+	}
+	close(end)
+	time.Sleep(100 * time.Millisecond)
+	late = l.lates.Load()
+	fio(t, d.Path(), append(args, "--iodepth=32")...)
+	if n := l.lates.Load(); n != late {
+		t.Errorf("%d writes were told too late, an hour before the deadline", n-late)
+	}
 }
 
 func TestVMDiscard(t *testing.T) {
