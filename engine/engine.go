@@ -29,6 +29,9 @@ type Env interface {
 	Spawn(work, done func())
 	// AfterFunc runs fn on the reactor d from now.
 	AfterFunc(d time.Duration, fn func()) Timer
+	// LeaseUntil says that the lease was renewed: what it holds for (Request.Leased)
+	// may be told until that time of Now's clock.
+	LeaseUntil(time.Duration)
 }
 
 // A Timer is what Env.AfterFunc returns; the reactor owns it.
@@ -92,6 +95,14 @@ type Request struct {
 	Done Completer
 	// Err is how it ended: 0, or the errno for the client.
 	Err syscall.Errno
+	// Leased says that the end may be told as long as the lease lasts (see
+	// Env.LeaseUntil) and not a moment longer: it is that of a change, or of a
+	// flush. A frontend that can tell it under that condition does so, and gives the
+	// request to Image.TakeBack if it came too late. For others the time from here to
+	// where the client sees the end is one in which a host that is stopped, and has
+	// lost the image when it goes on, tells of a write that the next owner does not
+	// have.
+	Leased bool
 
 	next    *Request
 	at      uint32 // sectors appended to the log so far

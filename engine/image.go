@@ -69,7 +69,8 @@ type Image struct {
 	blocked  fifo // writes that the log had no room for, in order of arrival
 	acks     fifo // writes in the log, in order of records
 	flushes  fifo // flushes and FUA writes, by the record that must be durable
-	ackable  bool // something of acks or flushes may have become due
+	late     fifo // confirmed, but not told in time
+	ackable  bool // something of late, acks or flushes may have become due
 	unblock  bool // the log may have room again
 	waiters  []waiter
 	readOps  []*logRead // free
@@ -160,7 +161,7 @@ func (im *Image) Start(env Env, dev aio.Device, mem []byte) {
 
 // Submit starts a request. Its Done is called when it has ended.
 func (im *Image) Submit(r *Request) {
-	r.Err, r.at, r.seq, r.pending = 0, 0, 0, 0
+	r.Err, r.Leased, r.at, r.seq, r.pending = 0, false, 0, 0, 0
 	switch {
 	case r.Op != Flush && (uint64(r.Sectors) > im.sectors || r.Sector > im.sectors-uint64(r.Sectors)),
 		(r.Op == Read || r.Op == Write) && len(r.Buf) != int(r.Sectors)*SectorSize:
@@ -390,27 +391,51 @@ func (im *Image) acknowledge() { im.ackable = true }
 // flushes whose records are durable, unless the lease has run out.
 //
 // It is the last thing in a turn, so that next to nothing lies between the look
-// at the clock and the system call that tells the kernel. What is left of that
-// window is in docs/architecture.md.
+// at the clock and the system call that tells the kernel; what does, the kernel
+// looks at: see Request.Leased.
 func (im *Image) confirm() {
 	for im.ackable {
 		im.ackable = false
-		if im.acks.n+im.flushes.n == 0 || !im.leased() {
+		if im.late.n+im.acks.n+im.flushes.n == 0 || !im.leased() {
 			return
+		}
+		for im.late.n > 0 {
+			im.confirmed(im.late.pop())
 		}
 		for im.acks.n > 0 && im.acks.head.seq <= im.log.Completed() {
 			r := im.acks.pop()
 			if r.FUA && !mutate.On(mutate.FUAPlain) {
 				im.awaitDurable(r)
 			} else {
-				im.finish(r, 0)
+				im.confirmed(r)
 			}
 		}
 		for im.flushes.n > 0 && im.flushes.head.seq <= im.log.Durable() {
-			im.finish(im.flushes.pop(), 0)
+			im.confirmed(im.flushes.pop())
 		}
 		im.syncNext()
 	}
+}
+
+// confirmed ends a request while the lease lasts.
+func (im *Image) confirmed(r *Request) {
+	r.Leased = true
+	im.finish(r, 0)
+}
+
+// TakeBack takes a request back that had ended without an error, Leased, and was not
+// told in time. It ends again once the lease is renewed, or with an error. It is
+// called on the reactor, before the request is submitted anew.
+func (im *Image) TakeBack(r *Request) {
+	r.Leased = false
+	if im.state == Fenced || im.state == Released {
+		im.finish(r, syscall.EIO)
+		return
+	}
+	if !mutate.On(mutate.LateForgotten) {
+		im.late.push(r)
+	}
+	im.acknowledge()
 }
 
 // admitBlocked lets waiting writes into the log, in order.
@@ -451,7 +476,7 @@ func (im *Image) appendHead(r, rest *Request) bool {
 
 // failPending ends every write and flush that is waiting.
 func (im *Image) failPending(err syscall.Errno) {
-	for _, q := range []*fifo{&im.blocked, &im.acks, &im.flushes} {
+	for _, q := range []*fifo{&im.blocked, &im.late, &im.acks, &im.flushes} {
 		for q.n > 0 {
 			im.finish(q.pop(), err)
 		}

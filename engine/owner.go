@@ -199,6 +199,11 @@ func (im *Image) superWritten(next *superblock, version backend.Version, began t
 	im.storeWorks()
 	if !releasing {
 		s.until = max(s.until, began+next.Owner.Lease*9/10)
+		until := s.until
+		if mutate.On(mutate.LeaseStretched) {
+			until += 10 * next.Owner.Lease
+		}
+		im.env.LeaseUntil(until)
 	}
 	done := s.changes[:changes]
 	s.changes = slices.Clone(s.changes[changes:])

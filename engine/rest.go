@@ -4,7 +4,7 @@ package engine
 // memory that Start was given may lose its contents. It does nothing while
 // anything is under way, or in the log alone.
 func (im *Image) Rest() bool {
-	if im.jobs+im.reading+len(im.queue)+im.acks.n+im.flushes.n+im.blocked.n > 0 || im.open != nil ||
+	if im.jobs+im.reading+len(im.queue)+im.late.n+im.acks.n+im.flushes.n+im.blocked.n > 0 || im.open != nil ||
 		im.apply.h != nil || im.clean.running != nil || im.checkpoint.running != nil {
 		return false
 	}

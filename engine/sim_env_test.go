@@ -16,6 +16,7 @@ type simEnv struct {
 	done   []simJob // run; the reactor has not been told
 	timers []*simTimer
 	disk   *simdisk.Disk
+	until  time.Duration // of the lease, as the image has said
 	// delay, if not nil, says how long a job waits to be run, and then to be told.
 	delay func() time.Duration
 }
@@ -70,6 +71,9 @@ func (e *simEnv) AfterFunc(d time.Duration, fn func()) Timer {
 	t.Reset(d)
 	return t
 }
+
+// LeaseUntil implements Env.
+func (e *simEnv) LeaseUntil(t time.Duration) { e.until = t }
 
 // step does one thing that can be done now, and reports whether there was one.
 func (e *simEnv) step() bool {

@@ -43,6 +43,7 @@ type simHost struct {
 	broken   bool          // its log was made to fail
 	badReads bool          // a read may fail
 	out      []*simRequest // in flight
+	told     []*simRequest // ended, Leased, and not yet handed to the kernel
 }
 
 func (w *world) newHost() *simHost {
@@ -92,17 +93,48 @@ func (h *simHost) runs() bool {
 // step lets the host do one thing, if there is one, and ends its turn.
 func (h *simHost) step() (did bool) {
 	h.dead = h.guarded(func() {
+		did = h.hand()
 		if h.w.rng.IntN(4) == 0 {
-			did = h.env.fireDue()
+			did = h.env.fireDue() || did
 		}
 		did = did || h.env.step() || h.env.fireDue()
 		h.im.EndTurn()
+		if len(h.told) > 0 && h.w.rng.IntN(8) == 0 {
+			h.stopBeforeCall()
+		} else {
+			h.hand()
+		}
 	})
 	if h.dead {
 		h.w.note("dies")
 		return true
 	}
 	return did
+}
+
+// stopBeforeCall stops the process right before the system call that ends a turn,
+// for a moment or longer than its lease.
+func (h *simHost) stopBeforeCall() {
+	w := h.w
+	if w.rng.IntN(16) == 0 {
+		h.paused = max(h.paused, w.now+time.Duration(w.rng.Int64N(int64(2*w.plan.lease))))
+	}
+}
+
+// hand tells the kernel what has ended, which passes on what it gets in time. It
+// reports whether there was something.
+func (h *simHost) hand() bool {
+	list := h.told
+	h.told = nil
+	for _, r := range list {
+		if h.env.now < h.env.until {
+			r.end()
+		} else {
+			h.w.note("too late", uint64(r.Op), r.Sector)
+			h.im.TakeBack(&r.Request)
+		}
+	}
+	return len(list) > 0
 }
 
 // open makes one attempt to open the image, as a new process does.
@@ -189,7 +221,7 @@ func (w *world) start(h *simHost, force bool) (powerCut bool, err error) {
 func (h *simHost) kill() {
 	h.w.note("kill")
 	h.disk.Kill()
-	h.im, h.dead, h.paused = nil, false, 0
+	h.im, h.dead, h.paused, h.told = nil, false, 0, nil
 }
 
 // cutPower ends everything on h.
@@ -197,7 +229,7 @@ func (h *simHost) cutPower() {
 	h.w.note("power cut")
 	h.disk.CutPower()
 	h.boot = h.w.uuid()
-	h.im, h.dead, h.paused = nil, false, 0
+	h.im, h.dead, h.paused, h.told = nil, false, 0, nil
 }
 
 // simRequest is a request of the client.
@@ -220,6 +252,15 @@ func (h *simHost) submit(r *simRequest) {
 
 // RequestDone implements Completer.
 func (r *simRequest) RequestDone(*Request) {
+	if r.Leased {
+		r.h.told = append(r.h.told, r)
+		return
+	}
+	r.end()
+}
+
+// end is the client's view of it.
+func (r *simRequest) end() {
 	h, w := r.h, r.h.w
 	if r.ended {
 		w.fail("a request completed twice")

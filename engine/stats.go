@@ -85,7 +85,7 @@ func (im *Image) Stats() Stats {
 		ReadBytes: c.readBytes, WriteByts: c.writeBytes, PutBytes: c.objectBytes, PutCount: c.objects,
 		ReadIOPS: c.readRate, WriteIOPS: c.writeRate,
 		StoreErrors: c.storeErrors, StoreDown: c.storeDown, ReadErrors: c.readErrors + c.mapErrors,
-		InFlight: im.acks.n + im.flushes.n, Waiting: im.blocked.n, Stalls: c.stalls,
+		InFlight: im.late.n + im.acks.n + im.flushes.n, Waiting: im.blocked.n, Stalls: c.stalls,
 		ReadCache: im.reads.Stats(),
 	}
 	if im.why != nil {

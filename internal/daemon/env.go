@@ -34,6 +34,9 @@ func (e *env) Spawn(work, done func()) {
 // AfterFunc implements engine.Env.
 func (e *env) AfterFunc(d time.Duration, fn func()) engine.Timer { return e.r.AfterFunc(d, fn) }
 
+// LeaseUntil implements engine.Env: answers go through the reactor's ring.
+func (e *env) LeaseUntil(t time.Duration) { e.r.Ring().SetDeadline(t) }
+
 // wait waits until no worker runs, or ctx ends, and reports which.
 func (e *env) wait(ctx context.Context) bool {
 	done := make(chan struct{})

@@ -203,7 +203,8 @@ func (d *fakeDevice) Err() error            { return d.err }
 // fakeIO takes the end of a request.
 type fakeIO chan int32
 
-func (c fakeIO) Complete(res int32) { c <- res }
+func (c fakeIO) Complete(res int32)       { c <- res }
+func (c fakeIO) CompleteInTime(res int32) { c <- res }
 
 // do runs one request through the device's handler and returns its result. It
 // fails the test when it gets none; a device that is being recovered may take a

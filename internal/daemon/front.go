@@ -26,7 +26,10 @@ type slot struct {
 }
 
 // A completer is a *ublk.IO, as far as it is told the end of a request.
-type completer interface{ Complete(res int32) }
+type completer interface {
+	Complete(res int32)
+	CompleteInTime(res int32)
+}
 
 func newFront(im *engine.Image, slots int) *front {
 	f := &front{image: im, slots: make([]slot, slots)}
@@ -81,9 +84,18 @@ func (s *slot) RequestDone(r *engine.Request) {
 	switch {
 	case r.Err != 0:
 		s.io.Complete(-int32(r.Err))
+	case r.Leased:
+		s.io.CompleteInTime(int32(len(r.Buf)))
 	default:
 		// All of Buf, or nothing: the engine knows no short reads. It is nil for
 		// what has no data.
 		s.io.Complete(int32(len(r.Buf)))
+	}
+}
+
+// Late implements ublk.LateHandler.
+func (f *front) Late(io *ublk.IO) {
+	if !f.deaf {
+		f.image.TakeBack(&f.slots[io.Index].req)
 	}
 }

@@ -49,6 +49,10 @@ const (
 	DiscardUndestaged Bug = "discard-undestaged"
 	// LeaseIgnored acknowledges without a valid lease.
 	LeaseIgnored Bug = "lease-ignored"
+	// LeaseStretched lets answers through that come too late for the lease.
+	LeaseStretched Bug = "lease-stretched"
+	// LateForgotten forgets an answer that came too late.
+	LateForgotten Bug = "late-forgotten"
 	// LeaseNotAwaited takes an image over without waiting for the owner's lease.
 	LeaseNotAwaited Bug = "lease-not-awaited"
 	// EpochIgnored goes on as owner although the superblock names another epoch.
@@ -73,7 +77,7 @@ func All() []Bug {
 		FlushEarly, FUAPlain, AckOutOfOrder, SyncCoversInFlight, AcceptOutOfOrder, PutForgotten,
 		ObjectUnverified, HeaderUnverified, LogReadUnverified, TornRecord, ProofIgnored, RecoveryStopsEarly,
 		LogOverwritten, TrimEarly, DirtyDropped, DiscardUnrecorded, DiscardUndestaged,
-		LeaseIgnored, LeaseNotAwaited, EpochIgnored, EpochUnrecorded, StaleLogDropped, DeletedEarly, CheckpointMixed,
+		LeaseIgnored, LeaseStretched, LateForgotten, LeaseNotAwaited, EpochIgnored, EpochUnrecorded, StaleLogDropped, DeletedEarly, CheckpointMixed,
 		DeadKept, MovedOverNewer,
 	}
 }

@@ -49,6 +49,8 @@ func (e environment) AfterFunc(d time.Duration, fn func()) engine.Timer {
 	return e.Reactor.AfterFunc(d, fn)
 }
 
+func (environment) LeaseUntil(time.Duration) {}
+
 const imageSize = 8 << 30
 
 // load keeps a number of random 4 KiB writes in flight, on the reactor.

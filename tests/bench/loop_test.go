@@ -34,6 +34,8 @@ func (l *loop) Now() time.Duration { return l.now }
 func (l *loop) Spawn(work, done func()) { l.jobs = append(l.jobs, loopJob{work, done}) }
 
 // AfterFunc implements engine.Env.
+func (*loop) LeaseUntil(time.Duration) {}
+
 func (l *loop) AfterFunc(d time.Duration, fn func()) engine.Timer {
 	t := &loopTimer{l: l, fn: fn}
 	t.Reset(d)
