@@ -134,12 +134,12 @@ func (o *options) run(ctx context.Context) (int, error) {
 	if o.supervise {
 		exe, err := os.Executable()
 		if err != nil {
-			return 1, err
+			return daemon.ExitFailed, err
 		}
 		return daemon.Supervise(ctx, logger, exe, childArgs(os.Args[1:]))
 	}
 	if err := daemon.BecomeIOFlusher(logger); err != nil {
-		return 1, err
+		return daemon.ExitFailed, err
 	}
 	signal.Ignore(unix.SIGHUP) // a terminal that closes ends nothing
 	// Stopped before Run returns: a second signal ends it at once.
@@ -153,11 +153,11 @@ func (o *options) run(ctx context.Context) (int, error) {
 	})
 	d, err := daemon.New(o.cfg)
 	if err != nil {
-		return 1, err
+		return daemon.ExitFailed, err
 	}
 	daemon.PrepareProcess(logger)
 	if err := d.Run(ctx); err != nil {
-		return 1, err
+		return daemon.ExitFailed, err
 	}
 	return 0, nil
 }

@@ -14,9 +14,15 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// ExitRefused is the status of a daemon that could not start and would not the
-// next time (EX_CONFIG of sysexits.h): it is not started again.
-const ExitRefused = 78
+// Exit statuses of the daemon.
+const (
+	// ExitRefused is that of one that could not start and would not the next time,
+	// as with bad flags: it is not started again.
+	ExitRefused = 1
+	// ExitFailed is that of one that failed and may not the next time (EX_TEMPFAIL
+	// of sysexits.h).
+	ExitFailed = 75
+)
 
 const (
 	// atOnce is how short a life must be for the next one to wait.
@@ -46,7 +52,7 @@ func Supervise(ctx context.Context, logger *slog.Logger, name string, args []str
 		cmd.SysProcAttr = &unix.SysProcAttr{Setpgid: true}
 		began := time.Now()
 		if err := cmd.Start(); err != nil {
-			return 1, fmt.Errorf("start %s: %w", name, err)
+			return ExitFailed, fmt.Errorf("start %s: %w", name, err)
 		}
 		died := make(chan error, 1)
 		go func() { died <- cmd.Wait() }()
