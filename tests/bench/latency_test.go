@@ -125,7 +125,7 @@ const latencyImage = 256 << 20
 
 // latencies overwrites a full image at random and returns how long each write of
 // the second half of the time took, in order.
-func latencies(b *testing.B, ratio, writeRate, storeRate float64, length time.Duration) []time.Duration {
+func latencies(b *testing.B, c engine.Config, writeRate, storeRate float64, length time.Duration) []time.Duration {
 	b.Helper()
 	ctx := context.Background()
 	path := filepath.Join(b.TempDir(), "log")
@@ -142,9 +142,8 @@ func latencies(b *testing.B, ratio, writeRate, storeRate float64, length time.Du
 	if err != nil {
 		b.Fatal(err)
 	}
-	im, err := engine.Open(ctx, st, id, engine.OpenOptions{Log: f, URL: "mem:/bench", Host: "bench", Config: engine.Config{
-		SpaceRatio: ratio, Logger: slog.New(slog.NewTextHandler(io.Discard, nil)),
-	}})
+	c.Logger = slog.New(slog.NewTextHandler(io.Discard, nil))
+	im, err := engine.Open(ctx, st, id, engine.OpenOptions{Log: f, URL: "mem:/bench", Host: "bench", Config: c})
 	if err != nil {
 		b.Fatal(err)
 	}
@@ -202,9 +201,12 @@ func quantile(sorted []time.Duration, q float64) float64 {
 // with the cleaner, and with so much space that it has nothing to do, in turns.
 func BenchmarkCleanerLatency(b *testing.B) {
 	var with, without []float64
+	p99 := func(ratio float64) float64 {
+		return quantile(latencies(b, engine.Config{SpaceRatio: ratio}, 8000, 300e6, 4*time.Duration(*seconds)*time.Second), 0.99)
+	}
 	for range *rounds {
-		with = append(with, quantile(latencies(b, 1.3, 8000, 300e6, 4*time.Duration(*seconds)*time.Second), 0.99))
-		without = append(without, quantile(latencies(b, 10, 8000, 300e6, 4*time.Duration(*seconds)*time.Second), 0.99))
+		with = append(with, p99(engine.DefaultSpaceRatio))
+		without = append(without, p99(engine.MaxSpaceRatio))
 	}
 	b.Logf("p99 ms with the cleaner %s, without %s", spread3(with), spread3(without))
 	b.ReportMetric(Median(with), "p99-ms")
@@ -214,16 +216,27 @@ func BenchmarkCleanerLatency(b *testing.B) {
 }
 
 // BenchmarkOverload: 64 writers write as fast as they can onto a store that takes
-// 40 MB/s, the cleaner's share included.
+// 40 MB/s, the cleaner's share included; with back-pressure, and without: then a full
+// log stops everybody until some of it is free.
 func BenchmarkOverload(b *testing.B) {
-	var mid, high, most []float64
+	quantiles := []float64{0.5, 0.99, 0.999, 1}
+	var paced, stopped [4][]float64
 	for range *rounds {
-		t := latencies(b, 1.3, 0, 40e6, 8*time.Duration(*seconds)*time.Second)
-		mid, high, most = append(mid, quantile(t, 0.5)), append(high, quantile(t, 0.999)), append(most, quantile(t, 1))
+		for _, x := range []struct {
+			from float64
+			to   *[4][]float64
+		}{{0, &paced}, {1, &stopped}} {
+			t := latencies(b, engine.Config{PaceFrom: x.from}, 0, 40e6, 8*time.Duration(*seconds)*time.Second)
+			for i, q := range quantiles {
+				x.to[i] = append(x.to[i], quantile(t, q))
+			}
+		}
 	}
-	b.ReportMetric(Median(mid), "p50-ms")
-	b.ReportMetric(Median(high), "p99.9-ms")
-	b.ReportMetric(Median(most), "max-ms")
+	for i, q := range []string{"p50", "p99", "p99.9", "max"} {
+		b.Logf("%s ms with back-pressure %s, without %s", q, spread3(paced[i]), spread3(stopped[i]))
+		b.ReportMetric(Median(paced[i]), q+"-ms")
+		b.ReportMetric(Median(stopped[i]), q+"-ms-without")
+	}
 	b.ReportMetric(0, "ns/op")
 }
 
