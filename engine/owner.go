@@ -136,7 +136,7 @@ func (im *Image) leased() bool {
 // Names hold the epoch and are never used twice, so what has become garbage once
 // stays garbage.
 func (im *Image) mayDelete() time.Duration {
-	if !im.leased() {
+	if !im.leased() || im.super.sb.Owner == nil { // it has just been given up
 		return 0
 	}
 	left := im.super.until - im.env.Now()
