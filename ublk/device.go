@@ -244,8 +244,11 @@ func (d *Device) open(ctx context.Context) error {
 // back from any other system call, so the memory stays there; USER_COPY is as old
 // as that change.
 func (d *Device) Rest() (bool, error) {
-	if d.ring == nil || !d.ring.Still() {
+	if d.ring == nil {
 		return false, nil
+	}
+	if still, err := d.ring.Settle(); err != nil || !still {
+		return false, err
 	}
 	for i := range d.tags {
 		if d.tags[i].busy {

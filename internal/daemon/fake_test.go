@@ -195,7 +195,14 @@ func (d *fakeDevice) Stop(ctx context.Context, force bool) error {
 func (d *fakeDevice) Delete(ctx context.Context, _ bool) error {
 	return d.k.Delete(ctx, d.params.ID)
 }
-func (d *fakeDevice) Rest() (bool, error)   { return true, nil }
+
+// Rest asks of the reactor what a real device does.
+func (d *fakeDevice) Rest() (bool, error) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.reactor.Ring().Settle()
+}
+
 func (d *fakeDevice) Close() error          { return nil }
 func (d *fakeDevice) Done() <-chan struct{} { return d.done }
 func (d *fakeDevice) Err() error            { return d.err }

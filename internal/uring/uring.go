@@ -229,11 +229,17 @@ func (r *Ring) release(data uint64, flags uint32) Completer {
 	return c
 }
 
-// Still reports whether nothing happens on the ring until its next system call:
-// what completes does so inside of those only (IORING_SETUP_DEFER_TASKRUN), there
-// is nothing to reap, and nothing waits to be submitted.
-func (r *Ring) Still() bool {
-	return r.deferTW && !r.Ready() && r.tail == atomic.LoadUint32(r.q.sqHead)
+// Settle submits what is queued, as Submit does, and reports whether nothing
+// happens on the ring from then on until its next system call: what completes does
+// so inside of those only (IORING_SETUP_DEFER_TASKRUN), and there is nothing to
+// reap. To look without submitting would not do: whoever is called through a Waker
+// finds its next read in the queue.
+func (r *Ring) Settle() (bool, error) {
+	if !r.deferTW {
+		return false, nil
+	}
+	err := r.Submit()
+	return err == nil && !r.Ready(), err
 }
 
 // Inflight returns how many operations have been queued and not yet reaped.

@@ -232,6 +232,46 @@ func TestWaker(t *testing.T) {
 	}
 }
 
+// TestSettle: a ring that was woken up is still when what was queued is with the
+// kernel, although the waker waits for the next time; one that has a completion is
+// not.
+func TestSettle(t *testing.T) {
+	r := newRing(t, Options{})
+	w, err := NewWaker(r)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer w.Close()
+	defer r.Close() // before the waker's memory goes
+	settle := func(want bool) {
+		t.Helper()
+		switch still, err := r.Settle(); {
+		case err != nil:
+			t.Fatal(err)
+		case still != (want && r.deferTW):
+			t.Fatalf("Settle reports %v, want %v", still, want && r.deferTW)
+		}
+	}
+	for range 100 {
+		w.Wake()
+		for r.Reap() == 0 {
+			if err := r.SubmitAndWait(-1); err != nil {
+				t.Fatal(err)
+			}
+		}
+		settle(true)
+		settle(true)
+		var c result
+		r.Nop(&c)
+		settle(false)
+		settle(false)
+		if r.Reap() != 1 {
+			t.Fatal("there was nothing to reap")
+		}
+		settle(true)
+	}
+}
+
 func TestOtherThread(t *testing.T) {
 	r := newRing(t, Options{})
 	errc := make(chan error)
