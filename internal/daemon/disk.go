@@ -43,6 +43,7 @@ type disk struct {
 
 	// The watcher's: see rest.
 	requests  uint64
+	puts      uint64
 	busySince time.Time
 	rested    bool
 

@@ -3,6 +3,8 @@ package daemon
 import (
 	"context"
 	"time"
+
+	"github.com/lsd-ceph/lsd/engine"
 )
 
 // restAfter is how long a disk must have been idle to give its memory back.
@@ -12,10 +14,13 @@ const restAfter = 10 * time.Second
 // of the block device, what the engine keeps at hand. Memory is locked, so the
 // kernel would never take it. Any of it is taken again when it is needed. It
 // reports whether it has done that now. watch calls it, about once a second, with
-// the requests that there have been.
-func (d *disk) rest(ctx context.Context, now time.Time, requests uint64) (bool, error) {
-	if requests != d.requests || d.busySince.IsZero() {
-		d.requests, d.busySince, d.rested = requests, now, false
+// what the image has done so far.
+func (d *disk) rest(ctx context.Context, now time.Time, s *engine.Stats) (bool, error) {
+	if n := s.Reads + s.Writes + s.Flushes + s.Discards; n != d.requests || d.busySince.IsZero() {
+		d.requests, d.busySince, d.rested = n, now, false
+	}
+	if s.PutCount != d.puts { // by the cleaner, which needs no requests for that
+		d.puts, d.rested = s.PutCount, false
 	}
 	if d.rested || now.Sub(d.busySince) < restAfter {
 		return false, nil

@@ -18,9 +18,9 @@ const (
 	// as hung.
 	statsTimeout = 2 * time.Second
 	watchEvery   = time.Second
-	// freeEvery bounds how often the heap is cleaned up for the sake of images
-	// that have become idle.
-	freeEvery = 15 * time.Second
+	// freeAfter is when the heap is cleaned up for the sake of an image that has
+	// come to rest: once for all that do so until then.
+	freeAfter = 5 * time.Second
 	// stallNotice is how long writes must have waited to be worth a log line.
 	stallNotice = 5 * time.Second
 )
@@ -116,38 +116,46 @@ func advise(im api.Image) []string {
 func (d *Daemon) watch() {
 	t := time.NewTicker(watchEvery)
 	defer t.Stop()
-	var freed time.Time
-	garbage := false // of an image that has come to rest
+	var free time.Time
 	for {
 		select {
 		case <-d.ctx.Done():
 			return
 		case <-t.C:
-		}
-		if garbage && time.Since(freed) > freeEvery {
-			// Nothing else would: an idle process makes no garbage, so it is not
-			// collected, and what it was is locked. Pools let go at the second time.
-			runtime.GC()
-			debug.FreeOSMemory()
-			freed, garbage = time.Now(), false
-		}
-		for _, a := range d.all() {
-			dk := a.getDisk()
-			if dk == nil {
-				continue
-			}
-			ctx, stop := context.WithTimeout(d.ctx, statsTimeout)
-			if s, err := dk.stats(ctx); err == nil && s != nil {
-				a.note(s)
-				rested, err := dk.rest(ctx, time.Now(), s.Reads+s.Writes+s.Flushes+s.Discards)
-				if err != nil {
-					a.logger.Debug("an idle image keeps its memory", "err", err)
-				}
-				garbage = garbage || rested
-			}
-			stop()
+			free = d.look(time.Now(), free)
 		}
 	}
+}
+
+// look is one look of watch. free is when the heap is to be cleaned up, zero if it
+// need not be; look returns the same for the next time.
+func (d *Daemon) look(now, free time.Time) time.Time {
+	if !free.IsZero() && !now.Before(free) {
+		// Nothing else would: an idle process makes no garbage, so it is not
+		// collected, and what it was is locked. Pools let go at the second time.
+		runtime.GC()
+		debug.FreeOSMemory()
+		free = time.Time{}
+	}
+	for _, a := range d.all() {
+		dk := a.getDisk()
+		if dk == nil {
+			continue
+		}
+		ctx, stop := context.WithTimeout(d.ctx, statsTimeout)
+		if s, err := dk.stats(ctx); err == nil && s != nil {
+			a.note(s)
+			rested, err := dk.rest(ctx, now, s)
+			if err != nil {
+				a.logger.Debug("an idle image keeps its memory", "err", err)
+			}
+			if rested && free.IsZero() {
+				free = now.Add(freeAfter)
+			}
+		}
+		stop()
+	}
+	return free
 }
 
 // note keeps what the engine does not, and logs stalls.
