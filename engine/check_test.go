@@ -531,6 +531,17 @@ func TestCheckStore(t *testing.T) {
 	ctx := context.Background()
 	whole := newCheckedImage(t)
 	gone := uuid.New()
+	for n, want := range map[int]string{1: "1 image; ", 2: "2 images; "} {
+		c := whole.copy(t)
+		if n > 1 {
+			if _, err := Create(ctx, c.st, "second", CreateOptions{Size: 64 << 20}); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if rep, err := CheckStore(ctx, c.st, "mem:"); err != nil || len(rep.Notes) != 1 || !strings.HasPrefix(rep.Notes[0], want) {
+			t.Errorf("%d: %v: %q, want %q", n, err, rep.Notes, want)
+		}
+	}
 	for _, x := range []struct {
 		name   string
 		damage func(c *checkedImage)
@@ -547,7 +558,7 @@ func TestCheckStore(t *testing.T) {
 				t.Fatal(err)
 			}
 		}, "directory: image ID has several names"},
-		{"only objects", func(c *checkedImage) { c.put(dataKey(gone, 1, 1), []byte("x")) }, gone.String() + "/: 1 objects of an image that has neither"},
+		{"only objects", func(c *checkedImage) { c.put(dataKey(gone, 1, 1), []byte("x")) }, gone.String() + "/: 1 object of an image that has neither"},
 		{"strange object", func(c *checkedImage) { c.put("other/thing", []byte("x")) }, "other/thing: no object of lsd"},
 		{"directory damaged", func(c *checkedImage) { c.corrupt(backend.DirectoryKey, flipLast) }, "directory: "},
 	} {
