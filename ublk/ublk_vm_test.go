@@ -378,7 +378,8 @@ func TestVMVerify(t *testing.T) {
 }
 
 // TestVMRest takes the buffers' memory away again and again, whenever no request
-// is under way, while requests come and go: none may lose its data.
+// is under way, while requests come and go: none may lose its data. When none come
+// it can be taken at any time, also on a reactor that sleeps and is woken up for it.
 func TestVMRest(t *testing.T) {
 	c := openControl(t)
 	m := &ram{data: make([]byte, 64<<20)}
@@ -410,6 +411,28 @@ func TestVMRest(t *testing.T) {
 		t.Errorf("the memory was taken %d times (%d times there was a request): this tests nothing", rests.Load(), busy.Load())
 	}
 	t.Logf("the memory was taken %d times, and %d times there was a request", rests.Load(), busy.Load())
+
+	d.reactor.Post(func() { timer.Stop() })
+	const looks = 100
+	idle := 0
+	for range looks {
+		time.Sleep(2 * time.Millisecond)
+		err := d.reactor.Call(func() {
+			ok, err := d.Rest()
+			if err != nil {
+				t.Error(err)
+			}
+			if ok {
+				idle++
+			}
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	if idle < looks*9/10 { // a wake-up of the time before may be left
+		t.Errorf("the memory of an idle device was taken at %d of %d looks", idle, looks)
+	}
 }
 
 // leased is a disk in memory whose changes are told in time only. Those that come too
