@@ -14,7 +14,7 @@ import (
 	"github.com/lsd-ceph/lsd/internal/cephtest"
 )
 
-func TestMain(m *testing.M) { os.Exit(cephtest.Main(m, 100)) }
+func TestMain(m *testing.M) { os.Exit(cephtest.Main(m, 100, "memstore")) }
 
 // newRADOS returns a function that opens a new, empty store by a connection of
 // its own each time, as another host does.

@@ -24,7 +24,8 @@ import (
 	"github.com/lsd-ceph/lsd/internal/cephtest"
 )
 
-func TestMain(m *testing.M) { os.Exit(cephtest.Main(m, 0)) }
+// An OSD that is killed must find its data again.
+func TestMain(m *testing.M) { os.Exit(cephtest.Main(m, 0, "bluestore")) }
 
 // ceph runs the command-line tool.
 func ceph(t *testing.T, args ...string) string {
@@ -469,19 +470,9 @@ func TestOSDCrash(t *testing.T) {
 			}
 		})
 	}
-	if storeKeeps(t) {
-		for range 2 {
-			time.Sleep(time.Second)
-			for _, command := range []string{"kill-osd", "start-osd"} {
-				if err := cephtest.Script(command); err != nil {
-					t.Error(err)
-				}
-			}
-		}
-	} else {
-		t.Log("memstore: the OSD is paused, not killed")
-		for _, command := range []string{"pause", "resume"} {
-			time.Sleep(time.Second)
+	for range 2 {
+		time.Sleep(time.Second)
+		for _, command := range []string{"kill-osd", "start-osd"} {
 			if err := cephtest.Script(command); err != nil {
 				t.Error(err)
 			}
@@ -490,15 +481,6 @@ func TestOSDCrash(t *testing.T) {
 	time.Sleep(time.Second)
 	close(stop)
 	wg.Wait()
-}
-
-// storeKeeps says whether the cluster keeps its data when an OSD dies.
-func storeKeeps(t *testing.T) bool {
-	b, err := os.ReadFile(os.Getenv("CEPH_CONF"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	return !bytes.Contains(b, []byte("osd objectstore = memstore"))
 }
 
 func BenchmarkPut4M(b *testing.B) {

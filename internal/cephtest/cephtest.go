@@ -14,8 +14,9 @@ import (
 
 // Main runs a package's tests on the cluster that CEPH_CONF names, or on one of
 // their own whose ports are at the offset shift, and returns the exit status.
-// Packages are tested side by side: each takes a shift of its own.
-func Main(m *testing.M, shift int) int {
+// Packages are tested side by side: each takes a shift of its own. The store of
+// the OSD is memstore, which forgets all when the OSD ends, or bluestore.
+func Main(m *testing.M, shift int, store string) int {
 	if os.Getenv("CEPH_CONF") != "" {
 		return m.Run()
 	}
@@ -28,7 +29,7 @@ func Main(m *testing.M, shift int) int {
 	os.Setenv("CEPH_CONF", filepath.Join(dir, "ceph.conf"))
 	defer Script("down")
 	port := func(base int) string { return fmt.Sprint(base + shift) }
-	if err := Script("up", "--store", "memstore", "--mon-port", port(16790), "--mon-port2", port(13301), "--osd-ports", port(16850)); err != nil {
+	if err := Script("up", "--store", store, "--mon-port", port(16790), "--mon-port2", port(13301), "--osd-ports", port(16850)); err != nil {
 		fmt.Fprintln(os.Stderr, "no cluster to test with:", err)
 		return 1
 	}
