@@ -31,6 +31,10 @@ const (
 	// maxBlocking is how many calls that librados has only in a blocking form
 	// one connection has in flight; each takes a thread.
 	maxBlocking = 8
+
+	// askPause is how long a connection waits from one question for the newest
+	// map to the next.
+	askPause = time.Second
 )
 
 // Clusters is a set of connections to clusters. The stores that it opens share
@@ -53,6 +57,7 @@ type cluster struct {
 	err      error
 	slots    chan struct{} // of operations in flight
 	blocking chan struct{} // of blocking calls in flight
+	asking   chan struct{} // held while the monitors are asked for the newest map
 }
 
 // acquire returns the connection for key, and makes it if there is none. The
@@ -69,6 +74,7 @@ func (cs *Clusters) acquire(ctx context.Context, key clusterKey) (*cluster, erro
 			ready:    make(chan struct{}),
 			slots:    make(chan struct{}, maxOps),
 			blocking: make(chan struct{}, maxBlocking),
+			asking:   make(chan struct{}, 1),
 		}
 		if cs.m == nil {
 			cs.m = make(map[clusterKey]*cluster)
@@ -133,6 +139,33 @@ func (cs *Clusters) forget(c *cluster) {
 	if cs.m[c.key] == c {
 		delete(cs.m, c.key)
 	}
+}
+
+// unanswered is told that an operation on c got no answer in its time. Maybe the
+// OSD is elsewhere by now: unless it is being done already, and at most once in
+// askPause, the monitors are asked for the newest map, in the background. The
+// caller has a use of c.
+//
+// librados has no standing order for maps. It asks for the next one when it loses
+// an OSD, once, and the next one may be about something else; after that, only for
+// operations that it has had for ten seconds (objecter_timeout), of which there
+// are none where callers wait for less. An OSD that was killed and came back is
+// another one under the same address, which refuses those who look for the one
+// before: without a new map they are refused for ever.
+func (cs *Clusters) unanswered(c *cluster) {
+	select {
+	case c.asking <- struct{}{}:
+	default:
+		return
+	}
+	cs.retain(c)
+	go func() {
+		// It blocks for as long as no monitor answers, where nothing can end it.
+		_ = c.conn.WaitForLatestOSDMap()
+		cs.release(c)
+		time.Sleep(askPause)
+		<-c.asking
+	}()
 }
 
 func (c *cluster) failed() bool {

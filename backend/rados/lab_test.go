@@ -483,6 +483,65 @@ func TestOSDCrash(t *testing.T) {
 	wg.Wait()
 }
 
+// TestOSDCrashShort kills the OSD under callers that wait for less than the ten
+// seconds after which librados itself asks where an OSD is now. They must find it
+// all the same, however soon it is back.
+func TestOSDCrashShort(t *testing.T) {
+	u := place(t)
+	s := open(t, new(rados.Clusters), u)
+	defer s.Close()
+	put := func() error {
+		ctx, cancel := context.WithTimeout(context.Background(), 2*time.Second)
+		defer cancel()
+		return s.Put(ctx, uuid.NewString(), storetest.Pattern(1, 1<<20))
+	}
+	round := func(down time.Duration) {
+		stop := make(chan struct{})
+		var wg sync.WaitGroup
+		defer wg.Wait()
+		defer close(stop)
+		for range 4 {
+			wg.Go(func() {
+				for {
+					select {
+					case <-stop:
+						return
+					default:
+						if put() != nil {
+							time.Sleep(100 * time.Millisecond)
+						}
+					}
+				}
+			})
+		}
+		time.Sleep(time.Second)
+		if err := cephtest.Script("kill-osd"); err != nil {
+			t.Error(err)
+		}
+		time.Sleep(down)
+		if err := cephtest.Script("start-osd"); err != nil {
+			t.Error(err)
+			return
+		}
+		began := time.Now()
+		for {
+			err := put()
+			took := time.Since(began).Round(time.Millisecond)
+			if err == nil {
+				t.Logf("the OSD was away for %v: found after %v", down, took)
+				return
+			}
+			if took > 30*time.Second {
+				t.Errorf("the OSD was away for %v: not found within %v: %v", down, took, err)
+				return
+			}
+		}
+	}
+	for _, down := range []time.Duration{0, 0, time.Second, 4 * time.Second} {
+		round(down)
+	}
+}
+
 func BenchmarkPut4M(b *testing.B) {
 	s := open(b, new(rados.Clusters), place(b))
 	defer s.Close()

@@ -10,7 +10,9 @@
 // has to do with it happens in memory that is not the caller's. librados
 // repeats operations by itself for as long as the cluster is away, and the
 // cluster recognizes what it has done already; so without an end of ctx, and
-// without rados_osd_op_timeout in ceph.conf, a call waits for the cluster.
+// without rados_osd_op_timeout in ceph.conf, a call waits for the cluster. A
+// call that did not wait long enough has the map of the cluster brought up to
+// date, for the next one.
 //
 // The format is described in docs/format-rados-store.md.
 package rados
@@ -111,6 +113,10 @@ func begin(ctx context.Context, op, key string, bad error) error {
 
 // end returns the error of a call whose operation, on l, returned ret and err.
 func (s *Store) end(l *link, op, key string, ret int, err error) error {
+	// ETIMEDOUT is the end of rados_osd_op_timeout.
+	if err != nil || syscall.Errno(-ret) == syscall.ETIMEDOUT {
+		s.clusters.unanswered(l.cluster)
+	}
 	if err != nil {
 		return fmt.Errorf("%s %s: %w", op, key, err) // the context's
 	}
