@@ -7,6 +7,7 @@ import (
 	"flag"
 	"fmt"
 	"math/rand/v2"
+	"regexp"
 	"slices"
 	"strings"
 	"syscall"
@@ -19,6 +20,7 @@ import (
 var (
 	soakFor  = flag.Duration("e2e.soak", time.Minute, "how long TestSoak goes on")
 	soakSeed = flag.Uint64("e2e.seed", 0, "what TestSoak does, and in which order; 0: any")
+	soakOnly = flag.String("e2e.events", "", "a regular expression: TestSoak does only these events")
 )
 
 const (
@@ -64,8 +66,17 @@ func TestSoak(t *testing.T) {
 	// Each of them once before chance decides, so that a short run has seen all.
 	events := s.events()
 	names := make([]string, 0, len(events))
+	only, err := regexp.Compile(*soakOnly)
+	if err != nil {
+		t.Fatal(err)
+	}
 	for name := range events {
-		names = append(names, name)
+		if only.MatchString(name) {
+			names = append(names, name)
+		}
+	}
+	if len(names) == 0 {
+		t.Fatalf("no event matches %q", only)
 	}
 	slices.Sort(names)
 	order := s.rng.Perm(len(names))

@@ -138,6 +138,53 @@ func TestStoreDown(t *testing.T) {
 	}
 }
 
+// TestStoreKilled: the OSD is killed and comes back, as another one at the same
+// address. The cluster has not heard of the first one's end then, and whoever does
+// not ask it again never finds the second one.
+func TestStoreKilled(t *testing.T) {
+	if *storeKind != "rados" {
+		t.Skip("a file store has no server that could be killed")
+	}
+	clearKernelLog(t)
+	h := newHost(t, "killed")
+	url := storeURL(t) + "/disk"
+	h.create(url, "1G")
+	const lease = 4 * time.Second
+	dev := h.add(url, "--lease", lease.String(), "--batch-age", "500ms", "--store-timeout", "2s")
+	plan := stampPlan{Seed: 13, Slots: 32, Pause: 500}
+	s := startStamps(t, dev, plan)
+	s.awaitWrites(200, time.Minute)
+	t.Cleanup(func() { askHost(t, "ceph start-osd") })
+	for _, down := range []time.Duration{0, 2 * lease} {
+		askHost(t, "ceph kill-osd")
+		time.Sleep(down)
+		askHost(t, "ceph start-osd")
+		// With what is left of a lease writes go on even without a store.
+		began := time.Now()
+		puts := h.awaitActive(dev).Stats.PutCount
+		h.awaitStatus(dev, time.Minute, "the lease is renewed and objects are put", func(im api.Image) bool {
+			return isActive(im) && !im.Stats.StoreDown && im.Stats.LeaseLeft > 0 && im.Stats.PutCount > puts
+		})
+		time.Sleep(lease)
+		s.awaitWrites(100, time.Minute)
+		t.Logf("the OSD was away for %v; all is well after %v", down, time.Since(began).Round(time.Millisecond))
+	}
+	acked := s.stop()
+	h.must("flush", dev)
+	if im := h.status(dev); im.Stats.ReadErrors != 0 || im.Stats.LogError != "" {
+		t.Errorf("afterwards: %+v", im.Stats)
+	}
+	h.del(dev)
+	dev = h.add(url)
+	if got := stamps(t, dev, plan); got != acked {
+		t.Errorf("from the store: %v, acknowledged were %v", got, acked)
+	}
+	h.del(dev)
+	if e := kernelErrors(t, dev); len(e) > 0 {
+		t.Errorf("the kernel reports: %q", e)
+	}
+}
+
 // advises reports whether one of the status's advices speaks of something.
 func advises(im api.Image, of string) bool {
 	for _, a := range im.Advice {
