@@ -53,6 +53,7 @@ func (im *Image) readFromObject(r *Request, s uint64, n uint32, loc uint64, info
 
 // readSlow reads a part of r on a worker.
 func (im *Image) readSlow(r *Request, s uint64, n uint32, loc uint64, info *objectInfo, k *readcache.Key) {
+	im.fetchSums(info)
 	o := im.newSlowRead(r, s, n, r.part(s, n))
 	o.object, o.loc, o.key, o.src = true, loc, *k, objectSource{im, *info}
 	im.startSlow(o)
@@ -130,12 +131,13 @@ type objectSource struct {
 func (s *objectSource) Fetch(ctx context.Context, first uint32, p []byte) error {
 	im, info := s.im, &s.info
 	key := dataKey(im.id, uint64(info.number), uint64(info.epoch))
-	sums, err := im.objectSums(ctx, info)
+	from := int64(info.headerBytes()) + int64(first)*objectBlock
+	n, err := im.store.Get(ctx, key, p, from)
 	if err != nil {
 		return err
 	}
-	from := int64(info.headerBytes()) + int64(first)*objectBlock
-	n, err := im.store.Get(ctx, key, p, from)
+	// Fetched meanwhile, if they were not at hand: see fetchSums.
+	sums, err := im.objectSums(ctx, info)
 	if err != nil {
 		return err
 	}

@@ -130,20 +130,19 @@ func (s *farStore) Get(ctx context.Context, key string, p []byte, off int64) (in
 	}
 	s.gets.Add(1)
 	s.bytes.Add(int64(n))
-	if s.latency > 0 {
-		time.Sleep(s.latency)
-	}
+	// The line carries what was asked for in that order.
+	s.mu.Lock()
+	now := time.Now()
+	end := now.Add(s.latency)
 	if s.bandwidth > 0 {
-		s.mu.Lock()
-		now := time.Now()
-		if s.free.Before(now) {
-			s.free = now
+		if s.free.After(end) {
+			end = s.free
 		}
-		s.free = s.free.Add(time.Duration(float64(n) / s.bandwidth * float64(time.Second)))
-		wait := s.free.Sub(now)
-		s.mu.Unlock()
-		time.Sleep(wait)
+		end = end.Add(time.Duration(float64(n) / s.bandwidth * float64(time.Second)))
+		s.free = end
 	}
+	s.mu.Unlock()
+	time.Sleep(end.Sub(now))
 	return n, err
 }
 

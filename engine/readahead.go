@@ -107,7 +107,7 @@ func (im *Image) readAhead(st *stream) {
 		n := im.fetchAhead(e.Loc, min(e.N, aheadUnit), st.how())
 		st.ahead = e.Sector + uint64(n)
 		if n == 0 {
-			return
+			break
 		}
 	}
 	im.fetchSumsAhead(st)
@@ -121,11 +121,19 @@ func (im *Image) fetchSumsAhead(st *stream) {
 	if !ok {
 		return
 	}
-	info := im.table.find(refOf(e.Loc).seq())
-	if info == nil || info.number == st.sums || im.sums.get(info.number) != nil {
+	if info := im.table.find(refOf(e.Loc).seq()); info != nil && info.number != st.sums {
+		st.sums = info.number
+		im.fetchSums(info)
+	}
+}
+
+// fetchSums fetches an object's checksums, if they are neither at hand nor under
+// way: whoever reads its data gets them beside it, and does not wait for one after
+// the other.
+func (im *Image) fetchSums(info *objectInfo) {
+	if im.sums.get(info.number) != nil {
 		return
 	}
-	st.sums = info.number
 	k, blocks := im.sumsKey(info)
 	if claim, _, claimed := im.reads.Claim(&k, sumsBlock, blocks); claimed {
 		o := im.newAhead(k, info, claim, readcache.Keep)
