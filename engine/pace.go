@@ -24,8 +24,8 @@ const (
 // Below Config.PaceFrom, half of the log, nothing waits. From there on bytes are
 // admitted at twice the speed of destaging, and less of it the fuller the log is,
 // down to none, and besides at a speed that would fill what is left in paceFill, or
-// at paceFloor: so a log whose store is away fills more and more slowly. Where demand never ends, the
-// log settles at about three quarters.
+// at paceFloor: so a log whose store is away fills more and more slowly. Where demand
+// never ends, the log settles at about three quarters.
 type pacer struct {
 	timer  Timer
 	credit float64       // bytes that may be admitted; negative: admitted before their time
@@ -41,11 +41,11 @@ type pacer struct {
 func (im *Image) admits(n int) bool {
 	p := &im.pace
 	size, used := float64(im.log.Size()), float64(im.log.Used())
-	now := im.env.Now()
 	if used < size*im.cfg.PaceFrom || im.cfg.PaceFrom >= 1 {
-		p.credit, p.at = paceBurst, now
+		p.credit = paceBurst // the most there is, however long ago that was
 		return true
 	}
+	now := im.env.Now()
 	free := max(size-used, 0)
 	rate := p.measured(now)*2*free/(size*(1-im.cfg.PaceFrom)) + max(free/paceFill.Seconds(), paceFloor)
 	p.credit = min(p.credit+rate*(now-p.at).Seconds(), paceBurst)
