@@ -17,6 +17,9 @@ const (
 	// closeGrace is what the last steps may take beyond the user's timeout: by
 	// then everything is in the store but what came in at the very end.
 	closeGrace = 15 * time.Second
+	// stopGrace is how long requests may go on, where force is used, once the device
+	// is being stopped.
+	stopGrace = 2 * time.Second
 )
 
 // A logFate is what a write log is good for once its image is detached.
@@ -140,6 +143,11 @@ func (a *attachment) stopDevice(ctx context.Context, k kernel, dk *disk, force b
 	switch {
 	case before == phaseDetaching && (dk == nil || dk.dev == nil):
 	case dk != nil && dk.dev != nil:
+		if force {
+			// The kernel waits for all requests that it has given to us, in a way
+			// that nothing ends, not even our death: they must not wait for a store.
+			defer time.AfterFunc(stopGrace, dk.refuse).Stop()
+		}
 		err = dk.dev.Stop(ctx, force)
 	default:
 		info, ierr := k.Info(ctx, a.id)
@@ -159,7 +167,7 @@ func (a *attachment) stopDevice(ctx context.Context, k kernel, dk *disk, force b
 
 // letGo destages the rest and gives up the image.
 func (a *attachment) letGo(ctx context.Context, dk *disk, q api.DetachRequest, progress func(api.Progress)) (logFate, error) {
-	if dk.image == nil {
+	if dk.image == nil || dk.refused.Load() {
 		return logGoesOn, nil
 	}
 	s, err := dk.stats(ctx)
@@ -298,6 +306,9 @@ func (a *attachment) leaveForNext(ctx context.Context, progress func(api.Progres
 	select {
 	case a.op <- struct{}{}: // never given back: this is the end
 	case <-ctx.Done():
+		if dk := a.getDisk(); dk != nil && a.record().Phase == phaseDetaching {
+			dk.refuse() // see stopDevice
+		}
 		return []string{fmt.Sprintf("%s was being attached or detached: the next daemon takes that up", a.name())}
 	}
 	a.stopKeeper()

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"sync/atomic"
 	"time"
 
 	"github.com/lsd-ceph/lsd/backend"
@@ -46,6 +47,8 @@ type disk struct {
 	puts      uint64
 	busySince time.Time
 	rested    bool
+
+	refused atomic.Bool // see refuse
 
 	closed chan struct{} // made by close; closed when it has ended
 	err    error         // of close, valid after closed
@@ -235,6 +238,16 @@ func (d *disk) follow(ctx context.Context, what string, done <-chan error, progr
 // not answered any more.
 func (d *disk) abandon(ctx context.Context) error {
 	return call(ctx, d.reactor, d.drop)
+}
+
+// refuse ends the image's work as abandon does, but tells the kernel: every request
+// that waits, and every later one, gets an I/O error. What was acknowledged stays in
+// the log, from which the image can be attached again.
+func (d *disk) refuse() {
+	if d.image == nil || d.refused.Swap(true) {
+		return
+	}
+	d.reactor.Post(d.image.Abandon)
 }
 
 // drop is abandon on the reactor.

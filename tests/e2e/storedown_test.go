@@ -185,6 +185,61 @@ func TestStoreKilled(t *testing.T) {
 	}
 }
 
+// TestDelStoreDown: while a store is away and writes wait for it, the daemon can be
+// told to end, and the device to go; the writers get errors, and what was
+// acknowledged stays in the log.
+func TestDelStoreDown(t *testing.T) {
+	store, begin, end := outage(t)
+	h := newHost(t, "gone")
+	url := store + "/disk"
+	h.create(url, "1G")
+	dev := h.add(url, "--lease", "4s", "--batch-age", "500ms", "--store-timeout", "2s")
+	plan := stampPlan{Seed: 14, Slots: 64}
+	s := startStamps(t, dev, plan)
+	s.awaitWrites(200, time.Minute)
+	begin()
+	stalled := func() {
+		t.Helper()
+		for last, since, began := s.acked(), time.Now(), time.Now(); time.Since(since) < 5*time.Second; time.Sleep(100 * time.Millisecond) {
+			if now := s.acked(); now != last {
+				last, since = now, time.Now()
+			}
+			if time.Since(began) > 3*time.Minute {
+				t.Fatal("writes go on without a store")
+			}
+		}
+	}
+	stalled()
+	h.terminate() // and the supervisor
+	h.start()
+	h.awaitStatus(dev, time.Minute, "the device is taken up", func(im api.Image) bool { return im.State != "" })
+	if !s.running() {
+		t.Fatalf("the writer ended: %v", s.wait(0).err())
+	}
+
+	end()
+	s.awaitWrites(50, 2*time.Minute)
+	begin()
+	stalled()
+	began := time.Now()
+	if r := h.ctl("del", dev, "--force", "--timeout", "3s"); r.failed != nil || !strings.Contains(r.stderr, ".log is kept") {
+		t.Errorf("lsdctl del does not say that the log is kept: %v\n%s", r.err(), r.stderr)
+	}
+	took := time.Since(began).Round(time.Millisecond)
+	t.Logf("the device is gone after %v", took)
+	if took > 20*time.Second {
+		t.Errorf("that is long, with --timeout 3s")
+	}
+	if r := s.wait(time.Minute); r.failed == nil || !strings.Contains(r.stderr, "input/output error") {
+		t.Errorf("the writer ended with %v", r.err())
+	}
+	acked := s.acked()
+	end()
+	dev = h.add(url)
+	atLeast(t, "what was acknowledged", stamps(t, dev, plan), acked)
+	h.del(dev)
+}
+
 // advises reports whether one of the status's advices speaks of something.
 func advises(im api.Image, of string) bool {
 	for _, a := range im.Advice {
