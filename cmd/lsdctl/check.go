@@ -199,35 +199,40 @@ func (a *app) printReport(r *engine.CheckReport, repair bool, took time.Duration
 		{r.Pending, "an owner was putting, or is: the next attach sees to it"},
 	} {
 		if n := len(k.keys); n > 0 {
-			say("harmless: %d objects that %s: %s", n, k.what, k.keys[0])
+			say("harmless: %s that %s: %s", counted(n, "object"), k.what, k.keys[0])
 		}
 	}
 	if n := len(r.Stale); n > 0 && !repair {
-		say("harmless: %d objects that an earlier owner has left: the next attach removes them, or --repair: %s", n, r.Stale[0])
+		say("harmless: %s that an earlier owner has left: the next attach sees to it, or --repair: %s", counted(n, "object"), r.Stale[0])
 	}
 	if mendable > 0 && !repair {
-		say("lsdctl check --repair would see to %d objects", mendable)
+		say("lsdctl check --repair would see to %s", counted(mendable, "object"))
 	}
 	say("%s: %s, %s", r.Image, verdict(bad), summary(r, took))
 }
 
 func verdict(bad int) string {
-	switch bad {
-	case 0:
+	if bad == 0 {
 		return "clean"
-	case 1:
-		return "1 error"
 	}
-	return fmt.Sprintf("%d errors", bad)
+	return counted(bad, "error")
+}
+
+// counted returns how many of a thing there are, in words.
+func counted(n int, thing string) string {
+	if n == 1 {
+		return "1 " + thing
+	}
+	return fmt.Sprintf("%d %ss", n, thing)
 }
 
 func summary(r *engine.CheckReport, took time.Duration) string {
-	s := fmt.Sprintf("%d objects", r.Objects)
+	s := counted(r.Objects, "object")
 	if r.Epoch > 0 || r.Segments > 0 {
-		s = fmt.Sprintf("%d data objects, %d map segments", r.Objects, r.Segments)
+		s = counted(r.Objects, "data object") + ", " + counted(r.Segments, "map segment")
 	}
 	if r.Points > 0 {
-		s += fmt.Sprintf(", %d states kept for logs", r.Points)
+		s += ", " + counted(r.Points, "state") + " kept for logs"
 	}
 	if r.Read > 0 {
 		s += fmt.Sprintf(", %s read", bytesize.Human(r.Read))
