@@ -127,14 +127,21 @@ func TestStoreDown(t *testing.T) {
 	if got := stamps(t, dev, plan); got != acked {
 		t.Errorf("the disk holds %v, acknowledged were %v", got, acked)
 	}
+	h.storeHas(url, dev, plan, acked)
+}
+
+// storeHas detaches a device and checks that all that was acknowledged comes back
+// from the store, and that the kernel has reported no error.
+func (h *host) storeHas(url, dev string, plan stampPlan, acked vector) {
+	h.t.Helper()
 	h.del(dev)
 	dev = h.add(url)
-	if got := stamps(t, dev, plan); got != acked {
-		t.Errorf("from the store: %v, acknowledged were %v", got, acked)
+	if got := stamps(h.t, dev, plan); got != acked {
+		h.t.Errorf("from the store: %v, acknowledged were %v", got, acked)
 	}
 	h.del(dev)
-	if e := kernelErrors(t, dev); len(e) > 0 {
-		t.Errorf("the kernel reports: %q", e)
+	if e := kernelErrors(h.t, dev); len(e) > 0 {
+		h.t.Errorf("the kernel reports: %q", e)
 	}
 }
 
@@ -174,15 +181,7 @@ func TestStoreKilled(t *testing.T) {
 	if im := h.status(dev); im.Stats.ReadErrors != 0 || im.Stats.LogError != "" {
 		t.Errorf("afterwards: %+v", im.Stats)
 	}
-	h.del(dev)
-	dev = h.add(url)
-	if got := stamps(t, dev, plan); got != acked {
-		t.Errorf("from the store: %v, acknowledged were %v", got, acked)
-	}
-	h.del(dev)
-	if e := kernelErrors(t, dev); len(e) > 0 {
-		t.Errorf("the kernel reports: %q", e)
-	}
+	h.storeHas(url, dev, plan, acked)
 }
 
 // TestDelStoreDown: while a store is away and writes wait for it, the daemon can be
