@@ -16,6 +16,10 @@ const sumsBlock = 1 << 31
 
 const blockSectors = objectBlock / SectorSize
 
+// maxReady is the most that the reactor copies by itself of what was read ahead:
+// workers copy more than that side by side, and it goes on meanwhile.
+const maxReady = 256 << 10 // bytes
+
 // objectName returns the name of an object for the read cache.
 func (im *Image) objectName(info *objectInfo) readcache.Object {
 	return readcache.Object{Image: im.id, Number: uint64(info.number), Epoch: uint64(info.epoch)}
@@ -37,6 +41,13 @@ func (im *Image) readFromObject(r *Request, s uint64, n uint32, loc uint64, info
 		dst := r.part(s, m)
 		switch {
 		case !run.Cached:
+			if len(dst) <= maxReady {
+				if got := im.reads.Ready(&k, offsetOf(loc)*SectorSize, dst); got > 0 {
+					m = uint32(got / SectorSize)
+					im.reads.Miss(got)
+					break
+				}
+			}
 			im.reads.Miss(len(dst))
 			im.readSlow(r, s, m, loc, info, &k)
 		case run.Memory && im.cache.Copy(&k, first, run, int(skip)*SectorSize, dst):

@@ -98,6 +98,19 @@ func (fs *flights) join(o *Object, first, n uint32) (f *flight, mine bool) {
 	return f, mine
 }
 
+// landed returns what was read ahead and has block first of an object, to be left
+// afterwards, or nil.
+func (fs *flights) landed(o *Object, first uint32) *flight {
+	fs.mu.Lock()
+	defer fs.mu.Unlock()
+	f, _ := fs.find(o, first, 1)
+	if f == nil || f.kept == nil {
+		return nil
+	}
+	f.refs++
+	return f
+}
+
 // begin reports whether the one who has claimed a flight is to fly it.
 func (fs *flights) begin(f *flight) bool {
 	fs.mu.Lock()
@@ -288,6 +301,22 @@ func (u *Client) Read(ctx context.Context, k *Key, off int, dst []byte, src Sour
 		off, dst = off+n, dst[n:]
 	}
 	return fetched, nil
+}
+
+// Ready copies to dst what was read ahead from the byte off of an object's data on,
+// and returns how many bytes that were: none if somebody has to fetch, or to wait. It
+// does not block.
+func (u *Client) Ready(k *Key, off int, dst []byte) int {
+	fs := &u.c.flights
+	first, skip := uint32(off/BlockSize), off%BlockSize
+	f := fs.landed(&k.Object, first)
+	if f == nil {
+		return 0
+	}
+	got := copy(dst, f.buf[int(first-f.first)*BlockSize+skip:])
+	u.aheadHit.Add(uint64(got))
+	fs.leave(f, (skip+got)/BlockSize)
+	return got
 }
 
 // readRun reads a run that was found, from memory or SSD.

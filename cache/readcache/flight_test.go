@@ -1,6 +1,7 @@
 package readcache
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"sync"
@@ -178,6 +179,41 @@ func TestNotBegun(t *testing.T) {
 	}
 	if n := src.blocks.Load(); n != 8 {
 		t.Errorf("%d blocks fetched, want 8", n)
+	}
+}
+
+// TestReady: what was read ahead is there without a wait, once it has come, as far as
+// it goes, and until all of it has been asked for.
+func TestReady(t *testing.T) {
+	c := None(Options{Logger: quiet})
+	u := c.Client()
+	k := key(c, 1)
+	src := &content{object: k.Object}
+	ready := func(off, size, want int) {
+		t.Helper()
+		got, whole := make([]byte, size), make([]byte, 8*BlockSize)
+		if err := src.Fetch(context.Background(), 0, whole); err != nil {
+			t.Fatal(err)
+		}
+		if n := u.Ready(&k, off, got); n != want || !bytes.Equal(got[:n], whole[off:][:n]) {
+			t.Errorf("%d bytes from %d are ready, or not what was fetched, want %d", n, off, want)
+		}
+	}
+	ready(0, BlockSize, 0)
+	claim, _, ok := u.Claim(&k, 0, 8)
+	if !ok {
+		t.Fatal("no claim")
+	}
+	ready(0, BlockSize, 0)
+	if err := u.Fly(context.Background(), claim, &k, src, Keep); err != nil {
+		t.Fatal(err)
+	}
+	ready(512, 1024, 1024)
+	ready(0, 4*BlockSize, 4*BlockSize)
+	ready(4*BlockSize+512, 4*BlockSize-512, 4*BlockSize-512)
+	ready(0, BlockSize, 0)
+	if n := c.Stats().Memory; n > 1024 {
+		t.Errorf("%d bytes are held", n)
 	}
 }
 
