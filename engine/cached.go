@@ -41,15 +41,16 @@ func (im *Image) readFromObject(r *Request, s uint64, n uint32, loc uint64, info
 		dst := r.part(s, m)
 		switch {
 		case !run.Cached:
+			got := 0
 			if len(dst) <= maxReady {
-				if got := im.reads.Ready(&k, offsetOf(loc)*SectorSize, dst); got > 0 {
-					m = uint32(got / SectorSize)
-					im.reads.Miss(got)
-					break
-				}
+				got = im.reads.Ready(&k, offsetOf(loc)*SectorSize, dst)
 			}
-			im.reads.Miss(len(dst))
-			im.readSlow(r, s, m, loc, info, &k)
+			if got > 0 {
+				m = uint32(got / SectorSize)
+			} else {
+				im.readSlow(r, s, m, loc, info, &k)
+			}
+			im.reads.Miss(int(m) * SectorSize)
 		case run.Memory && im.cache.Copy(&k, first, run, int(skip)*SectorSize, dst):
 			im.reads.Hit(len(dst))
 		case run.Memory || im.cacheDev == nil || skip != 0 || m%blockSectors != 0:

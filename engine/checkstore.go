@@ -9,6 +9,7 @@ import (
 
 	"github.com/google/uuid"
 	"github.com/lsd-ceph/lsd/backend"
+	"github.com/lsd-ceph/lsd/internal/plural"
 )
 
 // CheckStore checks that the directory of a store and what is in it belong
@@ -32,7 +33,7 @@ func CheckStore(ctx context.Context, st backend.Store, url string) (*CheckReport
 		return rep, nil
 	}
 	rep.Objects = s.total
-	rep.Notes = append(rep.Notes, counted(len(names), "image")+"; lsdctl check STORE/IMAGE looks into one")
+	rep.Notes = append(rep.Notes, plural.Count(len(names), "image")+"; lsdctl check STORE/IMAGE looks into one")
 	if err := s.checkNames(ctx, st, names, rep); err != nil {
 		return nil, err
 	}
@@ -105,12 +106,12 @@ func (s *storeScan) checkNameless(ctx context.Context, st backend.Store, rep *Ch
 		if named[id] {
 			continue
 		}
-		f := Finding{Object: id.String() + "/", Problem: counted(n, "object") + " of an image that has neither name nor superblock", Action: "if nobody misses an image, remove them by hand"}
+		f := Finding{Object: id.String() + "/", Problem: plural.Count(n, "object") + " of an image that has neither name nor superblock", Action: "if nobody misses an image, remove them by hand"}
 		sb, _, err := loadSuperblock(ctx, st, id)
 		switch {
 		case err == nil:
 			f.Object = SuperblockKey(id)
-			f.Problem = fmt.Sprintf("no name in the directory for this image, made as %s on %s, with %s", sb.Name, sb.Created.Format("2006-01-02"), counted(n, "object"))
+			f.Problem = fmt.Sprintf("no name in the directory for this image, made as %s on %s, with %s", sb.Name, sb.Created.Format("2006-01-02"), plural.Count(n, "object"))
 			f.Action = "bring the directory back from a copy of the pool; if nobody misses the image, remove its objects by hand"
 		case unreadableSuper(err):
 			f.Object, f.Problem = SuperblockKey(id), "no name in the directory for this image, and "+err.Error()
@@ -132,12 +133,4 @@ func (s *storeScan) checkNameless(ctx context.Context, st backend.Store, rep *Ch
 func (s *storeScan) still(ctx context.Context, st backend.Store, id uuid.UUID) bool {
 	found := errors.New("found")
 	return st.List(ctx, id.String()+"/", func(string) error { return found }) != nil
-}
-
-// counted returns how many of a thing there are, in words.
-func counted(n int, thing string) string {
-	if n == 1 {
-		return "1 " + thing
-	}
-	return fmt.Sprintf("%d %ss", n, thing)
 }

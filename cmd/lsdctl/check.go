@@ -13,6 +13,7 @@ import (
 	"github.com/lsd-ceph/lsd/engine"
 	"github.com/lsd-ceph/lsd/internal/api"
 	"github.com/lsd-ceph/lsd/internal/bytesize"
+	"github.com/lsd-ceph/lsd/internal/plural"
 	"github.com/spf13/cobra"
 )
 
@@ -199,14 +200,14 @@ func (a *app) printReport(r *engine.CheckReport, repair bool, took time.Duration
 		{r.Pending, "an owner was putting, or is: the next attach sees to it"},
 	} {
 		if n := len(k.keys); n > 0 {
-			say("harmless: %s that %s: %s", counted(n, "object"), k.what, k.keys[0])
+			say("harmless: %s that %s: %s", plural.Count(n, "object"), k.what, k.keys[0])
 		}
 	}
 	if n := len(r.Stale); n > 0 && !repair {
-		say("harmless: %s that an earlier owner has left: the next attach sees to it, or --repair: %s", counted(n, "object"), r.Stale[0])
+		say("harmless: %s that an earlier owner has left: the next attach sees to it, or --repair: %s", plural.Count(n, "object"), r.Stale[0])
 	}
 	if mendable > 0 && !repair {
-		say("lsdctl check --repair would see to %s", counted(mendable, "object"))
+		say("lsdctl check --repair would see to %s", plural.Count(mendable, "object"))
 	}
 	say("%s: %s, %s", r.Image, verdict(bad), summary(r, took))
 }
@@ -215,24 +216,16 @@ func verdict(bad int) string {
 	if bad == 0 {
 		return "clean"
 	}
-	return counted(bad, "error")
-}
-
-// counted returns how many of a thing there are, in words.
-func counted(n int, thing string) string {
-	if n == 1 {
-		return "1 " + thing
-	}
-	return fmt.Sprintf("%d %ss", n, thing)
+	return plural.Count(bad, "error")
 }
 
 func summary(r *engine.CheckReport, took time.Duration) string {
-	s := counted(r.Objects, "object")
+	s := plural.Count(r.Objects, "object")
 	if r.Epoch > 0 || r.Segments > 0 {
-		s = counted(r.Objects, "data object") + ", " + counted(r.Segments, "map segment")
+		s = plural.Count(r.Objects, "data object") + ", " + plural.Count(r.Segments, "map segment")
 	}
 	if r.Points > 0 {
-		s += ", " + counted(r.Points, "state") + " kept for logs"
+		s += ", " + plural.Count(r.Points, "state") + " kept for logs"
 	}
 	if r.Read > 0 {
 		s += fmt.Sprintf(", %s read", bytesize.Human(r.Read))

@@ -35,7 +35,7 @@ func (r *Ring) SetDeadline(at time.Duration) {
 		return
 	}
 	d.at = at
-	r.scratch.deadline = kernelTimespec{sec: int64(at / time.Second), nsec: int64(at % time.Second)}
+	r.scratch.deadline = timespec(at)
 	if !d.on {
 		d.arm()
 		return

@@ -70,6 +70,11 @@ type kernelTimespec struct {
 	sec, nsec int64
 }
 
+// timespec returns a time, or a length of time, as the kernel has it.
+func timespec(d time.Duration) kernelTimespec {
+	return kernelTimespec{sec: int64(d / time.Second), nsec: int64(d % time.Second)}
+}
+
 // scratch is the memory that a ring itself passes to the kernel by address.
 type scratch struct {
 	arg      eventsArg
@@ -452,7 +457,7 @@ func (r *Ring) SubmitAndWait(timeout time.Duration) error {
 func (s *scratch) setTimeout(timeout time.Duration) {
 	s.arg.ts = 0
 	if timeout >= 0 {
-		s.ts = kernelTimespec{sec: int64(timeout / time.Second), nsec: int64(timeout % time.Second)}
+		s.ts = timespec(timeout)
 		s.arg.ts = uint64(uintptr(unsafe.Pointer(&s.ts)))
 	}
 }

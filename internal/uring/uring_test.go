@@ -208,14 +208,22 @@ func TestTimeout(t *testing.T) {
 	}
 }
 
-func TestWaker(t *testing.T) {
-	r := newRing(t, Options{})
+func newWaker(t testing.TB, r *Ring) *Waker {
+	t.Helper()
 	w, err := NewWaker(r)
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer w.Close()
-	defer r.Close() // before the waker's memory goes
+	t.Cleanup(func() {
+		r.Close() // before the waker's memory goes
+		w.Close()
+	})
+	return w
+}
+
+func TestWaker(t *testing.T) {
+	r := newRing(t, Options{})
+	w := newWaker(t, r)
 	for range 100 {
 		go w.Wake()
 		if err := r.SubmitAndWait(-1); err != nil {
@@ -237,12 +245,7 @@ func TestWaker(t *testing.T) {
 // not.
 func TestSettle(t *testing.T) {
 	r := newRing(t, Options{})
-	w, err := NewWaker(r)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer w.Close()
-	defer r.Close() // before the waker's memory goes
+	w := newWaker(t, r)
 	settle := func(want bool) {
 		t.Helper()
 		switch still, err := r.Settle(); {
