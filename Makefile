@@ -116,6 +116,10 @@ bench-space: ## write and space amplification of overwrites, beside theory
 bench-latency: ## latency of writes with and without the cleaner, and under overload
 	go test $(GOFLAGS_LINK) -run xxx -bench 'CleanerLatency|Overload' -benchtime 1x -timeout 0 -v ./tests/bench
 
+.PHONY: bench-read
+bench-read: ## reads through the engine and its read cache beside the store alone: a directory, and Ceph
+	go test $(GOFLAGS_LINK) -tags lab -run xxx -bench ReadPath -benchtime 1x -timeout 0 ./tests/bench
+
 .PHONY: bench-scale
 bench-scale: ## opening images up to 64 TiB: time and memory against size, objects and log
 	go test $(GOFLAGS_LINK) -run TestHugeImage -bench 'Open$$|Replay|DirtyLog|HugeImage' -benchtime 1x -timeout 0 -v ./engine

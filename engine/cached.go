@@ -35,22 +35,18 @@ func (im *Image) key(info *objectInfo) readcache.Key {
 func (im *Image) readFromObject(r *Request, s uint64, n uint32, loc uint64, info *objectInfo) {
 	k := im.key(info)
 	for n > 0 {
+		if m := im.readComing(r, s, n, loc, info, &k); m > 0 {
+			s, n, loc = s+uint64(m), n-m, loc+uint64(m)
+			continue
+		}
 		first, skip := uint32(offsetOf(loc)/blockSectors), uint32(offsetOf(loc)%blockSectors)
 		run := im.cache.Next(&k, first, (skip+n+blockSectors-1)/blockSectors, true)
 		m := min(run.N*blockSectors-skip, n)
 		dst := r.part(s, m)
 		switch {
 		case !run.Cached:
-			got := 0
-			if len(dst) <= maxReady {
-				got = im.reads.Ready(&k, offsetOf(loc)*SectorSize, dst)
-			}
-			if got > 0 {
-				m = uint32(got / SectorSize)
-			} else {
-				im.readSlow(r, s, m, loc, info, &k)
-			}
-			im.reads.Miss(int(m) * SectorSize)
+			im.readSlow(r, s, m, loc, info, &k)
+			im.reads.Miss(len(dst))
 		case run.Memory && im.cache.Copy(&k, first, run, int(skip)*SectorSize, dst):
 			im.reads.Hit(len(dst))
 		case run.Memory || im.cacheDev == nil || skip != 0 || m%blockSectors != 0:
@@ -61,6 +57,31 @@ func (im *Image) readFromObject(r *Request, s uint64, n uint32, loc uint64, info
 		}
 		s, n, loc = s+uint64(m), n-m, loc+uint64(m)
 	}
+}
+
+// readComing reads what has been read ahead, or is being read: at once if it is there
+// and not large, else on a worker. It returns how many of the n sectors it has seen
+// to. Only requests of a stream look for that, before they ask the cache, which does
+// not have it.
+func (im *Image) readComing(r *Request, s uint64, n uint32, loc uint64, info *objectInfo, k *readcache.Key) uint32 {
+	if !r.stream {
+		return 0
+	}
+	dst := r.part(s, n)
+	if len(dst) > maxReady {
+		dst = nil
+	}
+	got, coming := im.reads.Ready(k, offsetOf(loc)*SectorSize, dst)
+	if !coming {
+		return 0
+	}
+	m := uint32(got / SectorSize)
+	if m == 0 {
+		m = n
+		im.readSlow(r, s, n, loc, info, k)
+	}
+	im.reads.Miss(int(m) * SectorSize)
+	return m
 }
 
 // readSlow reads a part of r on a worker.

@@ -108,6 +108,7 @@ type Request struct {
 	at      uint32 // sectors appended to the log so far
 	seq     uint64 // record that must be complete, or durable, first
 	pending int    // parts of a read that are under way
+	stream  bool   // a read of a client that reads on and on
 	how     readcache.How
 }
 

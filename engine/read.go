@@ -19,7 +19,7 @@ const maxSlowReads = 64
 // read splits r into runs and starts all of them at once.
 func (im *Image) read(r *Request) {
 	st := im.streams.note(r.Sector, r.Sectors)
-	r.how = st.how()
+	r.stream, r.how = st != nil, st.how()
 	r.pending = 1 // held until all parts are started
 	im.readRange(r, r.Sector, uint64(r.Sectors))
 	im.readAhead(st)

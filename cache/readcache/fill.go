@@ -24,38 +24,51 @@ func (c *Cache) insert(k *Key, first uint32, p []byte, how How) bool {
 			copy(last[:], data)
 			data = last[:]
 		}
-		sum := k.blockSum(block, data)
-		h := c.hash.block(k.hash, block)
-		c.mu.Lock()
-		all = c.admit(k, block, h, sum, data, how) && all
-		c.mu.Unlock()
+		all = c.admit(k, block, data, how) && all
 	}
 	return all
 }
 
-// admit keeps a new block, and reports whether the cache has it. The caller holds
-// mu.
-func (c *Cache) admit(k *Key, block uint32, h uint64, sum uint32, data []byte, how How) bool {
+// admit keeps a new block, and reports whether the cache has it.
+func (c *Cache) admit(k *Key, block uint32, data []byte, how How) bool {
+	h := c.hash.block(k.hash, block)
+	q, wanted := c.queueFor(h, how)
+	if !wanted {
+		return false
+	}
+	key, sum := blockKey{k.Object, block}, k.blockSum(block, data)
+	c.mu.Lock()
+	defer c.mu.Unlock()
 	if !c.loaded || c.closed {
 		return false
 	}
 	if _, at := c.index.find(h); at >= 0 {
 		return true
 	}
-	q := small
-	if c.ghost.take(h) {
-		q = large
-	} else if how == KeepKnown {
-		c.ghost.add(h)
-		return false
-	}
-	key := blockKey{k.Object, block}
 	if !c.put(q, keptBuffers, &key, h, 0, sum, data) {
 		c.counts.dropped++
 		return false
 	}
 	c.counts.filled++
 	return true
+}
+
+// queueFor returns the queue that a new block with hash h goes to, if it is wanted.
+// Most blocks of long streams are not, so this comes before their checksums are made
+// and the index is asked, which has been asked before they were read ahead.
+func (c *Cache) queueFor(h uint64, how How) (q queue, wanted bool) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	switch {
+	case !c.loaded || c.closed:
+		return 0, false
+	case c.ghost.take(h):
+		return large, true
+	case how == KeepKnown:
+		c.ghost.add(h)
+		return 0, false
+	}
+	return small, true
 }
 
 // put appends a block to the open segment of a queue, and reports false if there

@@ -45,6 +45,7 @@ type flight struct {
 type flights struct {
 	budget int // bytes for what is read ahead
 	pool   [bufferClasses]sync.Pool
+	aheads atomic.Int64 // of the flights, those that read ahead; changed under mu
 
 	mu      sync.Mutex
 	held    int                  // guarded by mu, as all that follows: bytes read ahead, or being read
@@ -99,16 +100,24 @@ func (fs *flights) join(o *Object, first, n uint32) (f *flight, mine bool) {
 }
 
 // landed returns what was read ahead and has block first of an object, to be left
-// afterwards, or nil.
-func (fs *flights) landed(o *Object, first uint32) *flight {
+// afterwards, or nil; known says that there is a flight that has it, or will.
+func (fs *flights) landed(o *Object, first uint32) (f *flight, known bool) {
+	fs.mu.Lock()
+	defer fs.mu.Unlock()
+	f, _ = fs.find(o, first, 1)
+	if f == nil || f.kept == nil {
+		return nil, f != nil
+	}
+	f.refs++
+	return f, true
+}
+
+// has reports whether there is a flight that has block first of an object, or will.
+func (fs *flights) has(o *Object, first uint32) bool {
 	fs.mu.Lock()
 	defer fs.mu.Unlock()
 	f, _ := fs.find(o, first, 1)
-	if f == nil || f.kept == nil {
-		return nil
-	}
-	f.refs++
-	return f
+	return f != nil
 }
 
 // begin reports whether the one who has claimed a flight is to fly it.
@@ -138,6 +147,9 @@ func (fs *flights) find(o *Object, first, n uint32) (*flight, uint32) {
 func (fs *flights) add(o *Object, first, n uint32, ahead bool) *flight {
 	f := &flight{object: *o, first: first, n: n, ahead: ahead, refs: 1, done: make(chan struct{})}
 	fs.of[*o] = append(fs.of[*o], f)
+	if ahead {
+		fs.aheads.Add(1)
+	}
 	return f
 }
 
@@ -195,6 +207,9 @@ func (fs *flights) unlist(f *flight) {
 		delete(fs.of, f.object)
 	} else {
 		fs.of[f.object] = l
+	}
+	if f.ahead {
+		fs.aheads.Add(-1)
 	}
 }
 
@@ -288,7 +303,10 @@ func (u *Client) Read(ctx context.Context, k *Key, off int, dst []byte, src Sour
 	c := u.c
 	for len(dst) > 0 {
 		first, skip := uint32(off/BlockSize), off%BlockSize
-		r := c.Next(k, first, uint32((skip+len(dst)+BlockSize-1)/BlockSize), false)
+		r := Run{N: uint32((skip + len(dst) + BlockSize - 1) / BlockSize)}
+		if !c.flights.has(&k.Object, first) {
+			r = c.Next(k, first, r.N, false)
+		}
 		n := min(int(r.N)*BlockSize-skip, len(dst))
 		if !r.Cached || !c.readRun(k, first, r, skip, dst[:n]) {
 			var mine bool
@@ -304,19 +322,23 @@ func (u *Client) Read(ctx context.Context, k *Key, off int, dst []byte, src Sour
 }
 
 // Ready copies to dst what was read ahead from the byte off of an object's data on,
-// and returns how many bytes that were: none if somebody has to fetch, or to wait. It
-// does not block.
-func (u *Client) Ready(k *Key, off int, dst []byte) int {
+// and returns how many bytes that were: none if somebody has to fetch, or to wait.
+// coming says that Read would have a fetch to wait for, or to copy from, and need not
+// ask the cache. It does not block, and takes no lock when nothing is read ahead.
+func (u *Client) Ready(k *Key, off int, dst []byte) (n int, coming bool) {
 	fs := &u.c.flights
-	first, skip := uint32(off/BlockSize), off%BlockSize
-	f := fs.landed(&k.Object, first)
-	if f == nil {
-		return 0
+	if fs.aheads.Load() == 0 {
+		return 0, false
 	}
-	got := copy(dst, f.buf[int(first-f.first)*BlockSize+skip:])
-	u.aheadHit.Add(uint64(got))
-	fs.leave(f, (skip+got)/BlockSize)
-	return got
+	first, skip := uint32(off/BlockSize), off%BlockSize
+	f, coming := fs.landed(&k.Object, first)
+	if f == nil {
+		return 0, coming
+	}
+	n = copy(dst, f.buf[int(first-f.first)*BlockSize+skip:])
+	u.aheadHit.Add(uint64(n))
+	fs.leave(f, (skip+n)/BlockSize)
+	return n, true
 }
 
 // readRun reads a run that was found, from memory or SSD.

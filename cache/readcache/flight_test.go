@@ -189,29 +189,32 @@ func TestReady(t *testing.T) {
 	u := c.Client()
 	k := key(c, 1)
 	src := &content{object: k.Object}
-	ready := func(off, size, want int) {
+	ready := func(off, size, want int, wantComing bool) {
 		t.Helper()
 		got, whole := make([]byte, size), make([]byte, 8*BlockSize)
 		if err := src.Fetch(context.Background(), 0, whole); err != nil {
 			t.Fatal(err)
 		}
-		if n := u.Ready(&k, off, got); n != want || !bytes.Equal(got[:n], whole[off:][:n]) {
-			t.Errorf("%d bytes from %d are ready, or not what was fetched, want %d", n, off, want)
+		n, coming := u.Ready(&k, off, got)
+		if n != want || coming != wantComing || !bytes.Equal(got[:n], whole[off:][:n]) {
+			t.Errorf("%d bytes from %d are ready, %t that they come, or not what was fetched; want %d, %t", n, off, coming, want, wantComing)
 		}
 	}
-	ready(0, BlockSize, 0)
+	ready(0, BlockSize, 0, false)
 	claim, _, ok := u.Claim(&k, 0, 8)
 	if !ok {
 		t.Fatal("no claim")
 	}
-	ready(0, BlockSize, 0)
+	ready(0, BlockSize, 0, true)
+	ready(8*BlockSize, BlockSize, 0, false)
 	if err := u.Fly(context.Background(), claim, &k, src, Keep); err != nil {
 		t.Fatal(err)
 	}
-	ready(512, 1024, 1024)
-	ready(0, 4*BlockSize, 4*BlockSize)
-	ready(4*BlockSize+512, 4*BlockSize-512, 4*BlockSize-512)
-	ready(0, BlockSize, 0)
+	ready(512, 1024, 1024, true)
+	ready(0, 0, 0, true)
+	ready(0, 4*BlockSize, 4*BlockSize, true)
+	ready(4*BlockSize+512, 4*BlockSize-512, 4*BlockSize-512, true)
+	ready(0, BlockSize, 0, false)
 	if n := c.Stats().Memory; n > 1024 {
 		t.Errorf("%d bytes are held", n)
 	}

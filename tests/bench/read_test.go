@@ -246,6 +246,18 @@ func chill(b *testing.B, dir string) {
 // cache, which is on the same disk: in order beside the store alone, taking turns,
 // and at random.
 func BenchmarkReadPath(b *testing.B) {
+	work := workDir(b)
+	st, err := file.Create(context.Background(), filepath.Join(work, "store"))
+	if err != nil {
+		b.Fatal(err)
+	}
+	defer st.Close()
+	readPath(b, work, st)
+}
+
+// workDir returns a new directory on the disk to measure.
+func workDir(b *testing.B) string {
+	b.Helper()
 	base := *dir
 	if base == "" {
 		base = b.TempDir()
@@ -254,12 +266,12 @@ func BenchmarkReadPath(b *testing.B) {
 	if err != nil {
 		b.Fatal(err)
 	}
-	defer os.RemoveAll(work)
-	inner, err := file.Create(context.Background(), filepath.Join(work, "store"))
-	if err != nil {
-		b.Fatal(err)
-	}
-	defer inner.Close()
+	b.Cleanup(func() { os.RemoveAll(work) })
+	return work
+}
+
+// readPath reads an image in a store, with the read cache below work.
+func readPath(b *testing.B, work string, inner backend.Store) {
 	st := &counting{Store: inner}
 	id := fill(b, st, work)
 	for _, c := range []struct {
