@@ -1,6 +1,9 @@
 package engine
 
-import "sync/atomic"
+import (
+	"sync"
+	"sync/atomic"
+)
 
 // Shared is what the images of one daemon share. All of them may use it at once.
 type Shared struct {
@@ -8,25 +11,74 @@ type Shared struct {
 	Map Budget
 	// Scrub bounds what is read back of the images' objects.
 	Scrub ScrubRate
+	// objects bounds the memory of the data objects that are built and put.
+	objects objectMemory
+	buffers sync.Pool // of *[]byte, for them
 	// cleaning has a place for each cleaning that may run at one time.
 	cleaning chan struct{}
 }
 
+// Limits is the memory that the images of a daemon may use together, in bytes. 0
+// means the default.
+type Limits struct {
+	Map     int64 // of maps
+	Objects int64 // of data objects on their way to the store
+}
+
 // Defaults of what is shared.
 const (
-	DefaultMapMemory = 256 << 20 // bytes
+	DefaultMapMemory    = 256 << 20 // bytes
+	DefaultObjectMemory = 512 << 20 // bytes
 	// maxCleanings bounds the cleanings that run in a daemon at one time, and so
 	// the memory that they take.
 	maxCleanings = 4
 )
 
-// NewShared returns what images share; mapMemory is in bytes, 0 means
-// DefaultMapMemory.
-func NewShared(mapMemory int64) *Shared {
-	if mapMemory == 0 {
-		mapMemory = DefaultMapMemory
+// NewShared returns what images share.
+func NewShared(l Limits) *Shared {
+	if l.Map == 0 {
+		l.Map = DefaultMapMemory
 	}
-	return &Shared{Map: Budget{limit: mapMemory}, cleaning: make(chan struct{}, maxCleanings)}
+	if l.Objects == 0 {
+		l.Objects = DefaultObjectMemory
+	}
+	return &Shared{Map: Budget{limit: l.Map}, objects: objectMemory{limit: l.Objects}, cleaning: make(chan struct{}, maxCleanings)}
+}
+
+// objectMemory bounds the memory of data objects that are built and put. Each image
+// may have one object in any case: else it would wait for another one, whose store
+// hangs. Beyond that it may have its even share. So an image that is refused has an
+// object whose end tells it to ask again.
+type objectMemory struct {
+	limit int64 // bytes
+
+	mu     sync.Mutex
+	used   int64 // guarded by mu
+	images int   // that have some; guarded by mu
+}
+
+// take takes n bytes for an image that has own of them, and reports whether it may.
+func (m *objectMemory) take(own, n int64) bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if own > 0 && (m.used+n > m.limit || own+n > m.limit/int64(m.images)) {
+		return false
+	}
+	if own == 0 {
+		m.images++
+	}
+	m.used += n
+	return true
+}
+
+// give gives back n bytes of an image that has own.
+func (m *objectMemory) give(own, n int64) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if own == n {
+		m.images--
+	}
+	m.used -= n
 }
 
 // A Budget bounds the memory that several images use. Going over it is possible,

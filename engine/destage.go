@@ -70,10 +70,11 @@ func (im *Image) pumpNow() {
 			}
 			continue
 		}
-		if b.state == batchSealed {
-			im.build(b)
-		} else {
+		switch {
+		case b.state == batchBuilt:
 			im.put(b)
+		case im.takeMemory(b):
+			im.build(b)
 		}
 	}
 	if next > 0 {
@@ -89,7 +90,9 @@ func (im *Image) backoff(tries int) time.Duration {
 
 // retry puts b back to an earlier state after a failure.
 func (im *Image) retry(b *batch, to batchState, err error) {
-	b.state = to
+	if b.state = to; to == batchSealed {
+		im.giveMemory(b)
+	}
 	b.notBefore = im.env.Now() + im.backoff(b.tries)
 	b.tries++
 	im.storeFailed(err)
@@ -175,12 +178,34 @@ func (im *Image) build(b *batch) {
 	})
 }
 
-// buffer returns n bytes for an object, perhaps used before.
+// bufferSize is the memory that an object is built in: all of them have room for the
+// largest one with a usual header, so that each may be used for any.
+func (im *Image) bufferSize() int { return int(im.object)*SectorSize + 128<<10 }
+
+// buffer returns n bytes for an object, perhaps used before. Workers call it.
 func (im *Image) buffer(n int) []byte {
-	if p, _ := im.buffers.Get().(*[]byte); p != nil && cap(*p) >= n {
+	if p, _ := im.shared.buffers.Get().(*[]byte); p != nil && cap(*p) >= n {
 		return (*p)[:n]
 	}
-	return make([]byte, n, max(n, int(im.object)*SectorSize+128<<10))
+	return make([]byte, n, max(n, im.bufferSize()))
+}
+
+// takeMemory takes the memory for b's object, if it may.
+func (im *Image) takeMemory(b *batch) bool {
+	n := int64(im.bufferSize())
+	if !im.shared.objects.take(im.memory, n) {
+		return false
+	}
+	im.memory, b.memory = im.memory+n, n
+	return true
+}
+
+// giveMemory gives back what memory b's object has.
+func (im *Image) giveMemory(b *batch) {
+	if b.memory > 0 {
+		im.shared.objects.give(im.memory, b.memory)
+		im.memory, b.memory = im.memory-b.memory, 0
+	}
 }
 
 // put writes b's object to the store.
@@ -205,7 +230,8 @@ func (im *Image) put(b *batch) {
 			b.state = batchDurable
 			buf := b.buf[:0]
 			b.buf = nil
-			im.buffers.Put(&buf)
+			im.shared.buffers.Put(&buf)
+			im.giveMemory(b)
 			im.advance()
 		}
 	})

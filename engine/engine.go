@@ -205,7 +205,7 @@ func (c Config) withDefaults() Config {
 		c.PaceFrom = 0.5
 	}
 	if c.Shared == nil {
-		c.Shared = NewShared(0)
+		c.Shared = NewShared(Limits{})
 	}
 	if c.LogDepth == 0 {
 		c.LogDepth = 8

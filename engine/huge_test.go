@@ -226,7 +226,7 @@ func openHugeWith(tb testing.TB, st *hugeStore, mapMemory int64, disk *simdisk.D
 		tb.Fatal(err)
 	}
 	base, began := rss(tb, "VmRSS"), time.Now()
-	im, err := Open(context.Background(), st, st.id, OpenOptions{Log: disk, Parallel: 1, Config: Config{Logger: quiet, Shared: NewShared(mapMemory), PaceFrom: 1}})
+	im, err := Open(context.Background(), st, st.id, OpenOptions{Log: disk, Parallel: 1, Config: Config{Logger: quiet, Shared: NewShared(Limits{Map: mapMemory}), PaceFrom: 1}})
 	o := opened{im: im, took: time.Since(began)}
 	if err != nil {
 		tb.Fatal(err)

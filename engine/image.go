@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"log/slog"
 	"math"
-	"sync"
 	"syscall"
 	"time"
 
@@ -37,8 +36,7 @@ type Image struct {
 	window   int    // data objects beyond the last accepted one that may be put
 	ctx      context.Context
 	cancel   context.CancelFunc
-	buffers  sync.Pool // of *[]byte, for data objects being built
-	sums     sumCache  // shared by the workers that read objects
+	sums     sumCache // shared by the workers that read objects
 	shared   *Shared
 	cache    *readcache.Cache
 	reads    *readcache.Client // of cache
@@ -64,6 +62,7 @@ type Image struct {
 	sealed       position  // of the last batch that was sealed
 	open         *batch    // the batch being filled
 	queue        []*batch  // sealed batches, oldest first; those up to window are being put
+	memory       int64     // bytes that the queue has of Shared.objects
 	spare        []*batch  // done with; kept for their capacity
 
 	blocked  fifo // writes that the log had no room for, in order of arrival
@@ -585,6 +584,9 @@ func (im *Image) fence(s State, why error) {
 	im.clean.end()
 	im.scrub.end()
 	im.objs.leave()
+	for _, b := range im.queue {
+		im.giveMemory(b)
+	}
 	if im.super.timer != nil {
 		im.super.timer.Stop()
 	}

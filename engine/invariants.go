@@ -60,12 +60,16 @@ func (im *Image) checkLive() {
 // checkQueue panics unless the batches cover the log from the last accepted
 // object on, without gaps.
 func (im *Image) checkQueue() {
-	at := im.accepted
+	at, memory := im.accepted, int64(0)
 	for _, b := range im.queue {
+		memory += b.memory
 		if b.object != at.object+1 || b.firstSeq != at.seq+1 || b.start != at.logEnd || b.end < b.start {
 			panic(fmt.Sprintf("engine: batch %d does not go on where the one before it ends", b.object))
 		}
 		at = position{b.object, b.lastSeq, b.end}
+	}
+	if memory != im.memory {
+		panic(fmt.Sprintf("engine: the queue has %d bytes for objects, the image %d", memory, im.memory))
 	}
 	if at != im.sealed || im.open != nil && im.open.start != at.logEnd {
 		panic("engine: the open batch does not go on where the last sealed one ends")

@@ -17,7 +17,7 @@ import (
 func newScrubbed(t *testing.T, st backend.Store) *host {
 	t.Helper()
 	h := newHost(t, "alpha", st, 1)
-	h.shared = NewShared(0)
+	h.shared = NewShared(Limits{})
 	h.shared.Scrub.Set(1 << 20)
 	if err := h.open(newImageIn(t, st), false); err != nil {
 		t.Fatal(err)

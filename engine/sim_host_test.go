@@ -147,7 +147,7 @@ func (h *simHost) open(id uuid.UUID, force bool) (err error) {
 	h.out, h.broken, h.badReads, h.dead, h.injected = nil, false, false, false, 0
 	h.opening = true
 	config := w.plan.config
-	config.Shared = NewShared(w.plan.mapMemory)
+	config.Shared = NewShared(Limits{Map: w.plan.mapMemory, Objects: w.plan.objectMemory})
 	var im *Image
 	died := h.guarded(func() {
 		im, err = Open(context.Background(), h.store, id, OpenOptions{

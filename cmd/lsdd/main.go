@@ -30,6 +30,7 @@ type options struct {
 	cfg       daemon.Config
 	logMemory bytesize.Size
 	mapMemory bytesize.Size
+	destage   bytesize.Size
 	scrubRate bytesize.Size
 	readCache bytesize.Size
 	envErr    error // of what the environment says
@@ -85,6 +86,8 @@ systemd runs it as lsd.service; without systemd, lsdctl add starts it with
 	o.scrubRate = daemon.DefaultScrubRate
 	f.Var(&o.scrubRate, "scrub-rate", "bytes that are read back and verified in a second, of all images together; 0: none")
 	f.Var(&o.mapMemory, "map-memory", "memory for the maps of all images together")
+	o.destage = engine.DefaultObjectMemory
+	f.Var(&o.destage, "destage-memory", "memory for the objects of all images that are on their way to the store")
 	f.StringVar(&o.logFile, "log-file", "", "append the log to this file (default: standard error)")
 	f.BoolVar(&o.logJSON, "log-json", false, "log in JSON")
 	f.BoolVar(&o.verbose, "verbose", false, "log more")
@@ -115,15 +118,24 @@ func (o *options) run(ctx context.Context) (int, error) {
 		return 0, errors.New("this host has no name: give it one with --host-name")
 	case !filepath.IsAbs(o.cfg.StateDir) || !filepath.IsAbs(o.cfg.Socket):
 		return 0, errors.New("--state-dir and --socket must be absolute paths")
-	case o.logMemory < 16<<20 || o.logMemory > 1<<50:
-		return 0, fmt.Errorf("--log-memory-total %s: it must be from 16M to 1P", &o.logMemory)
-	case o.mapMemory < 16<<20 || o.mapMemory > 1<<50:
-		return 0, fmt.Errorf("--map-memory %s: it must be from 16M to 1P", &o.mapMemory)
 	case o.scrubRate > 1<<50:
 		return 0, fmt.Errorf("--scrub-rate %s: it must be at most 1P", &o.scrubRate)
 	}
+	for _, m := range []struct {
+		flag string
+		n    *bytesize.Size
+		to   *int64
+	}{
+		{"--log-memory-total", &o.logMemory, &o.cfg.LogMemory},
+		{"--map-memory", &o.mapMemory, &o.cfg.MapMemory},
+		{"--destage-memory", &o.destage, &o.cfg.DestageMemory},
+	} {
+		if *m.n < 16<<20 || *m.n > 1<<50 {
+			return 0, fmt.Errorf("%s %s: it must be from 16M to 1P", m.flag, m.n)
+		}
+		*m.to = int64(*m.n)
+	}
 	o.cfg.ScrubRate = int64(o.scrubRate)
-	o.cfg.LogMemory, o.cfg.MapMemory = int64(o.logMemory), int64(o.mapMemory)
 	if err := o.sizeReadCache(); err != nil {
 		return 0, err
 	}

@@ -52,6 +52,9 @@ type Config struct {
 	// MapMemory is what the maps of all images may take together, in bytes.
 	// Default engine.DefaultMapMemory.
 	MapMemory int64
+	// DestageMemory is what the data objects of all images that are built and put may
+	// take together, in bytes. Default engine.DefaultObjectMemory.
+	DestageMemory int64
 	// ScrubRate bounds what is read back of all images to verify it, in bytes a
 	// second; 0 means that nothing is.
 	ScrubRate int64
