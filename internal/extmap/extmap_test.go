@@ -272,3 +272,46 @@ func BenchmarkInsertRandom4K(b *testing.B) {
 		m.Insert(r.Uint64N(m.Sectors()/8)*8, 8, uint64(i+1)*9)
 	}
 }
+
+// full returns a map of 16 GiB over all of which blocks have been written at random,
+// so that each page is an array.
+func full() *Map {
+	m := New(16 << 30 / 512)
+	r := rand.New(rand.NewPCG(1, 2))
+	for i, b := range r.Perm(int(m.Sectors() / 8)) {
+		m.Insert(uint64(b)*8, 8, uint64(i+1)*16)
+	}
+	return m
+}
+
+func BenchmarkInsertFull(b *testing.B) {
+	m, r := full(), rand.New(rand.NewPCG(3, 4))
+	b.ReportAllocs()
+	for i := uint64(1); b.Loop(); i++ {
+		m.Insert(r.Uint64N(m.Sectors()/8)*8, 8, i*16)
+	}
+}
+
+func BenchmarkLookupFull(b *testing.B) {
+	m, r := full(), rand.New(rand.NewPCG(3, 4))
+	b.ReportAllocs()
+	for b.Loop() {
+		s := r.Uint64N(m.Sectors()/8) * 8
+		if _, ok := m.Next(s, s+8); !ok {
+			b.Fatal("a block is not mapped")
+		}
+	}
+}
+
+// BenchmarkScanFull goes over the extents of a page.
+func BenchmarkScanFull(b *testing.B) {
+	m, r := full(), rand.New(rand.NewPCG(3, 4))
+	b.ReportAllocs()
+	for b.Loop() {
+		s := r.Uint64N(m.Sectors()/PageSectors) * PageSectors
+		for end := s + PageSectors; s < end; {
+			e, _ := m.Next(s, end)
+			s = e.End()
+		}
+	}
+}
