@@ -4,10 +4,10 @@
 // where something is mapped, as a sorted list of extents or, where these would be
 // many, as an array with a location for each block of 4 KiB or each sector. So an
 // insertion's cost is bounded by what one page can hold, and no page needs more
-// than 8 bytes for each 4 KiB of it as long as its extents are whole blocks. A
-// directory of two levels finds pages. Runs of pages can be taken out of a map,
-// copied and put in as a Span, for a map that is written out, loaded and evicted
-// in pieces.
+// than 6 bytes for each 4 KiB of it as long as its extents are whole blocks and so
+// are their locations, nor more than 8 as long as its extents are. A directory of
+// two levels finds pages. Runs of pages can be taken out of a map, copied and put
+// in as a Span, for a map that is written out, loaded and evicted in pieces.
 //
 // A Map is not safe for concurrent use: the reactor of its image owns it.
 package extmap
@@ -127,7 +127,7 @@ func (m *Map) take(i uint64) *page {
 // capacity of one that was large goes back to the collector.
 func (m *Map) drop(i uint64) {
 	p := m.take(i)
-	if cap(p.ext) <= maxFreeCap && p.dense == nil && len(m.free) < maxFree {
+	if cap(p.ext) <= maxFreeCap && !p.isArray() && len(m.free) < maxFree {
 		m.free = append(m.free, p)
 	}
 }

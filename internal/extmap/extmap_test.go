@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"testing"
+	"unsafe"
 )
 
 // model maps each sector by itself.
@@ -23,6 +24,11 @@ func (m *model) insert(s, n, loc uint64) {
 func (m *model) check(t *testing.T, x *Map) {
 	t.Helper()
 	x.Invariants()
+	for s := uint64(0); s+5 < x.Sectors(); s += 13 { // from inside extents, and to there
+		if e, ok := x.Next(s, s+5); ok && (e.Sector < s || e.End() > s+5 || m.loc[e.Sector] != e.Loc) || !ok && m.loc[s] != 0 {
+			t.Fatalf("%+v, %v where sector %d is at %#x", e, ok, s, m.loc[s])
+		}
+	}
 	s := uint64(0)
 	for s < x.Sectors() {
 		e, ok := x.Next(s, x.Sectors())
@@ -51,28 +57,65 @@ func (m *model) check(t *testing.T, x *Map) {
 }
 
 // modelRun is one kind of run against the model: how many operations, how long,
-// and what they are aligned to.
+// what they are aligned to, and where they are mapped to.
 type modelRun struct {
 	name  string
 	seeds uint64
 	steps int
+	large int // operations on up to half of the map
 	spread,
 	length uint64 // sectors
 	align uint64
+	base  uint64 // locations begin there
+	odd   int    // one of that many does not begin a block; 0: it is left to chance
 }
+
+// beyond is the first location, but for Fixed, that is too high to be packed.
+const beyond = (packedMask + 1<<unitShift) &^ Fixed
 
 // TestAgainstModel drives pages through all their forms.
 func TestAgainstModel(t *testing.T) {
+	hit := map[[2]string]int{}
 	for _, k := range []modelRun{
-		{"few", 40, 400, 600, 64, 1},
-		{"blocks", 4, 9000, PageSectors, 16, 8},
-		{"sectors", 2, 30000, PageSectors, 3, 1},
-		{"blocks, then sectors", 4, 9000, PageSectors, 16, 0},
+		{"few", 40, 400, 20, 600, 64, 1, 0, 0},
+		{"blocks", 4, 9000, 20, PageSectors, 16, 8, 0, 0},
+		{"sectors", 2, 30000, 20, PageSectors, 3, 1, 0, 0},
+		{"single sectors", 2, 60000, 3, PageSectors, 1, 1, 0, 0},
+		{"blocks, then sectors", 4, 9000, 20, PageSectors, 16, 0, 0, 0},
+		{"blocks of blocks", 4, 9000, 20, PageSectors, 16, 8, 0, 4000},
+		{"blocks of blocks, then sectors", 4, 9000, 20, PageSectors, 16, 0, 0, 9000},
+		{"small blocks of blocks", 4, 9000, 20, PageSectors, 2, 8, 0, 2000},
+		{"locations grow too high", 4, 9000, 20, PageSectors, 16, 8, beyond - 9000*60, 1 << 20},
+		{"as high as can be", 2, 9000, 20, PageSectors, 16, 8, 1<<62 - 1<<30, 1 << 20},
 	} {
 		for seed := range k.seeds {
-			t.Run(fmt.Sprint(k.name, " ", seed), func(t *testing.T) { againstModel(t, k, seed) })
+			t.Run(fmt.Sprint(k.name, " ", seed), func(t *testing.T) { againstModel(t, k, seed, hit) })
 		}
 	}
+	for _, want := range [][2]string{
+		{"list", "narrow"}, {"list", "wide"}, {"list", "sectors"},
+		{"narrow", "wide"}, {"wide", "narrow"},
+		{"narrow", "list"}, {"wide", "list"}, {"sectors", "list"},
+	} {
+		if hit[want] == 0 {
+			t.Errorf("no page went from %s to %s", want[0], want[1])
+		}
+	}
+}
+
+// form names a page's form.
+func (p *page) form() string {
+	switch d := &p.dense; {
+	case p.empty():
+		return "empty"
+	case !p.isArray():
+		return "list"
+	case d.narrow != nil:
+		return "narrow"
+	case d.shift == unitShift:
+		return "wide"
+	}
+	return "sectors"
 }
 
 // place returns where the operation of a step is.
@@ -85,7 +128,7 @@ func (k *modelRun) place(r *rand.Rand, step int, size uint64) (s, n uint64) {
 		}
 	}
 	n = (1 + r.Uint64N(k.length)) * align
-	if r.IntN(k.steps/20) == 0 {
+	if r.IntN(k.steps/k.large) == 0 {
 		n = 1 + r.Uint64N(size/2)
 	}
 	base := uint64(0)
@@ -99,15 +142,38 @@ func (k *modelRun) place(r *rand.Rand, step int, size uint64) (s, n uint64) {
 	return s, n
 }
 
-func againstModel(t *testing.T, k modelRun, seed uint64) {
+// location returns where data goes of which the last went up to next.
+func (k *modelRun) location(r *rand.Rand, next uint64) uint64 {
+	if k.odd != 0 {
+		next = (next + 7) &^ 7
+		if r.IntN(k.odd) == 0 {
+			next += 1 + r.Uint64N(7)
+		}
+	}
+	return next
+}
+
+func againstModel(t *testing.T, k modelRun, seed uint64, hit map[[2]string]int) {
 	r := rand.New(rand.NewPCG(seed, 1))
 	size := uint64(2*PageSectors + 128)
 	x, m := New(size), &model{loc: make([]uint64, size)}
 	var live int
 	x.Replaced = func(_ uint64, n uint32) { live -= int(n) }
-	next := uint64(1)
+	var forms [3]string
+	note := func() {
+		for i := range forms {
+			form := "empty"
+			if p := x.page(uint64(i)); p != nil {
+				form = p.form()
+			}
+			hit[[2]string{forms[i], form}]++
+			forms[i] = form
+		}
+	}
+	next := k.base + 1
 	for step := range k.steps {
 		s, n := k.place(r, step, size)
+		loc := k.location(r, next)
 		switch r.IntN(12) {
 		case 0:
 			x.Remove(s, n)
@@ -115,7 +181,7 @@ func againstModel(t *testing.T, k modelRun, seed uint64) {
 				m.loc[s+i] = 0
 			}
 		case 1:
-			lo := r.Uint64N(next + 1)
+			lo := k.base + r.Uint64N(next-k.base+1)
 			hi := lo + r.Uint64N(2000)
 			x.RemoveRange(s, n, lo, hi)
 			for i := s; i < s+n; i++ {
@@ -124,19 +190,22 @@ func againstModel(t *testing.T, k modelRun, seed uint64) {
 				}
 			}
 		case 2:
-			x.Insert(s, n, Fixed|next)
-			m.insert(s, n, Fixed|next)
+			x.Insert(s, n, Fixed|loc)
+			m.insert(s, n, Fixed|loc)
 			live += int(n)
 		default:
-			x.Insert(s, n, next)
-			m.insert(s, n, next)
+			x.Insert(s, n, loc)
+			m.insert(s, n, loc)
 			live += int(n)
 		}
+		next = loc + n
 		if r.IntN(3) > 0 { // else the next one goes on where this one ended
-			next += n + 1
-		} else {
-			next += n
+			next++
 		}
+		if r.IntN(k.steps/10) == 0 {
+			x.Compact(0, len(forms))
+		}
+		note()
 		if step%(k.steps/20) == 0 {
 			m.check(t, x)
 		}
@@ -151,6 +220,11 @@ func againstModel(t *testing.T, k modelRun, seed uint64) {
 	if held != live {
 		t.Errorf("Replaced accounts for %d live sectors, want %d", live, held)
 	}
+	x.Insert(0, size, k.base+8) // in place of all
+	m.insert(0, size, k.base+8)
+	x.Compact(0, len(forms))
+	note()
+	m.check(t, x)
 }
 
 func count(m *Map) (n int) {
@@ -177,20 +251,86 @@ func TestMerge(t *testing.T) {
 	}
 }
 
-// TestMemory holds the map to 8 bytes for each 4 KiB, and a little for each page.
+// TestPacked has locations that can just be packed, and just not, go into a narrow
+// array.
+func TestPacked(t *testing.T) {
+	for _, k := range []struct {
+		loc, n uint64
+		narrow bool
+	}{
+		{8, 8, true},
+		{beyond - 8, 8, true},
+		{beyond - 80, 80, true},
+		{beyond - 80, 88, false},
+		{beyond, 8, false},
+		{Fixed, 8, true},
+		{Fixed | 8, 80, true},
+		{Fixed | beyond - 8, 80, true},
+		{Fixed | beyond, 8, false},
+		{Fixed | 1, 8, false},
+		{1, 8, false},
+		{12, 80, false},
+		{beyond - 1, 8, false},
+		{Fixed - 8, 8, false},
+		{Fixed | (Fixed - 8), 8, false},
+	} {
+		x, m := New(PageSectors), &model{loc: make([]uint64, PageSectors)}
+		insert := func(s, n, loc uint64) {
+			x.Insert(s, n, loc)
+			m.insert(s, n, loc)
+		}
+		for i := range uint64(pageUnits) {
+			insert(i*8, 8, (pageUnits-i)*16)
+		}
+		if form := x.page(0).form(); form != "narrow" {
+			t.Fatalf("a page of blocks became %s", form)
+		}
+		insert(160, k.n, k.loc)
+		if form := x.page(0).form(); (form == "narrow") != k.narrow {
+			t.Errorf("%d sectors at %#x make a %s page", k.n, k.loc, form)
+		}
+		m.check(t, x)
+		insert(160, k.n, 1<<30)
+		x.Compact(0, 1)
+		if form := x.page(0).form(); form != "narrow" {
+			t.Errorf("a page that has had %d sectors at %#x stays %s", k.n, k.loc, form)
+		}
+		m.check(t, x)
+	}
+}
+
+// TestMemory holds the map to 8 bytes for each 4 KiB: with whole blocks of data, its
+// own structures included, and with any locations but for a little for each page.
 func TestMemory(t *testing.T) {
-	const pages = 64
+	if got := int(unsafe.Sizeof(page{})); got != pageBytes {
+		t.Errorf("a page has %d bytes, not %d", got, pageBytes)
+	}
+	t.Run("blocks", func(t *testing.T) { testMemory(t, 16, 0) })
+	t.Run("any", func(t *testing.T) { testMemory(t, 9, pageBytes+blockBytes/blockPages+1) })
+}
+
+// testMemory fills a map with locations that are step sectors apart.
+func testMemory(t *testing.T, step uint64, more int) {
+	const pages = blockPages // a block of the directory is full
 	r := rand.New(rand.NewPCG(7, 7))
 	m := New(pages * PageSectors)
-	blocks := r.Perm(pages * PageSectors / 8)
-	for i, b := range blocks {
-		m.Insert(uint64(b)*8, 8, uint64(i+1)*9)
-		if i%5000 == 0 {
-			checkMemory(t, m, pages)
+	check := func() {
+		t.Helper()
+		// The block of the directory is there before its pages are.
+		held := m.dir[0].held
+		if limit := held*(PageSectors+more) + blockBytes*(pages-held)/pages; m.Bytes() > limit {
+			t.Fatalf("%d bytes, more than 8 for each 4 KiB (%d)", m.Bytes(), limit)
 		}
 	}
-	checkMemory(t, m, pages)
-	for i := range uint64(pages * PageSectors / 8) {
+	for i, b := range r.Perm(pages * pageUnits) {
+		m.Insert(uint64(b)*8, 8, uint64(i+1)*step)
+		if i%5000 == 0 {
+			check()
+		}
+	}
+	check()
+	t.Logf("%.3f bytes for each 4 KiB", float64(m.Bytes())/(pages*pageUnits))
+	for i := range uint64(pages * pageUnits) {
 		m.Insert(i*8, 8, i*8+1) // in sequence: one extent a page
 	}
 	m.Compact(0, pages)
@@ -200,28 +340,30 @@ func TestMemory(t *testing.T) {
 	}
 }
 
-func checkMemory(t *testing.T, m *Map, pages int) {
-	t.Helper()
-	if limit := pages*(pageBytes+PageSectors) + blockBytes; m.Bytes() > limit {
-		t.Fatalf("%d bytes, more than 8 for each 4 KiB (%d)", m.Bytes(), limit)
-	}
-}
-
 // TestSpan takes pages out of a map, copies them, and puts them back.
 func TestSpan(t *testing.T) {
 	r := rand.New(rand.NewPCG(3, 3))
 	size := uint64(8 * PageSectors)
 	x, m := New(size), &model{loc: make([]uint64, size)}
-	for i := range uint64(20000) {
-		s, n := r.Uint64N(size/8)*8, uint64(8)
-		if i%100 == 0 {
+	for i := range uint64(50000) {
+		s, n, loc := r.Uint64N(size/8)*8, uint64(8), 8+i*96
+		switch {
+		case s >= size*3/4: // lists
 			s, n = min(s+3, size-77), 77
+		case s >= size/2: // wide arrays, the others are narrow
+			loc++
 		}
-		x.Insert(s, n, 1+i*100)
-		m.insert(s, n, 1+i*100)
+		x.Insert(s, n, loc)
+		m.insert(s, n, loc)
+	}
+	for i, want := range []string{"narrow", "narrow", "narrow", "narrow", "wide", "wide", "list", "list"} {
+		if form := x.page(uint64(i)).form(); form != want {
+			t.Errorf("page %d is %s, not %s", i, form, want)
+		}
 	}
 	for at := uint64(0); at < size; at += 2 * PageSectors {
 		span := x.Copy(at, 2)
+		x.Insert(at, 2*PageSectors, 1<<40) // of which the copy knows nothing
 		built := NewSpan(at, 2)
 		for s := at; ; {
 			e, ok := span.Next(s)
@@ -248,11 +390,17 @@ func TestSpan(t *testing.T) {
 }
 
 func TestNoAllocation(t *testing.T) {
+	t.Run("blocks", func(t *testing.T) { testNoAllocation(t, 8) })
+	t.Run("any", func(t *testing.T) { testNoAllocation(t, 1) })
+}
+
+// testNoAllocation uses locations that are multiples of align.
+func testNoAllocation(t *testing.T, align uint64) {
 	m := New(1 << 24)
 	r := rand.New(rand.NewPCG(1, 2))
 	f := func() {
 		s := r.Uint64N(1<<15) * 8
-		m.Insert(s, 8, 1+r.Uint64N(1<<40))
+		m.Insert(s, 8, align+r.Uint64N(1<<40)&^(align-1))
 		m.Next(s, s+64)
 		m.RemoveRange(r.Uint64N(1<<15)*8, 8, 0, 1<<39)
 	}

@@ -1,18 +1,22 @@
 package extmap
 
-// The forms of a page: a list of extents up to maxList of them, then an array
-// over blocks if all extents are whole blocks, else a list up to maxMixed, then an
-// array over sectors. Each is where the next form is not larger.
+// The forms of a page: a list of extents, then an array over blocks if all extents
+// are whole blocks, a narrow one if all locations fit it, else an array over
+// sectors. A list goes on to where the array that can take its place is not larger.
 const (
 	unitShift = 3 // sectors in a block of the array form, 4 KiB
-	maxList   = PageSectors >> unitShift / 2
-	maxMixed  = PageSectors / 2
+	pageUnits = PageSectors >> unitShift
+
+	maxNarrow = pageUnits * packedBytes / entryBytes
+	maxWide   = pageUnits * wideBytes / entryBytes
+	maxMixed  = PageSectors * wideBytes / entryBytes
 
 	// Memory, as Bytes counts it.
-	entryBytes = 16
-	unitBytes  = 8
-	pageBytes  = 56
-	blockBytes = blockPages*8 + 8
+	entryBytes  = 16
+	packedBytes = 6
+	wideBytes   = 8
+	pageBytes   = 64
+	blockBytes  = blockPages*8 + 8
 )
 
 // entry is an extent inside a page. Its two offsets fit 16 bits because a page
@@ -34,19 +38,19 @@ func (e entry) tail(off int) entry {
 
 // page holds the extents of PageSectors sectors, in one of two forms.
 type page struct {
-	ext []entry // sorted by off, not overlapping, neighbours merged where they can be
-
-	// dense, if not nil, is used instead: the location of each unit of 1<<shift
-	// sectors, 0 where none is mapped.
-	dense []uint64
-	shift uint8
-	used  uint16 // units that are mapped
+	ext   []entry // sorted by off, not overlapping, neighbours merged where they can be
+	dense array   // if there is one, it is used instead
 }
 
 // bytes returns the memory that the page takes.
-func (p *page) bytes() int { return pageBytes + cap(p.ext)*entryBytes + cap(p.dense)*unitBytes }
+func (p *page) bytes() int {
+	return pageBytes + cap(p.ext)*entryBytes + p.dense.bytes()
+}
 
-func (p *page) empty() bool { return len(p.ext) == 0 && p.used == 0 }
+func (p *page) empty() bool { return len(p.ext) == 0 && p.dense.used == 0 }
+
+// isArray reports which form the page has.
+func (p *page) isArray() bool { return p.dense.narrow != nil || p.dense.wide != nil }
 
 // search returns the index of the first entry that ends after off.
 func (p *page) search(off int) int {
@@ -65,10 +69,10 @@ func (p *page) search(off int) int {
 // replace maps [from, to) to loc, or unmaps it if loc is 0, and calls replaced, if
 // it is not nil, for what was mapped there.
 func (p *page) replace(from, to int, loc uint64, replaced func(uint64, uint32)) {
-	if p.dense != nil && (from|to)&(1<<p.shift-1) != 0 {
+	if p.isArray() && (from|to)&(1<<p.dense.shift-1) != 0 {
 		p.toList()
 	}
-	if p.dense != nil {
+	if p.isArray() {
 		p.replaceDense(from, to, loc, replaced)
 		return
 	}
@@ -76,7 +80,6 @@ func (p *page) replace(from, to int, loc uint64, replaced func(uint64, uint32)) 
 }
 
 func (p *page) replaceDense(from, to int, loc uint64, replaced func(uint64, uint32)) {
-	unit := uint64(1) << p.shift
 	if replaced != nil {
 		for at := from; at < to; {
 			e, ok := p.next(at, to)
@@ -87,16 +90,14 @@ func (p *page) replaceDense(from, to int, loc uint64, replaced func(uint64, uint
 			at = int(e.End())
 		}
 	}
-	for u := from >> p.shift; u < to>>p.shift; u++ {
-		switch {
-		case p.dense[u] == 0 && loc != 0:
-			p.used++
-		case p.dense[u] != 0 && loc == 0:
-			p.used--
-		}
-		p.dense[u] = loc
+	d := &p.dense
+	if d.narrow != nil && !runFits(loc, uint64(to-from)) {
+		d.convert(false)
+	}
+	for u := from >> d.shift; u < to>>d.shift; u++ {
+		d.set(u, loc)
 		if loc != 0 {
-			loc = advance(loc, unit)
+			loc = advance(loc, 1<<d.shift)
 		}
 	}
 }
@@ -196,10 +197,15 @@ func (p *page) splice(i, j int, put []entry) {
 		p.ext = p.ext[:n+d]
 	}
 	copy(p.ext[i:], put)
-	if n+d > maxMixed {
-		p.toArray(0)
-	} else if n+d > maxList && n <= maxList && p.wholeUnits() {
-		p.toArray(unitShift)
+	// Whether the extents would do for an array over blocks is looked at only
+	// where one becomes no larger than the list: it takes a pass over them.
+	switch n, was := n+d, n; {
+	case n > maxMixed:
+		p.toArray(0, false)
+	case n > maxWide && was <= maxWide && p.wholeUnits():
+		p.toArray(unitShift, p.fit())
+	case n > maxNarrow && was <= maxNarrow && p.wholeUnits() && p.fit():
+		p.toArray(unitShift, true)
 	}
 }
 
@@ -210,8 +216,11 @@ func (p *page) grow(n int) {
 		return
 	}
 	c := n + n/4 + 2
-	if n <= maxList {
-		c = min(c, maxList)
+	switch {
+	case n <= maxNarrow:
+		c = min(c, maxNarrow)
+	case n <= maxWide:
+		c = min(c, maxWide)
 	}
 	ext := make([]entry, len(p.ext), c)
 	copy(ext, p.ext)
@@ -227,10 +236,21 @@ func (p *page) wholeUnits() bool {
 	return all&(1<<unitShift-1) == 0
 }
 
+// fit reports whether the locations of all extents, which are whole blocks, can be
+// packed.
+func (p *page) fit() bool {
+	for _, e := range p.ext {
+		if !runFits(e.loc, uint64(e.n)) {
+			return false
+		}
+	}
+	return true
+}
+
 // toArray changes the page's form to an array over units of 1<<shift sectors.
-func (p *page) toArray(shift uint8) {
+func (p *page) toArray(shift uint8, narrow bool) {
 	ext := p.ext
-	p.ext, p.dense, p.shift, p.used = nil, make([]uint64, PageSectors>>shift), shift, 0
+	p.ext, p.dense = nil, makeArray(shift, narrow)
 	for _, e := range ext {
 		p.replaceDense(int(e.off), e.end(), e.loc, nil)
 	}
@@ -238,7 +258,7 @@ func (p *page) toArray(shift uint8) {
 
 // toList changes the page's form from an array to a list.
 func (p *page) toList() {
-	ext := make([]entry, 0, p.count()+2)
+	ext := make([]entry, 0, p.dense.count()+2)
 	for at := 0; ; {
 		e, ok := p.next(at, PageSectors)
 		if !ok {
@@ -247,36 +267,26 @@ func (p *page) toList() {
 		ext = append(ext, entry{loc: e.Loc, off: uint16(e.Sector), n: uint16(e.N)})
 		at = int(e.End())
 	}
-	p.ext, p.dense, p.shift, p.used = ext, nil, 0, 0
+	p.ext, p.dense = ext, array{}
 }
 
-// compact changes an array back to a list where that is much smaller.
+// compact changes an array back to a list where that is much smaller, or to a
+// narrow one where all locations have come to fit.
 func (p *page) compact() {
-	if p.dense != nil && p.count()*entryBytes < len(p.dense)*unitBytes/4 {
+	switch d := &p.dense; {
+	case !p.isArray():
+	case d.count()*entryBytes < d.bytes()/4:
 		p.toList()
-	}
-}
-
-// count returns the number of extents.
-func (p *page) count() int {
-	if p.dense == nil {
-		return len(p.ext)
-	}
-	n := 0
-	for at := 0; ; n++ {
-		e, ok := p.next(at, PageSectors)
-		if !ok {
-			return n
-		}
-		at = int(e.End())
+	case d.wide != nil && d.shift == unitShift && d.fit():
+		d.convert(true)
 	}
 }
 
 // next returns the first extent that meets [at, end), cut to it, with its sector
 // counted from the page's start.
 func (p *page) next(at, end int) (Extent, bool) {
-	if p.dense != nil {
-		return p.nextDense(at, end)
+	if p.isArray() {
+		return p.dense.next(at, end)
 	}
 	k := p.search(at)
 	if k == len(p.ext) || int(p.ext[k].off) >= end {
@@ -291,46 +301,17 @@ func (p *page) next(at, end int) (Extent, bool) {
 	return x, true
 }
 
-func (p *page) nextDense(at, end int) (Extent, bool) {
-	u := at >> p.shift
-	for u < len(p.dense) && p.dense[u] == 0 {
-		u++
-	}
-	if u<<p.shift >= end {
-		return Extent{}, false
-	}
-	unit := uint64(1) << p.shift
-	e := Extent{Sector: uint64(u) << p.shift, Loc: p.dense[u]}
-	want := e.Loc
-	for u < len(p.dense) && u<<p.shift < end && p.dense[u] == want {
-		want = advance(want, unit)
-		u++
-	}
-	e.N = uint32(u<<p.shift - int(e.Sector))
-	if int(e.Sector) < at {
-		e = e.from(uint64(at))
-	}
-	e.N = min(e.N, uint32(end)-uint32(e.Sector))
-	return e, true
-}
-
 // invariants panics unless the page is well formed and lies inside its first
 // limit sectors.
 func (p *page) invariants(limit int) {
 	if p.empty() {
 		panic("extmap: an empty page is held")
 	}
-	used := uint16(0)
-	for u, loc := range p.dense {
-		if loc != 0 {
-			used++
-			if (u+1)<<p.shift > limit {
-				panic("extmap: bad unit")
-			}
-		}
+	if p.isArray() {
+		p.dense.invariants(limit)
 	}
-	if used != p.used || p.dense != nil && p.ext != nil {
-		panic("extmap: wrong count of units")
+	if p.isArray() && p.ext != nil {
+		panic("extmap: a page has two forms")
 	}
 	for k, e := range p.ext {
 		if e.n == 0 || e.loc == 0 || e.end() > limit {

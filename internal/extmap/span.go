@@ -1,5 +1,7 @@
 package extmap
 
+import "slices"
+
 // A Span holds the extents of some consecutive pages outside of a map: to be put
 // into one, or copied or taken out of one. One goroutine at a time may use it.
 type Span struct {
@@ -86,10 +88,7 @@ func (m *Map) Copy(s uint64, n int) *Span {
 			break
 		}
 		if p := m.page(at); p != nil {
-			c := *p
-			c.ext = append([]entry(nil), p.ext...)
-			c.dense = append([]uint64(nil), p.dense...)
-			x.pages[i] = &c
+			x.pages[i] = &page{ext: slices.Clone(p.ext), dense: p.dense.clone()}
 		}
 	}
 	return x
