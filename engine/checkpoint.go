@@ -57,7 +57,7 @@ type runningCheckpoint struct {
 	order   []uint32 // the same, in order
 	rewrite []uint32 // unchanged segments that leave their map object
 	copied  []copiedSegment
-	size    int // bytes that the copies may come to
+	size    int // bytes that the copies come to, about
 	parts   []mapPart
 	puts    int
 	named   bool // the superblock says that it is being written
