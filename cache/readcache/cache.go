@@ -59,6 +59,9 @@ type Options struct {
 	AheadMemory int
 	// Seed makes hashes repeatable, for simulations. Default: random.
 	Seed uint64
+	// SegmentBlocks is how many blocks a segment holds, for simulations, whose caches
+	// are to be full soon. Default: as many as its header can list, which is the most.
+	SegmentBlocks int
 	// Readers is how many headers Load reads at one time. Default 1.
 	Readers int
 	// Logger gets what an operator should know. Default: slog.Default().
@@ -123,6 +126,9 @@ type buffer struct {
 	h    segmentHeader
 }
 
+// segmentBytes is how much of a segment is used.
+func (c *Cache) segmentBytes() int { return (headerBlocks + c.opt.SegmentBlocks) * BlockSize }
+
 // fillCounts count blocks and bytes that went to the SSD.
 type fillCounts struct {
 	written                         uint64 // bytes
@@ -163,6 +169,9 @@ func newCache(f File, o Options) (*Cache, *rand.Rand) {
 	}
 	if o.Seed == 0 {
 		o.Seed = rand.Uint64()
+	}
+	if o.SegmentBlocks == 0 {
+		o.SegmentBlocks = maxEntries
 	}
 	o.Readers = max(o.Readers, 1)
 	c := &Cache{file: f, opt: o, logger: o.Logger, users: map[*Client]struct{}{}}

@@ -286,6 +286,44 @@ func (c *Cache) verifyAccounts(t *testing.T) {
 	}
 }
 
+// TestSegmentBlocks: a cache with small segments is soon full, and one with smaller
+// ones passes over what it left.
+func TestSegmentBlocks(t *testing.T) {
+	f := newMemFile(MinSize)
+	open := func(blocks int) (*Cache, *Client) {
+		c, err := Open(f, Options{Seed: 7, SegmentBlocks: blocks, Logger: quiet})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := c.Load(context.Background()); err != nil {
+			t.Fatal(err)
+		}
+		return c, c.Client()
+	}
+	c, u := open(8)
+	for block := range 2 * len(c.segments) * 8 {
+		read(t, u, 1, block*BlockSize%testSize&^(BlockSize-1), BlockSize, Keep)
+		read(t, u, 1, 0, BlockSize, Keep) // used, so moved
+	}
+	s := c.Stats()
+	if s.Evicted == 0 || s.Moved == 0 || s.Used > uint64(len(c.segments)*8*BlockSize) {
+		t.Errorf("evicted %d, moved %d, used %d", s.Evicted, s.Moved, s.Used)
+	}
+	c.verifyAccounts(t)
+	c.Close()
+	if c, _ = open(8); c.Stats().Used == 0 {
+		t.Error("nothing is found at the next start")
+	}
+	c.Close()
+	c, u = open(4)
+	c.verifyAccounts(t)
+	if used := c.Stats().Used; used > 2*4*BlockSize { // the two that Close wrote early may do
+		t.Errorf("%d bytes used of segments that are too large", used)
+	}
+	read(t, u, 1, 0, testSize, Keep)
+	c.Close()
+}
+
 func TestRestart(t *testing.T) {
 	f := newMemFile(MinSize)
 	c := mustOpen(t, f)

@@ -6,7 +6,7 @@ import (
 
 // reinsertLimit bounds what of a segment is written once more when it is
 // reclaimed, so that each one reclaimed gives room for something new.
-const reinsertLimit = maxEntries * 3 / 4
+func (c *Cache) reinsertLimit() int { return c.opt.SegmentBlocks * 3 / 4 }
 
 // insert keeps the blocks from first on that p holds; the object's last one may
 // be short. It does not wait for the SSD: when that is behind, blocks are not kept.
@@ -88,7 +88,7 @@ func (c *Cache) put(q queue, keep int, k *blockKey, h uint64, uses int, sum uint
 		return false
 	}
 	setEntry(entry(b.mem, i), k, sum)
-	if b.h.entries++; b.h.entries == maxEntries {
+	if b.h.entries++; b.h.entries == c.opt.SegmentBlocks {
 		c.open[q] = nil
 		c.full = append(c.full, b)
 		c.wants.Store(true)
@@ -110,7 +110,7 @@ func (c *Cache) begin(q queue, keep int) *buffer {
 	if n := len(c.spare); n > 0 {
 		b, c.spare = c.spare[n-1], c.spare[:n-1]
 	} else {
-		b = &buffer{mem: c.file.Buffer(SegmentSize)}
+		b = &buffer{mem: c.file.Buffer(c.segmentBytes())}
 		c.made++
 	}
 	s := c.free[len(c.free)-1]
@@ -222,13 +222,13 @@ func (c *Cache) reclaim() {
 	c.mu.Unlock()
 
 	if c.scratch == nil {
-		c.scratch = c.file.Buffer(SegmentSize)
+		c.scratch = c.file.Buffer(c.segmentBytes())
 	}
 	head := c.scratch[:headerBytes]
 	var h segmentHeader
 	err := c.readAt(head, placeOf(s, 0))
 	if err == nil {
-		h, err = decodeSegmentHeader(head, c.id, s)
+		h, err = c.decode(head, s)
 	}
 	c.mu.Lock()
 	if err != nil || h.seq != c.segments[s].seq {
@@ -251,6 +251,7 @@ func (c *Cache) reclaim() {
 // evict takes out what is not used any more of a segment, and returns the rest.
 // The caller holds mu.
 func (c *Cache) evict(q queue, h *segmentHeader, head []byte) (keep []survivor) {
+	limit := c.reinsertLimit()
 	for i := range h.entries {
 		k, hash := c.entryHash(head, i)
 		p := placeOf(h.index, headerBlocks+i)
@@ -259,7 +260,7 @@ func (c *Cache) evict(q queue, h *segmentHeader, head []byte) (keep []survivor) 
 			continue
 		}
 		uses := usesIn(w)
-		if uses > 0 && len(keep) < reinsertLimit {
+		if uses > 0 && len(keep) < limit {
 			if q == large {
 				uses--
 			} else {

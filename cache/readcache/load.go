@@ -22,16 +22,18 @@ func (c *Cache) Load(ctx context.Context) error {
 		return next - 1
 	}
 	headers := make([]segmentHeader, len(c.segments)) // seq 0: nothing is there
-	var readers sync.WaitGroup
-	for range c.opt.Readers {
-		readers.Go(func() {
-			b := c.file.Buffer(headerBytes)
-			for i := take(); i < len(headers) && ctx.Err() == nil && !c.off.Load(); i = take() {
-				headers[i] = c.loadSegment(b, uint32(i))
-			}
-		})
+	read := func() {
+		b := c.file.Buffer(headerBytes)
+		for i := take(); i < len(headers) && ctx.Err() == nil && !c.off.Load(); i = take() {
+			headers[i] = c.loadSegment(b, uint32(i))
+		}
 	}
-	readers.Wait()
+	var others sync.WaitGroup
+	for range c.opt.Readers - 1 {
+		others.Go(read)
+	}
+	read()
+	others.Wait()
 	if err := ctx.Err(); err != nil {
 		return fmt.Errorf("load the read cache: %w", err)
 	}
@@ -39,12 +41,21 @@ func (c *Cache) Load(ctx context.Context) error {
 	return nil
 }
 
+// decode decodes the header of the segment i.
+func (c *Cache) decode(b []byte, i uint32) (segmentHeader, error) {
+	h, err := decodeSegmentHeader(b, c.id, i)
+	if err == nil && h.entries > c.opt.SegmentBlocks {
+		return segmentHeader{}, errFormat // there is no memory to read it to
+	}
+	return h, err
+}
+
 // loadSegment enters the blocks of the segment i and returns its header.
 func (c *Cache) loadSegment(b []byte, i uint32) segmentHeader {
 	if c.readAt(b, placeOf(i, 0)) != nil {
 		return segmentHeader{}
 	}
-	h, err := decodeSegmentHeader(b, c.id, i)
+	h, err := c.decode(b, i)
 	if err != nil {
 		return segmentHeader{} // never written, or torn
 	}
