@@ -16,6 +16,7 @@ type simEnv struct {
 	done   []simJob // run; the reactor has not been told
 	timers []*simTimer
 	disk   *simdisk.Disk
+	cache  *simdisk.Disk // of the read cache, or nil
 	until  time.Duration // of the lease, as the image has said
 	// delay, if not nil, says how long a job waits to be run, and then to be told.
 	delay func() time.Duration
@@ -77,7 +78,7 @@ func (e *simEnv) LeaseUntil(t time.Duration) { e.until = t }
 
 // step does one thing that can be done now, and reports whether there was one.
 func (e *simEnv) step() bool {
-	kinds := [3]func() bool{e.disk.Step, e.runJob, e.tellDone}
+	kinds := [4]func() bool{e.disk.Step, e.stepCache, e.runJob, e.tellDone}
 	e.rng.Shuffle(len(kinds), func(i, j int) { kinds[i], kinds[j] = kinds[j], kinds[i] })
 	for _, k := range kinds {
 		if k() {
@@ -86,6 +87,8 @@ func (e *simEnv) step() bool {
 	}
 	return false
 }
+
+func (e *simEnv) stepCache() bool { return e.cache != nil && e.cache.Step() }
 
 // take removes one of the jobs whose time has come, the first or any.
 func (e *simEnv) take(jobs *[]simJob, first bool) (simJob, bool) {
@@ -179,4 +182,6 @@ func (e *simEnv) fireDue() bool {
 }
 
 // idle reports whether nothing but timers is left.
-func (e *simEnv) idle() bool { return len(e.jobs)+len(e.done)+e.disk.InFlight() == 0 }
+func (e *simEnv) idle() bool {
+	return len(e.jobs)+len(e.done)+e.disk.InFlight() == 0 && (e.cache == nil || e.cache.InFlight() == 0)
+}

@@ -42,6 +42,7 @@ type simPlan struct {
 	mapMemory  int64
 	// objectMemory is Limits.Objects.
 	objectMemory int64
+	cache        simCachePlan
 
 	phases   int
 	steps    int
@@ -79,6 +80,10 @@ func newPlan(rng *rand.Rand) simPlan {
 	if p.stormy || rng.IntN(2) == 0 {
 		p.config.PaceFrom = 1 // so that the log does become full
 	}
+	p.cache = simCachePlan{
+		on: rng.IntN(3) > 0, ring: rng.IntN(4) > 0, blocks: 4 + rng.IntN(32),
+		fail: some(3, 0.1), flip: some(3, 0.1), damage: some(3, 0.5), die: some(3, 0.02),
+	}
 	if *simLog {
 		p.config.Logger = slog.New(slog.NewTextHandler(os.Stderr, nil))
 	}
@@ -96,6 +101,7 @@ type simFaults struct {
 	refused string // the store refuses for good what keys with this in them are for
 	// The next write or sync of the SSD fails.
 	failWrite, failSync bool
+	cache               bool // the disk of the read cache fails
 }
 
 // inject decides what happens to an operation of h on the store.

@@ -28,6 +28,7 @@ type simHost struct {
 	env    *simEnv
 	im     *Image // nil while no process has it open
 	m      *model
+	cache  simCache
 	faults simFaults
 
 	// Its clock: what it showed when the simulation began, and how many
@@ -52,6 +53,7 @@ func (w *world) newHost() *simHost {
 	h.skew = w.rng.Int64N(2*w.plan.skew+1) - w.plan.skew
 	h.store = &simStore{faultstore.New(witness{w.inner.Handle(), h}, h.inject), h}
 	h.newDisk()
+	h.newCache()
 	w.hosts = append(w.hosts, h)
 	return h
 }
@@ -143,13 +145,15 @@ func (h *simHost) open(id uuid.UUID, force bool) (err error) {
 	if h.im != nil {
 		w.fail("%s opens the image twice", h.name)
 	}
-	h.env = &simEnv{rng: w.rng, disk: h.disk, now: h.Now(), delay: h.delay}
+	h.env = &simEnv{rng: w.rng, disk: h.disk, cache: h.cache.disk, now: h.Now(), delay: h.delay}
 	h.out, h.broken, h.badReads, h.dead, h.injected = nil, false, false, false, 0
 	h.opening = true
 	config := w.plan.config
 	config.Shared = NewShared(Limits{Map: w.plan.mapMemory, Objects: w.plan.objectMemory})
 	var im *Image
 	died := h.guarded(func() {
+		h.openCache()
+		h.cache.configure(w.plan.cache.ring, &config)
 		im, err = Open(context.Background(), h.store, id, OpenOptions{
 			Parallel: 1,
 			Log:      simFile{h.disk, h}, URL: "mem:/disk", Host: h.name, Boot: h.boot, Force: force, Clock: h, Lease: w.plan.lease, Config: config,
@@ -169,6 +173,9 @@ func (h *simHost) open(id uuid.UUID, force bool) (err error) {
 		h.memory = w.memory.take(w.plan.memory)
 	}
 	h.im.Start(h.env, h.disk.Device(), h.memory)
+	if h.cache.cache != nil && !h.cache.loaded {
+		h.env.Spawn(h.loadCache, func() {})
+	}
 	return nil
 }
 
@@ -221,6 +228,10 @@ func (w *world) start(h *simHost, force bool) (powerCut bool, err error) {
 func (h *simHost) kill() {
 	h.w.note("kill")
 	h.disk.Kill()
+	h.endCache(false)
+	if h.cache.disk != nil {
+		h.cache.disk.Kill()
+	}
 	h.im, h.dead, h.paused, h.told = nil, false, 0, nil
 }
 
@@ -228,6 +239,10 @@ func (h *simHost) kill() {
 func (h *simHost) cutPower() {
 	h.w.note("power cut")
 	h.disk.CutPower()
+	h.endCache(false)
+	if h.cache.disk != nil {
+		h.cache.disk.CutPower()
+	}
 	h.boot = h.w.uuid()
 	h.im, h.dead, h.paused, h.told = nil, false, 0, nil
 }
@@ -432,6 +447,9 @@ func (h *simHost) close() {
 		w.fail("a write after Close: %v, want EIO", r.Err)
 	}
 	h.im = nil
+	if w.rng.IntN(2) == 0 { // else the same process may open the image again
+		h.endCache(true)
+	}
 }
 
 // names reports whether an error is one line that names what it is about.

@@ -22,6 +22,9 @@ var (
 // with the simulation: each bug has a test of its own, too.
 var simRegressions = []uint64{34, 58, 218, 219, 225}
 
+// enoughSeeds is how many show all that can happen to a read cache.
+const enoughSeeds = 60
+
 // TestSimulation drives the real engine, write log and recovery through worlds in
 // which everything fails, one for each seed; docs/reliability.md says what they
 // are like and how to replay one.
@@ -31,8 +34,13 @@ func TestSimulation(t *testing.T) {
 			report(t, seed, err)
 		}
 	}
-	if seed, err := runSeeds(*simFirst, *simSeeds); err != nil {
+	counts, seed, err := runSeeds(*simFirst, *simSeeds)
+	if err != nil {
 		report(t, seed, err)
+	}
+	t.Logf("read caches: %+v", counts)
+	if what := counts.idle(); what != "" && *simSeeds >= enoughSeeds {
+		t.Errorf("no %s of read caches in %d seeds", what, *simSeeds)
 	}
 }
 
@@ -73,9 +81,10 @@ func runSeed(seed uint64, memory *simMemory) (trace uint64, err error) {
 	return simulate(seed, memory), nil
 }
 
-// runSeeds runs n seeds from first on, on all processors, and returns the
-// smallest one that failed, of those that were begun, if any did.
-func runSeeds(first, n uint64) (failed uint64, err error) {
+// runSeeds runs n seeds from first on, on all processors, and returns what their
+// read caches have done and the smallest seed that failed, of those that were
+// begun, if any did.
+func runSeeds(first, n uint64) (counts simCounts, failed uint64, err error) {
 	var mu sync.Mutex
 	next, done, began := first, uint64(0), time.Now()
 	told := began
@@ -109,13 +118,16 @@ func runSeeds(first, n uint64) (failed uint64, err error) {
 			for {
 				seed, ok := take()
 				if !ok {
-					return
+					break
 				}
 				_, err := runSeed(seed, memory)
 				finish(seed, err)
 			}
+			mu.Lock()
+			defer mu.Unlock()
+			counts.sum(&memory.counts)
 		})
 	}
 	wg.Wait()
-	return failed, err
+	return counts, failed, err
 }

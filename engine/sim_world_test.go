@@ -15,6 +15,7 @@ import (
 	"github.com/lsd-ceph/lsd/backend/mem"
 	"github.com/lsd-ceph/lsd/cache/writelog"
 	"github.com/lsd-ceph/lsd/internal/extmap"
+	"github.com/lsd-ceph/lsd/internal/simdisk"
 )
 
 // world is one run of the simulation: hosts, a store that they share, a clock,
@@ -39,6 +40,10 @@ type world struct {
 	effectIsLate bool
 	strays       map[string]bool // objects that were put by such
 	memory       *simMemory
+	caches       []*simdisk.Disk // of hosts that are gone
+	counts       simCounts
+	recent       []simPlace // of reads
+	next         uint64     // cell that a sequential run of reads comes to
 }
 
 // simRegion is a part of the image that the world uses.
@@ -105,6 +110,7 @@ func (w *world) within(cell, n uint64) (uint64, uint64) {
 type simMemory struct {
 	logs    [][]byte // of logs, free
 	scratch []byte   // see simFile.Buffer
+	counts  simCounts
 }
 
 const simLogMemory = 2 * writelog.SegmentSize // at most
@@ -275,6 +281,7 @@ func (w *world) run(steps int) {
 
 // weather begins or ends a lasting fault of the store.
 func (w *world) weather(h *simHost) {
+	h.cacheWeather()
 	x := &h.faults
 	switch w.rng.IntN(4) {
 	case 0:
@@ -297,7 +304,7 @@ func (w *world) act(h *simHost) {
 	case k < 11:
 		w.actWrite(h)
 	case k < 17:
-		h.read(w.place(1 + w.rng.Uint64N(24)))
+		h.read(w.readPlace())
 	case k == 17:
 		h.flush()
 	case k == 18 && w.rng.IntN(8) == 0:
@@ -315,6 +322,33 @@ func (w *world) place(n uint64) (cell, cells uint64) {
 		return w.within(w.rng.Uint64N(64), n)
 	}
 	return w.within(w.rng.Uint64N(w.cells()), n)
+}
+
+// simPlace is a run of cells.
+type simPlace struct{ cell, cells uint64 }
+
+// readPlace draws where a read is: anywhere, where one was not long ago, or at the
+// next step of a sequential run.
+func (w *world) readPlace() (cell, cells uint64) {
+	switch k := w.rng.IntN(8); {
+	case k < 3 && len(w.recent) > 0:
+		p := w.recent[w.rng.IntN(len(w.recent))]
+		return p.cell, p.cells
+	case k < 5:
+		if w.rng.IntN(16) == 0 || w.next >= w.cells() {
+			w.next, _ = w.place(1)
+		}
+		cell, cells = w.next, w.cellsFrom(w.next, 8+w.rng.Uint64N(24))
+		w.next += cells
+		return cell, cells
+	}
+	cell, cells = w.place(1 + w.rng.Uint64N(24))
+	if p := (simPlace{cell, cells}); len(w.recent) < 8 {
+		w.recent = append(w.recent, p)
+	} else {
+		w.recent[w.rng.IntN(len(w.recent))] = p
+	}
+	return cell, cells
 }
 
 func (w *world) actWrite(h *simHost) {
@@ -423,6 +457,7 @@ func simulate(seed uint64, memory *simMemory) uint64 {
 	for len(w.hosts) > 0 {
 		w.drop(w.hosts[0])
 	}
+	memory.counts.sum(&w.counts)
 	return w.trace
 }
 
@@ -550,7 +585,7 @@ func (w *world) logFull() {
 		}
 	}
 	w.acting = false
-	if h.im.state != Active || h.im.log.Err() != nil {
+	if h.dead || h.im.state != Active || h.im.log.Err() != nil {
 		return
 	}
 	r := h.read(w.place(4))
@@ -572,6 +607,7 @@ func (w *world) secondHost() {
 func (w *world) drop(h *simHost) {
 	i := slices.Index(w.hosts, h)
 	w.hosts = slices.Delete(w.hosts, i, i+1)
+	h.leaveCache()
 	if h.memory != nil {
 		w.memory.logs = append(w.memory.logs, h.memory)
 	}
@@ -652,6 +688,7 @@ func (w *world) salvage(a *simHost, has int) {
 	if err != nil {
 		w.fail("salvage: %v", err)
 	}
+	a.leaveCache() // to be shared with the new image, whose objects have numbers of their own
 	c := w.newHost()
 	if err := c.open(id, false); err != nil {
 		w.fail("open what was salvaged: %v", err)
