@@ -7,6 +7,8 @@ import (
 	"math/bits"
 	"sync"
 	"sync/atomic"
+
+	"github.com/lsd-ceph/lsd/internal/mutate"
 )
 
 // A Source reads an object from its store.
@@ -408,6 +410,9 @@ func (u *Client) fly(ctx context.Context, f *flight, k *Key, src Source, how How
 		data = data[:end]
 	}
 	if err = src.Fetch(ctx, f.first, data); err != nil {
+		if mutate.On(mutate.CacheFailedKept) {
+			u.c.insert(k, f.first, data, how)
+		}
 		return err
 	}
 	u.fetched.Add(uint64(len(data)))

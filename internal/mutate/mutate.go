@@ -69,6 +69,12 @@ const (
 	DeadKept Bug = "dead-kept"
 	// MovedOverNewer lets the cleaner put back what has been overwritten meanwhile.
 	MovedOverNewer Bug = "moved-over-newer"
+	// CacheUnverified serves data from the read cache without a look at its checksums.
+	CacheUnverified Bug = "cache-unverified"
+	// CacheImageIgnored takes objects of different images for one in the read cache.
+	CacheImageIgnored Bug = "cache-image-ignored"
+	// CacheFailedKept keeps in the read cache what was fetched wrong.
+	CacheFailedKept Bug = "cache-failed-kept"
 )
 
 // All are the bugs that can be planted.
@@ -78,6 +84,6 @@ func All() []Bug {
 		ObjectUnverified, HeaderUnverified, LogReadUnverified, TornRecord, ProofIgnored, RecoveryStopsEarly,
 		LogOverwritten, TrimEarly, DirtyDropped, DiscardUnrecorded, DiscardUndestaged,
 		LeaseIgnored, LeaseStretched, LateForgotten, LeaseNotAwaited, EpochIgnored, EpochUnrecorded, StaleLogDropped, DeletedEarly, CheckpointMixed,
-		DeadKept, MovedOverNewer,
+		DeadKept, MovedOverNewer, CacheUnverified, CacheImageIgnored, CacheFailedKept,
 	}
 }
