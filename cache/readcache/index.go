@@ -174,37 +174,37 @@ func (s hasher) block(o uint64, block uint32) uint64 {
 }
 
 // ghost remembers the hashes of as many blocks as the cache has room for, that
-// were let go of without a second use: buckets of eight fingerprints, each
-// replaced in turn. Guarded by Cache.mu.
+// were let go of without a second use: buckets of eight fingerprints, newest first,
+// of which the oldest is replaced. Guarded by Cache.mu.
 type ghost struct {
 	prints  []uint32
-	next    []uint8 // of each bucket: which is replaced next
 	buckets uint64
 }
 
 func (g *ghost) init(segments int) {
 	g.buckets = max(uint64(segments)*segmentBlocks/bucketWords, 1)
 	g.prints = make([]uint32, g.buckets*bucketWords)
-	g.next = make([]uint8, g.buckets)
 }
 
-func (g *ghost) bucket(h uint64) (b uint64, print uint32) {
-	b, _ = bits.Mul64(h, g.buckets)
-	return b, uint32(h) | 1
+// bucket returns the bucket of hash h, which is half a cache line, and its
+// fingerprint.
+func (g *ghost) bucket(h uint64) (b *[bucketWords]uint32, print uint32) {
+	i, _ := bits.Mul64(h, g.buckets)
+	return (*[bucketWords]uint32)(g.prints[i*bucketWords:]), uint32(h) | 1
 }
 
 func (g *ghost) add(h uint64) {
 	b, print := g.bucket(h)
-	g.prints[b*bucketWords+uint64(g.next[b])] = print
-	g.next[b] = (g.next[b] + 1) % bucketWords
+	copy(b[1:], b[:])
+	b[0] = print
 }
 
 // take reports whether the ghost has h, and forgets it.
 func (g *ghost) take(h uint64) bool {
 	b, print := g.bucket(h)
-	for i := b * bucketWords; i < (b+1)*bucketWords; i++ {
-		if g.prints[i] == print {
-			g.prints[i] = 0
+	for i := range b {
+		if b[i] == print {
+			b[i] = 0
 			return true
 		}
 	}

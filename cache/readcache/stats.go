@@ -95,6 +95,6 @@ func (fs *flights) memory() uint64 {
 
 // memory returns the bytes of memory that the cache holds. The caller holds mu.
 func (c *Cache) memory() uint64 {
-	n := len(c.index.words)*8 + len(c.index.sums)*4 + len(c.ghost.prints)*4 + len(c.ghost.next) + len(c.segments)*16
+	n := len(c.index.words)*8 + len(c.index.sums)*4 + len(c.ghost.prints)*4 + len(c.segments)*16
 	return uint64(n+c.made*c.segmentBytes()) + c.flights.memory()
 }
