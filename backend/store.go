@@ -68,7 +68,8 @@ type Store interface {
 	// key are never reused, also not after Delete.
 	Swap(ctx context.Context, key string, old Version, data []byte) (Version, error)
 
-	// Close frees what the store holds. No other call may be running or follow.
+	// Close frees what the store holds. No other call may be running; those that
+	// follow fail with ErrPermanent, but another Close does nothing.
 	Close() error
 }
 

@@ -94,15 +94,6 @@ func (l *link) close(cs *Clusters) {
 	cs.release(l.cluster)
 }
 
-// use returns the store's link, for one operation, which ends with
-// running.Done.
-func (s *Store) use() *link {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.link.running.Add(1)
-	return s.link
-}
-
 // shutOut is told that the cluster has blocklisted the connection of l: nothing
 // will ever go through it. The store gets another one, in the background.
 func (s *Store) shutOut(l *link) {
@@ -172,10 +163,10 @@ var _ backend.Fencer = (*Store)(nil)
 // this client talks to from then on serves the other one.
 func (s *Store) Fence(ctx context.Context, identity string) error {
 	addr, err := parseIdentity(identity)
-	if err := begin(ctx, "fence", identity, err); err != nil {
+	l, err := s.begin(ctx, "fence", identity, err)
+	if err != nil {
 		return err
 	}
-	l := s.use()
 	defer l.running.Done()
 	select {
 	case l.cluster.blocking <- struct{}{}:

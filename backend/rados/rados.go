@@ -85,7 +85,13 @@ func openFailed(ctx context.Context, u backend.URL, err error) error {
 // uses it. Operations that were abandoned keep both for as long as they take,
 // of which Close waits for a few seconds.
 func (s *Store) Close() error {
-	s.cancel()
+	s.mu.Lock()
+	closed := s.ctx.Err() != nil
+	s.cancel() // no call begins from here on
+	s.mu.Unlock()
+	if closed {
+		return nil
+	}
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
@@ -99,16 +105,23 @@ func (s *Store) Close() error {
 	return nil
 }
 
-// begin returns the error that a call ends with before it does anything: bad
-// is what is wrong with its arguments.
-func begin(ctx context.Context, op, key string, bad error) error {
+// begin returns the link for a call's operation, which ends with running.Done, or
+// the error that the call ends with before it does anything: bad is what is wrong
+// with its arguments.
+func (s *Store) begin(ctx context.Context, op, key string, bad error) (*link, error) {
 	if bad != nil {
-		return &backend.Error{Op: op, Class: backend.ErrPermanent, Cause: bad}
+		return nil, &backend.Error{Op: op, Class: backend.ErrPermanent, Cause: bad}
 	}
 	if err := ctx.Err(); err != nil {
-		return fmt.Errorf("%s %s: %w", op, key, err)
+		return nil, fmt.Errorf("%s %s: %w", op, key, err)
 	}
-	return nil
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.ctx.Err() != nil {
+		return nil, &backend.Error{Op: op, Key: key, Class: backend.ErrPermanent, Cause: errors.New("store is closed")}
+	}
+	s.link.running.Add(1)
+	return s.link, nil
 }
 
 // end returns the error of a call whose operation, on l, returned ret and err.
@@ -157,10 +170,10 @@ func class(ret int) error {
 
 // Put implements backend.Store.
 func (s *Store) Put(ctx context.Context, key string, data []byte) error {
-	if err := begin(ctx, "put", key, backend.CheckPut(key, len(data))); err != nil {
+	l, err := s.begin(ctx, "put", key, backend.CheckPut(key, len(data)))
+	if err != nil {
 		return err
 	}
-	l := s.use()
 	defer l.running.Done()
 	ret, err := l.put(ctx, oidPrefix+key, data)
 	return s.end(l, "put", key, ret, err)
@@ -168,10 +181,10 @@ func (s *Store) Put(ctx context.Context, key string, data []byte) error {
 
 // Get implements backend.Store.
 func (s *Store) Get(ctx context.Context, key string, p []byte, off int64) (int, error) {
-	if err := begin(ctx, "get", key, backend.CheckGet(key, off)); err != nil {
+	l, err := s.begin(ctx, "get", key, backend.CheckGet(key, off))
+	if err != nil {
 		return 0, err
 	}
-	l := s.use()
 	defer l.running.Done()
 	if len(p) == 0 || off >= backend.MaxObject {
 		// To the cluster, a read of no bytes is one of all.
@@ -188,10 +201,10 @@ func (s *Store) Get(ctx context.Context, key string, p []byte, off int64) (int, 
 
 // Stat implements backend.Store.
 func (s *Store) Stat(ctx context.Context, key string) (int64, error) {
-	if err := begin(ctx, "stat", key, backend.CheckKey(key)); err != nil {
+	l, err := s.begin(ctx, "stat", key, backend.CheckKey(key))
+	if err != nil {
 		return 0, err
 	}
-	l := s.use()
 	defer l.running.Done()
 	size, ret, err := l.stat(ctx, oidPrefix+key)
 	return size, s.end(l, "stat", key, ret, err)
@@ -199,10 +212,10 @@ func (s *Store) Stat(ctx context.Context, key string) (int64, error) {
 
 // Delete implements backend.Store.
 func (s *Store) Delete(ctx context.Context, key string) error {
-	if err := begin(ctx, "delete", key, backend.CheckKey(key)); err != nil {
+	l, err := s.begin(ctx, "delete", key, backend.CheckKey(key))
+	if err != nil {
 		return err
 	}
-	l := s.use()
 	defer l.running.Done()
 	ret, err := l.remove(ctx, oidPrefix+key)
 	return s.end(l, "delete", key, ret, err)
@@ -211,10 +224,10 @@ func (s *Store) Delete(ctx context.Context, key string) error {
 // List implements backend.Store. It goes through all objects of the pool's
 // namespace, whosever they are.
 func (s *Store) List(ctx context.Context, prefix string, fn func(key string) error) error {
-	if err := begin(ctx, "list", prefix, backend.CheckPrefix(prefix)); err != nil {
+	l, err := s.begin(ctx, "list", prefix, backend.CheckPrefix(prefix))
+	if err != nil {
 		return err
 	}
-	l := s.use()
 	defer l.running.Done()
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
@@ -238,8 +251,8 @@ func (s *Store) List(ctx context.Context, prefix string, fn func(key string) err
 			if !ok {
 				return s.listEnd(l, prefix, <-result)
 			}
-			if err := begin(ctx, "list", prefix, nil); err != nil {
-				return err
+			if err := ctx.Err(); err != nil {
+				return fmt.Errorf("list %s: %w", prefix, err)
 			}
 			if err := fn(key); err != nil {
 				return err
@@ -316,10 +329,10 @@ func checkAttr(attr, data []byte) error {
 
 // Load implements backend.Store.
 func (s *Store) Load(ctx context.Context, key string) ([]byte, backend.Version, error) {
-	if err := begin(ctx, "load", key, backend.CheckKey(key)); err != nil {
+	l, err := s.begin(ctx, "load", key, backend.CheckKey(key))
+	if err != nil {
 		return nil, backend.NoVersion, err
 	}
-	l := s.use()
 	defer l.running.Done()
 	for room := firstRoom; ; {
 		data, attr, size, ret, err := l.load(ctx, oidPrefix+key, room)
@@ -339,10 +352,10 @@ func (s *Store) Load(ctx context.Context, key string) ([]byte, backend.Version, 
 
 // Swap implements backend.Store.
 func (s *Store) Swap(ctx context.Context, key string, old backend.Version, data []byte) (backend.Version, error) {
-	if err := begin(ctx, "swap", key, backend.CheckSwap(key, len(data))); err != nil {
+	l, err := s.begin(ctx, "swap", key, backend.CheckSwap(key, len(data)))
+	if err != nil {
 		return backend.NoVersion, err
 	}
-	l := s.use()
 	defer l.running.Done()
 	conflict := &backend.Error{Op: "swap", Key: key, Class: backend.ErrConflict}
 	oldAttr, err := hex.DecodeString(string(old))

@@ -50,6 +50,7 @@ func Run(t *testing.T, newPlace func(t *testing.T) func(t *testing.T) backend.St
 		{"Cancelled", testCancelled},
 		{"CancelledMidway", testCancelledMidway},
 		{"Reopen", testReopen},
+		{"Closed", testClosed},
 		{"Random", testRandom},
 	}
 	for _, tt := range tests {
@@ -716,6 +717,33 @@ func testReopen(t *testing.T, s backend.Store, another func() backend.Store) {
 		if keys := list(t, s, ""); !slices.Equal(keys, []string{"a/b", "m"}) {
 			t.Errorf("List: %q; want a/b, m", keys)
 		}
+	}
+}
+
+// testClosed: a handle that was closed does nothing any more, and another one of the
+// same place goes on.
+func testClosed(t *testing.T, s backend.Store, another func() backend.Store) {
+	ctx := testContext(t)
+	v := swap(t, s, "m", backend.NoVersion, []byte("y"))
+	put(t, s, "a", []byte("x"))
+	other := another()
+	if err := s.Close(); err != nil {
+		t.Fatal(err)
+	}
+	_, getErr := s.Get(ctx, "a", make([]byte, 1), 0)
+	_, statErr := s.Stat(ctx, "a")
+	_, _, loadErr := s.Load(ctx, "m")
+	_, swapErr := s.Swap(ctx, "m", v, []byte("z"))
+	for op, err := range map[string]error{
+		"Put": s.Put(ctx, "b", nil), "Get": getErr, "Stat": statErr, "Delete": s.Delete(ctx, "a"), "Load": loadErr, "Swap": swapErr,
+		"List": s.List(ctx, "", func(string) error { return nil }),
+	} {
+		WantError(t, op, err, backend.ErrPermanent)
+	}
+	wantObject(t, other, "a", []byte("x"))
+	wantMutable(t, other, "m", v, []byte("y"))
+	if keys := list(t, other, ""); !slices.Equal(keys, []string{"a", "m"}) {
+		t.Errorf("List: %q; want a, m", keys)
 	}
 }
 
