@@ -270,18 +270,47 @@ func workDir(b *testing.B) string {
 	return work
 }
 
-// readPath reads an image in a store, with the read cache below work.
+// readPath reads an image in a store, with the read cache below work: as fast as the
+// store can, and over a link that is far slower than it and the processor.
 func readPath(b *testing.B, work string, inner backend.Store) {
 	st := &counting{Store: inner}
 	id := fill(b, st, work)
+	b.Run("sequential", func(b *testing.B) { sequentialReads(b, work, inner, id) })
+	b.Run("sequential-200MB", func(b *testing.B) { sequentialReads(b, work, &linked{Store: inner, rate: 200e6}, id) })
+	b.Run("random-4k", func(b *testing.B) { randomReads(b, work, st, id) })
+}
+
+// linked is a store whose data comes over a link of so many bytes a second.
+type linked struct {
+	backend.Store
+	rate float64
+	mu   sync.Mutex
+	free time.Time // guarded by mu: when the link has brought all that it was given
+}
+
+func (s *linked) Get(ctx context.Context, key string, p []byte, off int64) (int, error) {
+	n, err := s.Store.Get(ctx, key, p, off)
+	s.mu.Lock()
+	if now := time.Now(); s.free.Before(now) {
+		s.free = now
+	}
+	s.free = s.free.Add(time.Duration(float64(n) / s.rate * 1e9))
+	wait := time.Until(s.free)
+	s.mu.Unlock()
+	time.Sleep(wait)
+	return n, err
+}
+
+// sequentialReads reads the image in order, beside the store alone, taking turns.
+func sequentialReads(b *testing.B, work string, st backend.Store, id uuid.UUID) {
 	for _, c := range []struct {
 		depth, size int
 	}{{1, 128 << 10}, {8, 128 << 10}, {8, 1 << 20}} {
-		b.Run(fmt.Sprintf("sequential/depth=%d/size=%d", c.depth, c.size), func(b *testing.B) {
+		b.Run(fmt.Sprintf("depth=%d/size=%d", c.depth, c.size), func(b *testing.B) {
 			var a, p []float64
 			for i := range *rounds {
 				chill(b, work)
-				p = append(p, raw(b, inner, id)/1e6)
+				p = append(p, raw(b, st, id)/1e6)
 				chill(b, work)
 				withCache(b, work, fmt.Sprint(c.depth, c.size, i), st, id, func(d *disk, _ *readcache.Cache) {
 					a = append(a, readSize/1e6/d.run(engine.Read, c.depth, c.size, inOrder(c.size)).Seconds())
@@ -293,7 +322,6 @@ func readPath(b *testing.B, work string, inner backend.Store) {
 			b.ReportMetric(0, "ns/op")
 		})
 	}
-	b.Run("random-4k", func(b *testing.B) { randomReads(b, work, st, id) })
 }
 
 // randomReads reads random blocks, most of which the cache does not have, and then
