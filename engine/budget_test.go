@@ -19,8 +19,8 @@ func TestObjectMemory(t *testing.T) {
 		ok    bool
 	}{
 		{"a", 4, true}, {"a", 4, true}, {"a", 4, false},
-		{"b", 4, true},  // its first
-		{"b", 1, false}, // all is used
+		{"b", 4, true},                   // its first
+		{"b", 1, false},                  // all is used
 		{"a", -4, true}, {"a", 4, false}, // half is b's
 		{"b", 1, true}, {"b", 1, false},
 		{"a", -4, true}, {"a", 4, true}, {"a", 1, true}, {"a", 1, false},

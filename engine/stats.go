@@ -27,6 +27,7 @@ type Stats struct {
 	LogError  string    `json:"log_error,omitempty"`
 	Dirty     uint64    `json:"dirty_bytes"` // written, overwritten included, and not yet in the store
 	Lag       float64   `json:"destage_lag_seconds"`
+	ObjBytes  int64     `json:"object_memory_bytes"` // memory of data objects that are being built and put
 	Puts      int       `json:"objects_in_flight"`
 	Queued    int       `json:"objects_queued"`
 	Objects   uint64    `json:"objects"`           // accepted, over the image's life
@@ -78,7 +79,7 @@ func (im *Image) Stats() Stats {
 	}
 	s := Stats{
 		State: im.state.String(), Image: im.id, Size: im.sectors * SectorSize, BlockSize: im.super.sb.BlockSize,
-		ReadOnly: im.readOnly, Epoch: im.super.sb.Epoch, Objects: im.accepted.object, MapBytes: im.objs.charged,
+		ReadOnly: im.readOnly, Epoch: im.super.sb.Epoch, Objects: im.accepted.object, MapBytes: im.objs.charged, ObjBytes: im.memory,
 		MapLoads: im.objs.loaded, MapEvicts: im.objs.evictions, LiveBytes: im.table.live * SectorSize, DataBytes: im.table.space * SectorSize,
 		DeadCount: len(im.table.dead), Cleaned: im.clean.moved, Deleted: im.reaper.deleted,
 		Reads: c.reads, Writes: c.writes, Flushes: c.flushes, Discards: c.discards,

@@ -290,8 +290,8 @@ func (s *hungStore) Get(ctx context.Context, key string, p []byte, off int64) (i
 func (s *hungStore) Close() error { return nil }
 
 // TestHungStore: a hundred images of a directory that hangs take no more threads
-// than a few do, their leases are renewed meanwhile, and an image elsewhere does
-// not notice.
+// than a few do, nor the memory of all objects that wait for it, and their leases are
+// renewed meanwhile.
 func TestHungStore(t *testing.T) {
 	images := crowdSize()
 	var p [2]int
@@ -318,7 +318,19 @@ func TestHungStore(t *testing.T) {
 	}
 	time.Sleep(5 * time.Second) // longer than the lease
 	u := measure(t)
-	t.Logf("%d threads more, %d calls stuck", u.threads-before.threads, most.Load())
+	memory := int64(0)
+	for _, id := range c.ids {
+		s, err := c.find(id).getDisk().stats(context.Background())
+		if err != nil {
+			t.Fatal(err)
+		}
+		memory += s.ObjBytes
+	}
+	t.Logf("%d threads more, %d calls stuck, %d MiB of objects", u.threads-before.threads, most.Load(), memory>>20)
+	const object = engine.DefaultObjectSize + 1<<20 // and its header
+	if limit := int64(engine.DefaultObjectMemory + images*object); memory > limit || memory < int64(images)*engine.DefaultObjectSize {
+		t.Errorf("objects have %d bytes; want up to %d, and one for each image", memory, limit)
+	}
 	if n := u.threads - before.threads; n > images*(imageThreads-1)+gateData+gateSuper+daemonThreads {
 		t.Errorf("%d threads more with a store that hangs", n)
 	}
