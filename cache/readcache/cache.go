@@ -171,7 +171,7 @@ func newCache(f File, o Options) (*Cache, *rand.Rand) {
 	if o.Seed == 0 {
 		o.Seed = rand.Uint64()
 	}
-	if o.SegmentBlocks == 0 {
+	if o.SegmentBlocks <= 0 || o.SegmentBlocks > maxEntries {
 		o.SegmentBlocks = maxEntries
 	}
 	o.Readers = max(o.Readers, 1)

@@ -47,11 +47,10 @@ type flight struct {
 type flights struct {
 	budget int // bytes for what is read ahead
 	pool   [bufferClasses]sync.Pool
-	aheads atomic.Int64 // of the flights, those that read ahead; changed under mu
+	held   atomic.Int64 // bytes read ahead, or being read; changed under mu
 
 	mu      sync.Mutex
-	held    int                  // guarded by mu, as all that follows: bytes read ahead, or being read
-	refused int                  // claims in a row that had no room
+	refused int                  // guarded by mu, as all that follows: claims in a row that had no room
 	of      map[Object][]*flight // by what they fetch
 	kept    *list.List           // what was read ahead, oldest first
 }
@@ -102,8 +101,12 @@ func (fs *flights) join(o *Object, first, n uint32) (f *flight, mine bool) {
 }
 
 // landed returns what was read ahead and has block first of an object, to be left
-// afterwards, or nil; known says that there is a flight that has it, or will.
+// afterwards, or nil; known says that there is a flight that has it, or will. It takes
+// no lock while nothing is read ahead.
 func (fs *flights) landed(o *Object, first uint32) (f *flight, known bool) {
+	if fs.held.Load() == 0 {
+		return nil, false
+	}
 	fs.mu.Lock()
 	defer fs.mu.Unlock()
 	f, _ = fs.find(o, first, 1)
@@ -112,14 +115,6 @@ func (fs *flights) landed(o *Object, first uint32) (f *flight, known bool) {
 	}
 	f.refs++
 	return f, true
-}
-
-// has reports whether there is a flight that has block first of an object, or will.
-func (fs *flights) has(o *Object, first uint32) bool {
-	fs.mu.Lock()
-	defer fs.mu.Unlock()
-	f, _ := fs.find(o, first, 1)
-	return f != nil
 }
 
 // begin reports whether the one who has claimed a flight is to fly it.
@@ -149,9 +144,6 @@ func (fs *flights) find(o *Object, first, n uint32) (*flight, uint32) {
 func (fs *flights) add(o *Object, first, n uint32, ahead bool) *flight {
 	f := &flight{object: *o, first: first, n: n, ahead: ahead, refs: 1, done: make(chan struct{})}
 	fs.of[*o] = append(fs.of[*o], f)
-	if ahead {
-		fs.aheads.Add(1)
-	}
 	return f
 }
 
@@ -164,7 +156,7 @@ func (fs *flights) claim(o *Object, first, n uint32) (*flight, uint32) {
 	if f != nil {
 		return nil, n
 	}
-	if fs.held+int(n)*BlockSize > fs.budget {
+	if int(fs.held.Load())+int(n)*BlockSize > fs.budget {
 		if fs.refused++; fs.refused >= maxRefused && fs.kept.Len() > 0 {
 			fs.refused = 0
 			fs.forget(fs.kept.Front().Value.(*flight))
@@ -172,7 +164,7 @@ func (fs *flights) claim(o *Object, first, n uint32) (*flight, uint32) {
 		return nil, 0
 	}
 	fs.refused = 0
-	fs.held += int(n) * BlockSize
+	fs.held.Add(int64(n) * BlockSize)
 	return fs.add(o, first, n, true), n
 }
 
@@ -190,7 +182,7 @@ func (fs *flights) land(f *flight, err error, found bool) {
 	}
 	fs.unlist(f)
 	if f.ahead {
-		fs.held -= int(f.n) * BlockSize
+		fs.held.Add(-int64(f.n) * BlockSize)
 	}
 }
 
@@ -210,9 +202,6 @@ func (fs *flights) unlist(f *flight) {
 	} else {
 		fs.of[f.object] = l
 	}
-	if f.ahead {
-		fs.aheads.Add(-1)
-	}
 }
 
 // forget lets go of what was read ahead. The caller holds mu.
@@ -220,7 +209,7 @@ func (fs *flights) forget(f *flight) {
 	fs.kept.Remove(f.kept)
 	f.kept = nil
 	fs.unlist(f)
-	fs.held -= int(f.n) * BlockSize
+	fs.held.Add(-int64(f.n) * BlockSize)
 	fs.unref(f)
 }
 
@@ -305,8 +294,13 @@ func (u *Client) Read(ctx context.Context, k *Key, off int, dst []byte, src Sour
 	c := u.c
 	for len(dst) > 0 {
 		first, skip := uint32(off/BlockSize), off%BlockSize
+		got, coming := u.Ready(k, off, dst)
+		if got > 0 {
+			off, dst = off+got, dst[got:]
+			continue
+		}
 		r := Run{N: uint32((skip + len(dst) + BlockSize - 1) / BlockSize)}
-		if !c.flights.has(&k.Object, first) {
+		if !coming {
 			r = c.Next(k, first, r.N, false)
 		}
 		n := min(int(r.N)*BlockSize-skip, len(dst))
@@ -329,9 +323,6 @@ func (u *Client) Read(ctx context.Context, k *Key, off int, dst []byte, src Sour
 // ask the cache. It does not block, and takes no lock when nothing is read ahead.
 func (u *Client) Ready(k *Key, off int, dst []byte) (n int, coming bool) {
 	fs := &u.c.flights
-	if fs.aheads.Load() == 0 {
-		return 0, false
-	}
 	first, skip := uint32(off/BlockSize), off%BlockSize
 	f, coming := fs.landed(&k.Object, first)
 	if f == nil {

@@ -87,11 +87,7 @@ func (c *Cache) Stats() Stats {
 }
 
 // memory returns the bytes of memory that read-ahead holds.
-func (fs *flights) memory() uint64 {
-	fs.mu.Lock()
-	defer fs.mu.Unlock()
-	return uint64(fs.held)
-}
+func (fs *flights) memory() uint64 { return uint64(fs.held.Load()) }
 
 // memory returns the bytes of memory that the cache holds. The caller holds mu.
 func (c *Cache) memory() uint64 {
