@@ -27,7 +27,7 @@ type batch struct {
 	base  uint64
 
 	state     batchState
-	memory    int64         // bytes of Shared.objects that it has
+	memory    int64         // bytes of Shared.destage that it has
 	buf       []byte        // the object, once built
 	header    *objectHeader // once built
 	pieces    []piece       // once built: in the order of the object's data

@@ -11,8 +11,8 @@ type Shared struct {
 	Map Budget
 	// Scrub bounds what is read back of the images' objects.
 	Scrub ScrubRate
-	// objects bounds the memory of the data objects that are built and put.
-	objects objectMemory
+	// destage bounds the memory of the data objects that are built and put.
+	destage destageMemory
 	buffers sync.Pool // of *[]byte, for them
 	// cleaning has a place for each cleaning that may run at one time.
 	cleaning chan struct{}
@@ -22,13 +22,13 @@ type Shared struct {
 // means the default.
 type Limits struct {
 	Map     int64 // of maps
-	Objects int64 // of data objects on their way to the store
+	Destage int64 // of data objects on their way to the store
 }
 
 // Defaults of what is shared.
 const (
-	DefaultMapMemory    = 256 << 20 // bytes
-	DefaultObjectMemory = 512 << 20 // bytes
+	DefaultMapMemory     = 256 << 20 // bytes
+	DefaultDestageMemory = 512 << 20 // bytes
 	// maxCleanings bounds the cleanings that run in a daemon at one time, and so
 	// the memory that they take.
 	maxCleanings = 4
@@ -39,17 +39,17 @@ func NewShared(l Limits) *Shared {
 	if l.Map == 0 {
 		l.Map = DefaultMapMemory
 	}
-	if l.Objects == 0 {
-		l.Objects = DefaultObjectMemory
+	if l.Destage == 0 {
+		l.Destage = DefaultDestageMemory
 	}
-	return &Shared{Map: Budget{limit: l.Map}, objects: objectMemory{limit: l.Objects}, cleaning: make(chan struct{}, maxCleanings)}
+	return &Shared{Map: Budget{limit: l.Map}, destage: destageMemory{limit: l.Destage}, cleaning: make(chan struct{}, maxCleanings)}
 }
 
-// objectMemory bounds the memory of data objects that are built and put. Each image
+// destageMemory bounds the memory of data objects that are built and put. Each image
 // may have one object in any case: else it would wait for another one, whose store
 // hangs. Beyond that it may have its even share. So an image that is refused has an
 // object whose end tells it to ask again.
-type objectMemory struct {
+type destageMemory struct {
 	limit int64 // bytes
 
 	mu     sync.Mutex
@@ -58,7 +58,7 @@ type objectMemory struct {
 }
 
 // take takes n bytes for an image that has own of them, and reports whether it may.
-func (m *objectMemory) take(own, n int64) bool {
+func (m *destageMemory) take(own, n int64) bool {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	if own > 0 && (m.used+n > m.limit || own+n > m.limit/int64(m.images)) {
@@ -72,7 +72,7 @@ func (m *objectMemory) take(own, n int64) bool {
 }
 
 // give gives back n bytes of an image that has own.
-func (m *objectMemory) give(own, n int64) {
+func (m *destageMemory) give(own, n int64) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	if own == n {

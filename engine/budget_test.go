@@ -10,8 +10,8 @@ import (
 	"github.com/lsd-ceph/lsd/backend/mem"
 )
 
-func TestObjectMemory(t *testing.T) {
-	m := objectMemory{limit: 10}
+func TestDestageMemory(t *testing.T) {
+	m := destageMemory{limit: 10}
 	own := map[string]int64{}
 	for i, step := range []struct {
 		image string
@@ -47,7 +47,7 @@ func TestObjectMemory(t *testing.T) {
 func TestObjectsShareMemory(t *testing.T) {
 	down := faultstore.NewSwitch()
 	st := faultstore.New(mem.New(), faultstore.If(faultstore.All(down.On, faultstore.Method(faultstore.Put)), faultstore.Fault{Before: backend.ErrTemporary}))
-	shared := NewShared(Limits{Objects: 4 * (MinObjectSize + 128<<10)})
+	shared := NewShared(Limits{Destage: 4 * (MinObjectSize + 128<<10)})
 	var hosts []*host
 	for i, name := range []string{"alpha", "beta", "gamma"} {
 		h := newHost(t, name, st, uint64(i))
@@ -84,7 +84,7 @@ func TestObjectsShareMemory(t *testing.T) {
 		h.mustDestage()
 		h.mustRead(5, 6)
 	}
-	if m := &shared.objects; m.used != 0 || m.images != 0 {
+	if m := &shared.destage; m.used != 0 || m.images != 0 {
 		t.Errorf("%d bytes of %d images are left", m.used, m.images)
 	}
 }

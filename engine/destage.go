@@ -193,7 +193,7 @@ func (im *Image) buffer(n int) []byte {
 // takeMemory takes the memory for b's object, if it may.
 func (im *Image) takeMemory(b *batch) bool {
 	n := int64(im.bufferSize())
-	if !im.shared.objects.take(im.memory, n) {
+	if !im.shared.destage.take(im.memory, n) {
 		return false
 	}
 	im.memory, b.memory = im.memory+n, n
@@ -203,7 +203,7 @@ func (im *Image) takeMemory(b *batch) bool {
 // giveMemory gives back what memory b's object has.
 func (im *Image) giveMemory(b *batch) {
 	if b.memory > 0 {
-		im.shared.objects.give(im.memory, b.memory)
+		im.shared.destage.give(im.memory, b.memory)
 		im.memory, b.memory = im.memory-b.memory, 0
 	}
 }

@@ -62,7 +62,7 @@ type Image struct {
 	sealed       position  // of the last batch that was sealed
 	open         *batch    // the batch being filled
 	queue        []*batch  // sealed batches, oldest first; those up to window are being put
-	memory       int64     // bytes that the queue has of Shared.objects
+	memory       int64     // bytes that the queue has of Shared.destage
 	spare        []*batch  // done with; kept for their capacity
 
 	blocked  fifo // writes that the log had no room for, in order of arrival
@@ -585,7 +585,7 @@ func (im *Image) fence(s State, why error) {
 	im.scrub.end()
 	im.objs.leave()
 	for _, b := range im.queue {
-		im.giveMemory(b)
+		im.giveMemory(b) // also of those that a worker has: if the reactor has died, nobody hears of its end
 	}
 	if im.super.timer != nil {
 		im.super.timer.Stop()

@@ -2,6 +2,8 @@ package engine
 
 import (
 	"context"
+	"fmt"
+	"strings"
 
 	"github.com/lsd-ceph/lsd/cache/readcache"
 	"github.com/lsd-ceph/lsd/internal/simdisk"
@@ -68,7 +70,7 @@ func (h *simHost) loadCache() {
 	if err := c.cache.Load(context.Background()); err != nil {
 		h.w.fail("%s: %v", h.name, err)
 	}
-	h.w.counts.found += c.cache.Stats().Used
+	h.w.counts[cacheFound] += c.cache.Stats().Used
 }
 
 // configure gives an image that is opened the cache.
@@ -90,14 +92,14 @@ func (h *simHost) endCache(orderly bool) {
 		return
 	}
 	if c.cache.Stats().State == readcache.StateOff {
-		h.w.counts.off++
+		h.w.counts[cacheOff]++
 	}
 	if orderly {
 		c.cache.Close()
 	}
 	s := c.cache.Stats()
 	h.w.note("cache", s.HitBytes, s.MissBytes, s.Written, s.Evicted, s.Mismatches, s.Errors)
-	h.w.counts.add(&s)
+	h.w.counts.addStats(&s)
 	c.cache = nil
 }
 
@@ -128,10 +130,10 @@ func (h *simHost) cacheFails(op simdisk.Op) bool {
 func (h *simHost) cacheFlips(op simdisk.Op, p []byte) {
 	w := h.w
 	if op.Off%readcache.SegmentSize != 0 {
-		w.counts.reads++
+		w.counts[cacheReads]++
 	}
 	if h.faults.on && w.rng.Float64() < w.plan.cache.flip {
-		w.counts.flips++
+		w.counts[cacheFlips]++
 		p[w.rng.IntN(len(p))] ^= 1 << w.rng.IntN(8)
 	}
 }
@@ -206,48 +208,59 @@ func (h *simHost) meanwhile(off int64) {
 }
 
 // simCounts are what shows that the read caches of many worlds were at work.
-type simCounts struct {
-	hits, misses            uint64 // bytes
-	found                   uint64 // bytes that processes found on the disk
-	evicted, moved          uint64 // bytes
-	reads, flips            uint64 // of blocks of the disk; of these, with a flipped bit
-	mismatches, errors, off uint64 // caches that were given up
+type simCounts [simCountKinds]uint64
+
+const (
+	cacheHits    = iota // bytes
+	cacheMisses         // bytes
+	cacheFound          // bytes that processes found on the disk
+	cacheEvicted        // bytes
+	cacheMoved          // bytes
+	cacheReads          // of blocks of the disk
+	cacheFlips          // of these, with a flipped bit
+	cacheMismatches
+	cacheErrors
+	cacheOff // caches that were given up
+	simCountKinds
+)
+
+func (n *simCounts) names() [simCountKinds]string {
+	return [simCountKinds]string{
+		"bytes of hits", "bytes of misses", "bytes found at a start", "bytes evicted", "bytes moved",
+		"reads of the disk", "flipped bits", "mismatches", "errors", "caches given up",
+	}
 }
 
-// add counts what the cache of one process has done.
-func (n *simCounts) add(s *readcache.Stats) {
-	n.sum(&simCounts{
-		hits: s.HitBytes, misses: s.MissBytes, evicted: s.Evicted, moved: s.Moved, mismatches: s.Mismatches, errors: s.Errors,
+// add adds what others have done.
+func (n *simCounts) add(o *simCounts) {
+	for i := range n {
+		n[i] += o[i]
+	}
+}
+
+// addStats adds what the cache of one process has done.
+func (n *simCounts) addStats(s *readcache.Stats) {
+	n.add(&simCounts{
+		cacheHits: s.HitBytes, cacheMisses: s.MissBytes, cacheEvicted: s.Evicted, cacheMoved: s.Moved, cacheMismatches: s.Mismatches, cacheErrors: s.Errors,
 	})
 }
 
-func (n *simCounts) sum(o *simCounts) {
-	n.hits += o.hits
-	n.misses += o.misses
-	n.found += o.found
-	n.evicted += o.evicted
-	n.moved += o.moved
-	n.reads += o.reads
-	n.flips += o.flips
-	n.mismatches += o.mismatches
-	n.errors += o.errors
-	n.off += o.off
+func (n *simCounts) String() string {
+	var b strings.Builder
+	for i, name := range n.names() {
+		fmt.Fprintf(&b, ", %d %s", n[i], name)
+	}
+	return b.String()[2:]
 }
 
 // idle returns what did not happen, or hardly, "" if everything did.
 func (n *simCounts) idle() string {
-	if 10*n.hits < n.hits+n.misses {
+	if 10*n[cacheHits] < n[cacheHits]+n[cacheMisses] {
 		return "hits to speak of"
 	}
-	for _, x := range []struct {
-		what string
-		n    uint64
-	}{
-		{"misses", n.misses}, {"blocks found at a start", n.found}, {"evictions", n.evicted}, {"moves", n.moved},
-		{"reads of the disk", n.reads}, {"flipped bits", n.flips}, {"mismatches", n.mismatches}, {"errors", n.errors}, {"caches given up", n.off},
-	} {
-		if x.n == 0 {
-			return x.what
+	for i, name := range n.names() {
+		if n[i] == 0 {
+			return name
 		}
 	}
 	return ""

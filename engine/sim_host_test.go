@@ -149,7 +149,7 @@ func (h *simHost) open(id uuid.UUID, force bool) (err error) {
 	h.out, h.broken, h.badReads, h.dead, h.injected = nil, false, false, false, 0
 	h.opening = true
 	config := w.plan.config
-	config.Shared = NewShared(Limits{Map: w.plan.mapMemory, Objects: w.plan.objectMemory})
+	config.Shared = NewShared(Limits{Map: w.plan.mapMemory, Destage: w.plan.destageMemory})
 	var im *Image
 	died := h.guarded(func() {
 		h.openCache()

@@ -38,7 +38,7 @@ func TestSimulation(t *testing.T) {
 	if err != nil {
 		report(t, seed, err)
 	}
-	t.Logf("read caches: %+v", counts)
+	t.Logf("read caches: %v", &counts)
 	if what := counts.idle(); what != "" && *simSeeds >= enoughSeeds {
 		t.Errorf("no %s of read caches in %d seeds", what, *simSeeds)
 	}
@@ -125,7 +125,7 @@ func runSeeds(first, n uint64) (counts simCounts, failed uint64, err error) {
 			}
 			mu.Lock()
 			defer mu.Unlock()
-			counts.sum(&memory.counts)
+			counts.add(&memory.counts)
 		})
 	}
 	wg.Wait()

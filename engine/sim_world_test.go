@@ -457,7 +457,7 @@ func simulate(seed uint64, memory *simMemory) uint64 {
 	for len(w.hosts) > 0 {
 		w.drop(w.hosts[0])
 	}
-	memory.counts.sum(&w.counts)
+	memory.counts.add(&w.counts)
 	return w.trace
 }
 

@@ -21,25 +21,25 @@ type Stats struct {
 	ReadOnly  bool      `json:"read_only"`
 	Epoch     uint64    `json:"epoch"`
 
-	LogID     uuid.UUID `json:"log_id"`
-	LogSize   uint64    `json:"log_size_bytes"`
-	LogUsed   uint64    `json:"log_used_bytes"`
-	LogError  string    `json:"log_error,omitempty"`
-	Dirty     uint64    `json:"dirty_bytes"` // written, overwritten included, and not yet in the store
-	Lag       float64   `json:"destage_lag_seconds"`
-	ObjBytes  int64     `json:"object_memory_bytes"` // memory of data objects that are being built and put
-	Puts      int       `json:"objects_in_flight"`
-	Queued    int       `json:"objects_queued"`
-	Objects   uint64    `json:"objects"`           // accepted, over the image's life
-	MapBytes  int64     `json:"map_bytes"`         // memory of the object map
-	MapLoads  uint64    `json:"map_segment_loads"` // since it was opened
-	MapEvicts uint64    `json:"map_segment_evictions"`
-	LiveBytes uint64    `json:"live_bytes"`  // in the store, referred to by the map
-	DataBytes uint64    `json:"space_bytes"` // data of the objects that hold them
-	DeadCount int       `json:"dead_objects"`
-	Cleaned   uint64    `json:"cleaned_bytes"`   // moved by the cleaner since it was opened
-	Deleted   uint64    `json:"deleted_objects"` // since it was opened
-	LeaseLeft float64   `json:"lease_seconds"`
+	LogID         uuid.UUID `json:"log_id"`
+	LogSize       uint64    `json:"log_size_bytes"`
+	LogUsed       uint64    `json:"log_used_bytes"`
+	LogError      string    `json:"log_error,omitempty"`
+	Dirty         uint64    `json:"dirty_bytes"` // written, overwritten included, and not yet in the store
+	Lag           float64   `json:"destage_lag_seconds"`
+	DestageMemory int64     `json:"destage_memory_bytes"` // memory of data objects that are being built and put
+	Puts          int       `json:"objects_in_flight"`
+	Queued        int       `json:"objects_queued"`
+	Objects       uint64    `json:"objects"`           // accepted, over the image's life
+	MapBytes      int64     `json:"map_bytes"`         // memory of the object map
+	MapLoads      uint64    `json:"map_segment_loads"` // since it was opened
+	MapEvicts     uint64    `json:"map_segment_evictions"`
+	LiveBytes     uint64    `json:"live_bytes"`  // in the store, referred to by the map
+	DataBytes     uint64    `json:"space_bytes"` // data of the objects that hold them
+	DeadCount     int       `json:"dead_objects"`
+	Cleaned       uint64    `json:"cleaned_bytes"`   // moved by the cleaner since it was opened
+	Deleted       uint64    `json:"deleted_objects"` // since it was opened
+	LeaseLeft     float64   `json:"lease_seconds"`
 
 	InFlight  int     `json:"requests_in_flight"` // writes and flushes
 	Waiting   int     `json:"requests_waiting"`   // for room in the log
@@ -79,7 +79,7 @@ func (im *Image) Stats() Stats {
 	}
 	s := Stats{
 		State: im.state.String(), Image: im.id, Size: im.sectors * SectorSize, BlockSize: im.super.sb.BlockSize,
-		ReadOnly: im.readOnly, Epoch: im.super.sb.Epoch, Objects: im.accepted.object, MapBytes: im.objs.charged, ObjBytes: im.memory,
+		ReadOnly: im.readOnly, Epoch: im.super.sb.Epoch, Objects: im.accepted.object, MapBytes: im.objs.charged, DestageMemory: im.memory,
 		MapLoads: im.objs.loaded, MapEvicts: im.objs.evictions, LiveBytes: im.table.live * SectorSize, DataBytes: im.table.space * SectorSize,
 		DeadCount: len(im.table.dead), Cleaned: im.clean.moved, Deleted: im.reaper.deleted,
 		Reads: c.reads, Writes: c.writes, Flushes: c.flushes, Discards: c.discards,

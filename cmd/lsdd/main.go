@@ -27,18 +27,18 @@ func main() { os.Exit(run()) }
 
 // options are the flags.
 type options struct {
-	cfg       daemon.Config
-	logMemory bytesize.Size
-	mapMemory bytesize.Size
-	destage   bytesize.Size
-	scrubRate bytesize.Size
-	readCache bytesize.Size
-	envErr    error // of what the environment says
-	supervise bool
-	logFile   string
-	logJSON   bool
-	verbose   bool
-	onTerm    string
+	cfg           daemon.Config
+	logMemory     bytesize.Size
+	mapMemory     bytesize.Size
+	destageMemory bytesize.Size
+	scrubRate     bytesize.Size
+	readCache     bytesize.Size
+	envErr        error // of what the environment says
+	supervise     bool
+	logFile       string
+	logJSON       bool
+	verbose       bool
+	onTerm        string
 }
 
 func run() int {
@@ -83,11 +83,11 @@ systemd runs it as lsd.service; without systemd, lsdctl add starts it with
 	o.logMemory = daemon.DefaultLogMemory
 	f.Var(&o.logMemory, "log-memory-total", "memory for the newest parts of all write logs together")
 	o.mapMemory = engine.DefaultMapMemory
+	f.Var(&o.mapMemory, "map-memory", "memory for the maps of all images together")
+	o.destageMemory = engine.DefaultDestageMemory
+	f.Var(&o.destageMemory, "destage-memory", "memory for the objects of all images that are on their way to the store")
 	o.scrubRate = daemon.DefaultScrubRate
 	f.Var(&o.scrubRate, "scrub-rate", "bytes that are read back and verified in a second, of all images together; 0: none")
-	f.Var(&o.mapMemory, "map-memory", "memory for the maps of all images together")
-	o.destage = engine.DefaultObjectMemory
-	f.Var(&o.destage, "destage-memory", "memory for the objects of all images that are on their way to the store")
 	f.StringVar(&o.logFile, "log-file", "", "append the log to this file (default: standard error)")
 	f.BoolVar(&o.logJSON, "log-json", false, "log in JSON")
 	f.BoolVar(&o.verbose, "verbose", false, "log more")
@@ -128,7 +128,7 @@ func (o *options) run(ctx context.Context) (int, error) {
 	}{
 		{"--log-memory-total", &o.logMemory, &o.cfg.LogMemory},
 		{"--map-memory", &o.mapMemory, &o.cfg.MapMemory},
-		{"--destage-memory", &o.destage, &o.cfg.DestageMemory},
+		{"--destage-memory", &o.destageMemory, &o.cfg.DestageMemory},
 	} {
 		if *m.n < 16<<20 || *m.n > 1<<50 {
 			return 0, fmt.Errorf("%s %s: it must be from 16M to 1P", m.flag, m.n)

@@ -53,7 +53,7 @@ type Config struct {
 	// Default engine.DefaultMapMemory.
 	MapMemory int64
 	// DestageMemory is what the data objects of all images that are built and put may
-	// take together, in bytes. Default engine.DefaultObjectMemory.
+	// take together, in bytes. Default engine.DefaultDestageMemory.
 	DestageMemory int64
 	// ScrubRate bounds what is read back of all images to verify it, in bytes a
 	// second; 0 means that nothing is.

@@ -324,11 +324,11 @@ func TestHungStore(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		memory += s.ObjBytes
+		memory += s.DestageMemory
 	}
 	t.Logf("%d threads more, %d calls stuck, %d MiB of objects", u.threads-before.threads, most.Load(), memory>>20)
 	const object = engine.DefaultObjectSize + 1<<20 // and its header
-	if limit := int64(engine.DefaultObjectMemory + images*object); memory > limit || memory < int64(images)*engine.DefaultObjectSize {
+	if limit := int64(engine.DefaultDestageMemory + images*object); memory > limit || memory < int64(images)*engine.DefaultObjectSize {
 		t.Errorf("objects have %d bytes; want up to %d, and one for each image", memory, limit)
 	}
 	if n := u.threads - before.threads; n > images*(imageThreads-1)+gateData+gateSuper+daemonThreads {

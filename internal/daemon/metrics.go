@@ -115,7 +115,7 @@ func newCollector(d *Daemon) *collector {
 			gauge("dirty_bytes", "Written, and not in the store yet.", func(s *engine.Stats) float64 { return float64(s.Dirty) }),
 			gauge("destage_lag_seconds", "Age of the oldest write that is not in the store yet.", func(s *engine.Stats) float64 { return s.Lag }),
 			gauge("objects_in_flight", "Data objects being put.", func(s *engine.Stats) float64 { return float64(s.Puts) }),
-			gauge("object_memory_bytes", "Memory of data objects that are built and put.", func(s *engine.Stats) float64 { return float64(s.ObjBytes) }),
+			gauge("destage_memory_bytes", "Memory of data objects that are built and put.", func(s *engine.Stats) float64 { return float64(s.DestageMemory) }),
 			gauge("requests_in_flight", "Writes and flushes under way.", func(s *engine.Stats) float64 { return float64(s.InFlight) }),
 			gauge("requests_waiting", "Writes that wait for room in the log.", func(s *engine.Stats) float64 { return float64(s.Waiting) }),
 			gauge("stalled_seconds", "How long they have been waiting.", func(s *engine.Stats) float64 { return s.Stalled }),
