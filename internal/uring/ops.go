@@ -1,0 +1,147 @@
+package uring
+
+import (
+	"fmt"
+	"unsafe"
+
+	"github.com/pawelgaczynski/giouring"
+)
+
+// sqe returns a zeroed SQE, after submitting when the queue is full.
+//
+// It cannot fail: with SUBMIT_ALL, and with the completion queue emptied into
+// the backlog, the kernel always makes progress; that it does not would be a
+// bug, and no error could be given to anybody who could use it.
+func (r *Ring) sqe() *giouring.SubmissionQueueEntry {
+	e := r.ring.GetSQE()
+	for e == nil {
+		r.makeRoom()
+		e = r.ring.GetSQE()
+	}
+	// giouring's Prepare methods leave fields alone that the kernel looks at
+	// (rw_flags, addr3): clear what the slot's last user left.
+	*e = giouring.SubmissionQueueEntry{}
+	r.tail++
+	return e
+}
+
+// makeRoom empties the submission queue.
+func (r *Ring) makeRoom() {
+	if err := r.Submit(); err != nil {
+		panic(fmt.Errorf("uring: submission queue stays full: %w", err))
+	}
+}
+
+// Fixed returns a stand-in for a file descriptor that names entry index of the
+// files given to [Ring.RegisterFiles]. All operations accept it.
+func Fixed(index int) int { return ^index }
+
+// target resolves an fd that may be Fixed.
+func target(e *giouring.SubmissionQueueEntry, fd int) {
+	if fd < 0 {
+		e.Fd = int32(^fd)
+		e.Flags |= giouring.SqeFixedFile
+	}
+}
+
+// addr returns the address of p for the kernel.
+//
+// Unsafe: the integer is not seen by the collector, which is why p must not be
+// on the Go heap.
+func addr(p []byte) uintptr { return uintptr(unsafe.Pointer(unsafe.SliceData(p))) }
+
+// Read queues a read of len(p) bytes at byte offset off of fd; an offset of -1
+// means the file's position (for an eventfd or a pipe). p belongs to the kernel
+// until c is called with the number of bytes read or -errno.
+func (r *Ring) Read(fd int, p []byte, off int64, c Completer) {
+	e := r.sqe()
+	e.PrepareRead(fd, addr(p), uint32(len(p)), uint64(off))
+	target(e, fd)
+	e.UserData = r.hold(c, false)
+}
+
+// Write queues a write of p at byte offset off of fd. p belongs to the kernel
+// until c is called with the number of bytes written or -errno.
+func (r *Ring) Write(fd int, p []byte, off int64, c Completer) {
+	e := r.sqe()
+	e.PrepareWrite(fd, addr(p), uint32(len(p)), uint64(off))
+	target(e, fd)
+	e.UserData = r.hold(c, false)
+}
+
+// ReadFixed is Read into memory that lies in entry buf of the buffers given to
+// [Ring.RegisterBuffers].
+func (r *Ring) ReadFixed(fd int, p []byte, off int64, buf int, c Completer) {
+	e := r.sqe()
+	e.PrepareReadFixed(fd, addr(p), uint32(len(p)), uint64(off), buf)
+	target(e, fd)
+	e.UserData = r.hold(c, false)
+}
+
+// WriteFixed is Write from memory that lies in entry buf of the buffers given
+// to [Ring.RegisterBuffers].
+func (r *Ring) WriteFixed(fd int, p []byte, off int64, buf int, c Completer) {
+	e := r.sqe()
+	e.PrepareWriteFixed(fd, addr(p), uint32(len(p)), uint64(off), buf)
+	target(e, fd)
+	e.UserData = r.hold(c, false)
+}
+
+// Fsync queues an fsync of fd, or with dataOnly an fdatasync. It covers the
+// writes that have completed, not those that are in flight.
+func (r *Ring) Fsync(fd int, dataOnly bool, c Completer) {
+	var flags uint32
+	if dataOnly {
+		flags = giouring.FsyncDatasync
+	}
+	e := r.sqe()
+	e.PrepareFsync(fd, flags)
+	target(e, fd)
+	e.UserData = r.hold(c, false)
+}
+
+// Nop queues an operation that does nothing.
+func (r *Ring) Nop(c Completer) {
+	e := r.sqe()
+	e.PrepareNop()
+	e.UserData = r.hold(c, false)
+}
+
+// cmdOffset is the offset of the command's payload in an SQE
+// (struct io_uring_sqe: cmd follows splice_fd_in/file_index).
+const cmdOffset = 48
+
+// CmdSize is the greatest payload of [Ring.Command] in an SQE of 64 bytes,
+// CmdSize128 in one of 128 bytes.
+const (
+	CmdSize    = 16
+	CmdSize128 = 80
+)
+
+// Command queues an IORING_OP_URING_CMD: op is the command's number (cmd_op),
+// cmd its payload of at most CmdSize bytes (CmdSize128 on a ring with SQE128),
+// which is copied. What addresses in the payload point to is not: that memory
+// must be mapped and outlive the command.
+func (r *Ring) Command(fd int, op uint32, cmd []byte, c Completer) {
+	r.command(fd, op, cmd, r.hold(c, true))
+}
+
+func (r *Ring) command(fd int, op uint32, cmd []byte, data uint64) {
+	room := CmdSize
+	if r.sqe128 {
+		room = CmdSize128
+	}
+	if len(cmd) > room {
+		panic(fmt.Sprintf("uring: command payload of %d bytes, room for %d", len(cmd), room))
+	}
+	e := r.sqe()
+	e.OpCode = giouring.OpUringCmd
+	e.Fd = int32(fd)
+	e.Off = uint64(op) // cmd_op is the low half of the union with off
+	target(e, fd)
+	// Unsafe: the SQE is 64 bytes long, or 128 on a ring with SQE128 (giouring's
+	// GetSQE strides accordingly), of which giouring's type covers the first 64.
+	payload := unsafe.Slice((*byte)(unsafe.Add(unsafe.Pointer(e), cmdOffset)), room)
+	clear(payload[copy(payload, cmd):])
+	e.UserData = data
+}
