@@ -26,7 +26,7 @@ const (
 	// pollInterval is the time between two looks at what has no event.
 	pollInterval = 5 * time.Millisecond
 	// nodeTimeout bounds the wait for a device node.
-	nodeTimeout = 10 * time.Second
+	nodeTimeout = 30 * time.Second
 )
 
 // Errors that callers may want to tell apart.

@@ -18,8 +18,12 @@ import (
 )
 
 const (
-	// deviceTimeout bounds what the kernel does with a device.
+	// deviceTimeout bounds what the kernel does with a device to take it away.
 	deviceTimeout = 20 * time.Second
+	// startTimeout bounds what the kernel does with a device until it serves. That is
+	// a dozen steps, which wait for its own threads: on a host that is short of
+	// processors they take seconds, and that must not fail an attach.
+	startTimeout = time.Minute
 	// openTimeout bounds one attempt to open an image that is being taken up
 	// again: so that what it waits for is seen in its status.
 	openTimeout = 2 * time.Minute
@@ -364,7 +368,7 @@ func (a *attachment) bringUp(ctx context.Context, o bringUpOptions) error {
 
 // bringUpDevice makes dk serve the record's device.
 func (a *attachment) bringUpDevice(ctx context.Context, k kernel, dk *disk, there bool) error {
-	ctx, stop := context.WithTimeout(ctx, deviceTimeout)
+	ctx, stop := context.WithTimeout(ctx, startTimeout)
 	defer stop()
 	if !there {
 		err := a.save(func(r *record) { r.Boot, r.PID = a.d.env.boot, os.Getpid() })
