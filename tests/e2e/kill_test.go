@@ -4,11 +4,14 @@ package e2e
 
 import (
 	"context"
+	"flag"
 	"math/rand/v2"
 	"slices"
 	"testing"
 	"time"
 )
+
+var killRounds = flag.Int("e2e.kills", 0, "rounds of TestKill, if that is more than it has anyway; every third has two kills")
 
 // TestKill kills the daemon again and again under fio, which must not notice
 // anything but a pause.
@@ -42,10 +45,7 @@ func TestKill(t *testing.T) {
 	}()
 	// Beside fio: writes that time the pause, and tell after each kill what is
 	// there. Each time in a new place, where no later write covers a loss.
-	rounds := pick(5, 20)
-	if *storeKind == "file" {
-		rounds = max(rounds, 15) // twenty kills, also in the short form
-	}
+	rounds := max(pick(5, 20), *killRounds)
 	plans := make([]stampPlan, rounds)
 	acked := make([]vector, len(plans))
 	var pauses []time.Duration
