@@ -31,7 +31,8 @@ const (
 // A checkpoint writes the segments that have changed, packed into map objects, and
 // a manifest that says where every segment is. The segments are copied a few at a
 // time, and encoded and put by workers; one that is about to change before its
-// turn is copied at once. The superblock names a checkpoint before anything of it
+// turn is copied at once, which costs little: its pages are copied when they change
+// (extmap.Map.Copy). The superblock names a checkpoint before anything of it
 // is written, and the one that it replaced until all that is dead of that is
 // removed, so that a crash leaves nothing that the next start does not know of.
 type checkpointer struct {

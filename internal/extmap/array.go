@@ -9,6 +9,7 @@ type array struct {
 	narrow *[pageUnits]packed
 	wide   []uint64
 	shift  uint8
+	shared bool   // the page's, see page.shared; it is here since it takes no room here
 	used   uint16 // units that are mapped
 }
 
@@ -58,14 +59,14 @@ func (a *array) bytes() int {
 	return cap(a.wide) * wideBytes
 }
 
-// clone returns a copy of the array.
+// clone returns a copy of the array, which is not shared.
 func (a *array) clone() array {
 	c := *a
 	if a.narrow != nil {
 		n := *a.narrow
 		c.narrow = &n
 	}
-	c.wide = slices.Clone(a.wide)
+	c.wide, c.shared = slices.Clone(a.wide), false
 	return c
 }
 
@@ -138,16 +139,17 @@ func (a *array) next(at, end int) (Extent, bool) {
 	return e, true
 }
 
-// count returns the number of extents.
-func (a *array) count() int {
+// count returns the number of extents, or most if there are more.
+func (a *array) count(most int) int {
 	n := 0
-	for at := 0; ; n++ {
+	for at := 0; n < most; n++ {
 		e, ok := a.next(at, PageSectors)
 		if !ok {
-			return n
+			break
 		}
 		at = int(e.End())
 	}
+	return n
 }
 
 // invariants panics unless the array is well formed and maps nothing beyond its

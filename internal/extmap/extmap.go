@@ -132,18 +132,30 @@ func (m *Map) drop(i uint64) {
 	}
 }
 
-// pageForInsert returns the page i, made if it is not there.
+// pageForInsert returns the page i, made if it is not there, to be changed.
 func (m *Map) pageForInsert(i uint64) *page {
 	p := m.page(i)
-	if p == nil {
-		if k := len(m.free); k > 0 {
-			p, m.free = m.free[k-1], m.free[:k-1]
-		} else {
-			p = new(page)
-		}
-		m.put(i, p)
+	if p != nil {
+		return m.own(i, p)
 	}
+	if k := len(m.free); k > 0 {
+		p, m.free = m.free[k-1], m.free[:k-1]
+	} else {
+		p = new(page)
+	}
+	m.put(i, p)
 	return p
+}
+
+// own returns the page i, which is p, to be changed: a copy if a Span has it too.
+func (m *Map) own(i uint64, p *page) *page {
+	if !p.shared() {
+		return p
+	}
+	c := p.clone()
+	m.dir[i>>blockShift].pages[i&(blockPages-1)] = c
+	m.bytes += c.bytes() - p.bytes()
+	return c
 }
 
 // check panics unless the n sectors from s lie inside the map: every caller has
@@ -172,6 +184,7 @@ func (m *Map) Insert(s, n, loc uint64) {
 func (m *Map) Remove(s, n uint64) {
 	m.check(s, n)
 	m.eachPage(s, n, func(i uint64, p *page, from, to int) {
+		p = m.own(i, p)
 		before := p.bytes()
 		p.replace(from, to, 0, m.Replaced)
 		m.changed(i, p, before)
@@ -183,6 +196,7 @@ func (m *Map) Remove(s, n uint64) {
 func (m *Map) RemoveRange(s, n, lo, hi uint64) {
 	m.check(s, n)
 	m.eachPage(s, n, func(i uint64, p *page, from, to int) {
+		p = m.own(i, p)
 		before := p.bytes()
 		p.removeRange(from, to, lo, hi, m.Replaced)
 		m.changed(i, p, before)

@@ -3,6 +3,8 @@ package extmap
 import (
 	"fmt"
 	"math/rand/v2"
+	"slices"
+	"sync"
 	"testing"
 	"unsafe"
 )
@@ -389,6 +391,69 @@ func TestSpan(t *testing.T) {
 	}
 }
 
+// TestCopy reads copies on other goroutines while the map changes a little here and
+// there in all ways: each copy stays what the map was.
+func TestCopy(t *testing.T) {
+	r := rand.New(rand.NewPCG(4, 4))
+	size := uint64(6 * PageSectors)
+	x, m := New(size), &model{loc: make([]uint64, size)}
+	change := func(i uint64) {
+		s, n, loc := r.Uint64N(size/8)*8, uint64(8), 8+i*96
+		switch {
+		case s >= size*2/3: // lists
+			s, n = min(s+3, size-77), 77
+		case s >= size/3: // wide arrays, the others are narrow
+			loc++
+		}
+		switch r.IntN(10) {
+		case 0:
+			x.Remove(s, n)
+			clear(m.loc[s : s+n])
+		case 1:
+			x.RemoveRange(s, n, 0, 1<<62)
+			clear(m.loc[s : s+n])
+		case 2:
+			x.Compact(s&^(PageSectors-1), 1)
+		default:
+			x.Insert(s, n, loc)
+			m.insert(s, n, loc)
+		}
+	}
+	for i := range uint64(40000) {
+		change(i)
+	}
+	var readers sync.WaitGroup
+	for round := range uint64(5) {
+		span, was := x.Copy(0, 6), slices.Clone(m.loc)
+		readers.Go(func() {
+			for s := uint64(0); s < size; {
+				e, ok := span.Next(s)
+				if !ok {
+					e = Extent{Sector: size}
+				}
+				for ; s < e.Sector; s++ {
+					if was[s] != 0 {
+						t.Errorf("copy %d has lost sector %d", round, s)
+						return
+					}
+				}
+				for ; s < e.End() && s < size; s++ {
+					if got := advance(e.Loc, s-e.Sector); got != was[s] {
+						t.Errorf("copy %d has sector %d at %d, it was at %d", round, s, got, was[s])
+						return
+					}
+				}
+			}
+		})
+		for i := range uint64(2000) {
+			change(1<<20 + round<<16 + i)
+		}
+		x.Invariants()
+		m.check(t, x)
+	}
+	readers.Wait()
+}
+
 func TestNoAllocation(t *testing.T) {
 	t.Run("blocks", func(t *testing.T) { testNoAllocation(t, 8) })
 	t.Run("any", func(t *testing.T) { testNoAllocation(t, 1) })
@@ -462,4 +527,29 @@ func BenchmarkScanFull(b *testing.B) {
 			s = e.End()
 		}
 	}
+}
+
+// BenchmarkCopy copies 32 dense pages, a segment of the engine's, and changes a block
+// of each.
+func BenchmarkCopy(b *testing.B) {
+	m := New(32 * PageSectors)
+	for i := range uint64(32 * pageUnits) {
+		m.Insert(i*8, 8, 8+i*96%(1<<40))
+	}
+	b.Run("copy", func(b *testing.B) {
+		for b.Loop() {
+			m.Compact(0, 32)
+			m.Copy(0, 32)
+		}
+	})
+	b.Run("change", func(b *testing.B) {
+		loc := uint64(8)
+		for b.Loop() {
+			m.Copy(0, 32)
+			for i := range uint64(32) {
+				m.Insert(i*PageSectors, 8, loc)
+				loc += 88
+			}
+		}
+	})
 }

@@ -1,5 +1,7 @@
 package extmap
 
+import "slices"
+
 // The forms of a page: a list of extents, then an array over blocks if all extents
 // are whole blocks, a narrow one if all locations fit it, else an array over
 // sectors. A list goes on to where the array that can take its place is not larger.
@@ -41,6 +43,13 @@ type page struct {
 	ext   []entry // sorted by off, not overlapping, neighbours merged where they can be
 	dense array   // if there is one, it is used instead
 }
+
+// shared reports whether a Map and a Span have this page, or had: then nobody changes
+// it any more.
+func (p *page) shared() bool { return p.dense.shared }
+
+// clone returns a copy that nobody else has.
+func (p *page) clone() *page { return &page{ext: slices.Clone(p.ext), dense: p.dense.clone()} }
 
 // bytes returns the memory that the page takes.
 func (p *page) bytes() int {
@@ -258,7 +267,7 @@ func (p *page) toArray(shift uint8, narrow bool) {
 
 // toList changes the page's form from an array to a list.
 func (p *page) toList() {
-	ext := make([]entry, 0, p.dense.count()+2)
+	ext := make([]entry, 0, p.dense.count(PageSectors)+2)
 	for at := 0; ; {
 		e, ok := p.next(at, PageSectors)
 		if !ok {
@@ -271,11 +280,14 @@ func (p *page) toList() {
 }
 
 // compact changes an array back to a list where that is much smaller, or to a
-// narrow one where all locations have come to fit.
+// narrow one where all locations have come to fit. It looks no further than it takes
+// to see that it is not worth it.
 func (p *page) compact() {
-	switch d := &p.dense; {
+	d := &p.dense
+	few := d.bytes() / 4 / entryBytes
+	switch {
 	case !p.isArray():
-	case d.count()*entryBytes < d.bytes()/4:
+	case d.count(few) < few:
 		p.toList()
 	case d.wide != nil && d.shift == unitShift && d.fit():
 		d.convert(true)

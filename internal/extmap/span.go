@@ -1,7 +1,5 @@
 package extmap
 
-import "slices"
-
 // A Span holds the extents of some consecutive pages outside of a map: to be put
 // into one, or copied or taken out of one. One goroutine at a time may use it.
 type Span struct {
@@ -23,8 +21,11 @@ func (x *Span) Insert(s, n, loc uint64) {
 		off := int(s & (PageSectors - 1))
 		k := min(n, uint64(PageSectors-off))
 		i := s>>pageShift - x.first
-		if x.pages[i] == nil {
+		switch p := x.pages[i]; {
+		case p == nil:
 			x.pages[i] = new(page)
+		case p.shared():
+			x.pages[i] = p.clone()
 		}
 		x.pages[i].replace(off, off+int(k), loc, nil)
 		s, n, loc = s+k, n-k, advance(loc, k)
@@ -56,7 +57,9 @@ func (m *Map) Attach(x *Span) {
 		if m.page(x.first+uint64(i)) != nil {
 			panic("extmap: a span is put where pages are")
 		}
-		p.trim()
+		if !p.shared() {
+			p.trim()
+		}
 		m.put(x.first+uint64(i), p)
 	}
 	x.pages = nil
@@ -79,7 +82,8 @@ func (m *Map) Detach(s uint64, n int) {
 	}
 }
 
-// Copy returns a copy of the n pages from sector s on.
+// Copy returns a copy of the n pages from sector s on, which another goroutine may
+// read. It copies no page: the map copies each when it first changes it.
 func (m *Map) Copy(s uint64, n int) *Span {
 	x := NewSpan(s, n)
 	for i := range x.pages {
@@ -88,16 +92,20 @@ func (m *Map) Copy(s uint64, n int) *Span {
 			break
 		}
 		if p := m.page(at); p != nil {
-			x.pages[i] = &page{ext: slices.Clone(p.ext), dense: p.dense.clone()}
+			p.dense.shared = true
+			x.pages[i] = p
 		}
 	}
 	return x
 }
 
 // Compact gives back memory that the n pages from sector s on have come to need no
-// more.
+// more. Pages that have not changed since they were copied are left as they are.
 func (m *Map) Compact(s uint64, n int) {
 	m.eachPage(s, min(uint64(n)<<pageShift, m.sectors-s), func(_ uint64, p *page, _, _ int) {
+		if p.shared() {
+			return
+		}
 		before := p.bytes()
 		p.compact()
 		m.bytes += p.bytes() - before
