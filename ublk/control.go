@@ -25,7 +25,8 @@ const (
 
 	// pollInterval is the time between two looks at what has no event.
 	pollInterval = 5 * time.Millisecond
-	// nodeTimeout bounds the wait for a device node.
+	// nodeTimeout bounds the wait for a device node, which threads of the kernel's and
+	// udev make: on a busy host they take seconds.
 	nodeTimeout = 30 * time.Second
 )
 

@@ -342,19 +342,26 @@ func testMemory(t *testing.T, step uint64, more int) {
 	}
 }
 
+// ofAllForms returns the i-th of many runs by which the first half of a map's pages
+// become narrow arrays, the next quarter wide ones, and the last lists.
+func ofAllForms(r *rand.Rand, size, i uint64) (s, n, loc uint64) {
+	s, n, loc = r.Uint64N(size/8)*8, 8, 8+i*96
+	switch {
+	case s >= size*3/4:
+		s, n = min(s+3, size-77), 77
+	case s >= size/2:
+		loc++
+	}
+	return s, n, loc
+}
+
 // TestSpan takes pages out of a map, copies them, and puts them back.
 func TestSpan(t *testing.T) {
 	r := rand.New(rand.NewPCG(3, 3))
 	size := uint64(8 * PageSectors)
 	x, m := New(size), &model{loc: make([]uint64, size)}
 	for i := range uint64(50000) {
-		s, n, loc := r.Uint64N(size/8)*8, uint64(8), 8+i*96
-		switch {
-		case s >= size*3/4: // lists
-			s, n = min(s+3, size-77), 77
-		case s >= size/2: // wide arrays, the others are narrow
-			loc++
-		}
+		s, n, loc := ofAllForms(r, size, i)
 		x.Insert(s, n, loc)
 		m.insert(s, n, loc)
 	}
@@ -395,16 +402,10 @@ func TestSpan(t *testing.T) {
 // there in all ways: each copy stays what the map was.
 func TestCopy(t *testing.T) {
 	r := rand.New(rand.NewPCG(4, 4))
-	size := uint64(6 * PageSectors)
+	size := uint64(8 * PageSectors)
 	x, m := New(size), &model{loc: make([]uint64, size)}
 	change := func(i uint64) {
-		s, n, loc := r.Uint64N(size/8)*8, uint64(8), 8+i*96
-		switch {
-		case s >= size*2/3: // lists
-			s, n = min(s+3, size-77), 77
-		case s >= size/3: // wide arrays, the others are narrow
-			loc++
-		}
+		s, n, loc := ofAllForms(r, size, i)
 		switch r.IntN(10) {
 		case 0:
 			x.Remove(s, n)
@@ -424,7 +425,7 @@ func TestCopy(t *testing.T) {
 	}
 	var readers sync.WaitGroup
 	for round := range uint64(5) {
-		span, was := x.Copy(0, 6), slices.Clone(m.loc)
+		span, was := x.Copy(0, 8), slices.Clone(m.loc)
 		readers.Go(func() {
 			for s := uint64(0); s < size; {
 				e, ok := span.Next(s)
@@ -529,27 +530,37 @@ func BenchmarkScanFull(b *testing.B) {
 	}
 }
 
-// BenchmarkCopy copies 32 dense pages, a segment of the engine's, and changes a block
-// of each.
+// BenchmarkCopy copies 32 dense pages, a segment of the engine's, of each of which a
+// block has changed since, and changes a block of each.
 func BenchmarkCopy(b *testing.B) {
-	m := New(32 * PageSectors)
+	m, loc := New(32*PageSectors), uint64(8)
+	change := func(s uint64) {
+		m.Insert(s, 8, loc)
+		loc += 88
+	}
 	for i := range uint64(32 * pageUnits) {
-		m.Insert(i*8, 8, 8+i*96%(1<<40))
+		change(i * 8)
+	}
+	changeAll := func() {
+		for i := range uint64(32) {
+			change(i * PageSectors)
+		}
 	}
 	b.Run("copy", func(b *testing.B) {
 		for b.Loop() {
+			b.StopTimer()
+			changeAll()
+			b.StartTimer()
 			m.Compact(0, 32)
 			m.Copy(0, 32)
 		}
 	})
 	b.Run("change", func(b *testing.B) {
-		loc := uint64(8)
 		for b.Loop() {
+			b.StopTimer()
 			m.Copy(0, 32)
-			for i := range uint64(32) {
-				m.Insert(i*PageSectors, 8, loc)
-				loc += 88
-			}
+			b.StartTimer()
+			changeAll()
 		}
 	})
 }
