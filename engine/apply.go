@@ -8,13 +8,8 @@ import (
 	"github.com/lsd-ceph/lsd/internal/mutate"
 )
 
-const (
-	// applyStep is how many extents of an object, or segments of a long one, are
-	// entered into the map in one turn, so that no request waits for long.
-	applyStep = 128
-	// applyLoads bounds the loads of segments that an object waits for.
-	applyLoads = 16
-)
+// applyLoads bounds the loads of segments that an object waits for.
+const applyLoads = 16
 
 // applier enters the extents of one data object into the map, in order and a few
 // at a time, as the segments come into memory. Until the last one is entered the
@@ -202,10 +197,12 @@ func (im *Image) advance() {
 // has come to its end. If it has not, advance is called again when it can go on.
 func (im *Image) applySome() bool {
 	a := &im.apply
-	for range applyStep {
-		if a.next == len(a.h.extents) {
-			return true
+	for a.next < len(a.h.extents) {
+		if im.stint.over() {
+			a.timer.Reset(0)
+			return false
 		}
+		im.stint.spend(1)
 		im.prefetch()
 		i := segmentOf(a.h.extents[a.next].sector + a.done)
 		if !im.objs.ready(i) {
@@ -215,8 +212,7 @@ func (im *Image) applySome() bool {
 		}
 		im.applyPart()
 	}
-	a.timer.Reset(0)
-	return false
+	return true
 }
 
 // prefetch asks for the segments of the extents to come.

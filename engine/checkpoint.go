@@ -18,8 +18,6 @@ const (
 	// mapObjectSize is about the size of a map object, bytes. Several segments
 	// share one, so that a checkpoint of many small changes is few objects.
 	mapObjectSize = 4 << 20
-	// copyPerTurn bounds the segments copied in one turn.
-	copyPerTurn = 4
 	// rewriteBytes bounds what a checkpoint moves out of map objects that have
 	// become mostly dead.
 	rewriteBytes = 16 << 20
@@ -203,19 +201,21 @@ func (c *checkpointer) mostlyDead(pending bitset) (list []uint32) {
 // copy takes segment i of the running checkpoint as it is now.
 func (c *checkpointer) copy(i uint32) {
 	r, m := c.running, c.im.objs
+	c.im.stint.spend(stintCopy)
 	r.pending.clear(i)
 	m.Compact(segmentStart(i), segmentPages)
 	r.copied = append(r.copied, copiedSegment{index: i, span: m.Copy(segmentStart(i), segmentPages)})
 	r.size += segmentFixed + m.SpanBytes(segmentStart(i), segmentPages)
 }
 
-// step goes on with the running checkpoint. It is called at the end of each turn.
+// step goes on with the running checkpoint. It is called at the end of each turn,
+// and copies at least one segment however busy that was.
 func (c *checkpointer) step() {
 	r := c.running
 	if r == nil || r.final || c.im.state == Fenced || c.im.state == Released {
 		return
 	}
-	for n := 0; n < copyPerTurn && r.size < mapObjectSize && r.puts < checkpointPuts && len(r.order) > 0; {
+	for n := 0; (n == 0 || !c.im.stint.over()) && r.size < mapObjectSize && r.puts < checkpointPuts && len(r.order) > 0; {
 		i := r.order[0]
 		r.order = r.order[1:]
 		if r.pending.has(i) {
@@ -238,7 +238,7 @@ func (c *checkpointer) step() {
 	case r.size >= mapObjectSize || rest == 0 && len(r.copied) > 0:
 		c.put()
 	case rest > 0:
-		c.im.env.AfterFunc(0, c.step)
+		c.im.env.AfterFunc(0, func() {}) // there is another turn, and an end of it
 	case r.puts == 0:
 		c.finish()
 	}

@@ -17,9 +17,7 @@ const (
 	// many that they can be told apart by age, so few that they fit memory.
 	cleanObjects = 4
 	// cleanSlack is how many objects of dead data an image may have in any case.
-	cleanSlack = 4
-	// cleanStep bounds the extents looked at in one turn.
-	cleanStep = 256
+	cleanSlack = 3
 	// cleanGap is the dead data that is read along rather than left out.
 	cleanGap = 64 << 10 // bytes
 	// cleanFull is the share of live data, in percent, from which on an object is
@@ -45,6 +43,7 @@ const (
 // Recovery repeats that from the headers alone.
 type cleaner struct {
 	im      *Image
+	search  *search // for the victims of the next one
 	running *cleaning
 	bad     map[uint32]bool // victims that could not be read
 	timer   Timer
@@ -61,6 +60,8 @@ type cleaning struct {
 	next    int // victim
 	pieces  []movedPiece
 	objects int // sealed and not yet accepted
+
+	ahead *objectHeader // read before its turn
 
 	// The victim that is being looked through.
 	header *objectHeader
@@ -96,11 +97,21 @@ func (c *cleaner) scattered() bool {
 // maybe begins a cleaning if one is due.
 func (c *cleaner) maybe() {
 	im := c.im
-	if c.running != nil || im.state != Active || !im.leased() || c.debt() <= 0 && !c.scattered() {
+	if c.running != nil || c.search != nil || im.state != Active || !im.leased() || c.debt() <= 0 && !c.scattered() {
 		return
 	}
-	victims := c.choose()
-	if len(victims) == 0 {
+	c.search = c.newSearch()
+	c.choose()
+}
+
+func (c *cleaner) newSearch() *search {
+	return &search{small: c.debt() <= 0, list: victimList{limit: cleanObjects * c.im.object}}
+}
+
+// begin begins the cleaning of victims.
+func (c *cleaner) begin(victims []objectInfo) {
+	im := c.im
+	if len(victims) == 0 || !im.leased() {
 		return
 	}
 	if !im.shared.startCleaning() {
@@ -119,34 +130,82 @@ func (c *cleaner) lags() bool {
 	return c.running != nil && c.running.objects == 0 && c.im.state == Active && c.debt() > int64(t.live)/8+2*cleanSlack*int64(c.im.object)
 }
 
-// choose returns the victims of a cleaning, best first.
-func (c *cleaner) choose() []objectInfo {
-	im := c.im
-	list := victimList{limit: cleanObjects * im.object}
-	small := c.debt() <= 0
-	c.heldSpace, c.heldLive = 0, 0
-	for i := range im.table.list {
-		o := &im.table.list[i]
-		if o.gone || o.live == 0 || c.bad[o.number] {
-			continue
-		}
-		if im.super.sb.held(uint64(o.number), 0) {
-			c.heldSpace, c.heldLive = c.heldSpace+uint64(o.sectors), c.heldLive+uint64(o.live)
-			continue
-		}
-		u := float64(o.live) / float64(o.sectors)
-		if u*100 > cleanFull && !(small && uint64(o.live) < im.object/2) {
-			continue
-		}
-		score := benefit(u, float64(im.accepted.object-uint64(o.number))+1)
-		if small {
-			score = 1 / float64(o.live)
-		}
-		list.offer(o, score)
+// search goes through the image's objects for the best victims, as many at a time
+// as a turn may: there may be a hundred thousand.
+type search struct {
+	small bool   // it is for objects with little that lives, not for dead data
+	next  uint32 // objects below have been looked at
+	list  victimList
+	// Sectors of the objects seen so far that points need, and what lives of them.
+	heldSpace, heldLive uint64
+}
+
+// choose goes on with the search, and begins the cleaning at its end.
+func (c *cleaner) choose() {
+	s := c.search
+	switch {
+	case c.im.state != Active:
+		c.search = nil
+	case !c.weighSome(s):
+		c.im.env.AfterFunc(0, c.choose)
+	default:
+		c.search = nil
+		c.heldSpace, c.heldLive = s.heldSpace, s.heldLive
+		c.begin(c.chosen(s))
 	}
-	victims := list.victims()
-	switch fewer := len(victims) - int((list.total+im.object-1)/im.object); {
-	case small && fewer < minMerge, !small && c.debt() <= 0:
+}
+
+// weighSome goes on with the search and reports whether it has come to its end.
+func (c *cleaner) weighSome(s *search) bool {
+	im := c.im
+	list := im.table.list
+	for i := im.table.index(s.next); i < len(list); i++ {
+		if i%stintObjects == 0 {
+			if s.next = list[i].number; im.stint.over() {
+				return false
+			}
+			im.stint.spend(1)
+		}
+		c.weigh(s, &list[i])
+	}
+	return true
+}
+
+// weigh offers an object to the search.
+func (c *cleaner) weigh(s *search, o *objectInfo) {
+	im := c.im
+	if o.gone || o.live == 0 || c.bad[o.number] {
+		return
+	}
+	if im.super.sb.held(uint64(o.number), 0) {
+		s.heldSpace, s.heldLive = s.heldSpace+uint64(o.sectors), s.heldLive+uint64(o.live)
+		return
+	}
+	u := float64(o.live) / float64(o.sectors)
+	if u*100 > cleanFull && !(s.small && uint64(o.live) < im.object/2) {
+		return
+	}
+	score := benefit(u, float64(im.accepted.object-uint64(o.number))+1)
+	if s.small {
+		score = 1 / float64(o.live)
+	}
+	s.list.offer(o, score)
+}
+
+// chosen returns the victims that the search has found, best first, as they are
+// now.
+func (c *cleaner) chosen(s *search) []objectInfo {
+	im := c.im
+	best := s.list.victims()
+	victims, total := best[:0], uint64(0)
+	for _, o := range best {
+		if now := im.table.find(uint64(o.number)); now != nil && now.live > 0 && !im.super.sb.held(uint64(o.number), 0) {
+			victims = append(victims, *now)
+			total += uint64(now.live)
+		}
+	}
+	switch fewer := len(victims) - int((total+im.object-1)/im.object); {
+	case s.small && fewer < minMerge, !s.small && c.debt() <= 0:
 		return nil // nothing is gained: what there is to gain is held
 	}
 	return victims
@@ -228,13 +287,32 @@ func (c *cleaner) nextVictim() {
 		return
 	}
 	o := r.victims[r.next]
+	if h := r.ahead; h != nil && h.seq == uint64(o.number) {
+		c.header(h)
+		return
+	}
+	var h *objectHeader
 	c.read(func(ctx context.Context) (err error) {
-		r.header, err = im.readHeader(ctx, o)
+		h, err = im.readHeader(ctx, o)
 		return err
-	}, func() {
-		r.extent, r.done, r.live, r.from = 0, 0, nil, nil
-		c.look(nil)
-	})
+	}, func() { c.header(h) })
+}
+
+// header begins to look through the next victim, and reads the header of the one
+// after it meanwhile. If that fails, or is late, it is read again.
+func (c *cleaner) header(h *objectHeader) {
+	r, im := c.running, c.im
+	r.header, r.extent, r.done, r.live, r.from = h, 0, 0, nil, nil
+	if k := r.next + 1; k < len(r.victims) {
+		o := r.victims[k]
+		var ahead *objectHeader
+		im.spawn(func() {
+			ctx, stop := context.WithTimeout(im.ctx, im.cfg.StoreTimeout)
+			defer stop()
+			ahead, _ = im.readHeader(ctx, o)
+		}, func() { r.ahead = ahead })
+	}
+	c.look(nil)
 }
 
 // read runs a reading step on a worker, until it goes through, and then calls fn.
@@ -292,11 +370,12 @@ func (c *cleaner) look(err error) {
 		return
 	}
 	h := r.header
-	for range cleanStep {
-		if r.extent == len(h.extents) {
-			c.fetch()
+	for r.extent < len(h.extents) {
+		if im.stint.over() {
+			im.env.AfterFunc(0, func() { c.look(nil) })
 			return
 		}
+		im.stint.spend(1)
 		e := h.extents[r.extent]
 		s := e.sector + r.done
 		i := segmentOf(s)
@@ -312,7 +391,7 @@ func (c *cleaner) look(err error) {
 			r.extent, r.done = r.extent+1, 0
 		}
 	}
-	im.env.AfterFunc(0, func() { c.look(nil) })
+	c.fetch()
 }
 
 // lookAt notes what of [s, end) lives in the victim: the map refers to it, and
@@ -379,16 +458,28 @@ func (im *Image) readPieces(ctx context.Context, o objectInfo, pieces []movedPie
 	return nil
 }
 
-// write puts what was read into new objects.
+// write puts what was read into new objects. There may be many thousand pieces: a
+// worker sorts them.
 func (c *cleaner) write() {
-	r, im := c.running, c.im
+	r := c.running
 	if len(r.pieces) == 0 {
 		c.end()
 		return
 	}
-	slices.SortFunc(r.pieces, func(a, b movedPiece) int {
-		return cmp.Or(cmp.Compare(a.born, b.born), cmp.Compare(a.sector, b.sector))
+	c.im.spawn(func() {
+		slices.SortFunc(r.pieces, func(a, b movedPiece) int {
+			return cmp.Or(cmp.Compare(a.born, b.born), cmp.Compare(a.sector, b.sector))
+		})
+	}, func() {
+		if c.running == r && !c.ends() {
+			c.seal()
+		}
 	})
+}
+
+// seal gives the new objects their places, in the order of their age.
+func (c *cleaner) seal() {
+	r, im := c.running, c.im
 	limit := int(im.object)
 	for pieces := r.pieces; len(pieces) > 0; {
 		n, sectors := 0, 0

@@ -88,6 +88,7 @@ type Image struct {
 	pump     Timer
 
 	jobs       int // workers running for this image
+	stint      stint
 	super      superWriter
 	checkpoint checkpointer
 	reaper     reaper
@@ -161,6 +162,7 @@ func (im *Image) Start(env Env, dev aio.Device, mem []byte) {
 // Submit starts a request. Its Done is called when it has ended.
 func (im *Image) Submit(r *Request) {
 	r.Err, r.Leased, r.at, r.seq, r.pending = 0, false, 0, 0, 0
+	im.stint.requests++
 	switch {
 	case r.Op != Flush && (uint64(r.Sectors) > im.sectors || r.Sector > im.sectors-uint64(r.Sectors)),
 		(r.Op == Read || r.Op == Write) && len(r.Buf) != int(r.Sectors)*SectorSize:
@@ -212,6 +214,7 @@ func (im *Image) EndTurn() {
 		im.seal()
 	}
 	im.checkpoint.step()
+	im.stint.renew()
 	im.confirm()
 	im.log.Commit() // what those who were told have submitted at once
 }
