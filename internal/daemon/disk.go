@@ -134,6 +134,7 @@ func emptyDisk(rec record, logger *slog.Logger) (*disk, error) {
 func (d *disk) startReactor(rec record) error {
 	r, err := reactor.New(reactor.Config{
 		Name:   fmt.Sprintf("ublkb%d", rec.ID),
+		Nice:   ReactorNice,
 		Logger: d.logger,
 	})
 	if err != nil {

@@ -6,6 +6,7 @@ import (
 	"math"
 	"net"
 	"os"
+	"runtime"
 	"runtime/debug"
 	"strconv"
 
@@ -16,9 +17,14 @@ import (
 // reclaim may depend on, while something else can be chosen.
 const oomScore = -900
 
+// ReactorNice is the nice value of the threads that serve the disks. They are what
+// a request waits for, as kblockd is, which runs at -20; what the daemon does besides
+// (building objects, checksums, the collector) is as important as other processes.
+const ReactorNice = -10
+
 // PrepareProcess makes the process fit to serve disks of its own host: memory
-// that stays, a low chance of being killed for it, limits out of the way. What
-// is refused is logged: the daemon works without it.
+// that stays, a low chance of being killed for it, limits out of the way, room for
+// the reactors. What is refused is logged: the daemon works without it.
 func PrepareProcess(logger *slog.Logger) {
 	if err := os.WriteFile("/proc/self/oom_score_adj", []byte(strconv.Itoa(oomScore)), 0); err != nil {
 		logger.Warn("the kernel may kill this process when memory is short", "err", err)
@@ -30,6 +36,19 @@ func PrepareProcess(logger *slog.Logger) {
 		logger.Warn("memory cannot be locked: when it is short, a disk used by this host may hang", "err", err)
 	}
 	limitHeap()
+	SpareProcessors()
+}
+
+// SpareProcessors lets twice as many goroutines run as there are processors
+// (GOMAXPROCS), unless the environment says how many. A reactor that comes back from
+// the kernel needs a place among them: if workers and the collector hold all,
+// it waits until the runtime takes one away, up to 10 ms. With places to spare it is
+// the kernel that chooses who runs, and it knows the reactors' priority. Limits of
+// the control group that change later are not followed any more.
+func SpareProcessors() {
+	if os.Getenv("GOMAXPROCS") == "" {
+		runtime.GOMAXPROCS(2 * runtime.GOMAXPROCS(0))
+	}
 }
 
 // raise raises a limit to want, or as far as the process may.

@@ -33,6 +33,11 @@ var (
 	ErrOwnThread = errors.New("reactor: Call from the reactor's own goroutine")
 )
 
+// slice is how long a reactor's thread with a priority of its own wants to run at a
+// time, the least that Linux 6.12 and later take: they run a thread the sooner the
+// less it asks for (EEVDF). Older ones go by the priority alone.
+const slice = 100 * time.Microsecond
+
 // threadTimeout bounds the wait for the thread of a reactor that has ended.
 const threadTimeout = 10 * time.Second
 
@@ -44,6 +49,11 @@ type Config struct {
 
 	// Name says in logs and errors which reactor it is.
 	Name string
+
+	// Nice is the nice value of the reactor's thread, from -20 to 19, which then also
+	// asks for the shortest slice (sched_setattr(2)); 0 leaves both as they are. If
+	// the process may not set it, the log says so, and the reactor runs without.
+	Nice int
 
 	// Logger receives what the reactor has to say; nil means slog.Default().
 	Logger *slog.Logger
@@ -103,7 +113,7 @@ func New(c Config) (*Reactor, error) {
 		r.log = r.log.With("reactor", c.Name)
 	}
 	ready := make(chan error)
-	onOwnThread(func() { r.run(c.Entries, ready) })
+	onOwnThread(func() { r.run(c.Entries, c.Nice, ready) })
 	if err := <-ready; err != nil {
 		return nil, fmt.Errorf("reactor %s: %w", c.Name, err)
 	}
@@ -134,9 +144,10 @@ func onOwnThread(fn func()) {
 }
 
 // run is the reactor's goroutine.
-func (r *Reactor) run(entries uint32, ready chan<- error) {
+func (r *Reactor) run(entries uint32, nice int, ready chan<- error) {
 	// Not unlocked: the thread ends with the goroutine, see onOwnThread.
 	r.tid = unix.Gettid()
+	r.setNice(nice)
 	if err := r.open(entries); err != nil {
 		ready <- err
 		return
@@ -154,6 +165,19 @@ func (r *Reactor) run(entries uint32, ready chan<- error) {
 	go r.release(derr)
 	if err != nil && r.onPanic != nil {
 		r.reportPanic(err)
+	}
+}
+
+// setNice sets the priority of the calling thread, the reactor's. None inherits it
+// but the ring's: the runtime starts its threads from another one when this is locked
+// to a goroutine.
+func (r *Reactor) setNice(nice int) {
+	if nice == 0 {
+		return
+	}
+	attr := unix.SchedAttr{Size: unix.SizeofSchedAttr, Policy: unix.SCHED_NORMAL, Nice: int32(nice), Runtime: uint64(slice.Nanoseconds())}
+	if err := unix.SchedSetAttr(0, &attr, 0); err != nil {
+		r.log.Warn("the thread that serves the disk gets no priority: requests wait when the processors are busy", "nice", nice, "err", err)
 	}
 }
 

@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -86,6 +87,67 @@ func TestWakeFromSleep(t *testing.T) {
 			time.Sleep(10 * time.Microsecond)
 		}
 		call(t, r, func() {})
+	}
+}
+
+// TestNice looks at what the kernel has of the thread, and at one that the runtime
+// starts while the reactor runs: that has no priority.
+func TestNice(t *testing.T) {
+	const nice = 5 // needs no privilege
+	r := newReactor(t, Config{Name: "test", Nice: nice})
+	call(t, r, func() {
+		a, err := unix.SchedGetAttr(0, 0)
+		if err != nil || a.Nice != nice {
+			t.Errorf("the reactor has %+v, %v", a, err)
+		}
+		if a.Runtime != 0 && a.Runtime != uint64(slice.Nanoseconds()) { // 0: Linux before 6.12
+			t.Errorf("a slice of %d ns", a.Runtime)
+		}
+	})
+	tasks, err := os.ReadDir("/proc/self/task")
+	if err != nil {
+		t.Fatal(err)
+	}
+	n := 0
+	for _, task := range tasks {
+		tid, err := strconv.Atoi(task.Name())
+		if err != nil {
+			t.Fatal(err)
+		}
+		if a, err := unix.SchedGetAttr(tid, 0); err == nil && a.Nice == nice {
+			n++
+		}
+	}
+	if n != 1 {
+		t.Errorf("%d threads have the priority", n)
+	}
+}
+
+// TestNiceRefused: a thread that may not have the priority goes on without, and the
+// log says so.
+func TestNiceRefused(t *testing.T) {
+	var log bytes.Buffer
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		runtime.LockOSThread() // and never unlocked: the thread ends, with what it has lost
+		header := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
+		var caps [2]unix.CapUserData
+		if err := unix.Capget(&header, &caps[0]); err != nil {
+			t.Error(err)
+			return
+		}
+		caps[0].Effective &^= 1 << unix.CAP_SYS_NICE
+		if err := unix.Capset(&header, &caps[0]); err != nil {
+			t.Error(err)
+			return
+		}
+		r := Reactor{log: slog.New(slog.NewTextHandler(&log, nil))}
+		r.setNice(-5)
+	}()
+	<-done
+	if !strings.Contains(log.String(), "gets no priority") {
+		t.Errorf("the log says %q", log.String())
 	}
 }
 

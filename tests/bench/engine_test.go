@@ -11,6 +11,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"syscall"
 	"testing"
@@ -19,6 +20,7 @@ import (
 	"github.com/lsd-ceph/lsd/backend/mem"
 	"github.com/lsd-ceph/lsd/cache/writelog"
 	"github.com/lsd-ceph/lsd/engine"
+	"github.com/lsd-ceph/lsd/internal/daemon"
 	"github.com/lsd-ceph/lsd/internal/reactor"
 	"github.com/lsd-ceph/lsd/internal/uring"
 )
@@ -108,10 +110,7 @@ func ours(b *testing.B, path string, depth int) float64 {
 	if err != nil {
 		b.Fatal(err)
 	}
-	r, err := reactor.New(reactor.Config{Name: "bench"})
-	if err != nil {
-		b.Fatal(err)
-	}
+	r := newReactor(b)
 	logMem, err := uring.NewArena(32 << 20)
 	if err != nil {
 		b.Fatal(err)
@@ -156,6 +155,20 @@ func ours(b *testing.B, path string, depth int) float64 {
 	r.Stop()
 	<-r.Done()
 	return float64(n1-n0) / took.Seconds()
+}
+
+// newReactor returns a reactor, in a process that is from then on as the daemon makes
+// itself.
+func newReactor(b *testing.B) *reactor.Reactor {
+	b.Helper()
+	if runtime.GOMAXPROCS(0) == runtime.NumCPU() {
+		daemon.SpareProcessors()
+	}
+	r, err := reactor.New(reactor.Config{Name: "bench", Nice: daemon.ReactorNice})
+	if err != nil {
+		b.Fatal(err)
+	}
+	return r
 }
 
 func call(b *testing.B, r *reactor.Reactor, fn func()) {

@@ -15,7 +15,6 @@ import (
 	"github.com/lsd-ceph/lsd/backend/mem"
 	"github.com/lsd-ceph/lsd/cache/writelog"
 	"github.com/lsd-ceph/lsd/engine"
-	"github.com/lsd-ceph/lsd/internal/reactor"
 	"github.com/lsd-ceph/lsd/internal/uring"
 )
 
@@ -66,7 +65,8 @@ type writers struct {
 	blocks  uint64
 	rate    float64 // writes a second; 0: as many as are acknowledged
 	until   time.Time
-	next    uint64 // block, while the image is being filled
+	warm    uint64 // writes before that, as many as are acknowledged: all blocks once, in order, then at random
+	begun   uint64 // of those
 	credit  float64
 	tick    time.Time
 	live    int
@@ -96,8 +96,7 @@ func (x *timedWrite) RequestDone(*engine.Request) {
 // turn submits what is due; it is called at the end of each turn.
 func (w *writers) turn() {
 	now := time.Now()
-	filling := w.next < w.blocks
-	if !filling && now.After(w.until) {
+	if w.warmed() && now.After(w.until) {
 		if w.live == 0 && w.idle != nil {
 			close(w.idle)
 			w.idle = nil
@@ -105,26 +104,31 @@ func (w *writers) turn() {
 		return
 	}
 	w.credit, w.tick = min(w.credit+now.Sub(w.tick).Seconds()*w.rate, 1000), now
-	for len(w.waiting) > 0 && (filling || w.rate == 0 || w.credit >= 1) {
+	for len(w.waiting) > 0 && (!w.warmed() || w.rate == 0 || w.credit >= 1) {
 		x := w.waiting[len(w.waiting)-1]
 		w.waiting = w.waiting[:len(w.waiting)-1]
 		x.Sector = w.rng.Uint64N(w.blocks) * 8
-		if filling {
-			x.Sector = w.next * 8
-			w.next++
-			filling = w.next < w.blocks
+		if w.warmed() {
+			w.credit--
+		} else {
+			if w.begun < w.blocks {
+				x.Sector = w.begun * 8
+			}
+			w.begun++
 		}
 		x.began = now
-		w.credit--
 		w.live++
 		w.im.Submit(&x.Request)
 	}
 }
 
+func (w *writers) warmed() bool { return w.begun == w.warm }
+
 const latencyImage = 256 << 20
 
-// latencies overwrites a full image at random and returns how long each write of
-// the second half of the time took, in order.
+// latencies overwrites an image at random, after it has been filled and overwritten
+// twice, and returns how long each write took, in order, the first third of the time
+// left out.
 func latencies(b *testing.B, c engine.Config, writeRate, storeRate float64, length time.Duration) []time.Duration {
 	b.Helper()
 	ctx := context.Background()
@@ -147,16 +151,13 @@ func latencies(b *testing.B, c engine.Config, writeRate, storeRate float64, leng
 	if err != nil {
 		b.Fatal(err)
 	}
-	r, err := reactor.New(reactor.Config{Name: "bench"})
-	if err != nil {
-		b.Fatal(err)
-	}
+	r := newReactor(b)
 	arena, err := uring.NewArena(32<<20 + 64*4096)
 	if err != nil {
 		b.Fatal(err)
 	}
 	defer arena.Close()
-	w := &writers{im: im, rng: rand.New(rand.NewPCG(1, 2)), blocks: latencyImage / 4096, rate: writeRate, idle: make(chan struct{})}
+	w := &writers{im: im, rng: rand.New(rand.NewPCG(1, 2)), blocks: latencyImage / 4096, warm: 3 * latencyImage / 4096, rate: writeRate, idle: make(chan struct{})}
 	for i := range 64 {
 		x := &timedWrite{w: w}
 		x.Request = engine.Request{Op: engine.Write, Sectors: 8, Buf: arena.Bytes()[32<<20+i*4096:][:4096], Done: x}
@@ -172,12 +173,12 @@ func latencies(b *testing.B, c engine.Config, writeRate, storeRate float64, leng
 		tick = env.AfterFunc(0, func() { tick.Reset(time.Millisecond / 2) })
 		w.tick, w.until = time.Now(), time.Now().Add(time.Hour)
 	})
-	for filled := false; !filled; time.Sleep(10 * time.Millisecond) {
-		call(b, r, func() { filled = w.next == w.blocks })
+	for warmed := false; !warmed; time.Sleep(10 * time.Millisecond) {
+		call(b, r, func() { warmed = w.warmed() })
 	}
 	st.limit(storeRate)
 	call(b, r, func() { w.until = time.Now().Add(length) })
-	time.Sleep(length / 2)
+	time.Sleep(length / 3)
 	call(b, r, func() { w.took = w.took[:0] })
 	<-idle
 	if w.errs > 0 {
@@ -189,6 +190,9 @@ func latencies(b *testing.B, c engine.Config, writeRate, storeRate float64, leng
 	}
 	r.Stop()
 	<-r.Done()
+	if want := writeRate * length.Seconds() * 2 / 3; float64(len(w.took)) < 0.9*want {
+		b.Fatalf("%d writes, not %.0f", len(w.took), want)
+	}
 	slices.Sort(w.took)
 	return w.took
 }
@@ -202,7 +206,7 @@ func quantile(sorted []time.Duration, q float64) float64 {
 func BenchmarkCleanerLatency(b *testing.B) {
 	var with, without []float64
 	p99 := func(ratio float64) float64 {
-		return quantile(latencies(b, engine.Config{SpaceRatio: ratio}, 8000, 300e6, 4*time.Duration(*seconds)*time.Second), 0.99)
+		return quantile(latencies(b, engine.Config{SpaceRatio: ratio}, 8000, 300e6, 3*time.Duration(*seconds)*time.Second), 0.99)
 	}
 	for range *rounds {
 		with = append(with, p99(engine.DefaultSpaceRatio))
@@ -226,7 +230,7 @@ func BenchmarkOverload(b *testing.B) {
 			from float64
 			to   *[4][]float64
 		}{{0, &paced}, {1, &stopped}} {
-			t := latencies(b, engine.Config{PaceFrom: x.from}, 0, 40e6, 8*time.Duration(*seconds)*time.Second)
+			t := latencies(b, engine.Config{PaceFrom: x.from}, 0, 40e6, 5*time.Duration(*seconds)*time.Second)
 			for i, q := range quantiles {
 				x.to[i] = append(x.to[i], quantile(t, q))
 			}

@@ -97,10 +97,7 @@ func (d *disk) close() {
 
 func newDisk(b *testing.B, st backend.Store, id uuid.UUID, o engine.OpenOptions, cache *readcache.OSFile) *disk {
 	b.Helper()
-	r, err := reactor.New(reactor.Config{Name: "bench"})
-	if err != nil {
-		b.Fatal(err)
-	}
+	r := newReactor(b)
 	if cache != nil {
 		o.Config.ReadCacheDevice = r.File(cache.Fd())
 	}

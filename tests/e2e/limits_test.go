@@ -20,6 +20,7 @@ const (
 	// flusherFlag is PF_MEMALLOC_NOIO (include/linux/sched.h), which is how the
 	// kernel keeps PR_SET_IO_FLUSHER.
 	flusherFlag = 0x00080000
+	reactorNice = "-10"
 )
 
 // procStatus returns a number of /proc/PID/status: bytes, or a count.
@@ -48,7 +49,8 @@ func procStatus(t testing.TB, pid int, field string) int {
 }
 
 // TestLimits: many images in one daemon, on real block devices. Their memory is
-// locked, all threads are I/O flushers, threads and descriptors are bounded; and an
+// locked, all threads are I/O flushers, those that serve disks have their priority,
+// threads and descriptors are bounded; and an
 // image that was written to gives its memory back when it is idle, and works on.
 func TestLimits(t *testing.T) {
 	images := pick(8, 40)
@@ -89,7 +91,9 @@ func TestLimits(t *testing.T) {
 	if n := procStatus(t, pid, "VmLck"); n == 0 {
 		t.Error("no memory is locked")
 	}
-	flushers(t, pid)
+	if n := flushers(t, pid); n < 1+images {
+		t.Errorf("%d threads have a priority, of %d that serve disks", n, 1+images)
+	}
 
 	began, idle := time.Now(), used
 	for ; idle >= idleImage; idle = each() {
@@ -117,8 +121,9 @@ func descriptors(t testing.TB, pid int) int {
 	return len(l)
 }
 
-// flushers checks that every thread of the process is an I/O flusher.
-func flushers(t testing.TB, pid int) {
+// flushers checks that every thread of the process is an I/O flusher, and returns how
+// many have the priority of those that serve disks.
+func flushers(t testing.TB, pid int) (reactors int) {
 	t.Helper()
 	tasks, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/stat", pid))
 	if err != nil || len(tasks) == 0 {
@@ -130,12 +135,16 @@ func flushers(t testing.TB, pid int) {
 			continue // it has ended
 		}
 		// The name, in parentheses, may hold anything; flags are the seventh field
-		// after it (proc(5)).
+		// after it, the nice value is the seventeenth (proc(5)).
 		i := strings.LastIndexByte(string(b), ')')
 		f := strings.Fields(string(b[i+1:]))
 		flags, err := strconv.ParseUint(f[6], 10, 64)
 		if err != nil || flags&flusherFlag == 0 {
 			t.Errorf("%s: flags %#x, %v: no I/O flusher: %s", path, flags, err, b)
 		}
+		if f[16] == reactorNice {
+			reactors++
+		}
 	}
+	return reactors
 }
