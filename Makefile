@@ -114,7 +114,7 @@ bench-space: ## write and space amplification of overwrites, beside theory
 
 .PHONY: bench-latency
 bench-latency: ## latency of writes with and without the cleaner, and under overload
-	go test $(GOFLAGS_LINK) -run xxx -bench 'CleanerLatency|Overload' -benchtime 1x -timeout 0 -v ./tests/bench
+	go test $(GOFLAGS_LINK) -run xxx -bench 'CleanerLatency|Overload' -benchtime 1x -timeout 0 -v ./tests/bench -bench.rounds 10
 
 .PHONY: bench-read
 bench-read: ## reads through the engine and its read cache beside the store alone: a directory, and Ceph
