@@ -39,15 +39,17 @@ func PrepareProcess(logger *slog.Logger) {
 	SpareProcessors()
 }
 
-// SpareProcessors lets twice as many goroutines run as there are processors
+// SpareProcessors lets half as many goroutines again run as there are processors
 // (GOMAXPROCS), unless the environment says how many. A reactor that comes back from
 // the kernel needs a place among them: if workers and the collector hold all,
 // it waits until the runtime takes one away, up to 10 ms. With places to spare it is
-// the kernel that chooses who runs, and it knows the reactors' priority. Limits of
-// the control group that change later are not followed any more.
+// the kernel that chooses who runs, and it knows the reactors' priority. More of them
+// do not help it, and cost reads. Limits of the control group that change later are
+// not followed any more.
 func SpareProcessors() {
 	if os.Getenv("GOMAXPROCS") == "" {
-		runtime.GOMAXPROCS(2 * runtime.GOMAXPROCS(0))
+		n := runtime.GOMAXPROCS(0)
+		runtime.GOMAXPROCS(n + (n+1)/2)
 	}
 }
 
