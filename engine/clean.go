@@ -174,8 +174,8 @@ func (c *cleaner) weighSome(s *search) bool {
 // weigh offers an object to the search.
 func (c *cleaner) weigh(s *search, o *objectInfo) {
 	im := c.im
-	if o.gone || o.live == 0 || c.bad[o.number] {
-		return
+	if o.gone || o.live == 0 || c.bad[o.number] || uint64(o.number) > im.accepted.object {
+		return // the last one may not be in the map yet
 	}
 	if im.super.sb.held(uint64(o.number), 0) {
 		s.heldSpace, s.heldLive = s.heldSpace+uint64(o.sectors), s.heldLive+uint64(o.live)
@@ -532,7 +532,9 @@ func (b *batch) buildMoved(h *objectHeader, buffer func(int) []byte) []byte {
 	h.base, h.born = b.base, 0
 	h.extents, h.data = nil, 0
 	for _, p := range b.moved {
-		h.born = max(h.born, p.born)
+		if h.born = max(h.born, p.born); uint64(h.born) > b.base {
+			panic("engine: the cleaner has moved data that is newer than what it knows of")
+		}
 		h.data += len(p.data)
 		if k := len(h.extents) - 1; k >= 0 && h.extents[k].sector+uint64(h.extents[k].n) == p.sector {
 			h.extents[k].n += p.n

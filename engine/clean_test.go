@@ -44,6 +44,24 @@ func TestVictimList(t *testing.T) {
 	}
 }
 
+// TestVictimsAreAccepted: an object that is being entered into the map is in the table
+// and no victim: what is moved out of it would be newer than what the cleaner's object
+// may hold.
+func TestVictimsAreAccepted(t *testing.T) {
+	im, _ := newStill(t)
+	im.table.add(objectInfo{number: 1, sectors: 100, live: 50})
+	im.table.add(objectInfo{number: 2, sectors: 100, live: 10})
+	im.accepted.object = 1
+	s := im.clean.newSearch()
+	im.stint.renew()
+	if !im.clean.weighSome(s) {
+		t.Fatal("two objects are too many for a turn")
+	}
+	if best := s.list.victims(); len(best) != 1 || best[0].number != 1 {
+		t.Errorf("victims %+v, want object 1 alone", best)
+	}
+}
+
 // BenchmarkChoose is the search for victims among the objects of 1 TiB, in turns
 // without requests.
 func BenchmarkChoose(b *testing.B) {
