@@ -209,7 +209,8 @@ func (c *checkpointer) copy(i uint32) {
 }
 
 // step goes on with the running checkpoint. It is called at the end of each turn,
-// and copies at least one segment however busy that was.
+// and copies at least one segment: on an image that is always busy, too, it must come
+// to its end.
 func (c *checkpointer) step() {
 	r := c.running
 	if r == nil || r.final || c.im.state == Fenced || c.im.state == Released {

@@ -61,7 +61,7 @@ type cleaning struct {
 	pieces  []movedPiece
 	objects int // sealed and not yet accepted
 
-	ahead *objectHeader // read before its turn
+	ahead *objectHeader // of the victim to come, or nil
 
 	// The victim that is being looked through.
 	header *objectHeader
@@ -159,7 +159,7 @@ func (c *cleaner) choose() {
 func (c *cleaner) weighSome(s *search) bool {
 	im := c.im
 	list := im.table.list
-	for i := im.table.index(s.next); i < len(list); i++ {
+	for i := im.table.index(uint64(s.next)); i < len(list); i++ {
 		if i%stintObjects == 0 {
 			if s.next = list[i].number; im.stint.over() {
 				return false
@@ -288,19 +288,20 @@ func (c *cleaner) nextVictim() {
 	}
 	o := r.victims[r.next]
 	if h := r.ahead; h != nil && h.seq == uint64(o.number) {
-		c.header(h)
+		c.lookThrough(h)
 		return
 	}
 	var h *objectHeader
 	c.read(func(ctx context.Context) (err error) {
 		h, err = im.readHeader(ctx, o)
 		return err
-	}, func() { c.header(h) })
+	}, func() { c.lookThrough(h) })
 }
 
-// header begins to look through the next victim, and reads the header of the one
-// after it meanwhile. If that fails, or is late, it is read again.
-func (c *cleaner) header(h *objectHeader) {
+// lookThrough begins to look through the next victim, whose header is h, and reads that
+// of the one after it meanwhile: victims are read one by one, and each waits for the
+// store. If that fails, or is late, it is read again.
+func (c *cleaner) lookThrough(h *objectHeader) {
 	r, im := c.running, c.im
 	r.header, r.extent, r.done, r.live, r.from = h, 0, 0, nil, nil
 	if k := r.next + 1; k < len(r.victims) {
@@ -480,6 +481,9 @@ func (c *cleaner) write() {
 // seal gives the new objects their places, in the order of their age.
 func (c *cleaner) seal() {
 	r, im := c.running, c.im
+	if newest := r.pieces[len(r.pieces)-1].born; uint64(newest) > r.base {
+		panic("engine: the cleaner has moved data that is newer than what it knows of") // no reader would take the header
+	}
 	limit := int(im.object)
 	for pieces := r.pieces; len(pieces) > 0; {
 		n, sectors := 0, 0
@@ -532,9 +536,7 @@ func (b *batch) buildMoved(h *objectHeader, buffer func(int) []byte) []byte {
 	h.base, h.born = b.base, 0
 	h.extents, h.data = nil, 0
 	for _, p := range b.moved {
-		if h.born = max(h.born, p.born); uint64(h.born) > b.base {
-			panic("engine: the cleaner has moved data that is newer than what it knows of")
-		}
+		h.born = max(h.born, p.born)
 		h.data += len(p.data)
 		if k := len(h.extents) - 1; k >= 0 && h.extents[k].sector+uint64(h.extents[k].n) == p.sector {
 			h.extents[k].n += p.n

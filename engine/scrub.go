@@ -3,7 +3,6 @@ package engine
 import (
 	"context"
 	"errors"
-	"sort"
 	"sync/atomic"
 	"time"
 
@@ -136,8 +135,7 @@ func (x *scrubber) find() bool {
 		}
 		x.leave()
 	}
-	i := sort.Search(len(t.list), func(i int) bool { return uint64(t.list[i].number) >= x.next })
-	for ; i < len(t.list); i++ {
+	for i := t.index(x.next); i < len(t.list); i++ {
 		if o := t.list[i]; !o.gone && o.live > 0 {
 			x.object, x.at, x.header = o, 0, nil
 			x.next = uint64(o.number) + 1

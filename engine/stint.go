@@ -3,10 +3,9 @@ package engine
 const (
 	// stintBase is what a turn without requests does: some 20 µs of it.
 	stintBase = 16
-	// stintPerRequest is what each request of a turn allows the next one. What a
-	// write of one block brings about costs the less the more writes there are in a
-	// turn, but never more than this: an extent is entered; at the space held by
-	// default the cleaner looks at 2.4 for it, and enters 1.4.
+	// stintPerRequest is what each request of a turn allows the next one: more than a
+	// write of one block brings about. Its extent is entered, and at the space held by
+	// default the cleaner looks at 2.4 for it and enters 1.4.
 	stintPerRequest = 8
 	// stintCopy is what it costs to copy a segment of the map for a checkpoint.
 	stintCopy = 32

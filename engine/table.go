@@ -29,13 +29,13 @@ type objectTable struct {
 }
 
 // index returns the index of the first entry whose number is not below number.
-func (t *objectTable) index(number uint32) int {
-	return sort.Search(len(t.list), func(i int) bool { return t.list[i].number >= number })
+func (t *objectTable) index(number uint64) int {
+	return sort.Search(len(t.list), func(i int) bool { return uint64(t.list[i].number) >= number })
 }
 
 // find returns the object's entry, or nil. It is good until the next add.
 func (t *objectTable) find(number uint64) *objectInfo {
-	i := sort.Search(len(t.list), func(i int) bool { return uint64(t.list[i].number) >= number })
+	i := t.index(number)
 	if i < len(t.list) && uint64(t.list[i].number) == number && !t.list[i].gone {
 		return &t.list[i]
 	}

@@ -170,9 +170,8 @@ func TestReadThrough(t *testing.T) {
 }
 
 // TestNames: what differs in a part of its name only is something else, before a
-// restart and after it. The engine never reads two objects of one number, which the
-// simulation would find; that an epoch is part of the name is for the day when it
-// does.
+// restart and after it. That the epoch counts the simulation does not show: see
+// docs/reliability.md.
 func TestNames(t *testing.T) {
 	f := newMemFile(MinSize)
 	c := mustOpen(t, f)

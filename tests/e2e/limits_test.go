@@ -50,8 +50,8 @@ func procStatus(t testing.TB, pid int, field string) int {
 
 // TestLimits: many images in one daemon, on real block devices. Their memory is
 // locked, all threads are I/O flushers, those that serve disks have their priority,
-// threads and descriptors are bounded; and an
-// image that was written to gives its memory back when it is idle, and works on.
+// threads and descriptors are bounded; and an image that was written to gives its
+// memory back when it is idle, and works on.
 func TestLimits(t *testing.T) {
 	images := pick(8, 40)
 	h := newHost(t, "host")
