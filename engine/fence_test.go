@@ -12,6 +12,7 @@ import (
 	"github.com/lsd-ceph/lsd/backend"
 	"github.com/lsd-ceph/lsd/backend/faultstore"
 	"github.com/lsd-ceph/lsd/backend/mem"
+	"github.com/lsd-ceph/lsd/cache/writelog"
 )
 
 // TestPauseBeforeAcknowledging: a host whose log has taken a write stops before
@@ -239,5 +240,70 @@ func TestNoDeleteWithoutLease(t *testing.T) {
 	h.env.now = 0
 	if d := h.im.mayDelete(); d != 0 {
 		t.Errorf("a fenced host has %v to delete in", d)
+	}
+}
+
+// TestObjectThatComesLate: a host takes an image over, makes its log for what comes
+// after the store's last record, and dies before the superblock says where its epoch
+// begins. Then an object arrives that the old owner had under way, and it goes on
+// from there: nobody has been told anything that its log does not begin after.
+func TestObjectThatComesLate(t *testing.T) {
+	ctx := context.Background()
+	all, under := mem.New(), faultstore.NewSwitch()
+	id := newImageIn(t, all)
+	disk := newHost(t, "beta", all, 2).disk
+	st := faultstore.New(all, func(op faultstore.Op) faultstore.Fault {
+		h, _, err := writelog.ReadHeader(disk)
+		if op.Method == faultstore.Swap && under.On(op) && err == nil && h.FirstSeq > 0 {
+			return faultstore.Fault{Before: backend.ErrTemporary}
+		}
+		return faultstore.Fault{}
+	})
+	a := newHost(t, "alpha", all, 1)
+	if err := a.open(id, false); err != nil {
+		t.Fatal(err)
+	}
+	for n := uint64(1); n <= 2; n++ {
+		a.mustWrite(n, n)
+		a.im.Destage(func(error) {})
+		a.run(0)
+	}
+	late := dataKey(id, 2, 1)
+	object, err := readWhole(ctx, all, late)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := all.Delete(ctx, late); err != nil {
+		t.Fatal(err)
+	}
+
+	b := newHost(t, "beta", st, 2)
+	b.disk = disk
+	under.Set(true)
+	if err := b.open(id, true); err == nil {
+		t.Fatal("opened without a superblock that says so")
+	}
+	if h, _, err := writelog.ReadHeader(disk); err != nil || h.FirstSeq != 2 {
+		t.Fatalf("its log begins at %d, want 2: %v", h.FirstSeq, err)
+	}
+	under.Set(false)
+	if err := all.Put(ctx, late, object); err != nil {
+		t.Fatal(err)
+	}
+	b.env = &simEnv{rng: b.env.rng, disk: disk}
+	if err := b.open(id, true); err != nil {
+		t.Fatal(err)
+	}
+	b.mustWrite(3, 3)
+	for n := uint64(1); n <= 3; n++ {
+		b.mustRead(n, n)
+	}
+	b.im.Abandon()
+	b.env = &simEnv{rng: b.env.rng, disk: disk}
+	if err := b.open(id, false); err != nil {
+		t.Fatal(err)
+	}
+	for n := uint64(1); n <= 3; n++ {
+		b.mustRead(n, n)
 	}
 }

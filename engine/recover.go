@@ -278,8 +278,20 @@ func (im *Image) recoverLog(o *OpenOptions) (first uint64, err error) {
 	if im.recoveredLog == h.Log {
 		start = writelog.Start{Pos: im.accepted.logEnd, Seq: im.accepted.seq + 1}
 	}
-	if start.Seq != im.accepted.seq+1 {
-		return 0, fmt.Errorf("%w: it begins at record %d, the store ends at %d", writelog.ErrCorrupt, start.Seq, im.accepted.seq)
+	if wrong := start.Seq; wrong != im.accepted.seq+1 {
+		mismatch := fmt.Errorf("%w: it begins at record %d, the store ends at %d", writelog.ErrCorrupt, wrong, im.accepted.seq)
+		if wrong > im.accepted.seq || im.recoveredLog == h.Log {
+			return 0, mismatch
+		}
+		// An object that the owner before had under way has come after the log was made,
+		// and before the superblock said where this ownership begins. Until it does,
+		// nothing is acknowledged: the log is empty, and begins where the store ends now.
+		err := im.log.Recover(start, im.sectors, o.Boot, func(writelog.Record) error { return mismatch })
+		if err != nil {
+			return 0, err
+		}
+		first = im.accepted.seq + 1
+		start.Seq = first
 	}
 	// Positions of other logs mean nothing here.
 	im.accepted.logEnd = start.Pos
