@@ -38,7 +38,8 @@ type checkpointer struct {
 	last *checkpointRef // the last one published, or nil
 
 	running  *runningCheckpoint
-	removing bool          // what the last one replaced is being removed
+	removing bool          // what nothing needs any more is being removed
+	unheld   bool          // there may be more of that since the removal began
 	waiters  []func(error) // want a checkpoint that begins from now on
 }
 
@@ -427,23 +428,33 @@ func (c *checkpointer) published(m *manifest) {
 	im.objs.evict()
 	// Those who waited may be about to end the image's work: they are told when
 	// nothing is left to clean up.
-	c.removing = true
 	c.removeOld(old, func() {
-		c.removing = false
 		for _, fn := range r.waiters {
 			fn(nil)
 		}
-		c.resume()
-		im.advance()
 	})
 	im.reap()
 	im.advance()
 }
 
-// removeOld removes what a checkpoint has replaced, unless a point needs it, and
-// then calls done: the manifest old, and map objects of which nothing is current.
+// removeDead removes what the last checkpoint has found dead and is still there: a
+// crash came before the removal, or a point that held it has gone.
+func (c *checkpointer) removeDead() {
+	switch {
+	case c.running != nil: // its end does it
+	case c.removing:
+		c.unheld = true
+	default:
+		c.removeOld(nil, func() {})
+	}
+}
+
+// removeOld removes what nothing needs, and then calls done: map objects of which
+// nothing is current, and the manifest old, or with nil none, which the last
+// checkpoint has replaced. What a point needs stays. No checkpoint begins meanwhile.
 func (c *checkpointer) removeOld(old *checkpointRef, done func()) {
 	im, sb := c.im, c.im.super.sb
+	c.removing, c.unheld = true, false
 	var keys []string
 	for i := range im.objs.maps {
 		if o := &im.objs.maps[i]; o.size > 0 && o.live == 0 && !sb.heldMap(o.at.Object, uint64(o.died)) {
@@ -453,7 +464,7 @@ func (c *checkpointer) removeOld(old *checkpointRef, done func()) {
 	}
 	held := old == nil || sb.heldManifest(*old)
 	if len(keys) == 0 && held {
-		c.forgetPrev(old, done)
+		c.removed(old, done)
 		return
 	}
 	im.removeKeys(func(ctx context.Context) error {
@@ -466,18 +477,30 @@ func (c *checkpointer) removeOld(old *checkpointRef, done func()) {
 			return e
 		}
 		return errors.Join(err, e)
-	}, func() { c.forgetPrev(old, done) })
+	}, func() { c.removed(old, done) })
+}
+
+// removed ends a removal.
+func (c *checkpointer) removed(old *checkpointRef, done func()) {
+	if old != nil {
+		c.forgetPrev(*old)
+	}
+	if c.unheld {
+		c.removeOld(nil, done)
+		return
+	}
+	c.removing = false
+	done()
+	c.resume()
+	c.im.advance()
 }
 
 // forgetPrev says in the superblock that nothing is left of the checkpoint old,
 // which was replaced. The next change will do, whatever it is for.
-func (c *checkpointer) forgetPrev(old *checkpointRef, done func()) {
-	if old != nil {
-		gone := func(x checkpointRef) bool { return x == *old }
-		forget := func(sb *superblock) { sb.Prev = slices.DeleteFunc(sb.Prev, gone) }
-		c.im.super.changes = append(c.im.super.changes, superChange{forget, func() {}})
-	}
-	done()
+func (c *checkpointer) forgetPrev(old checkpointRef) {
+	gone := func(x checkpointRef) bool { return x == old }
+	forget := func(sb *superblock) { sb.Prev = slices.DeleteFunc(sb.Prev, gone) }
+	c.im.super.changes = append(c.im.super.changes, superChange{forget, func() {}})
 }
 
 // deleteAll deletes objects, of which any may have gone before, and takes those that

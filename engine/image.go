@@ -156,6 +156,8 @@ func (im *Image) Start(env Env, dev aio.Device, mem []byte) {
 	im.startScrub()
 	im.startSuper()
 	im.startLeftovers()
+	im.checkpoint.removeDead()
+	im.reap()
 	im.checkpoint.maybe()
 }
 

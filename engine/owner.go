@@ -276,6 +276,7 @@ func (im *Image) superReloaded(sb *superblock, version backend.Version) {
 		if fewer { // somebody has given them up: what they held can go
 			im.clean.heldSpace, im.clean.heldLive = 0, 0
 			im.startLeftovers()
+			im.checkpoint.removeDead()
 			im.reap()
 		}
 		if sb.Evict != nil && sb.Evict.Epoch == sb.Epoch {
