@@ -197,22 +197,20 @@ func (im *Image) superWritten(next *superblock, version backend.Version, began t
 	s := &im.super
 	s.sb, s.version, s.renew, s.tries = next, version, false, 0
 	im.storeWorks()
-	if !releasing {
-		s.until = max(s.until, began+next.Owner.Lease*9/10)
-		until := s.until
-		if mutate.On(mutate.LeaseStretched) {
-			until += 10 * next.Owner.Lease
-		}
-		im.env.LeaseUntil(until)
+	if releasing {
+		im.released() // what was changed with it has nothing to go on with
+		return
 	}
+	s.until = max(s.until, began+next.Owner.Lease*9/10)
+	until := s.until
+	if mutate.On(mutate.LeaseStretched) {
+		until += 10 * next.Owner.Lease
+	}
+	im.env.LeaseUntil(until)
 	done := s.changes[:changes]
 	s.changes = slices.Clone(s.changes[changes:])
 	for _, c := range done {
 		c.fn()
-	}
-	if releasing {
-		im.released()
-		return
 	}
 	if s.lost {
 		s.lost = false

@@ -377,6 +377,51 @@ func TestDamagedAnswerDoesNotFence(t *testing.T) {
 	}
 }
 
+// TestReleaseWithCheckpoint: an owner that gives the image up may do so with the
+// same change of the superblock that publishes a checkpoint, and ends there. Seed
+// 234469 of the simulation found it.
+func TestReleaseWithCheckpoint(t *testing.T) {
+	inner := mem.New()
+	id := newImageIn(t, inner)
+	st := faultstore.New(inner)
+	a := newHost(t, "alpha", st, 1)
+	if err := a.open(id, false); err != nil {
+		t.Fatal(err)
+	}
+	refuse := func(method, key string) faultstore.Injector {
+		return faultstore.If(faultstore.All(faultstore.Method(method), faultstore.Key(key)), faultstore.Fault{Before: backend.ErrTemporary})
+	}
+	a.mustWrite(1, 1)
+	a.mustDestage()
+	st.Inject(refuse(faultstore.Put, "*/c/*"))
+	a.im.checkpoint.now(func(error) {})
+	for n := range a.im.checkpoint.distance() { // so that the next one is due
+		a.mustWrite(1, n)
+		a.mustDestage()
+	}
+	a.mustWrite(1, 100) // in the log only
+	st.Inject(refuse(faultstore.Put, "*/d/*"), refuse(faultstore.Swap, "*/super"))
+	a.run(time.Second)
+	if r := a.im.checkpoint.running; r == nil || !r.final || len(a.im.super.changes) == 0 {
+		t.Fatal("no checkpoint is about to be published: this tests nothing")
+	}
+	a.im.evict("beta")
+	a.im.giveUp()
+	st.Inject(refuse(faultstore.Put, "*/d/*"))
+	a.run(time.Minute)
+	if a.im.state != Released {
+		t.Fatalf("the image is %v", a.im.state)
+	}
+	b := newHost(t, "beta", inner, 2)
+	if err := b.open(id, false); err != nil {
+		t.Fatal(err)
+	}
+	if b.im.checkpoint.last == nil {
+		t.Error("the checkpoint was not published")
+	}
+	b.mustRead(1, a.im.checkpoint.distance()-1)
+}
+
 func TestRemovedImageFences(t *testing.T) {
 	st := mem.New()
 	id := newImageIn(t, st)
