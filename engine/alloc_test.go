@@ -40,6 +40,7 @@ func (stillTimer) Stop() bool                          { return false }
 func (stillTimer) Reset(time.Duration)                 {}
 func (stillEnv) LeaseUntil(time.Duration)              {}
 func (stillEnv) Now() time.Duration                    { return time.Second }
+func (stillEnv) Post(func())                           {}
 func (stillEnv) Spawn(_, _ func())                     {}
 func (stillEnv) AfterFunc(time.Duration, func()) Timer { return stillTimer{} }
 

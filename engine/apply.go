@@ -257,6 +257,7 @@ func (im *Image) applied(b *batch) {
 	}
 	im.pace.trimmedLog(b.end - b.start)
 	im.checkInvariants()
+	im.objs.evict()
 	im.retire(b)
 	im.notifyDestaged()
 	im.checkpoint.maybe()

@@ -1,6 +1,7 @@
 package engine
 
 import (
+	"slices"
 	"sync"
 	"sync/atomic"
 )
@@ -81,11 +82,102 @@ func (m *destageMemory) give(own, n int64) {
 	m.used -= n
 }
 
-// A Budget bounds the memory that several images use. Going over it is possible,
-// and makes the images give back what they can.
+// A Budget bounds the memory that the maps of several images use. Going over it is
+// possible, and makes the images give back what they can: a hand passes over what
+// they have, one image after the other, as that of the CLOCK algorithm does over the
+// pages of all processes (Corbató, 1968), and takes what was not used since it was
+// there last. So an idle image keeps nothing that another one needs.
 type Budget struct {
 	limit int64 // bytes
 	used  atomic.Int64
+
+	mu      sync.Mutex
+	members []*member // in the order in which the hand comes to them; guarded by mu
+	hand    int       // the member that it is at; guarded by mu
+	moving  bool      // that member has been asked to give; guarded by mu
+	passes  int       // that have come to their end since; guarded by mu
+}
+
+// member is an image whose map a budget bounds.
+type member struct {
+	ask  func()       // asks it to give what it can; any goroutine may call it
+	held atomic.Int64 // segments that it has in memory
+}
+
+// join adds a member.
+func (b *Budget) join(m *member) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.members = append(b.members, m)
+}
+
+// leave takes a member out. If it was asked to give, the hand stops; who needs memory
+// moves it again.
+func (b *Budget) leave(m *member) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	i := slices.Index(b.members, m)
+	switch {
+	case i < b.hand:
+		b.hand--
+	case i == b.hand:
+		b.moving = false
+	}
+	b.members = slices.Delete(b.members, i, i+1)
+	if b.hand == len(b.members) {
+		b.hand = 0
+	}
+}
+
+// take starts the hand, unless it moves, and returns the member that is to give, or
+// nil.
+func (b *Budget) take() *member {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.moving || b.over() == 0 {
+		return nil
+	}
+	b.passes = 0
+	return b.next()
+}
+
+// gave is told that the member at the hand has given, and whether the pass over all that
+// it has came to its end. It returns who is to give now, or nil.
+func (b *Budget) gave(end bool) *member {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if end {
+		b.pass()
+	}
+	return b.next()
+}
+
+// next returns the member that is to give, from the hand on, or nil when the budget
+// is kept or the hand has come round twice: the first time it may have found
+// everything used. The caller holds mu.
+func (b *Budget) next() *member {
+	b.moving = false
+	for b.over() > 0 && b.passes <= 2*len(b.members) {
+		if m := b.members[b.hand]; m.held.Load() > 0 {
+			b.moving = true
+			return m
+		}
+		b.pass()
+	}
+	return nil
+}
+
+// pass ends a pass over what a member has. The caller holds mu.
+func (b *Budget) pass() {
+	b.hand = (b.hand + 1) % len(b.members)
+	b.passes++
+}
+
+// share returns what each image may use, if all use the same.
+func (b *Budget) share() int64 {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.limit / int64(max(len(b.members), 1))
 }
 
 // Limit returns the bytes that may be used.

@@ -2,12 +2,15 @@ package engine
 
 import (
 	"context"
+	"math/rand/v2"
 	"testing"
 	"time"
 
 	"github.com/lsd-ceph/lsd/backend"
 	"github.com/lsd-ceph/lsd/backend/faultstore"
 	"github.com/lsd-ceph/lsd/backend/mem"
+	"github.com/lsd-ceph/lsd/cache/writelog"
+	"github.com/lsd-ceph/lsd/internal/simdisk"
 )
 
 func TestDestageMemory(t *testing.T) {
@@ -86,5 +89,107 @@ func TestObjectsShareMemory(t *testing.T) {
 	}
 	if m := &shared.destage; m.used != 0 || m.images != 0 {
 		t.Errorf("%d bytes of %d images are left", m.used, m.images)
+	}
+}
+
+// TestBudgetHand: the hand asks one member at a time, passes over those that have
+// nothing, and stops when the budget is kept, when nobody has anything to give, or
+// when the one that it waits for has left.
+func TestBudgetHand(t *testing.T) {
+	b := &Budget{limit: 10}
+	a, c, d := &member{}, &member{}, &member{}
+	for _, m := range []*member{a, c, d} {
+		b.join(m)
+	}
+	a.held.Store(1)
+	d.held.Store(1)
+	b.used.Store(10)
+	if m := b.take(); m != nil {
+		t.Error("asked although the budget is kept")
+	}
+	b.used.Store(11)
+	if m := b.take(); m != a {
+		t.Error("did not ask the first")
+	}
+	if m := b.take(); m != nil {
+		t.Error("asked two members at a time")
+	}
+	if m := b.gave(true); m != d {
+		t.Error("did not pass over the one that has nothing")
+	}
+	b.used.Store(10)
+	if m := b.gave(false); m != nil {
+		t.Error("went on although the budget is kept")
+	}
+	b.used.Store(11)
+	if m := b.take(); m != d {
+		t.Error("did not go on where it had stopped")
+	}
+	b.leave(d)
+	if m := b.take(); m != a {
+		t.Error("waits for one that has left")
+	}
+	for asked := 1; b.gave(true) != nil; asked++ {
+		if asked > 4 {
+			t.Fatal("goes round for ever where nobody gives")
+		}
+	}
+	a.held.Store(0)
+	if m := b.take(); m != nil {
+		t.Error("asked a member that has nothing")
+	}
+	b.leave(c)
+	b.leave(a)
+}
+
+// TestImagesShareMapMemory: what an idle image holds of its map goes when another
+// one needs memory, and what is in use stays.
+func TestImagesShareMapMemory(t *testing.T) {
+	const limit = 8 << 20
+	shared := NewShared(Limits{Map: limit})
+	var images [3]opened
+	var stores [3]*hugeStore
+	for i := range images {
+		stores[i] = newHugeStore(t, 1<<40)
+		images[i] = openHugeIn(t, stores[i], shared, simdisk.New(writelog.MinSize, rand.New(rand.NewPCG(1, 2))))
+	}
+	idle, small, large := &images[0], &images[1], &images[2]
+	turns := func() { // of those that are not being read
+		for i := range images {
+			for images[i].env.step() {
+				images[i].im.EndTurn()
+			}
+		}
+	}
+	some := func(i int) uint64 { return uint64(i%8)*segmentSectors + 64 }
+	idle.readAll(t, 6000, func() {})
+	held := idle.im.objs.charged
+	if held < limit*9/10 {
+		t.Fatalf("the first image holds %d of %d bytes: this tests nothing", held, limit)
+	}
+	small.read(t, 400, some, turns)
+	if n := stores[1].mapGets; n > 8 {
+		t.Errorf("%d map loads for 400 reads of 8 segments beside an idle image", n)
+	}
+	highest := int64(0)
+	large.readAll(t, 6000, func() {
+		highest = max(highest, shared.Map.Used())
+		turns()
+		small.read(t, 1, some, turns)
+	})
+	if highest > limit+limit/budgetSlack+1<<20 {
+		t.Errorf("maps took %d bytes of %d", highest, limit)
+	}
+	if now := idle.im.objs.charged; now > held/10 {
+		t.Errorf("the idle image still holds %d bytes of %d", now, held)
+	}
+	if n := stores[1].mapGets; n > 24 {
+		t.Errorf("%d map loads for reads of 8 segments over and over beside one that reads everywhere", n)
+	}
+	for i := range images {
+		images[i].im.Abandon()
+	}
+	if used := shared.Map.Used(); used != 0 {
+		t.Errorf("%d bytes are still charged at the end", used)
 	}
 }

@@ -51,6 +51,8 @@ func (l *loop) Spawn(work, done func()) {
 	}()
 }
 
+func (l *loop) Post(fn func()) { l.posted <- fn }
+
 func (*loop) LeaseUntil(time.Duration) {}
 
 func (l *loop) AfterFunc(d time.Duration, fn func()) engine.Timer {
@@ -491,6 +493,7 @@ func (d *instant) ReadAt(p []byte, off int64, c aio.Completer) {
 func (d *instant) WriteAt([]byte, int64, aio.Completer) {}
 func (d *instant) Sync(aio.Completer)                   {}
 func (d *instant) LeaseUntil(time.Duration)             {}
+func (d *instant) Post(fn func())                       { d.done = append(d.done, fn) }
 func (d *instant) Now() time.Duration                   { return 0 }
 func (d *instant) Spawn(work, done func())              { d.last++; work(); d.done = append(d.done, done) }
 func (d *instant) AfterFunc(time.Duration, func()) engine.Timer {

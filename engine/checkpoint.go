@@ -117,18 +117,43 @@ func (c *checkpointer) maybe() {
 	}
 }
 
+// atRest begins a checkpoint of an image that has become idle, if that is worth it, and
+// reports whether it has: what has died since the last one can go only after the next,
+// which nothing else would begin.
+func (c *checkpointer) atRest() bool {
+	if !c.idle() || c.since() == 0 || !c.im.leased() {
+		return false
+	}
+	dead, t := 0, &c.im.table
+	for _, n := range t.dead {
+		o := t.find(uint64(n))
+		if o != nil && (c.last == nil || uint64(n) > c.last.Object) && !c.im.super.sb.held(uint64(n), uint64(o.died)) {
+			dead += int(o.sectors) * SectorSize
+		}
+	}
+	if dead < restGain*c.im.manifestSize() {
+		return false
+	}
+	c.begin(nil)
+	return true
+}
+
+// restGain is how much space a checkpoint of an idle image must free, at least, for
+// each byte of its manifest.
+const restGain = 16
+
 // memoryShort reports whether changed segments take so much memory that they
 // should become clean.
 func (c *checkpointer) memoryShort() bool {
 	m := c.im.objs
-	return m.dirtySegments > 0 && (m.dirtyBytes() > m.budget.Limit()/4 || m.budget.over() > 0 && m.dirtyBytes() > m.budget.Limit()/16)
+	return m.dirtySegments > 0 && (m.dirtyBytes() > m.budget.Limit()/4 || m.budget.over() > 0 && m.dirtyBytes() > m.budget.share()/16)
 }
 
 // behind reports whether nothing may be accepted until the running checkpoint is
 // published.
 func (c *checkpointer) behind() bool {
 	m := c.im.objs
-	return (c.running != nil || c.removing) && (c.since() >= uint64(c.im.cfg.CheckpointEvery) || m.budget.over() > 0 && m.dirtyBytes() > m.budget.Limit()/4)
+	return (c.running != nil || c.removing) && (c.since() >= uint64(c.im.cfg.CheckpointEvery) || m.budget.over() > 0 && m.dirtyBytes() > m.budget.share()/4)
 }
 
 // now writes a checkpoint of the map as it is, unless there is one; fn is told

@@ -25,6 +25,9 @@ type Env interface {
 	// is never set and goes on while the host is suspended: leases are counted
 	// by it.
 	Now() time.Duration
+	// Post runs fn on the reactor, in a later turn. Any goroutine may call it. Once the
+	// reactor has ended, fn is dropped.
+	Post(fn func())
 	// Spawn runs work where it may block, then done on the reactor.
 	Spawn(work, done func())
 	// AfterFunc runs fn on the reactor d from now.

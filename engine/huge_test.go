@@ -217,6 +217,10 @@ func openHuge(tb testing.TB, st *hugeStore, mapMemory int64) opened {
 }
 
 func openHugeWith(tb testing.TB, st *hugeStore, mapMemory int64, disk *simdisk.Disk) opened {
+	return openHugeIn(tb, st, NewShared(Limits{Map: mapMemory}), disk)
+}
+
+func openHugeIn(tb testing.TB, st *hugeStore, shared *Shared, disk *simdisk.Disk) opened {
 	ring := make([]byte, 32<<20)
 	debug.FreeOSMemory()
 	var before, after runtime.MemStats
@@ -226,7 +230,7 @@ func openHugeWith(tb testing.TB, st *hugeStore, mapMemory int64, disk *simdisk.D
 		tb.Fatal(err)
 	}
 	base, began := rss(tb, "VmRSS"), time.Now()
-	im, err := Open(context.Background(), st, st.id, OpenOptions{Log: disk, Parallel: 1, Config: Config{Logger: quiet, Shared: NewShared(Limits{Map: mapMemory}), PaceFrom: 1}})
+	im, err := Open(context.Background(), st, st.id, OpenOptions{Log: disk, Parallel: 1, Config: Config{Logger: quiet, Shared: shared, PaceFrom: 1}})
 	o := opened{im: im, took: time.Since(began)}
 	if err != nil {
 		tb.Fatal(err)
@@ -243,11 +247,16 @@ func openHugeWith(tb testing.TB, st *hugeStore, mapMemory int64, disk *simdisk.D
 // readAll reads n random blocks that have been written, or some beside them, one
 // after the other.
 func (o *opened) readAll(tb testing.TB, n int, each func()) {
-	var done countDone
 	rng := rand.New(rand.NewPCG(5, 6))
+	o.read(tb, n, func(int) uint64 { return rng.Uint64N(o.im.sectors/8) * 8 }, each)
+}
+
+// read reads n blocks, one after the other, and calls each after each.
+func (o *opened) read(tb testing.TB, n int, sector func(i int) uint64, each func()) {
+	var done countDone
 	r := &Request{Op: Read, Sectors: 8, Buf: make([]byte, 4096), Done: &done}
 	for i := range n {
-		r.Sector = rng.Uint64N(o.im.sectors/8) * 8
+		r.Sector = sector(i)
 		o.im.Submit(r)
 		o.im.EndTurn()
 		for int(done) == i && (o.env.step() || o.env.fire()) {

@@ -58,6 +58,7 @@ type Image struct {
 	unused       uuid.UUID // the id for a log made anew
 	spent        uuid.UUID // a log of this host from which the store has everything
 	recoveredLog uuid.UUID // whose positions the last recovered object gives
+	recovered    uint64    // objects after the last checkpoint, when it was opened
 	accepted     position  // of the last data object in the map
 	sealed       position  // of the last batch that was sealed
 	open         *batch    // the batch being filled
@@ -144,9 +145,12 @@ func (im *Image) Start(env Env, dev aio.Device, mem []byte) {
 	im.env = env
 	im.stats.sampledAt = env.Now()
 	im.sums.init()
+	give := im.giveMap
+	im.objs.join(func() { env.Post(give) })
 	if im.readOnly {
 		return
 	}
+	im.recovered = im.checkpoint.since()
 	im.log.Start(dev, im, mem, im.cfg.LogDepth)
 	im.ageTimer = env.AfterFunc(im.cfg.BatchAge, im.sealByAge)
 	im.pump = env.AfterFunc(0, im.pumpNow)
@@ -159,6 +163,15 @@ func (im *Image) Start(env Env, dev aio.Device, mem []byte) {
 	im.checkpoint.removeDead()
 	im.reap()
 	im.checkpoint.maybe()
+}
+
+// giveMap gives memory of the map back because another image needs it: what is clean
+// now, and if there is much that is not, soon.
+func (im *Image) giveMap() {
+	im.objs.give()
+	if !im.readOnly {
+		im.checkpoint.maybe()
+	}
 }
 
 // Submit starts a request. Its Done is called when it has ended.

@@ -28,6 +28,9 @@ func (im *Image) checkInvariants() {
 		s = e.End()
 	}
 	im.checkQueue()
+	if n, most := im.checkpoint.since(), max(uint64(im.cfg.CheckpointEvery), im.recovered); n > most {
+		panic(fmt.Sprintf("engine: recovery would read %d objects, %d are allowed", n, most))
+	}
 }
 
 // checkLive panics unless the table counts what the map refers to, as far as the

@@ -29,7 +29,8 @@ type pagedMap struct {
 
 	dirtySegments int
 	budget        *Budget
-	charged       int64 // what the budget has been charged
+	member        *member // of the budget; nil while no reactor has the map
+	charged       int64   // what the budget has been charged
 	evictions     uint64
 	loaded        uint64
 }
@@ -116,21 +117,74 @@ func (p *pagedMap) charge() {
 	now := int64(p.Bytes())
 	p.budget.used.Add(now - p.charged)
 	p.charged = now
+	if p.member != nil {
+		p.member.held.Store(int64(len(p.ring)))
+	}
+}
+
+// join makes the map one of those that give memory back when another one needs it:
+// ask, which any goroutine may call, has give called on the reactor.
+func (p *pagedMap) join(ask func()) {
+	p.member = &member{ask: ask}
+	p.budget.join(p.member)
 }
 
 // leave gives the budget back what the map took, when its image ends.
 func (p *pagedMap) leave() {
 	p.budget.used.Add(-p.charged)
-	p.budget, p.charged = &Budget{limit: math.MaxInt64}, 0
+	if p.member != nil {
+		p.budget.leave(p.member)
+	}
+	p.budget, p.member, p.charged = &Budget{limit: math.MaxInt64}, nil, 0
 }
 
-// evict takes clean segments out of memory that have not been used lately, until
-// the budget is kept or none is left.
+// evict has clean segments taken out of memory that have not been used lately,
+// of any image, until the budget is kept or none is left. Other images give when
+// their reactors come to it; if these do not, or the map is not on a reactor, the map
+// gives what it has itself.
 func (p *pagedMap) evict() {
 	p.charge()
-	for left := 2 * len(p.ring); left > 0 && len(p.ring) > 0 && p.budget.over() > 0; left-- {
-		if p.hand >= len(p.ring) {
-			p.hand = 0
+	if p.budget.over() == 0 {
+		return
+	}
+	if p.member != nil {
+		p.pass(p.budget.take())
+	}
+	if p.member == nil || p.budget.over() > p.budget.Limit()/budgetSlack {
+		for passes := 0; passes < 3 && p.sweep(); passes++ {
+		}
+	}
+}
+
+// budgetSlack is the part of a budget by which it may be exceeded while an image is
+// asked to give.
+const budgetSlack = 16
+
+// give takes out of memory what the map can give, because the budget's hand is at
+// it.
+func (p *pagedMap) give() {
+	if p.member != nil {
+		p.pass(p.member)
+	}
+}
+
+// pass moves the budget's hand on from m.
+func (p *pagedMap) pass(m *member) {
+	for m != nil && m == p.member {
+		m = p.budget.gave(p.sweep())
+	}
+	if m != nil {
+		m.ask()
+	}
+}
+
+// sweep moves the clock's hand on to the end of the ring, or until the budget is
+// kept, and takes clean segments out of memory that were not used since it came by.
+// It reports whether the end was reached.
+func (p *pagedMap) sweep() (end bool) {
+	for p.hand < len(p.ring) {
+		if p.budget.over() == 0 {
+			return false
 		}
 		i := p.ring[p.hand]
 		switch {
@@ -143,6 +197,8 @@ func (p *pagedMap) evict() {
 			p.drop(i)
 		}
 	}
+	p.hand = 0
+	return true
 }
 
 // drop takes the clean segment i, at the clock's hand, out of memory.

@@ -116,9 +116,11 @@ func (im *Image) startLeftovers() {
 }
 
 // manifestParts returns how many parts a manifest of the image may have had.
-func (im *Image) manifestParts() int {
-	now := manifestFixed + len(im.table.list)*manifestObject + len(im.objs.maps)*manifestMap + len(im.objs.stored)*manifestSegment
-	return 2 + 2*now/manifestPart
+func (im *Image) manifestParts() int { return 2 + 2*im.manifestSize()/manifestPart }
+
+// manifestSize returns how many bytes a manifest takes now, at most.
+func (im *Image) manifestSize() int {
+	return manifestFixed + len(im.table.list)*manifestObject + len(im.objs.maps)*manifestMap + len(im.objs.stored)*manifestSegment
 }
 
 // leftoverGrace is the time after which nothing that a dead or fenced owner has

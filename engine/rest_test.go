@@ -1,6 +1,8 @@
 package engine
 
 import (
+	"context"
+	"strings"
 	"testing"
 	"time"
 
@@ -51,5 +53,45 @@ func TestRest(t *testing.T) {
 	}
 	for b := uint64(1); b <= n; b++ {
 		again.mustRead(b, b)
+	}
+}
+
+// TestRestReclaims: what has died since the last checkpoint does not stay in the
+// store for as long as the image is idle, however few objects these are.
+func TestRestReclaims(t *testing.T) {
+	st := mem.New()
+	id := newImageIn(t, st)
+	h := newHost(t, "alpha", st, 1)
+	if err := h.open(id, false); err != nil {
+		t.Fatal(err)
+	}
+	for round := range uint64(3) { // fewer than would make a checkpoint due
+		for b := range uint64(100) {
+			h.mustWrite(b, round)
+		}
+		h.mustDestage()
+	}
+	if h.im.checkpoint.last != nil {
+		t.Fatal("there is a checkpoint already: this tests nothing")
+	}
+	for range 3 {
+		h.im.Rest()
+		h.run(time.Second)
+	}
+	if !h.im.Rest() {
+		t.Error("it does not rest")
+	}
+	left := 0
+	prefix := strings.TrimSuffix(SuperblockKey(id), "super") + "d/"
+	if err := st.List(context.Background(), prefix, func(string) error { left++; return nil }); err != nil || left != 1 {
+		t.Errorf("%d data objects are left, want the last one; %v", left, err)
+	}
+	last := h.im.checkpoint.last
+	h.mustWrite(200, 1) // nothing dies of that
+	h.mustDestage()
+	h.im.Rest()
+	h.run(time.Second)
+	if h.im.checkpoint.last != last {
+		t.Error("it makes checkpoints that free nothing")
 	}
 }

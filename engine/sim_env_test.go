@@ -54,6 +54,9 @@ func (t *simTimer) Reset(d time.Duration) {
 // Now implements Env.
 func (e *simEnv) Now() time.Duration { return e.now }
 
+// Post implements Env. All of a simulation is one goroutine.
+func (e *simEnv) Post(fn func()) { e.done = append(e.done, simJob{done: fn}) }
+
 // Spawn implements Env.
 func (e *simEnv) Spawn(work, done func()) {
 	e.jobs = append(e.jobs, simJob{work, done, e.later()})

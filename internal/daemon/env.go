@@ -22,6 +22,9 @@ var _ engine.Env = (*env)(nil)
 // Now implements engine.Env.
 func (e *env) Now() time.Duration { return e.r.Now() }
 
+// Post implements engine.Env.
+func (e *env) Post(fn func()) { e.r.Post(fn) }
+
 // Spawn implements engine.Env.
 func (e *env) Spawn(work, done func()) {
 	e.workers.Add(1)

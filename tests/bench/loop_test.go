@@ -33,9 +33,13 @@ func (l *loop) Now() time.Duration { return l.now }
 // Spawn implements engine.Env.
 func (l *loop) Spawn(work, done func()) { l.jobs = append(l.jobs, loopJob{work, done}) }
 
-// AfterFunc implements engine.Env.
+// Post implements engine.Env.
+func (l *loop) Post(fn func()) { l.jobs = append(l.jobs, loopJob{func() {}, fn}) }
+
+// LeaseUntil implements engine.Env.
 func (*loop) LeaseUntil(time.Duration) {}
 
+// AfterFunc implements engine.Env.
 func (l *loop) AfterFunc(d time.Duration, fn func()) engine.Timer {
 	t := &loopTimer{l: l, fn: fn}
 	t.Reset(d)
