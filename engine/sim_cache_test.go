@@ -2,8 +2,6 @@ package engine
 
 import (
 	"context"
-	"fmt"
-	"strings"
 
 	"github.com/lsd-ceph/lsd/cache/readcache"
 	"github.com/lsd-ceph/lsd/internal/simdisk"
@@ -205,63 +203,4 @@ func (h *simHost) meanwhile(off int64) {
 		h.im.EndTurn()
 		h.hand() // or the log may have failed before the client hears of this turn
 	}
-}
-
-// simCounts are what shows that the read caches of many worlds were at work.
-type simCounts [simCountKinds]uint64
-
-const (
-	cacheHits    = iota // bytes
-	cacheMisses         // bytes
-	cacheFound          // bytes that processes found on the disk
-	cacheEvicted        // bytes
-	cacheMoved          // bytes
-	cacheReads          // of blocks of the disk
-	cacheFlips          // of these, with a flipped bit
-	cacheMismatches
-	cacheErrors
-	cacheOff // caches that were given up
-	simCountKinds
-)
-
-func (n *simCounts) names() [simCountKinds]string {
-	return [simCountKinds]string{
-		"bytes of hits", "bytes of misses", "bytes found at a start", "bytes evicted", "bytes moved",
-		"reads of the disk", "flipped bits", "mismatches", "errors", "caches given up",
-	}
-}
-
-// add adds what others have done.
-func (n *simCounts) add(o *simCounts) {
-	for i := range n {
-		n[i] += o[i]
-	}
-}
-
-// addStats adds what the cache of one process has done.
-func (n *simCounts) addStats(s *readcache.Stats) {
-	n.add(&simCounts{
-		cacheHits: s.HitBytes, cacheMisses: s.MissBytes, cacheEvicted: s.Evicted, cacheMoved: s.Moved, cacheMismatches: s.Mismatches, cacheErrors: s.Errors,
-	})
-}
-
-func (n *simCounts) String() string {
-	var b strings.Builder
-	for i, name := range n.names() {
-		fmt.Fprintf(&b, ", %d %s", n[i], name)
-	}
-	return b.String()[2:]
-}
-
-// idle returns what did not happen, or hardly, "" if everything did.
-func (n *simCounts) idle() string {
-	if 10*n[cacheHits] < n[cacheHits]+n[cacheMisses] {
-		return "hits to speak of"
-	}
-	for i, name := range n.names() {
-		if n[i] == 0 {
-			return name
-		}
-	}
-	return ""
 }

@@ -142,7 +142,11 @@ func (h *simHost) inject(op faultstore.Op) faultstore.Fault {
 		{p.late, faultstore.Writes(op), func() faultstore.Fault {
 			return faultstore.Fault{Late: func(effect func()) { w.late = append(w.late, effect) }}
 		}},
-		{corrupt, read, func() faultstore.Fault { h.badReads = true; return faultstore.Fault{Corrupt: damage} }},
+		{corrupt, read, func() faultstore.Fault {
+			w.count(countCorrupt, true)
+			h.badReads = true
+			return faultstore.Fault{Corrupt: damage}
+		}},
 	} {
 		if r < f.chance && f.ok {
 			return fail(f.fault())
@@ -198,6 +202,7 @@ func (h *simHost) ssdFails(op simdisk.Op) bool {
 // does not: a record that does not read is the end of the log then.
 func (h *simHost) ssdFlips(_ simdisk.Op, p []byte) {
 	if w := h.w; h.faults.on && !h.opening && w.rng.Float64() < w.plan.ssdFlip {
+		w.count(countFlips, true)
 		h.badReads = true
 		faultstore.FlipBit(w.rng.IntN(8 * len(p)))(p)
 	}

@@ -208,6 +208,7 @@ func (w *world) start(h *simHost, force bool) (powerCut bool, err error) {
 		case err == nil:
 			return powerCut, nil
 		case errors.Is(err, errDied):
+			w.count(countAttachDeaths, true)
 			if w.rng.IntN(3) == 0 {
 				h.cutPower()
 				powerCut = true
@@ -227,6 +228,7 @@ func (w *world) start(h *simHost, force bool) (powerCut bool, err error) {
 // kill ends the process of h.
 func (h *simHost) kill() {
 	h.w.note("kill")
+	h.w.count(countKills, true)
 	h.disk.Kill()
 	h.endCache(false)
 	if h.cache.disk != nil {
@@ -238,6 +240,7 @@ func (h *simHost) kill() {
 // cutPower ends everything on h.
 func (h *simHost) cutPower() {
 	h.w.note("power cut")
+	h.w.count(countPowerCuts, true)
 	h.disk.CutPower()
 	h.endCache(false)
 	if h.cache.disk != nil {
@@ -259,6 +262,7 @@ type simRequest struct {
 }
 
 func (h *simHost) submit(r *simRequest) {
+	h.w.count(countRequests, true)
 	r.h, r.Done = h, r
 	r.acked = h.m.acked
 	h.out = append(h.out, r)

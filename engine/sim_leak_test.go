@@ -49,6 +49,7 @@ func (w *world) check() *CheckReport {
 // damageStore flips a bit of, or cuts, one object at rest. The image then names
 // it and does not open, or what it says is right.
 func (w *world) damageStore() {
+	w.count(countObjects, true)
 	ctx := context.Background()
 	var keys []string
 	if err := w.inner.List(ctx, w.id.String()+"/", func(key string) error { keys = append(keys, key); return nil }); err != nil {

@@ -200,6 +200,7 @@ func (w *world) step(limit time.Duration) bool {
 }
 
 func (w *world) lateEffect(i int) {
+	w.count(countLate, true)
 	effect := w.late[i]
 	w.late = slices.Delete(w.late, i, i+1)
 	w.effectIsLate = true
@@ -286,12 +287,22 @@ func (w *world) weather(h *simHost) {
 	switch w.rng.IntN(4) {
 	case 0:
 		x.outage = !x.outage
+		w.count(countOutages, x.outage)
 	case 1:
 		x.full = !x.full
+		w.count(countFulls, x.full)
 	case 2:
 		x.refused = []string{"/d/", "/c/", "/m/", "/super", "", "", "", ""}[w.rng.IntN(8)]
+		w.count(countRefusals, x.refused != "")
 	default:
 		x.outage, x.full, x.refused = false, false, ""
+	}
+}
+
+// count counts something if it happened.
+func (w *world) count(kind int, happened bool) {
+	if happened {
+		w.counts[kind]++
 	}
 }
 
@@ -500,6 +511,7 @@ func (w *world) crash() {
 		h.cutPower()
 		w.reopen(max(h.m.durable, h.m.stored), false, false, "power cut")
 	default:
+		w.count(countLostSSDs, true)
 		h.kill()
 		w.reopen(h.m.stored, true, true, "SSD lost")
 	}
@@ -508,6 +520,7 @@ func (w *world) crash() {
 // detach closes the image in an orderly way and opens it again, with the same
 // log or a new one.
 func (w *world) detach() {
+	w.count(countDetaches, true)
 	h := w.owner
 	w.settle(h)
 	m := h.m
@@ -519,6 +532,7 @@ func (w *world) detach() {
 // logFails makes the SSD fail. Nothing that is not in the log is acknowledged
 // from then on; what can be read is.
 func (w *world) logFails() {
+	w.count(countSSDErrors, true)
 	h := w.owner
 	if w.rng.IntN(2) == 0 {
 		h.faults.failWrite = true
@@ -551,6 +565,7 @@ func (w *world) logDamaged() {
 	if used > 0 && w.rng.IntN(6) > 0 {
 		off = writelog.DataOffset + int64((head-1-w.rng.Uint64N(used))%h.im.log.Size())
 	}
+	w.count(countDamages, true)
 	h.disk.Damage(off)
 	h.badReads = true
 	w.run(w.rng.IntN(100))
@@ -588,6 +603,7 @@ func (w *world) logFull() {
 	if h.dead || h.im.state != Active || h.im.log.Err() != nil {
 		return
 	}
+	w.count(countFullLogs, h.im.blocked.n > 0)
 	r := h.read(w.place(4))
 	w.until(h, func() bool { return r.ended }, "a read while the log is full")
 	w.settle(h)
@@ -595,6 +611,7 @@ func (w *world) logFull() {
 
 // secondHost tries to attach the image beside its owner.
 func (w *world) secondHost() {
+	w.count(countSeconds, true)
 	c := w.newHost()
 	var owned *OwnedError
 	if err := c.open(w.id, false); !errors.As(err, &owned) {
@@ -621,6 +638,8 @@ func (w *world) takeover() {
 	if w.rng.IntN(3) > 0 {
 		a.paused = w.now + time.Duration(w.rng.Int64N(int64(4*w.plan.lease)))
 	}
+	w.count(countStopped, a.paused > 0)
+	w.count(countTakeovers, a.paused == 0)
 	m := a.m
 	w.acting = true
 	_, err := w.start(b, true)
@@ -683,6 +702,7 @@ func (w *world) staleLog(a *simHost) {
 
 // salvage brings back what a stale log holds as a new image.
 func (w *world) salvage(a *simHost, has int) {
+	w.count(countSalvages, true)
 	ctx := context.Background()
 	id, err := Salvage(ctx, a.disk, w.inner, w.id, w.inner, "saved", nil)
 	if err != nil {

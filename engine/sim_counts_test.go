@@ -1,0 +1,92 @@
+package engine
+
+import (
+	"fmt"
+	"strings"
+
+	"github.com/lsd-ceph/lsd/cache/readcache"
+)
+
+// simCounts say how often something happened in many worlds.
+type simCounts [simCountKinds]uint64
+
+const (
+	countRequests = iota
+	countKills
+	countPowerCuts
+	countAttachDeaths // processes that died, or whose host did, while they attached
+	countLostSSDs
+	countDetaches
+	countOutages   // of the store, which answers nothing
+	countFulls     // of the store, which takes no objects
+	countRefusals  // of the store, which refuses some keys
+	countLate      // operations that took effect after they were given up
+	countCorrupt   // damaged answers of the store
+	countFlips     // flipped bits in what was read of the SSD
+	countDamages   // of the log, at rest
+	countObjects   // damaged, at rest
+	countSSDErrors // SSDs that fail for good
+	countFullLogs
+	countSeconds   // attaches beside the owner
+	countTakeovers // of an owner that goes on
+	countStopped   // of one that is stopped
+	countSalvages
+
+	cacheHits    // bytes
+	cacheMisses  // bytes
+	cacheFound   // bytes that processes found on the disk
+	cacheEvicted // bytes
+	cacheMoved   // bytes
+	cacheReads   // of blocks of the disk
+	cacheFlips   // of these, with a flipped bit
+	cacheMismatches
+	cacheErrors
+	cacheOff // caches that were given up
+	simCountKinds
+)
+
+func (n *simCounts) names() [simCountKinds]string {
+	return [simCountKinds]string{
+		"requests", "kills", "power cuts", "deaths in an attach", "SSDs lost", "clean detaches",
+		"store outages", "stores full", "stores that refuse keys", "operations that took effect late", "damaged answers of stores",
+		"flipped bits read from SSDs", "logs damaged at rest", "objects damaged at rest", "SSDs that failed", "full logs",
+		"second attaches", "takeovers of owners that went on", "takeovers of stopped owners", "logs salvaged",
+		"bytes of read caches' hits", "bytes of their misses", "bytes found at a start", "bytes evicted", "bytes moved",
+		"reads of their disks", "flipped bits in these", "mismatches", "errors", "read caches given up",
+	}
+}
+
+// add adds what others have done.
+func (n *simCounts) add(o *simCounts) {
+	for i := range n {
+		n[i] += o[i]
+	}
+}
+
+// addStats adds what the read cache of one process has done.
+func (n *simCounts) addStats(s *readcache.Stats) {
+	n.add(&simCounts{
+		cacheHits: s.HitBytes, cacheMisses: s.MissBytes, cacheEvicted: s.Evicted, cacheMoved: s.Moved, cacheMismatches: s.Mismatches, cacheErrors: s.Errors,
+	})
+}
+
+func (n *simCounts) String() string {
+	var b strings.Builder
+	for i, name := range n.names() {
+		fmt.Fprintf(&b, ", %d %s", n[i], name)
+	}
+	return b.String()[2:]
+}
+
+// idle returns what did not happen, or hardly, "" if everything did.
+func (n *simCounts) idle() string {
+	if 10*n[cacheHits] < n[cacheHits]+n[cacheMisses] {
+		return "hits of read caches to speak of"
+	}
+	for i, name := range n.names() {
+		if n[i] == 0 {
+			return name
+		}
+	}
+	return ""
+}
