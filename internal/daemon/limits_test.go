@@ -404,3 +404,38 @@ func TestLogMemoryBudget(t *testing.T) {
 	}
 	h.add(api.AttachRequest{ID: -1, Image: "mem:vm2"}) // what was given back
 }
+
+// slowSink is a store that takes its time with data objects, and forgets them.
+type slowSink struct{ *mem.Store }
+
+func (s slowSink) Put(ctx context.Context, key string, data []byte) error {
+	if !strings.Contains(key, "/d/") {
+		return s.Store.Put(ctx, key, data)
+	}
+	time.Sleep(200 * time.Millisecond)
+	return ctx.Err()
+}
+
+// TestBusyImages: while all images are written to faster than the store takes it,
+// the daemon stays within the sum of what docs/operations.md lists.
+func TestBusyImages(t *testing.T) {
+	const logMemory, objects = 2 * writelog.SegmentSize, 128 << 20
+	images, written := crowdSize(), 20
+	inner := mem.New()
+	c := newCrowd(t, images, func() backend.Store { return slowSink{inner.Handle()} })
+	c.shared.engine = engine.NewShared(engine.Limits{Destage: objects, Map: 16 << 20})
+	c.attachAll(images, api.AttachRequest{LogMemory: logMemory})
+	before, most := measure(t), 0
+	for i := range written {
+		for _, id := range c.ids {
+			c.write(id, i)
+		}
+		most = max(most, measureNow(t).rss)
+	}
+	const object = engine.DefaultObjectSize + 1<<20 // and its header
+	limit := images*(logMemory+idleImage) + max(objects, images*object) + 16<<20
+	t.Logf("%d images, %d MiB written to each: %d MiB at most, %d allowed", images, written, (most-before.rss)>>20, limit>>20)
+	if !raceEnabled && most-before.rss > limit {
+		t.Errorf("%d MiB, %d are allowed", (most-before.rss)>>20, limit>>20)
+	}
+}
