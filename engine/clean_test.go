@@ -5,6 +5,9 @@ import (
 	"math/rand/v2"
 	"slices"
 	"testing"
+	"time"
+
+	"github.com/lsd-ceph/lsd/backend/mem"
 )
 
 // TestVictimList compares the choice of victims with sorting all.
@@ -59,6 +62,58 @@ func TestVictimsAreAccepted(t *testing.T) {
 	}
 	if best := s.list.victims(); len(best) != 1 || best[0].number != 1 {
 		t.Errorf("victims %+v, want object 1 alone", best)
+	}
+}
+
+// TestCleaningRestoresOrder: what several writers have written side by side is in
+// longer runs after it has been cleaned, so that it is read with fewer requests.
+func TestCleaningRestoresOrder(t *testing.T) {
+	st := mem.New()
+	h := newHost(t, "alpha", st, 1)
+	if err := h.open(newImageIn(t, st), false); err != nil {
+		t.Fatal(err)
+	}
+	h.im.cfg.SpaceRatio = MinSpaceRatio
+	const streams, length = 8, 1024 // blocks, of which each object gets the same from each stream
+	write := func(first int) {
+		for i := range uint64(length) {
+			for s := first; s < streams; s++ {
+				h.mustWrite(uint64(s)*2*length+i, uint64(s)<<32|i+1)
+			}
+		}
+		h.mustDestage()
+	}
+	runs := func() (n int) {
+		for s := range uint64(streams / 2) {
+			start := s * 2 * length * 8
+			for at := start; at < start+length*8; n++ {
+				e, ok := h.im.objs.Next(at, start+length*8)
+				if !ok {
+					t.Fatal("not all is mapped")
+				}
+				at = e.End()
+			}
+		}
+		return n
+	}
+	write(0)
+	before := runs()
+	for range 3 {
+		write(streams / 2) // half of each of the first objects dies
+	}
+	h.run(time.Minute)
+	after := runs()
+	t.Logf("%d runs before, %d after; %d blocks were moved", before, after, h.im.clean.moved/4096)
+	if h.im.clean.moved < streams/2*length*4096/2 {
+		t.Fatal("not even half was moved: this tests nothing")
+	}
+	if 3*after > 2*before {
+		t.Errorf("%d runs before the cleaning, %d after it", before, after)
+	}
+	for s := range uint64(streams / 2) {
+		for i := range uint64(length) {
+			h.mustRead(s*2*length+i, s<<32|i+1)
+		}
 	}
 }
 
