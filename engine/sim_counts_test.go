@@ -31,6 +31,8 @@ const (
 	countTakeovers // of an owner that goes on
 	countStopped   // of one that is stopped
 	countSalvages
+	countQuiet // crashes when everything was in the store
+	countRests // images that came to rest
 
 	cacheHits    // bytes
 	cacheMisses  // bytes
@@ -51,6 +53,7 @@ func (n *simCounts) names() [simCountKinds]string {
 		"store outages", "stores full", "stores that refuse keys", "operations that took effect late", "damaged answers of stores",
 		"flipped bits read from SSDs", "logs damaged at rest", "objects damaged at rest", "SSDs that failed", "full logs",
 		"second attaches", "takeovers of owners that went on", "takeovers of stopped owners", "logs salvaged",
+		"crashes with all in the store", "images at rest",
 		"bytes of read caches' hits", "bytes of their misses", "bytes found at a start", "bytes evicted", "bytes moved",
 		"reads of their disks", "flipped bits in these", "mismatches", "errors", "read caches given up",
 	}

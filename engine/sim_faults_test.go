@@ -47,6 +47,10 @@ type simPlan struct {
 	phases   int
 	steps    int
 	reissues bool
+	// quick: all writes have one size, so that records of before a crash lie where
+	// those of after it will; crashes follow one another, or come when all is in the
+	// store; the image comes to rest.
+	quick bool
 }
 
 // newPlan draws a plan.

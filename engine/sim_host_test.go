@@ -101,6 +101,7 @@ func (h *simHost) step() (did bool) {
 		}
 		did = did || h.env.step() || h.env.fireDue()
 		h.im.EndTurn()
+		h.rest()
 		if len(h.told) > 0 && h.w.rng.IntN(8) == 0 {
 			h.stopBeforeCall()
 		} else {
@@ -112,6 +113,14 @@ func (h *simHost) step() (did bool) {
 		return true
 	}
 	return did
+}
+
+// rest lets an idle image of a quick world come to rest, and takes its memory.
+func (h *simHost) rest() {
+	if h.w.plan.quick && h.w.rng.IntN(8) == 0 && h.im.Rest() {
+		h.w.count(countRests, true)
+		clear(h.memory[:h.w.plan.memory])
+	}
 }
 
 // stopBeforeCall stops the process right before the system call that ends a turn,

@@ -128,7 +128,9 @@ func (m *simMemory) take(n int) []byte {
 
 func newWorld(seed uint64, memory *simMemory) *world {
 	rng := rand.New(rand.NewPCG(seed, 42))
-	w := &world{rng: rng, plan: newPlan(rng), inner: mem.New(), memory: memory, nextWrite: 1, strays: map[string]bool{}}
+	plan := newPlan(rng)
+	plan.quick = !plan.stormy && seed%3 == 1
+	w := &world{rng: rng, plan: plan, inner: mem.New(), memory: memory, nextWrite: 1, strays: map[string]bool{}}
 	id, err := Create(context.Background(), w.inner, "disk", CreateOptions{
 		Size: simSectors * SectorSize, BlockSize: uint32(w.plan.cell * SectorSize), ObjectSize: MinObjectSize,
 	})
@@ -363,6 +365,11 @@ func (w *world) readPlace() (cell, cells uint64) {
 }
 
 func (w *world) actWrite(h *simHost) {
+	if w.plan.quick {
+		cell, n := w.place(8 / w.plan.cell)
+		h.write(cell, n, Write, false)
+		return
+	}
 	n := 1 + w.rng.Uint64N(8)
 	op, fua := Write, w.rng.IntN(20) == 0
 	switch r := w.rng.Float64(); {
@@ -497,11 +504,50 @@ func (w *world) disturb() {
 		}
 	}
 	w.crash()
+	if w.plan.quick {
+		w.crashQuickly()
+	}
+}
+
+// crashQuickly ends the owner's process again and again after a few writes.
+func (w *world) crashQuickly() {
+	for range w.rng.IntN(4) {
+		h := w.owner
+		if h.dead || h.broken || h.im.state != Active {
+			return
+		}
+		w.settle(h)
+		w.acting = true
+		for range w.rng.IntN(12) {
+			w.step(math.MaxInt64)
+			if h.dead {
+				break
+			}
+		}
+		w.acting = false
+		w.crash()
+	}
+}
+
+// destage brings everything into the store.
+func (w *world) destage() {
+	h := w.owner
+	if h.dead || h.broken || h.im.state != Active || h.im.log.Err() != nil {
+		return
+	}
+	w.settle(h)
+	done := false
+	h.im.Destage(func(error) { done = true })
+	w.until(h, func() bool { return done && h.env.idle() || h.im.state != Active }, "destage before a crash")
+	w.count(countQuiet, true)
 }
 
 // crash ends the owner's process in one of the ways of the failure table and
 // opens the image again.
 func (w *world) crash() {
+	if w.plan.quick && w.rng.IntN(2) == 0 {
+		w.destage()
+	}
 	h := w.owner
 	switch w.rng.IntN(4) {
 	case 0, 1:

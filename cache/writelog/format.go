@@ -8,6 +8,8 @@ import (
 	"hash/crc32"
 
 	"github.com/google/uuid"
+
+	"github.com/lsd-ceph/lsd/internal/mutate"
 )
 
 // Sizes of the format; docs/formats.md gives it byte for byte.
@@ -32,6 +34,7 @@ const (
 	headerMagic   = "LSDWLOG\x00"
 	headerVersion = 1
 	maxImageURL   = 1024
+	headerCut     = 1128 // offset, behind the longest URL
 
 	recordMagic   = 0x4345524c // "LREC"
 	recordVersion = 1
@@ -58,6 +61,16 @@ type Header struct {
 	Boot       uuid.UUID // boot of the host that last opened it
 	ImageURL   string    // where the image lives, for people and salvage
 	generation uint64
+	// cut is the number of the first record that the ownership Epoch has written, or
+	// will write; 0 in a log that was adopted before there was this field.
+	cut uint64
+}
+
+// cutOff reports whether a whole record was cut off by a recovery: it was written by an
+// earlier ownership, behind a record that was lost, and its number and its place may be
+// those of one that has been written, or is to be written, since.
+func (h *Header) cutOff(r *record) bool {
+	return h.cut > 0 && r.seq >= h.cut && r.epoch < h.Epoch && !mutate.On(mutate.CutOffKept)
 }
 
 func (h *Header) encode() []byte {
@@ -74,6 +87,7 @@ func (h *Header) encode() []byte {
 	copy(b[80:], h.Boot[:])
 	le.PutUint16(b[96:], uint16(len(h.ImageURL)))
 	copy(b[98:], h.ImageURL)
+	le.PutUint64(b[headerCut:], h.cut)
 	le.PutUint32(b[12:], crc32.Checksum(b, castagnoli))
 	return b
 }
@@ -107,6 +121,7 @@ func decodeHeader(b []byte) (Header, error) {
 		return h, fmt.Errorf("%w: its header is out of range", ErrCorrupt)
 	}
 	h.ImageURL = string(b[98 : 98+n])
+	h.cut = le.Uint64(b[headerCut:])
 	return h, nil
 }
 

@@ -586,14 +586,15 @@ func (l *Log) VerifyWindow(p []byte, from, pos, n uint64) error {
 }
 
 // Adopt makes the log belong to a new ownership of its image, durably; first is
-// the number of the record at position 0. It is called after recovery and before
-// Start.
+// the number of the record at position 0. Records of earlier ownerships behind those
+// that recovery has found are none from then on. It is called after recovery and
+// before Start.
 func (l *Log) Adopt(epoch, first uint64, boot uuid.UUID) error {
 	if epoch < l.hdr.Epoch || first == 0 {
 		panic("writelog: Adopt: bad arguments")
 	}
 	h := l.hdr
-	h.Epoch, h.FirstSeq, h.Boot, h.generation = epoch, first, boot, h.generation+1
+	h.Epoch, h.FirstSeq, h.Boot, h.generation, h.cut = epoch, first, boot, h.generation+1, l.nextSeq
 	// The copy that counts now comes last, so that one of them is whole at any
 	// time. It does come: a copy that is damaged must not bring back an older
 	// ownership, which would not know the newest records.

@@ -106,6 +106,7 @@ type Found struct {
 
 // Search looks at every block of a log's file for records of that log whose
 // headers are whole, in the order of their places, whatever their order in time.
+// Those that a recovery has cut off are left out.
 func Search(f File, visit func(Found)) error {
 	l, err := Open(f)
 	if err != nil {
@@ -120,7 +121,7 @@ func Search(f File, visit func(Found)) error {
 		if !looksLikeRecord(b) {
 			continue
 		}
-		if r, ok := decodeRecord(b, &l.hdr.Log, s.sectors); ok && r.pos%l.hdr.Size == p {
+		if r, ok := decodeRecord(b, &l.hdr.Log, s.sectors); ok && r.pos%l.hdr.Size == p && !l.hdr.cutOff(&r) {
 			visit(Found{Seq: r.seq, Pos: r.pos, Epoch: r.epoch, Data: r.data, Extents: r.extents})
 		}
 	}
@@ -255,7 +256,7 @@ func (s *scanner) at(pos, seq uint64, known bool) (record, []byte, error) {
 		}
 		b := s.buf[p%SegmentSize:]
 		r, ok := decodeRecord(b, &s.log.hdr.Log, s.sectors)
-		if !ok || r.pos != p || r.seq != seq || r.epoch < s.epoch || r.epoch > s.log.hdr.Epoch || known && r.prev != s.prev {
+		if !ok || r.pos != p || r.seq != seq || r.epoch < s.epoch || r.epoch > s.log.hdr.Epoch || known && r.prev != s.prev || s.log.hdr.cutOff(&r) {
 			continue
 		}
 		if s.whole(&r, b) {
@@ -288,7 +289,7 @@ func (s *scanner) contradiction(pos, end, seq uint64) error {
 			continue
 		}
 		r, ok := decodeRecord(b, &s.log.hdr.Log, s.sectors)
-		if ok && r.pos == p && r.seq >= seq && r.epoch >= s.epoch && r.flushed >= seq && !mutate.On(mutate.ProofIgnored) {
+		if ok && r.pos == p && r.seq >= seq && r.epoch >= s.epoch && r.flushed >= seq && !s.log.hdr.cutOff(&r) && !mutate.On(mutate.ProofIgnored) {
 			return fmt.Errorf("%w: record %d, at offset %d of its file, is damaged although record %d says that it had been flushed",
 				ErrCorrupt, seq, s.log.offset(pos), r.seq)
 		}

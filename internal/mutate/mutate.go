@@ -37,6 +37,8 @@ const (
 	ProofIgnored Bug = "proof-ignored"
 	// RecoveryStopsEarly leaves the newest records of the log out.
 	RecoveryStopsEarly Bug = "recovery-stops-early"
+	// CutOffKept takes records for whole ones of the log that a recovery has cut off.
+	CutOffKept Bug = "cut-off-kept"
 	// LogOverwritten lets a full log overwrite what is not in the store.
 	LogOverwritten Bug = "log-overwritten"
 	// TrimEarly frees log space when an object is sealed, not when it is accepted.
@@ -82,7 +84,7 @@ func All() []Bug {
 	return []Bug{
 		FlushEarly, FUAPlain, AckOutOfOrder, SyncCoversInFlight, AcceptOutOfOrder, PutForgotten,
 		ObjectUnverified, HeaderUnverified, LogReadUnverified, TornRecord, ProofIgnored, RecoveryStopsEarly,
-		LogOverwritten, TrimEarly, DirtyDropped, DiscardUnrecorded, DiscardUndestaged,
+		CutOffKept, LogOverwritten, TrimEarly, DirtyDropped, DiscardUnrecorded, DiscardUndestaged,
 		LeaseIgnored, LeaseStretched, LateForgotten, LeaseNotAwaited, EpochIgnored, EpochUnrecorded, StaleLogDropped, DeletedEarly, CheckpointMixed,
 		DeadKept, MovedOverNewer, CacheUnverified, CacheImageIgnored, CacheFailedKept,
 	}
