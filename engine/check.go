@@ -25,10 +25,9 @@ const (
 
 // CheckOptions says how an image is checked.
 type CheckOptions struct {
-	Deep   bool   // read back all data, too
-	Rate   int64  // bounds what Deep reads, bytes a second; 0: no bound
-	Repair bool   // mend what can be mended without losing anything
-	Host   string // names this host to others while it repairs
+	Deep   bool  // read back all data, too
+	Rate   int64 // bounds what Deep reads, bytes a second; 0: no bound
+	Repair bool  // mend what can be mended without losing anything
 	// Parallel is how many reads are made at one time; 0 means a default. With 1
 	// their order is certain.
 	Parallel int
@@ -142,6 +141,7 @@ type checker struct {
 	reach   *reach
 	version backend.Version // of the superblock that reach follows from
 	counts  []liveCount     // of the head's table that are wrong
+	counted backend.Version // of the superblock that led to them
 	missing map[string]bool // objects that were not there in an earlier try
 
 	mu    sync.Mutex      // guards what follows, which workers add to
@@ -206,7 +206,7 @@ func (c *checker) run(ctx context.Context) error {
 		if err != nil || !ok {
 			return err
 		}
-		c.found = nil
+		c.found, c.counts, c.counted = nil, nil, c.version
 		for _, v := range c.reach.views {
 			if err := c.checkView(ctx, v); err != nil {
 				return err

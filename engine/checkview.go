@@ -498,6 +498,9 @@ func (x *viewCheck) judgeCounts() {
 	if x.holes.Load() {
 		return
 	}
+	if v != c.reach.head && sameRef(v.ref, c.reach.head.ref) {
+		return // the table is the head's, and judged
+	}
 	var wrong []liveCount
 	for i, o := range v.m.objects {
 		if o.live != x.live[i] || (o.live == 0) != (o.died != 0) {

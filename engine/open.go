@@ -412,10 +412,7 @@ func (im *Image) acquire(ctx context.Context, o *OpenOptions, ours bool) (*super
 // up, leaves behind: a checkpoint that it had begun, and the log of another host,
 // with which the image must stay readable as it is now.
 func (im *Image) inherit(sb *superblock, ours bool) {
-	if c := sb.Intent; c != nil {
-		sb.Stale = append(sb.Stale, staleObjects{Epoch: c.Epoch, Object: c.Object, Checkpoint: true})
-		sb.Intent = nil
-	}
+	sb.dropIntent()
 	if sb.Owner != nil && !ours {
 		sb.cutOff()
 	}

@@ -5,9 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
-	"time"
 
-	"github.com/google/uuid"
 	"github.com/lsd-ceph/lsd/backend"
 )
 
@@ -27,25 +25,42 @@ func (c *checker) repair(ctx context.Context) error {
 	if !c.o.Repair || len(c.rep.Repairs) == 0 {
 		return nil
 	}
-	if c.reach.sb.Owner != nil {
+	if c.rep.AttachedBy != "" {
 		return nil // describe has said so
 	}
-	last := len(c.rep.Repairs)
-	if counts {
-		last--
+	err := c.mend(ctx, counts)
+	if errors.Is(err, errBusy) {
+		c.rep.Notes = append(c.rep.Notes, err.Error())
+		return nil
 	}
-	for i := range c.rep.Repairs[:last] {
-		r := &c.rep.Repairs[i]
-		if err := c.removeLeft(ctx, r.Object); err != nil {
-			return c.stopped(err)
+	return err
+}
+
+// mend does what repair has planned; counts says that the last of it is to correct
+// them.
+func (c *checker) mend(ctx context.Context, counts bool) error {
+	if c.reach.sb.Owner != nil || counts && c.version != c.counted {
+		return errBusy // the counts may be those of a map that is not the image's any more
+	}
+	// Another repair may be at work on a checkpoint that is announced, or have died
+	// at it. From now on it cannot be published, and what is there of it can go.
+	if c.reach.sb.Intent != nil {
+		if err := c.change(ctx, (*superblock).dropIntent); err != nil {
+			return err
 		}
-		c.mended(r)
+	}
+	list := c.rep.Repairs
+	if counts {
+		list = list[:len(list)-1]
+	}
+	for i := range list {
+		if err := c.removeLeft(ctx, list[i].Object); err != nil {
+			return err
+		}
+		c.mended(&list[i])
 	}
 	if counts {
-		if err := c.mendCounts(ctx); err != nil {
-			return c.stopped(err)
-		}
-		c.mended(&c.rep.Repairs[last])
+		return c.mendCounts(ctx, &c.rep.Repairs[len(list)])
 	}
 	return nil
 }
@@ -59,16 +74,6 @@ func (c *checker) otherErrors() bool {
 		}
 	}
 	return false
-}
-
-// stopped makes a note of the error for which a repair has ended early, if it is no
-// error of the store.
-func (c *checker) stopped(err error) error {
-	if errors.Is(err, errBusy) {
-		c.rep.Notes = append(c.rep.Notes, err.Error())
-		return nil
-	}
-	return err
 }
 
 func (c *checker) mended(r *Repair) {
@@ -96,59 +101,85 @@ func (c *checker) removeLeft(ctx context.Context, key string) error {
 	return nil
 }
 
-// mendCounts takes the image, writes its checkpoint again with right counts, and
-// lets go of it. A crash meanwhile leaves an owner and an intent, which the next
-// attach deals with as with any others.
-func (c *checker) mendCounts(ctx context.Context) error {
-	m := *c.reach.head.m
-	old := *c.reach.head.ref
+// mendCounts writes the head's checkpoint again with right counts, as an owner
+// writes one: the superblock announces it, the manifest is put, the superblock
+// publishes it. Nobody becomes the owner for that. Each change is of the superblock
+// as the one before has left it, so whoever attaches the image meanwhile has it, and
+// this comes to nothing; and a crash leaves an announced checkpoint, or one that has
+// been replaced, which the next attach removes as any other. The new epoch, which
+// nobody owns, gives the manifest a name that is never used again.
+func (c *checker) mendCounts(ctx context.Context, r *Repair) error {
+	m, old := *c.reach.head.m, *c.reach.head.ref
 	c.correct(&m)
-	log := uuid.New() // there is none
-	sb := c.reach.sb.clone()
-	sb.Epoch++
-	if sb.Epoch > maxEpoch {
+	if c.reach.sb.Epoch == maxEpoch {
 		return errors.New("the image has been attached more often than it can be")
 	}
-	m.epoch = sb.Epoch
+	m.epoch = c.reach.sb.Epoch + 1
 	ref := m.ref()
-	sb.Owner = &owner{Host: c.o.Host + " (lsdctl check)", Log: log, Lease: DefaultLease, Since: time.Now().UTC().Truncate(time.Second)}
-	if c := sb.Intent; c != nil {
-		sb.Stale = append(sb.Stale, staleObjects{Epoch: c.Epoch, Object: c.Object, Checkpoint: true})
-	}
-	sb.Intent = &ref
-	version, err := c.swap(ctx, c.version, sb)
+	err := c.change(ctx, func(sb *superblock) { sb.Epoch, sb.Intent = ref.Epoch, &ref })
 	if err != nil {
 		return err
 	}
 	if err := putManifest(ctx, c.st, &m, m.encode()); err != nil {
 		return fmt.Errorf("write the checkpoint: %w", err)
 	}
-	sb.Intent, sb.Owner = nil, nil
-	sb.Checkpoint, sb.Prev = &ref, append(sb.Prev, old)
-	if version, err = c.swap(ctx, version, sb); err != nil {
+	err = c.change(ctx, func(sb *superblock) { sb.exchangeCheckpoint(ref) })
+	if errors.Is(err, errBusy) {
+		c.withdraw(ctx, &m)
+	}
+	if err != nil {
 		return err
 	}
-	if sb.heldManifest(old) {
-		return nil
-	}
+	c.mended(r)
 	if err := deleteParts(ctx, c.st, func(part int) string { return manifestKey(c.id, old, part) }, 1); err != nil {
 		return fmt.Errorf("remove the checkpoint that was wrong: %w", err)
 	}
-	sb.Prev = slices.DeleteFunc(sb.Prev, func(p checkpointRef) bool { return p == old })
-	_, err = c.swap(ctx, version, sb)
+	err = c.change(ctx, func(sb *superblock) { sb.dropStale(0, []checkpointRef{old}) })
+	if errors.Is(err, errBusy) {
+		return nil // it is a new owner's to say so
+	}
 	return err
 }
 
-// swap changes the superblock, if nobody else has.
-func (c *checker) swap(ctx context.Context, old backend.Version, sb *superblock) (backend.Version, error) {
-	v, err := c.st.Swap(ctx, SuperblockKey(c.id), old, sb.encode())
-	if errors.Is(err, backend.ErrConflict) {
-		return "", errBusy
+// exchangeCheckpoint publishes a checkpoint of the very state that the last one has,
+// also for the points that go back to that one.
+func (s *superblock) exchangeCheckpoint(ref checkpointRef) {
+	old := *s.Checkpoint
+	for i := range s.Points {
+		if p := &s.Points[i]; sameRef(p.Checkpoint, &old) {
+			p.Checkpoint = &ref
+		}
 	}
-	if err != nil {
-		return "", fmt.Errorf("change the superblock of image %s: %w", c.id, err)
+	s.Checkpoint, s.Intent, s.Prev = &ref, nil, append(s.Prev, old)
+}
+
+// withdraw removes a checkpoint that could not be published. A new owner does so, too,
+// but what is put after it has looked for the last time would stay. What cannot be
+// removed here is left to it.
+func (c *checker) withdraw(ctx context.Context, m *manifest) {
+	sb, _, err := loadSuperblock(ctx, c.st, c.id)
+	if errors.Is(err, backend.ErrNotFound) { // the image has been removed
+		sb, err = &superblock{Image: c.id}, nil
 	}
-	return v, nil
+	if err == nil {
+		l := leftovers{sb: sb, parts: m.parts()}
+		_ = l.removeCheckpoint(ctx, c.st, m.ref())
+	}
+}
+
+// change changes the superblock, if nobody else has.
+func (c *checker) change(ctx context.Context, apply func(*superblock)) error {
+	sb := c.reach.sb.clone()
+	apply(sb)
+	version, err := c.st.Swap(ctx, SuperblockKey(c.id), c.version, sb.encode())
+	switch {
+	case errors.Is(err, backend.ErrConflict):
+		return errBusy
+	case err != nil:
+		return fmt.Errorf("change the superblock of image %s: %w", c.id, err)
+	}
+	c.reach.sb, c.version = sb, version
+	return nil
 }
 
 // correct puts the right counts into a manifest. An object that turns out to be

@@ -182,6 +182,15 @@ func (s *superblock) clone() *superblock {
 	return &c
 }
 
+// dropIntent notes that the checkpoint that has been begun, if one has, is not going to
+// be published.
+func (s *superblock) dropIntent() {
+	if c := s.Intent; c != nil {
+		s.Stale = append(s.Stale, staleObjects{Epoch: c.Epoch, Object: c.Object, Checkpoint: true})
+		s.Intent = nil
+	}
+}
+
 // pruneEpochs forgets where old ownerships ended, as far as neither the objects
 // after a checkpoint that is still needed nor the bound on their number need it.
 func (s *superblock) pruneEpochs() {

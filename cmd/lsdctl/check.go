@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"math"
-	"os"
 	"time"
 
 	"github.com/lsd-ceph/lsd/backend"
@@ -149,9 +148,6 @@ func (a *app) checkImage(ctx context.Context, u backend.URL, name string, o engi
 	what := "checking " + u.Image(name)
 	a.progress.show(api.Progress{What: what})
 	o.Progress = func(done, total uint64) { a.progress.show(api.Progress{What: what, Done: done, Total: total}) }
-	if o.Host, err = os.Hostname(); err != nil {
-		o.Host = "unknown"
-	}
 	rep, err := engine.Check(ctx, st, name, u.Image(name), o)
 	return rep, timedOut(u, err)
 }
