@@ -99,13 +99,32 @@ const (
 // Check checks the image of that name: everything that its superblock leads to,
 // and that nothing else is there under its id. url names the image in messages.
 // It changes nothing unless o.Repair is set, and then nothing of an image that is
-// attached. An error says that the check could not be made, or not to its end.
+// attached. If the name cannot be looked up, because the directory is damaged or has
+// gone, that is all that the report says, and its ID is uuid.Nil. An error says that
+// the check could not be made, or not to its end.
 func Check(ctx context.Context, st backend.Store, name, url string, o CheckOptions) (*CheckReport, error) {
-	id, err := backend.Lookup(ctx, st, name)
-	if err != nil {
+	id, err := backend.Lookup(ctx, patient{st, Real{}}, name)
+	lost := damagedDirectory(err)
+	if errors.Is(err, backend.ErrNotFound) {
+		var e error
+		if lost, e = LostDirectory(ctx, patient{st, Real{}}); e != nil {
+			return nil, e
+		}
+	}
+	switch {
+	case lost:
+		rep := newReport(url)
+		rep.Errors = append(rep.Errors, lostDirectory(err, "lsdctl check STORE lists the images that are there by their ids"))
+		return rep, nil
+	case err != nil:
 		return nil, err
 	}
 	return checkImage(ctx, st, id, url, o)
+}
+
+// newReport returns a report that says nothing yet.
+func newReport(url string) *CheckReport {
+	return &CheckReport{Image: url, Errors: []Finding{}, Dead: []string{}, Stale: []string{}, Pending: []string{}, Notes: []string{}, Repairs: []Repair{}}
 }
 
 // checkImage is Check without the directory.
@@ -118,8 +137,9 @@ func checkImage(ctx context.Context, st backend.Store, id uuid.UUID, url string,
 	c := &checker{
 		st: patient{st, Real{}}, id: id, url: url, o: o, pace: pace{rate: o.Rate},
 		sound: map[uint32]bool{}, missing: map[string]bool{},
-		rep: &CheckReport{Image: url, ID: id, Deep: o.Deep, Errors: []Finding{}, Dead: []string{}, Stale: []string{}, Pending: []string{}, Notes: []string{}, Repairs: []Repair{}},
+		rep: newReport(url),
 	}
+	c.rep.ID, c.rep.Deep = id, o.Deep
 	defer c.close()
 	if err := c.run(ctx); err != nil {
 		return nil, err

@@ -560,7 +560,8 @@ func TestCheckStore(t *testing.T) {
 		}, "directory: image ID has several names"},
 		{"only objects", func(c *checkedImage) { c.put(dataKey(gone, 1, 1), []byte("x")) }, gone.String() + "/: 1 object of an image that has neither"},
 		{"strange object", func(c *checkedImage) { c.put("other/thing", []byte("x")) }, "other/thing: no object of lsd"},
-		{"directory damaged", func(c *checkedImage) { c.corrupt(backend.DirectoryKey, flipLast) }, "directory: "},
+		{"directory damaged", func(c *checkedImage) { c.corrupt(backend.DirectoryKey, flipLast) }, "directory: the directory of names is damaged: "},
+		{"directory missing", func(c *checkedImage) { c.remove(backend.DirectoryKey) }, "directory: the directory of names is missing"},
 	} {
 		t.Run(x.name, func(t *testing.T) {
 			c := whole.copy(t)
@@ -570,6 +571,78 @@ func TestCheckStore(t *testing.T) {
 				t.Errorf("%v: %q, want %q", err, c.lines(rep), x.want)
 			}
 		})
+	}
+}
+
+// TestCheckLostDirectory: a directory that is damaged or has gone is what is wrong, with
+// the store and with each image of it; where there is nothing of lsd, nothing is wrong.
+func TestCheckLostDirectory(t *testing.T) {
+	ctx := context.Background()
+	whole := newCheckedImage(t)
+	for _, x := range []struct {
+		name   string
+		damage func(c *checkedImage)
+		want   string
+		lost   bool
+	}{
+		{"missing", func(c *checkedImage) { c.remove(backend.DirectoryKey) }, "directory: the directory of names is missing, and there are images: bring it back", true},
+		{"flipped", func(c *checkedImage) { c.corrupt(backend.DirectoryKey, flipLast) }, "directory: the directory of names is damaged: ", false},
+		{"empty", func(c *checkedImage) { c.corrupt(backend.DirectoryKey, cutAll) }, "directory: the directory of names is damaged: ", false},
+	} {
+		t.Run(x.name, func(t *testing.T) {
+			c := whole.copy(t)
+			x.damage(c)
+			rep, err := Check(ctx, c.st, "disk", "mem:/disk", CheckOptions{Repair: true})
+			if err != nil || rep.Clean() || rep.ID != uuid.Nil || len(rep.Errors) != 1 || !strings.HasPrefix(c.lines(rep), x.want) {
+				t.Errorf("image: %v, %+v", err, rep)
+			}
+			rep, err = CheckStore(ctx, c.st, "mem:")
+			if err != nil || len(rep.Errors) != 1 || !strings.HasPrefix(c.lines(rep), x.want) ||
+				len(rep.Notes) != 1 || !strings.Contains(rep.Notes[0], c.id.String()+" is there: made as disk on ") {
+				t.Errorf("store: %v, %+v", err, rep)
+			}
+			lost, err := LostDirectory(ctx, c.st)
+			if lost != x.lost || err != nil {
+				t.Errorf("lost: %v, %v", lost, err)
+			}
+		})
+	}
+	empty := mem.New()
+	if err := empty.Put(ctx, "other/thing", []byte("x")); err != nil {
+		t.Fatal(err)
+	}
+	if rep, err := CheckStore(ctx, empty, "mem:"); !errors.Is(err, backend.ErrNotFound) {
+		t.Errorf("a place without a store: %v, %+v", err, rep)
+	}
+	if rep, err := Check(ctx, empty, "disk", "mem:/disk", CheckOptions{}); !errors.Is(err, backend.ErrNotFound) {
+		t.Errorf("an image of it: %v, %+v", err, rep)
+	}
+	if rep, err := Check(ctx, whole.st, "none", "mem:/none", CheckOptions{}); !errors.Is(err, backend.ErrNotFound) {
+		t.Errorf("no such image: %v, %+v", err, rep)
+	}
+}
+
+// TestFirstImage: one that is just being made in an empty store, and has no name yet,
+// does not look like one that has lost it.
+func TestFirstImage(t *testing.T) {
+	ctx := context.Background()
+	st := mem.New()
+	id, err := Create(ctx, st, "disk", CreateOptions{Size: 64 << 20})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := st.Delete(ctx, backend.DirectoryKey); err != nil {
+		t.Fatal(err)
+	}
+	making := &watchedStore{Store: st, hook: func(op, key string) {
+		if op == "listed" {
+			if err := backend.Link(ctx, st, "disk", id); err != nil {
+				t.Error(err)
+			}
+		}
+	}}
+	if lost, err := LostDirectory(ctx, making); lost || err != nil {
+		t.Errorf("%v, %v", lost, err)
 	}
 }
 

@@ -1,11 +1,15 @@
 package engine
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
+	"maps"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/google/uuid"
 	"github.com/lsd-ceph/lsd/backend"
@@ -15,29 +19,83 @@ import (
 // CheckStore checks that the directory of a store and what is in it belong
 // together: that each name has a superblock, and that all objects are those of an
 // image with a name. It does not look into the images, and changes nothing. url
-// names the store in messages.
+// names the store in messages. It fails with ErrNotFound when there is neither a
+// directory nor anything of an image.
 func CheckStore(ctx context.Context, st backend.Store, url string) (*CheckReport, error) {
-	rep := &CheckReport{Image: url, Errors: []Finding{}, Dead: []string{}, Stale: []string{}, Pending: []string{}, Notes: []string{}, Repairs: []Repair{}}
+	rep := newReport(url)
 	st = patient{st, Real{}}
 	// The names come last: an image that is being made has its superblock first.
 	s := storeScan{objects: map[uuid.UUID]int{}, super: map[uuid.UUID]bool{}}
 	if err := st.List(ctx, "", s.note); err != nil {
 		return nil, fmt.Errorf("list the objects of the store: %w", err)
 	}
+	rep.Objects = s.total
 	names, err := backend.Names(ctx, st)
-	if err != nil && !errors.Is(err, backend.ErrPermanent) {
+	if err == nil && len(names) == 0 {
+		_, err = st.Stat(ctx, backend.DirectoryKey)
+	}
+	switch missing := errors.Is(err, backend.ErrNotFound); {
+	case missing && len(s.objects) == 0:
+		return nil, fmt.Errorf("%s holds nothing of lsd: %w", url, err)
+	case missing || damagedDirectory(err):
+		rep.Errors = append(rep.Errors, lostDirectory(err, "no image can be found by its name"))
+		return rep, s.describe(ctx, st, rep)
+	case err != nil:
 		return nil, err
 	}
-	if err != nil {
-		rep.Errors = append(rep.Errors, Finding{Object: backend.DirectoryKey, Problem: err.Error(), Action: "bring it back from a copy of the pool; no image can be found by its name"})
-		return rep, nil
-	}
-	rep.Objects = s.total
 	rep.Notes = append(rep.Notes, plural.Count(len(names), "image")+"; lsdctl check STORE/IMAGE looks into one")
 	if err := s.checkNames(ctx, st, names, rep); err != nil {
 		return nil, err
 	}
 	return rep, s.checkNameless(ctx, st, rep)
+}
+
+// damagedDirectory reports whether an error of a look-up says that the directory is
+// damaged.
+func damagedDirectory(err error) bool {
+	return errors.Is(err, backend.ErrPermanent) && !errors.Is(err, fs.ErrPermission)
+}
+
+// lostDirectory returns what is to be said of a directory that is not there, or
+// damaged, as err says.
+func lostDirectory(err error, more string) Finding {
+	f := Finding{Object: backend.DirectoryKey, Problem: "the directory of names is missing, and there are images", Action: "bring it back from a copy of the pool; " + more}
+	if !errors.Is(err, backend.ErrNotFound) {
+		f.Problem = "the directory of names is damaged: " + err.Error()
+	}
+	return f
+}
+
+// LostDirectory reports whether the store holds images and no directory of their
+// names. Without a directory it lists the store, up to the first superblock.
+func LostDirectory(ctx context.Context, st backend.Store) (bool, error) {
+	if missing, err := noDirectory(ctx, st); !missing || err != nil {
+		return false, err
+	}
+	found := errors.New("found")
+	err := st.List(ctx, "", func(key string) error {
+		head, rest, _ := strings.Cut(key, "/")
+		if id, err := uuid.Parse(head); err == nil && id.String() == head && rest == "super" {
+			return found
+		}
+		return nil
+	})
+	switch {
+	case err == nil:
+		return false, nil
+	case !errors.Is(err, found):
+		return false, fmt.Errorf("look for images without a name: %w", err)
+	}
+	// Again: the first image of a store has its superblock before its name.
+	return noDirectory(ctx, st)
+}
+
+func noDirectory(ctx context.Context, st backend.Store) (bool, error) {
+	_, err := st.Stat(ctx, backend.DirectoryKey)
+	if errors.Is(err, backend.ErrNotFound) {
+		return true, nil
+	}
+	return false, err
 }
 
 // storeScan is what a listing of a store has.
@@ -59,6 +117,27 @@ func (s *storeScan) note(key string) error {
 	default:
 		s.objects[id]++
 		s.super[id] = s.super[id] || rest == "super"
+	}
+	return nil
+}
+
+// describe notes which images are there, while their names are not known.
+func (s *storeScan) describe(ctx context.Context, st backend.Store, rep *CheckReport) error {
+	ids := slices.SortedFunc(maps.Keys(s.objects), func(a, b uuid.UUID) int { return bytes.Compare(a[:], b[:]) })
+	for _, id := range ids {
+		what := plural.Count(s.objects[id], "object")
+		sb, _, err := loadSuperblock(ctx, st, id)
+		switch {
+		case err == nil:
+			what = fmt.Sprintf("made as %s on %s, with %s", sb.Name, sb.Created.Format(time.DateOnly), what)
+		case errors.Is(err, backend.ErrNotFound):
+			what += ", and no superblock"
+		case unreadableSuper(err):
+			what += ", and " + err.Error()
+		default:
+			return err
+		}
+		rep.Notes = append(rep.Notes, fmt.Sprintf("image %s is there: %s", id, what))
 	}
 	return nil
 }
@@ -111,7 +190,7 @@ func (s *storeScan) checkNameless(ctx context.Context, st backend.Store, rep *Ch
 		switch {
 		case err == nil:
 			f.Object = SuperblockKey(id)
-			f.Problem = fmt.Sprintf("no name in the directory for this image, made as %s on %s, with %s", sb.Name, sb.Created.Format("2006-01-02"), plural.Count(n, "object"))
+			f.Problem = fmt.Sprintf("no name in the directory for this image, made as %s on %s, with %s", sb.Name, sb.Created.Format(time.DateOnly), plural.Count(n, "object"))
 			f.Action = "bring the directory back from a copy of the pool; if nobody misses the image, remove its objects by hand"
 		case unreadableSuper(err):
 			f.Object, f.Problem = SuperblockKey(id), "no name in the directory for this image, and "+err.Error()

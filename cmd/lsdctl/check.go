@@ -7,6 +7,7 @@ import (
 	"math"
 	"time"
 
+	"github.com/google/uuid"
 	"github.com/lsd-ceph/lsd/backend"
 	"github.com/lsd-ceph/lsd/backend/open"
 	"github.com/lsd-ceph/lsd/engine"
@@ -114,28 +115,33 @@ func (a *app) check(ctx context.Context, url string, o engine.CheckOptions) erro
 
 // checkURL checks the image of that URL, or the store if it is one.
 func (a *app) checkURL(ctx context.Context, url string, o engine.CheckOptions) (*engine.CheckReport, error) {
+	var rep *engine.CheckReport
 	u, name, imageErr := backend.ParseImage(url)
 	if imageErr == nil {
-		var rep *engine.CheckReport
 		rep, imageErr = a.checkImage(ctx, u, name, o)
-		if !errors.Is(imageErr, backend.ErrNotFound) && !errors.Is(imageErr, backend.ErrPermanent) {
+		switch {
+		case imageErr == nil && rep.ID == uuid.Nil: // its name could not be looked up
+		case errors.Is(imageErr, backend.ErrNotFound), errors.Is(imageErr, backend.ErrPermanent):
+		default:
 			return rep, imageErr
 		}
 	}
 	s, err := backend.ParseStore(url)
 	if err != nil {
-		return nil, imageErr
+		return rep, imageErr
 	}
-	rep, err := a.checkStore(ctx, s)
+	all, err := a.checkStore(ctx, s)
 	switch {
-	case errors.Is(err, backend.ErrNotFound) && errors.Is(imageErr, backend.ErrNotFound):
-		return nil, fmt.Errorf("%s is neither an image nor a store: see lsdctl ls", url)
-	case errors.Is(err, backend.ErrNotFound):
-		return nil, imageErr
 	case err == nil && (o.Repair || o.Deep):
 		return nil, fmt.Errorf("%s is a store: --deep and --repair are for an image", url)
+	case !errors.Is(err, backend.ErrNotFound):
+		return all, err
+	case rep != nil:
+		return rep, nil
+	case errors.Is(imageErr, backend.ErrPermanent):
+		return nil, fmt.Errorf("%s is neither an image nor a store: %w", url, imageErr)
 	}
-	return rep, err
+	return nil, fmt.Errorf("%s is neither an image nor a store: see lsdctl ls", url)
 }
 
 // checkImage checks an image; the error matches ErrNotFound if there is none.
@@ -159,10 +165,6 @@ func (a *app) checkStore(ctx context.Context, u backend.URL) (*engine.CheckRepor
 		return nil, timedOut(u, err)
 	}
 	defer st.Close()
-	// Any namespace of a pool can be opened.
-	if _, err := st.Stat(ctx, backend.DirectoryKey); err != nil {
-		return nil, timedOut(u, err)
-	}
 	a.progress.show(api.Progress{What: "checking " + u.String()})
 	rep, err := engine.CheckStore(ctx, st, u.String())
 	return rep, timedOut(u, err)

@@ -96,3 +96,82 @@ func TestCheckStatus(t *testing.T) {
 		t.Errorf("the orphan after its repair: %v", err)
 	}
 }
+
+// TestCheckDirectory: damage of the directory is one clear error, of the store and of
+// each image; a place where nothing of lsd is cannot be checked.
+func TestCheckDirectory(t *testing.T) {
+	for _, x := range []struct {
+		name   string
+		damage func(path string) error
+		what   string
+		ls     string
+	}{
+		{"missing", os.Remove, "directory: the directory of names is missing", "there are images: see lsdctl check"},
+		{"empty", func(path string) error { return os.Truncate(path, 0) }, "directory: the directory of names is damaged", "corrupt"},
+		{"flipped", func(path string) error {
+			b, err := os.ReadFile(path)
+			if err == nil {
+				b[len(b)-1] ^= 1
+				err = os.WriteFile(path, b, 0o600)
+			}
+			return err
+		}, "directory: the directory of names is damaged", "corrupt"},
+	} {
+		t.Run(x.name, func(t *testing.T) {
+			dir := t.TempDir()
+			store := "file://" + dir + "/store"
+			must(t, "create", store+"/vm1", "--size", "1G")
+			var info engine.Info
+			if err := json.Unmarshal([]byte(must(t, "info", store+"/vm1", "--json")), &info); err != nil {
+				t.Fatal(err)
+			}
+			if err := x.damage(filepath.Join(dir, "store/objects/directory+mut")); err != nil {
+				t.Fatal(err)
+			}
+			for _, c := range []struct {
+				args string
+				want []string
+			}{
+				{store, []string{"note: image " + info.ID.String() + " is there: made as vm1", "bring it back", "1 error"}},
+				{store + " --json", []string{info.ID.String()}},
+				{store + "/vm1", []string{"bring it back", "lsdctl check STORE lists the images", "1 error"}},
+				{store + "/vm1 --deep --repair", []string{"bring it back", "1 error"}},
+				{store + "/none", []string{"bring it back", "1 error"}},
+			} {
+				out, err := lsdctl(t, append([]string{"check"}, strings.Fields(c.args)...)...)
+				if status(err) != statusErrors || err.Error() != "" {
+					t.Errorf("check %s: status %d, %v", c.args, status(err), err)
+				}
+				if n := strings.Count(out, "error: "); n != 1 && !strings.Contains(c.args, "--json") {
+					t.Errorf("check %s: %d errors: %s", c.args, n, out)
+				}
+				for _, want := range append(c.want, strings.TrimPrefix(x.what, "directory: ")) {
+					if !strings.Contains(out, want) {
+						t.Errorf("check %s: %q does not say %q", c.args, out, want)
+					}
+				}
+			}
+			out, err := lsdctl(t, "ls", store)
+			if line := api.OneLine(err); out != "" || status(err) != 1 || !strings.Contains(line, x.ls) || strings.Contains(line, "\n") {
+				t.Errorf("ls: %v, %q", err, out)
+			}
+		})
+	}
+	dir := t.TempDir()
+	must(t, "create", "file://"+dir+"/empty/vm1", "--size", "1G")
+	if err := os.RemoveAll(dir + "/empty/objects"); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.MkdirAll(dir+"/nothing", 0o700); err != nil {
+		t.Fatal(err)
+	}
+	for _, url := range []string{dir + "/empty", dir + "/empty/vm1", dir + "/nothing", dir + "/nothing/vm1", dir + "/nowhere", dir + "/nowhere/vm1"} {
+		out, err := lsdctl(t, "check", "file://"+url)
+		if status(err) != statusFailed || out != "" || !strings.Contains(err.Error(), "file://"+url+" is n") {
+			t.Errorf("check of %s, where nothing is: %v, %q", url, err, out)
+		}
+	}
+	if out, err := lsdctl(t, "ls", "file://"+dir+"/empty"); err != nil || strings.Count(out, "\n") != 1 {
+		t.Errorf("ls of an empty store: %v, %q", err, out)
+	}
+}

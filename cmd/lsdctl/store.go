@@ -125,6 +125,9 @@ func (a *app) lsCommand() *cobra.Command {
 			list := []listed{}
 			err = withStore(cmd.Context(), u, func(ctx context.Context, st backend.Store) error {
 				names, err := backend.Names(ctx, st)
+				if err == nil && len(names) == 0 {
+					err = noNames(ctx, st, u)
+				}
 				for _, n := range names {
 					a.progress.show(api.Progress{What: fmt.Sprintf("%d of %d images", len(list), len(names))})
 					info, err := engine.Describe(ctx, st, n.Name)
@@ -149,6 +152,15 @@ func (a *app) lsCommand() *cobra.Command {
 			return a.printImages(list)
 		},
 	})
+}
+
+// noNames says so if a store without names has lost them.
+func noNames(ctx context.Context, st backend.Store, u backend.URL) error {
+	lost, err := engine.LostDirectory(ctx, st)
+	if lost {
+		return fmt.Errorf("the directory of names is missing in %s, and there are images: see lsdctl check %s", u, u)
+	}
+	return err
 }
 
 func (a *app) printImages(list []listed) error {
