@@ -68,16 +68,19 @@ const (
 )
 
 // A Store is a handle on a store in a directory. Any number of handles, in any
-// number of processes of one host, may be open on one directory.
+// number of processes of one host, may be open on one directory. One that only
+// reads changes nothing there, so the directory may be read-only for it.
 //
 // File operations cannot be interrupted: a call whose context ends returns
 // after the step that it is in.
 type Store struct {
 	root  *os.Root
-	tmp   string   // path of this handle's directory in tmp
-	alive *os.File // the lock in it
-	last  atomic.Uint64
 	locks [numLocks]keyLock
+
+	making keyLock  // guards tmp and alive until they are set
+	tmp    string   // path of this handle's directory in tmp; see scratch
+	alive  *os.File // the lock in it; nil before the handle has written anything
+	last   atomic.Uint64
 
 	mu    sync.Mutex
 	known map[string]bool // guarded by mu; directories whose own name is durable
@@ -153,19 +156,12 @@ func Open(ctx context.Context, dir string) (*Store, error) {
 	if err != nil {
 		return nil, fail("open", dir, err)
 	}
-	s := &Store{root: root, known: make(map[string]bool)}
+	s := &Store{root: root, making: make(keyLock, 1), known: make(map[string]bool)}
 	for i := range s.locks {
 		s.locks[i] = make(keyLock, 1)
 	}
 	if err := s.checkMarker(); err != nil {
 		root.Close()
-		return nil, fail("open", dir, err)
-	}
-	if err := s.openTmp(ctx); err != nil {
-		root.Close()
-		if ctx.Err() != nil {
-			return nil, fmt.Errorf("open %s: %w", dir, ctx.Err())
-		}
 		return nil, fail("open", dir, err)
 	}
 	return s, nil
@@ -311,13 +307,15 @@ func (s *Store) Put(ctx context.Context, key string, data []byte) error {
 	if _, err := s.root.Lstat(name); err == nil {
 		return s.putExists(key)
 	}
-	tmp, err := s.writeTmp(data)
+	tmp, err := s.writeTmp(ctx, data)
+	if err := check(ctx, "put", key); err != nil {
+		if tmp != "" {
+			s.root.Remove(tmp)
+		}
+		return err
+	}
 	if err != nil {
 		return fail("put", key, err)
-	}
-	if err := check(ctx, "put", key); err != nil {
-		s.root.Remove(tmp)
-		return err
 	}
 	if err = s.makeDirs(path.Dir(name)); err == nil {
 		err = s.root.Link(tmp, name)
@@ -389,7 +387,15 @@ func (s *Store) syncDir(dir string) error {
 		return err
 	}
 	defer d.Close()
-	return d.Sync()
+	if err = d.Sync(); errors.Is(err, unix.EINVAL) && readOnly(d) {
+		return nil // a file system that has no fsync because it never changes
+	}
+	return err
+}
+
+func readOnly(f *os.File) bool {
+	var st unix.Statfs_t
+	return unix.Fstatfs(int(f.Fd()), &st) == nil && st.Flags&unix.ST_RDONLY != 0
 }
 
 // open opens the file of an object for reading, and makes sure that its name
@@ -513,8 +519,12 @@ func (s *Store) removeMutable(ctx context.Context, key, name string) error {
 }
 
 // writeTmp writes data to a new file in tmp, flushes it, and returns its name.
-func (s *Store) writeTmp(data ...[]byte) (string, error) {
-	name := s.tmp + "/" + strconv.FormatUint(s.last.Add(1), 10)
+func (s *Store) writeTmp(ctx context.Context, data ...[]byte) (string, error) {
+	dir, err := s.scratch(ctx)
+	if err != nil {
+		return "", err
+	}
+	name := dir + "/" + strconv.FormatUint(s.last.Add(1), 10)
 	f, err := s.root.OpenFile(name, os.O_WRONLY|os.O_CREATE|os.O_EXCL, fileMode)
 	if err != nil {
 		return "", notAbsent(err)

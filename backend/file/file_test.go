@@ -199,6 +199,87 @@ func TestStrangeFiles(t *testing.T) {
 	}
 }
 
+// TestReadOnly: a store that cannot be changed can be read; and a handle that only
+// reads changes nothing where it could.
+func TestReadOnly(t *testing.T) {
+	ctx := context.Background()
+	dir := t.TempDir()
+	s := create(t, dir)
+	if err := s.Put(ctx, "a/b", []byte("data")); err != nil {
+		t.Fatal(err)
+	}
+	v, err := s.Swap(ctx, "a/m", backend.NoVersion, []byte("one"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.Close()
+	if err := os.Remove(filepath.Join(dir, "locks", "tmp")); err != nil {
+		t.Fatal(err)
+	}
+	read := func(dir string) *file.Store {
+		t.Helper()
+		s, err := file.Open(ctx, dir)
+		if err != nil {
+			t.Fatal(err)
+		}
+		p := make([]byte, 10)
+		if n, err := s.Get(ctx, "a/b", p, 0); err != nil || string(p[:n]) != "data" {
+			t.Errorf("Get: %q, %v", p[:n], err)
+		}
+		if data, got, err := s.Load(ctx, "a/m"); err != nil || got != v || string(data) != "one" {
+			t.Errorf("Load: %q, %q, %v", data, got, err)
+		}
+		if n, err := s.Stat(ctx, "a/m"); err != nil || n != 3 {
+			t.Errorf("Stat: %d, %v", n, err)
+		}
+		n := 0
+		if err := s.List(ctx, "", func(string) error { n++; return nil }); err != nil || n != 2 {
+			t.Errorf("List: %d, %v", n, err)
+		}
+		_, err = s.Get(ctx, "a/c", p, 0)
+		storetest.WantError(t, "Get", err, backend.ErrNotFound)
+		return s
+	}
+	read(dir).Close()
+	wantEmptyTmp(t, dir)
+	if _, err := os.Stat(filepath.Join(dir, "locks", "tmp")); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("reading has made locks/tmp: %v", err)
+	}
+	s = read(storetest.ReadOnly(t, dir))
+	defer s.Close()
+	_, swapErr := s.Swap(ctx, "a/m", v, []byte("two"))
+	for what, err := range map[string]error{"Put": s.Put(ctx, "a/c", nil), "Swap": swapErr, "Delete": s.Delete(ctx, "a/b")} {
+		storetest.WantError(t, what, err, backend.ErrPermanent)
+	}
+}
+
+// TestPutWaits: a first write that waits for the lock of tmp ends with its context.
+func TestPutWaits(t *testing.T) {
+	dir := t.TempDir()
+	s := create(t, dir)
+	defer s.Close()
+	f, err := os.Create(filepath.Join(dir, "locks", "tmp"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX); err != nil {
+		t.Fatal(err)
+	}
+	ctx, stop := context.WithTimeout(context.Background(), 50*time.Millisecond)
+	defer stop()
+	_, swapErr := s.Swap(ctx, "m", backend.NoVersion, nil)
+	for what, err := range map[string]error{"Swap": swapErr, "Put": s.Put(ctx, "a", nil)} {
+		if !errors.Is(err, context.DeadlineExceeded) || errors.Is(err, backend.ErrPermanent) {
+			t.Errorf("%s: %v", what, err)
+		}
+	}
+	f.Close()
+	if err := s.Put(context.Background(), "a", nil); err != nil {
+		t.Errorf("Put when the lock is free: %v", err)
+	}
+}
+
 // TestFull fills a small file system, and empties it again.
 func TestFull(t *testing.T) {
 	if os.Geteuid() != 0 {
@@ -357,8 +438,12 @@ func checkChild(t *testing.T, s backend.Store, name string, n int) {
 // living one stay.
 func TestStaleTmp(t *testing.T) {
 	dir := t.TempDir()
+	ctx := context.Background()
 	living := create(t, dir)
 	defer living.Close()
+	if err := living.Put(ctx, "one", nil); err != nil {
+		t.Fatal(err)
+	}
 	before, _ := filepath.Glob(dir + "/tmp/*")
 	dead := filepath.Join(dir, "tmp", "dead")
 	if err := os.Mkdir(dead, 0o755); err != nil {
@@ -367,14 +452,18 @@ func TestStaleTmp(t *testing.T) {
 	if err := os.WriteFile(dead+"/7", []byte("x"), 0o644); err != nil {
 		t.Fatal(err)
 	}
-	create(t, dir).Close()
+	next := create(t, dir)
+	if err := next.Put(ctx, "two", nil); err != nil {
+		t.Error(err)
+	}
+	next.Close()
 	if _, err := os.Stat(dead); !errors.Is(err, os.ErrNotExist) {
 		t.Errorf("files of a dead process: %v", err)
 	}
 	if after, _ := filepath.Glob(dir + "/tmp/*"); len(before) != 1 || len(after) != 1 || before[0] != after[0] {
 		t.Errorf("files of a living process: %q became %q", before, after)
 	}
-	if err := living.Put(context.Background(), "a", nil); err != nil {
+	if err := living.Put(ctx, "a", nil); err != nil {
 		t.Error(err)
 	}
 }

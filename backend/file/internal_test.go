@@ -12,6 +12,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/lsd-ceph/lsd/backend"
+	"github.com/lsd-ceph/lsd/backend/storetest"
 )
 
 func TestClass(t *testing.T) {
@@ -65,6 +66,25 @@ func TestMutableFormat(t *testing.T) {
 		}
 		if got, v, err := decodeMutable(b[:i]); err == nil {
 			t.Fatalf("decode of the first %d bytes = %q, %q", i, got, v)
+		}
+	}
+}
+
+// TestNoFsync: a read-only file system without fsync, as squashfs and proc are, has
+// nothing to flush; one that can change must have it.
+func TestNoFsync(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("mounting needs root")
+	}
+	for dir, want := range map[string]error{"/proc": unix.EINVAL, storetest.ReadOnly(t, "/proc"): nil} {
+		root, err := os.OpenRoot(dir)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer root.Close()
+		s := &Store{root: root}
+		if err := s.syncDir("."); !errors.Is(err, want) {
+			t.Errorf("%s: %v, want %v", dir, err, want)
 		}
 	}
 }

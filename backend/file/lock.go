@@ -83,6 +83,24 @@ func tryFlock(f *os.File) (bool, error) {
 	}
 }
 
+// scratch returns this handle's directory in tmp, which it makes when something is
+// written for the first time. The error is that of ctx, unless a file operation
+// failed.
+func (s *Store) scratch(ctx context.Context) (string, error) {
+	select {
+	case s.making <- struct{}{}:
+		defer func() { <-s.making }()
+	case <-ctx.Done():
+		return "", ctx.Err()
+	}
+	if s.alive == nil {
+		if err := s.openTmp(ctx); err != nil {
+			return "", err
+		}
+	}
+	return s.tmp, nil
+}
+
 // openTmp makes this handle's directory in tmp, and removes those of handles
 // that are gone: their lock is free. The lock of tmp keeps a directory that is
 // just being made, and not locked yet, from looking like one of those.
@@ -95,12 +113,16 @@ func (s *Store) openTmp(ctx context.Context) error {
 	if err := s.removeStale(); err != nil {
 		return err
 	}
-	s.tmp = tmpDir + "/" + randomID()
-	if err := s.root.Mkdir(s.tmp, dirMode); err != nil {
+	tmp := tmpDir + "/" + randomID()
+	if err := s.root.Mkdir(tmp, dirMode); err != nil {
 		return notAbsent(err)
 	}
-	s.alive, err = s.flock(ctx, s.tmp+"/lock")
-	return err
+	alive, err := s.flock(ctx, tmp+"/lock")
+	if err != nil {
+		return err
+	}
+	s.tmp, s.alive = tmp, alive
+	return nil
 }
 
 // removeStale removes what dead handles left in tmp. The lock of tmp is held.
@@ -154,6 +176,9 @@ func (s *Store) removeStale() error {
 // name of an object whose directory could not be flushed: it is left to
 // removeStale, which flushes first.
 func (s *Store) closeTmp() {
+	if s.alive == nil {
+		return
+	}
 	s.root.Remove(s.tmp + "/lock")
 	s.root.Remove(s.tmp)
 	s.alive.Close()

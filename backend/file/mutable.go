@@ -117,7 +117,10 @@ func (s *Store) Swap(ctx context.Context, key string, old backend.Version, data 
 	// 128 random bits: no version is ever used again, though nothing remembers
 	// those of objects that were deleted.
 	version := randomID()
-	if err := s.replace(name, encodeMutable(version, data), data); err != nil {
+	if err := s.replace(ctx, name, encodeMutable(version, data), data); err != nil {
+		if ctx.Err() != nil && errors.Is(err, ctx.Err()) {
+			return backend.NoVersion, check(ctx, "swap", key)
+		}
 		return backend.NoVersion, fail("swap", key, notAbsent(err))
 	}
 	return backend.Version(version), nil
@@ -125,8 +128,8 @@ func (s *Store) Swap(ctx context.Context, key string, old backend.Version, data 
 
 // replace makes header and data the contents of the file, durably and in one
 // step.
-func (s *Store) replace(name string, header, data []byte) error {
-	tmp, err := s.writeTmp(header, data)
+func (s *Store) replace(ctx context.Context, name string, header, data []byte) error {
+	tmp, err := s.writeTmp(ctx, header, data)
 	if err != nil {
 		return err
 	}

@@ -11,6 +11,7 @@ import (
 
 	"github.com/lsd-ceph/lsd/backend"
 	"github.com/lsd-ceph/lsd/backend/open"
+	"github.com/lsd-ceph/lsd/backend/storetest"
 	"github.com/lsd-ceph/lsd/engine"
 	"github.com/lsd-ceph/lsd/internal/api"
 )
@@ -173,5 +174,39 @@ func TestCheckDirectory(t *testing.T) {
 	}
 	if out, err := lsdctl(t, "ls", "file://"+dir+"/empty"); err != nil || strings.Count(out, "\n") != 1 {
 		t.Errorf("ls of an empty store: %v, %q", err, out)
+	}
+}
+
+// TestReadOnlyStore: what only looks works on a store that cannot be changed.
+func TestReadOnlyStore(t *testing.T) {
+	ctx := context.Background()
+	dir := t.TempDir()
+	must(t, "create", "file://"+dir+"/vm1", "--size", "1G")
+	st, err := open.Store(ctx, backend.URL{Scheme: backend.SchemeFile, Dir: dir})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer st.Close()
+	id, err := backend.Lookup(ctx, st, "vm1")
+	if err != nil {
+		t.Fatal(err)
+	}
+	store := "file://" + storetest.ReadOnly(t, dir)
+	for _, args := range [][]string{{"ls", store}, {"info", store + "/vm1"}, {"check", store}, {"check", store + "/vm1"}, {"check", store + "/vm1", "--deep", "--repair"}} {
+		if out := must(t, args...); !strings.Contains(out, "vm1") && !strings.Contains(out, "clean") {
+			t.Errorf("lsdctl %q: %s", args, out)
+		}
+	}
+	if os.Geteuid() != 0 {
+		return // for the store's owner, too, it is read-only now
+	}
+	if err := st.Put(ctx, id.String()+"/d/00000007.1", []byte("x")); err != nil {
+		t.Fatal(err)
+	}
+	if out, err := lsdctl(t, "check", store+"/vm1"); status(err) != statusErrors || !strings.Contains(out, "orphan") {
+		t.Errorf("check: %v, %s", err, out)
+	}
+	if out, err := lsdctl(t, "check", store+"/vm1", "--repair"); status(err) != statusFailed || !strings.Contains(api.OneLine(err), "read-only file system") {
+		t.Errorf("check --repair: %v, %s", err, out)
 	}
 }
