@@ -32,7 +32,8 @@ type CheckOptions struct {
 	// their order is certain.
 	Parallel int
 	// Progress is told how many bytes of how many have been read; may be nil. The
-	// total may grow. It is called by one goroutine at a time.
+	// total may grow, and is what has been read in the end. It is called by one
+	// goroutine at a time.
 	Progress func(done, total uint64)
 
 	memory int // of extents, in tests; 0 means checkMemory
@@ -197,6 +198,18 @@ func (c *checker) toRead(n int) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.total += uint64(n)
+	c.o.Progress(c.done, c.total)
+}
+
+// allRead notes that nothing more is going to be read: what is damaged or has gone was
+// not.
+func (c *checker) allRead() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.total != c.done {
+		c.total = c.done
+		c.o.Progress(c.done, c.total)
+	}
 }
 
 // each calls fn for 0 to n-1, several at a time, and returns the first error, which
@@ -227,6 +240,7 @@ func (c *checker) run(ctx context.Context) error {
 			return err
 		}
 		c.found, c.counts, c.counted = nil, nil, c.version
+		c.plan()
 		for _, v := range c.reach.views {
 			if err := c.checkView(ctx, v); err != nil {
 				return err
@@ -240,6 +254,7 @@ func (c *checker) run(ctx context.Context) error {
 			break
 		}
 	}
+	c.allRead()
 	c.describe()
 	if err := c.checkKeys(ctx); err != nil {
 		return err

@@ -274,6 +274,45 @@ func TestCheckClean(t *testing.T) {
 	}
 }
 
+// TestCheckProgress: it is told of more and more, of a total that is known at the
+// beginning and reached at the end, also if something cannot be read.
+func TestCheckProgress(t *testing.T) {
+	whole := newCheckedImage(t)
+	damaged := whole.copy(t)
+	o := whole.reach().head.m.objects[0]
+	damaged.remove(dataKey(whole.id, uint64(o.number), uint64(o.epoch)))
+	for _, x := range []struct {
+		name  string
+		c     *checkedImage
+		o     CheckOptions
+		fixed bool // the total never changes
+	}{
+		{"headers", whole, CheckOptions{}, true},
+		{"data", whole, CheckOptions{Deep: true}, true},
+		{"one by one", whole, CheckOptions{Deep: true, Parallel: 1}, true},
+		{"little memory", whole, CheckOptions{memory: 1}, false},
+		{"damaged", damaged, CheckOptions{Deep: true}, false},
+	} {
+		t.Run(x.name, func(t *testing.T) {
+			var calls int
+			var first, done, total uint64
+			x.o.Progress = func(d, n uint64) {
+				if calls++; calls == 1 {
+					first = n
+				}
+				if d < done || d > n || x.fixed && n != first {
+					t.Errorf("%d of %d after %d of %d", d, n, done, total)
+				}
+				done, total = d, n
+			}
+			rep := x.c.check(x.o)
+			if calls < 10 || done == 0 || done != total || done != rep.Read {
+				t.Errorf("%d calls, the last with %d of %d; %d read", calls, done, total, rep.Read)
+			}
+		})
+	}
+}
+
 // TestCheckDamage: what is wrong is found, and named, and nothing else is.
 func TestCheckDamage(t *testing.T) {
 	whole := newCheckedImage(t)

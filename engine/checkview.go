@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"slices"
 	"sort"
 	"sync/atomic"
@@ -122,7 +123,6 @@ func (c *checker) of(v *view, problem string) string {
 
 func (x *viewCheck) run(ctx context.Context) error {
 	c := x.c
-	c.toRead(x.bytes())
 	if err := x.mapObjects(ctx); err != nil {
 		return err
 	}
@@ -152,17 +152,22 @@ func (x *viewCheck) run(ctx context.Context) error {
 	return nil
 }
 
-// bytes returns how much the check of the view has to read, about.
-func (x *viewCheck) bytes() int {
-	n := x.v.m.mapBytes()
-	for i := range x.v.objects() {
-		o := x.v.info(i)
-		n += o.headerBytes()
-		if x.c.o.Deep && o.live > 0 && !x.c.sound[o.number] {
-			n += int(o.sectors) * SectorSize
+// plan adds up how much there is to read of all views: of data that several have,
+// once.
+func (c *checker) plan() {
+	n, known := 0, maps.Clone(c.sound)
+	for _, v := range c.reach.views {
+		n += v.m.mapBytes()
+		for i := range v.objects() {
+			o := v.info(i)
+			n += o.headerBytes()
+			if c.o.Deep && o.live > 0 && !known[o.number] {
+				n += int(o.sectors) * SectorSize
+				known[o.number] = true
+			}
 		}
 	}
-	return n
+	c.toRead(n)
 }
 
 // mapBytes returns the size of the map's segments.
