@@ -150,11 +150,15 @@ type StaleLogError struct {
 	Image   string
 	Epoch   uint64 // of the log
 	Now     uint64 // of the image
-	Records uint64 // that the store does not have
+	Records uint64 // that the store does not have; 0: where the epoch ended is forgotten
 }
 
 // Error returns one line; the caller adds the log's name and what to do.
 func (e *StaleLogError) Error() string {
+	if e.Records == 0 {
+		return fmt.Sprintf("the write log belongs to epoch %d of %s, which is at epoch %d now and does not know any more what the store had of it",
+			e.Epoch, e.Image, e.Now)
+	}
 	return fmt.Sprintf("the write log belongs to epoch %d of %s, which is at epoch %d now, and holds %d records that never reached the store",
 		e.Epoch, e.Image, e.Now, e.Records)
 }
@@ -232,8 +236,9 @@ func (im *Image) takeAndRecover(ctx context.Context, o *OpenOptions) error {
 	return err
 }
 
-// errReleased says that the image has been released since the log was looked at.
-var errReleased = errors.New("the image was released by another host meanwhile: try again")
+// errReleased says that the log, which was the owner's when it was looked at, is not the
+// owner's any more: nobody has the image, or somebody else.
+var errReleased = errors.New("the image has changed hands meanwhile: try again")
 
 func (im *Image) takeOnce(ctx context.Context, o *OpenOptions) error {
 	log, err := im.examineLog(ctx, o)
@@ -335,11 +340,17 @@ func (im *Image) examineLog(ctx context.Context, o *OpenOptions) (*writelog.Log,
 	if err != nil {
 		return nil, err
 	}
-	if last > have && !mutate.On(mutate.StaleLogDropped) {
-		return nil, &StaleLogError{Image: o.URL, Epoch: h.Epoch, Now: sb.Epoch, Records: last - have}
+	stale := &StaleLogError{Image: o.URL, Epoch: h.Epoch, Now: sb.Epoch}
+	switch {
+	case last == 0 || mutate.On(mutate.StaleLogDropped):
+	case last > have:
+		stale.Records = last - have
+		return nil, stale
+	case h.Epoch <= sb.Lost && (len(sb.Epochs) == 0 || h.Epoch < sb.Epochs[0].Epoch):
+		return nil, stale
 	}
 	im.spent = h.Log
-	if last == 0 {
+	if last == 0 && h.Epoch == 0 {
 		// Perhaps an attempt whose outcome is not known made it: what that changes,
 		// however late, is then ours.
 		im.unused = h.Log
@@ -369,7 +380,10 @@ func (im *Image) acquire(ctx context.Context, o *OpenOptions, ours bool) (*super
 		if err != nil {
 			return nil, err
 		}
-		if sb.Owner != nil && !(ours && sb.Owner.Log == im.logID) {
+		if ours && (sb.Owner == nil || sb.Owner.Log != im.logID) {
+			return nil, errReleased
+		}
+		if sb.Owner != nil && !ours {
 			if !o.Force {
 				return nil, &OwnedError{Image: o.URL, Host: sb.Owner.Host, Since: sb.Owner.Since, Lease: sb.Owner.Lease}
 			}
@@ -382,8 +396,6 @@ func (im *Image) acquire(ctx context.Context, o *OpenOptions, ours bool) (*super
 			if err != nil {
 				return nil, err
 			}
-		} else if sb.Owner == nil && ours {
-			return nil, errReleased
 		}
 		if sb.Epoch == maxEpoch {
 			return nil, errors.New("the image has been attached more often than it can be")

@@ -95,6 +95,7 @@ func (s *superblock) addPoint(p point) {
 	s.Points = append(s.Points, p)
 	if n := len(s.Points) - maxPoints; n > 0 {
 		oldest := s.Points[n-1].Epoch
+		s.Lost = max(s.Lost, oldest)
 		s.dropPoints(func(p point) bool { return p.Epoch <= oldest })
 	}
 }

@@ -286,7 +286,10 @@ func (im *Image) recoverLog(o *OpenOptions) (first uint64, err error) {
 		// An object that the owner before had under way has come after the log was made,
 		// and before the superblock said where this ownership begins. Until it does,
 		// nothing is acknowledged: the log is empty, and begins where the store ends now.
-		err := im.log.Recover(start, im.sectors, o.Boot, func(writelog.Record) error { return mismatch })
+		last, err := writelog.LastSeq(o.Log)
+		if err == nil && last > 0 {
+			err = mismatch
+		}
 		if err != nil {
 			return 0, err
 		}

@@ -46,6 +46,9 @@ type superblock struct {
 
 	// Points are states of the image that must stay readable.
 	Points []point `json:"points,omitempty"`
+	// Lost is the latest epoch of the points that had to go because there were too many:
+	// whose logs held what no store has.
+	Lost uint64 `json:"lost,omitempty"`
 }
 
 // staleObjects are what the owner of an epoch may have put, or may still put, that

@@ -1,0 +1,175 @@
+package engine
+
+import (
+	"context"
+	"errors"
+	"strings"
+	"testing"
+
+	"github.com/google/uuid"
+	"github.com/lsd-ceph/lsd/backend"
+	"github.com/lsd-ceph/lsd/backend/mem"
+)
+
+// pryingStore calls hook right before the n-th load of a superblock from now.
+type pryingStore struct {
+	backend.Store
+	n    int
+	hook func()
+}
+
+func (s *pryingStore) Load(ctx context.Context, key string) ([]byte, backend.Version, error) {
+	if strings.HasSuffix(key, "/super") && s.hook != nil {
+		if s.n--; s.n == 0 {
+			hook := s.hook
+			s.hook = nil
+			hook()
+		}
+	}
+	return s.Store.Load(ctx, key)
+}
+
+// again gives the host another process.
+func (h *host) again() {
+	h.env = &simEnv{rng: h.env.rng, disk: h.disk, now: h.env.now}
+}
+
+// TestForceWithOwnLog: a host attaches with force the log that the superblock names, and
+// between its look at the log and the change another host takes the image over. What
+// either log alone has stays: neither is begun anew, and the other's can be salvaged.
+func TestForceWithOwnLog(t *testing.T) {
+	for _, tt := range []struct {
+		name   string
+		writes uint64 // so many that the log has wrapped, or few
+	}{{"new log", 1}, {"wrapped log", 9000}} {
+		t.Run(tt.name, func(t *testing.T) {
+			inner := mem.New()
+			id := newImageIn(t, inner)
+			prying := &pryingStore{Store: inner}
+			a, c := newHost(t, "alpha", prying, 1), newHost(t, "gamma", inner, 2)
+			if err := a.open(id, false); err != nil {
+				t.Fatal(err)
+			}
+			for n := range tt.writes {
+				a.mustWrite(1+n%4000, n+1)
+			}
+			a.mustDestage()
+			a.mustWrite(5000, 2) // in alpha's log alone
+			log := a.im.logID
+			a.disk.Kill()
+			a.again()
+			var taken uuid.UUID
+			prying.n, prying.hook = 3, func() { // Open has looked, and at the log; now it acquires
+				if err := c.open(id, true); err != nil {
+					t.Fatal(err)
+				}
+				c.mustWrite(3, 30000)
+				c.mustDestage()
+				c.mustWrite(4, 30001) // in gamma's log alone
+				taken = c.im.logID
+				c.disk.Kill()
+			}
+			var stale *StaleLogError
+			for range 2 {
+				if err := a.open(id, true); !errors.As(err, &stale) || stale.Records == 0 {
+					t.Errorf("alpha's log: %v, want it refused as stale", err)
+				}
+				a.again()
+			}
+			b := newHost(t, "beta", inner, 3)
+			if err := b.open(id, true); err != nil {
+				t.Fatal(err)
+			}
+			b.mustRead(3, 30000)
+			logs := map[uuid.UUID]bool{}
+			for _, p := range b.im.super.sb.Points {
+				logs[p.Log] = true
+			}
+			if !logs[log] || !logs[taken] {
+				t.Errorf("points for the logs %v, want one for each of %v and %v", logs, log, taken)
+			}
+		})
+	}
+}
+
+// TestLogIDTellsOwnershipsApart: a host whose ownership has been another's meanwhile
+// gets a log of another id, also if it has never written: its users may know what is
+// not so any more, and the daemon finds that out by the id.
+func TestLogIDTellsOwnershipsApart(t *testing.T) {
+	st := mem.New()
+	id := newImageIn(t, st)
+	a, b := newHost(t, "alpha", st, 1), newHost(t, "beta", st, 2)
+	if err := a.open(id, false); err != nil {
+		t.Fatal(err)
+	}
+	before := a.im.logID
+	a.disk.Kill()
+	if err := b.open(id, true); err != nil {
+		t.Fatal(err)
+	}
+	b.mustWrite(1, 2)
+	b.mustClose()
+	a.again()
+	if err := a.open(id, false); err != nil {
+		t.Fatal(err)
+	}
+	a.mustRead(1, 2)
+	if a.im.logID == before {
+		t.Error("the log's id is the same")
+	}
+}
+
+// TestForgottenOwnership: the log of an owner that was cut off is refused even when
+// so many others were cut off after it that its point has gone, and so many have had
+// the image after these that nobody knows where its ownership ended.
+func TestForgottenOwnership(t *testing.T) {
+	st := mem.New()
+	id := newImageIn(t, st)
+	a := newHost(t, "alpha", st, 1)
+	if err := a.open(id, false); err != nil {
+		t.Fatal(err)
+	}
+	a.mustWrite(1, 1)
+	a.mustDestage()
+	a.mustWrite(2, 2) // in the log alone
+	a.disk.Kill()
+	n := uint64(10)
+	next := func(force bool) *host {
+		b := newHost(t, "beta", st, n)
+		if err := b.open(id, force); err != nil {
+			t.Fatal(err)
+		}
+		b.mustWrite(n%100, n)
+		b.mustDestage()
+		n++
+		return b
+	}
+	for range maxPoints + 2 {
+		next(true)
+	}
+	clean := next(true)
+	log := clean.disk
+	clean.mustClose()
+	if n, err := ForgetLogs(context.Background(), st, id, uuid.Nil); n != maxPoints || err != nil {
+		t.Fatalf("%d points, %v", n, err)
+	}
+	for range maxEpochs + 10 {
+		next(false).mustClose()
+	}
+	sb, _, err := loadSuperblock(context.Background(), st, id)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(sb.Epochs) > 0 && sb.Epochs[0].Epoch <= clean.im.super.sb.Epoch {
+		t.Fatalf("epochs from %d on are known: this tests nothing", sb.Epochs[0].Epoch)
+	}
+	a.again()
+	var stale *StaleLogError
+	if err := a.open(id, false); !errors.As(err, &stale) {
+		t.Errorf("a log that holds what no store has: %v, want it refused", err)
+	}
+	b := &host{t: t, name: "beta", st: st, disk: log, env: &simEnv{rng: clean.env.rng, disk: log}}
+	if err := b.open(id, false); err != nil {
+		t.Errorf("a log of an ownership that was given up in order: %v", err)
+	}
+}
