@@ -3,6 +3,7 @@
 package e2e
 
 import (
+	"cmp"
 	"context"
 	"flag"
 	"fmt"
@@ -25,8 +26,15 @@ var (
 
 const (
 	soakLease = 4 * time.Second
+	// longLease outlasts an outage until the log is full, which takes a minute or two
+	// in a VM that is emulated.
+	longLease = 10 * time.Minute
 	soakAreas = 8
 	soakSlots = 32
+
+	// Where on the disk they are. fio has the beginning.
+	soakArea = 256 << 20 // the first one
+	soakFill = 400 << 20 // what is written to fill the log
 )
 
 // soak is an image under load to which one thing after the other happens.
@@ -36,7 +44,8 @@ type soak struct {
 	rng   *rand.Rand
 	url   string
 	dev   string
-	begin func() // of an outage of the store
+	lease time.Duration // with which it is attached
+	begin func()        // of an outage of the store
 	end   func()
 
 	plans [soakAreas]stampPlan // of the areas, as they were written last
@@ -45,6 +54,15 @@ type soak struct {
 
 	stopLoad func() // ends fio, which must have found all as it had written it
 	fioRuns  int
+	fills    int // of the log, by fio
+}
+
+// soakEvent is what may happen to the image.
+type soakEvent struct {
+	lease time.Duration // with which the image must be attached; 0: soakLease
+	// do is called while writers write, and returns what there is to say of it. nil:
+	// the image is detached and attached.
+	do func() string
 }
 
 // TestSoak lets everything happen to one image that can, again and again, in an
@@ -62,7 +80,7 @@ func TestSoak(t *testing.T) {
 	store, s.begin, s.end = outage(t)
 	s.url = store + "/disk"
 	s.h.create(s.url, "512M", "--object-size", "1M")
-	s.attach()
+	s.attach(soakLease)
 	// Each of them once before chance decides, so that a short run has seen all.
 	events := s.events()
 	names := make([]string, 0, len(events))
@@ -98,74 +116,129 @@ func TestSoak(t *testing.T) {
 }
 
 // events returns what may happen while writers write.
-func (s *soak) events() map[string]func() {
-	pause := func(d time.Duration) {
-		pid := s.h.pid()
-		if err := syscall.Kill(pid, syscall.SIGSTOP); err != nil {
-			s.t.Fatal(err)
-		}
-		time.Sleep(d)
-		if err := syscall.Kill(pid, syscall.SIGCONT); err != nil {
-			s.t.Fatal(err)
-		}
-	}
+func (s *soak) events() map[string]soakEvent {
 	some := func(most time.Duration) time.Duration { return time.Duration(s.rng.Int64N(int64(most))) }
-	events := map[string]func(){
-		"kill -9": s.h.crash,
-		"kill -9 while it recovers": func() {
+	quiet := func(do func()) soakEvent { return soakEvent{do: func() string { do(); return "" }} }
+	events := map[string]soakEvent{
+		"kill -9": quiet(s.h.crash),
+		"kill -9 while it recovers": quiet(func() {
 			pid := s.h.pid()
 			s.h.crash()
 			eventually(s.t, 30*time.Second, "a new daemon", func() bool { p := s.h.pid(); return p != 0 && p != pid })
 			time.Sleep(some(time.Second))
 			s.h.crash()
-		},
-		"pause within the lease": func() { pause(some(soakLease / 2)) },
-		"pause beyond the lease": func() { pause(soakLease + some(soakLease)) },
-		"outage":                 func() { s.begin(); time.Sleep(some(10 * time.Second)); s.end() },
-		"kill -9 in an outage": func() {
+		}),
+		"pause within the lease": quiet(func() { s.pause(some(soakLease / 2)) }),
+		"pause beyond the lease": quiet(func() { s.pause(soakLease + some(soakLease)) }),
+		"outage":                 quiet(func() { s.begin(); time.Sleep(some(10 * time.Second)); s.end() }),
+		"kill -9 in an outage": quiet(func() {
 			s.begin()
 			time.Sleep(some(2 * time.Second))
 			s.h.crash()
 			time.Sleep(some(2 * time.Second))
 			s.end()
-		},
-		"outage until writes wait": func() {
-			s.begin()
-			// The log is full, or the lease has run out.
-			s.h.awaitStatus(s.dev, 3*time.Minute, "writes wait", func(im api.Image) bool {
-				return im.Stats != nil && (im.Stats.Waiting > 0 || im.Stats.LeaseLeft == 0)
-			})
-			s.end()
-		},
-		"detach": nil, // see episode
+		}),
+		"outage until the lease is over": {do: s.leaseOver},
+		"outage until the log is full":   {lease: longLease, do: s.logFull},
+		"detach":                         {}, // see episode
 	}
 	if *storeKind == "rados" {
-		events["OSD paused"] = func() { askHost(s.t, "ceph pause"); time.Sleep(some(8 * time.Second)); askHost(s.t, "ceph resume") }
-		events["OSD killed"] = func() {
+		events["OSD paused"] = quiet(func() { askHost(s.t, "ceph pause"); time.Sleep(some(8 * time.Second)); askHost(s.t, "ceph resume") })
+		events["OSD killed"] = quiet(func() {
 			askHost(s.t, "ceph kill-osd")
 			time.Sleep(some(4 * time.Second))
 			askHost(s.t, "ceph start-osd")
-		}
+		})
 	}
 	return events
 }
 
+// pause stops the daemon for a while.
+func (s *soak) pause(d time.Duration) {
+	s.t.Helper()
+	pid := s.h.pid()
+	if err := syscall.Kill(pid, syscall.SIGSTOP); err != nil {
+		s.t.Fatal(err)
+	}
+	time.Sleep(d)
+	if err := syscall.Kill(pid, syscall.SIGCONT); err != nil {
+		s.t.Fatal(err)
+	}
+}
+
+// leaseOver is an outage until the lease has run out, which it does before the log
+// is full: writes are in the log then, and are not acknowledged.
+func (s *soak) leaseOver() string {
+	s.t.Helper()
+	s.begin()
+	im := s.h.awaitStatus(s.dev, 3*time.Minute, "the lease is over", func(im api.Image) bool {
+		return isActive(im) && im.Stats.LeaseLeft == 0
+	})
+	s.end()
+	return fmt.Sprintf("%d of %d MiB of the log were used", im.Stats.LogUsed>>20, im.Stats.LogSize>>20)
+}
+
+// logFull is an outage until the log is full, under a lease that is good for longer:
+// nothing more goes into the log, and writes wait for room in it. What is written
+// for that, in large blocks since small ones would take minutes, ends and is verified
+// when the store is back.
+func (s *soak) logFull() string {
+	s.t.Helper()
+	s.begin()
+	s.fills++
+	fill, err := spawn(nil, "fio", s.fill("--do_verify=1")...)
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	defer fill.kill()
+	last := uint64(0)
+	im := s.h.awaitStatus(s.dev, 5*time.Minute, "the log is full", func(im api.Image) bool {
+		if !isActive(im) {
+			return false
+		}
+		// From half of the log on writes wait now and then, and it still fills.
+		before := last
+		last = im.Stats.LogUsed
+		return im.Stats.Waiting > 0 && last == before && last > im.Stats.LogSize*7/8
+	})
+	s.end()
+	if im.Stats.LeaseLeft == 0 || !im.Stats.StoreDown {
+		s.t.Errorf("the log is full, and not because the store alone is away: %+v", im.Stats)
+	}
+	if err := fill.wait(5 * time.Minute).err(); err != nil {
+		s.t.Fatalf("%v\n%s", err, s.h.logTail())
+	}
+	return fmt.Sprintf("%.1f of %d MiB of the log used, %d writes waited, %.0f s of the lease were left",
+		float64(im.Stats.LogUsed)/(1<<20), im.Stats.LogSize>>20, im.Stats.Waiting, im.Stats.LeaseLeft)
+}
+
+// fill returns fio's arguments for writing more than the log holds.
+func (s *soak) fill(more ...string) []string {
+	return append([]string{
+		"--name=fill", "--filename=" + s.dev, "--direct=1", "--ioengine=libaio", "--allow_file_create=0",
+		"--rw=write", "--bs=1M", "--iodepth=8", fmt.Sprintf("--offset=%d", soakFill), "--size=96M",
+		"--verify=crc32c", "--verify_fatal=1", "--verify_state_save=0", fmt.Sprintf("--randseed=%d", s.fills),
+	}, more...)
+}
+
 // episode lets one thing happen to stamped writes in an area of their own, all of
 // which must be there afterwards.
-func (s *soak) episode(n int, name string, event func()) uint64 {
+func (s *soak) episode(n int, name string, event soakEvent) uint64 {
 	s.t.Helper()
 	began := time.Now()
-	if event == nil {
+	if lease := cmp.Or(event.lease, soakLease); event.do == nil || lease != s.lease {
 		s.detach()
-		s.attach()
+		s.attach(lease)
 	}
 	area := n % soakAreas
-	p := stampPlan{Seed: uint64(n + 1), Slots: soakSlots, Pause: 500, Base: 256<<20 + int64(area)<<24}
+	p := stampPlan{Seed: uint64(n + 1), Slots: soakSlots, Pause: 500, Base: soakArea + int64(area)<<24}
 	run(s.t, "blkdiscard", "-o", fmt.Sprint(p.Base), "-l", fmt.Sprint(p.size()), s.dev)
 	w := startStamps(s.t, s.dev, p)
 	w.awaitWrites(uint64(20+s.rng.IntN(200)), 2*time.Minute)
-	if event != nil {
-		event()
+	if event.do != nil {
+		if said := event.do(); said != "" {
+			s.t.Logf("%3d: %s: %s", n, name, said)
+		}
 	}
 	w.awaitWrites(4*stampWriters, 2*time.Minute)
 	s.plans[area], s.acked[area] = p, w.stop()
@@ -187,9 +260,10 @@ func (s *soak) verify(area int) {
 }
 
 // attach attaches the image, checks all of it, and puts fio to work on it.
-func (s *soak) attach() {
+func (s *soak) attach(lease time.Duration) {
 	s.t.Helper()
-	s.dev = s.h.add(s.url, "--lease", soakLease.String(), "--batch-age", "500ms", "--store-timeout", "2s")
+	s.lease = lease
+	s.dev = s.h.add(s.url, "--lease", lease.String(), "--batch-age", "500ms", "--store-timeout", "2s")
 	for area := range s.plans {
 		s.verify(area)
 	}
@@ -236,6 +310,11 @@ func (s *soak) finish() uint64 {
 		s.verify(area)
 	}
 	fio(s.t, s.dev, 5*time.Minute, mixed(s.fioRuns, "64M", "--verify_only")...)
+	if s.fills > 0 {
+		if err := execute(5*time.Minute, nil, "fio", s.fill("--verify_only")...).err(); err != nil {
+			s.t.Fatal(err)
+		}
+	}
 	if im := s.h.status(s.dev); im.Stats.ReadErrors != 0 {
 		s.t.Errorf("%d read errors", im.Stats.ReadErrors)
 	}
