@@ -155,6 +155,9 @@ func changeDirectory(ctx context.Context, s Store, change func(d directory, unkn
 		select {
 		case <-time.After(pause/2 + rand.N(pause)):
 		case <-ctx.Done():
+			if errors.Is(err, ErrTemporary) && errors.Is(ctx.Err(), context.DeadlineExceeded) {
+				return err // it says more: why there was no answer in time
+			}
 			return fmt.Errorf("change the directory of images: %w", ctx.Err())
 		}
 		pause = min(2*pause, maxDirectoryPause)

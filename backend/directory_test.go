@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strings"
 	"sync"
 	"testing"
 
@@ -142,4 +143,43 @@ func TestDirectoryStoreFails(t *testing.T) {
 	_, err = backend.Lookup(ctx, s, "a")
 	storetest.WantError(t, "Lookup in a corrupt directory", err, backend.ErrPermanent)
 	storetest.WantError(t, "Link in a corrupt directory", backend.Link(ctx, s, "a", uuid.New()), backend.ErrPermanent)
+}
+
+// A deadline is a context whose deadline has come when over is closed.
+type deadline struct {
+	context.Context
+	over chan struct{}
+}
+
+func (d deadline) Done() <-chan struct{} { return d.over }
+
+func (d deadline) Err() error {
+	select {
+	case <-d.over:
+		return context.DeadlineExceeded
+	default:
+		return nil
+	}
+}
+
+// A lateStore cannot swap, and says why when the deadline has come.
+type lateStore struct {
+	backend.Store
+	over chan struct{}
+}
+
+func (s lateStore) Swap(context.Context, string, backend.Version, []byte) (backend.Version, error) {
+	close(s.over)
+	return backend.NoVersion, &backend.Error{Op: "swap", Class: backend.ErrTemporary, Cause: errors.New("that is why")}
+}
+
+// TestDirectoryDeadline: what the store has said last is not lost in the error of the
+// context.
+func TestDirectoryDeadline(t *testing.T) {
+	over := make(chan struct{})
+	err := backend.Link(deadline{context.Background(), over}, lateStore{mem.New(), over}, "a", uuid.New())
+	storetest.WantError(t, "Link", err, backend.ErrTemporary)
+	if err == nil || !strings.Contains(err.Error(), "that is why") {
+		t.Errorf("Link: %v", err)
+	}
 }
