@@ -15,8 +15,10 @@
 //
 // An object is written to tmp, flushed, and then appears under its name: an
 // immutable one by link(2), which fails when the name is taken; a mutable one
-// by rename(2), under the lock of its key. All locks are flock(2)s, which the
-// kernel drops when the process ends, however it ends.
+// by rename(2), after a look at the version, under the lock of its key. All locks
+// are flock(2)s, which the kernel drops when the process ends, however it ends.
+// While it is stopped it keeps them: so they are held only for a moment, and
+// nobody waits for one for ever.
 //
 // A name is durable only when its directory has been flushed too. Between
 // link and that, the file has a second name, in tmp: so whoever finds an object
@@ -42,6 +44,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"syscall"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -72,7 +75,8 @@ const (
 // reads changes nothing there, so the directory may be read-only for it.
 //
 // File operations cannot be interrupted: a call whose context ends returns
-// after the step that it is in.
+// after the step that it is in. A wait for a lock ends with the context, or after
+// lockPatience, with an error that says who holds the lock.
 type Store struct {
 	root  *os.Root
 	locks [numLocks]keyLock
@@ -81,6 +85,8 @@ type Store struct {
 	tmp    string   // path of this handle's directory in tmp; see scratch
 	alive  *os.File // the lock in it; nil before the handle has written anything
 	last   atomic.Uint64
+
+	patience time.Duration // lockPatience, but in tests
 
 	mu    sync.Mutex
 	known map[string]bool // guarded by mu; directories whose own name is durable
@@ -156,7 +162,7 @@ func Open(ctx context.Context, dir string) (*Store, error) {
 	if err != nil {
 		return nil, fail("open", dir, err)
 	}
-	s := &Store{root: root, making: make(keyLock, 1), known: make(map[string]bool)}
+	s := &Store{root: root, making: make(keyLock, 1), known: make(map[string]bool), patience: lockPatience}
 	for i := range s.locks {
 		s.locks[i] = make(keyLock, 1)
 	}
@@ -205,6 +211,8 @@ func (s *Store) checkEmpty() error {
 	for _, name := range names {
 		switch name {
 		case objectsDir, locksDir, tmpDir, "lost+found":
+		case marker: // somebody has just made it
+			return s.checkMarker()
 		default:
 			return errNotStore
 		}
@@ -228,6 +236,14 @@ func fail(op, key string, err error) error {
 	return &backend.Error{Op: op, Key: key, Class: class(err), Cause: cause(err)}
 }
 
+// failed is fail for calls that wait: err may also be the error of ctx.
+func failed(ctx context.Context, op, key string, err error) error {
+	if ctx.Err() != nil && errors.Is(err, ctx.Err()) {
+		return check(ctx, op, key)
+	}
+	return fail(op, key, err)
+}
+
 // cause strips what the caller knows, and what would make the error match a
 // second class.
 func cause(err error) error {
@@ -248,6 +264,10 @@ func class(err error) error {
 	}
 	if errors.Is(err, fs.ErrExist) {
 		return backend.ErrExists
+	}
+	var b *busyError
+	if errors.As(err, &b) {
+		return backend.ErrTemporary
 	}
 	var p *permanentError
 	if errors.As(err, &p) || errors.Is(err, errNotStore) || errors.Is(err, fs.ErrClosed) {
@@ -308,14 +328,12 @@ func (s *Store) Put(ctx context.Context, key string, data []byte) error {
 		return s.putExists(key)
 	}
 	tmp, err := s.writeTmp(ctx, data)
-	if err := check(ctx, "put", key); err != nil {
-		if tmp != "" {
-			s.root.Remove(tmp)
-		}
-		return err
-	}
 	if err != nil {
-		return fail("put", key, err)
+		return failed(ctx, "put", key, err)
+	}
+	if err := check(ctx, "put", key); err != nil {
+		s.root.Remove(tmp)
+		return err
 	}
 	if err = s.makeDirs(path.Dir(name)); err == nil {
 		err = s.root.Link(tmp, name)
@@ -495,11 +513,8 @@ func (s *Store) Delete(ctx context.Context, key string) error {
 	if err == nil {
 		err = s.syncDir(path.Dir(name))
 	}
-	if ctx.Err() != nil && errors.Is(err, ctx.Err()) {
-		return check(ctx, "delete", key)
-	}
 	if err != nil {
-		return fail("delete", key, err)
+		return failed(ctx, "delete", key, err)
 	}
 	return nil
 }

@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"math/rand/v2"
 	"os"
 	"os/exec"
@@ -24,7 +25,11 @@ import (
 
 func TestMain(m *testing.M) {
 	if dir := os.Getenv("LSD_TEST_FILE_CHILD"); dir != "" {
-		child(dir, os.Getenv("LSD_TEST_FILE_CHILD_NAME"))
+		name := os.Getenv("LSD_TEST_FILE_CHILD_NAME")
+		if name == "stopped" {
+			stoppedChild(dir)
+		}
+		child(dir, name)
 	}
 	os.Exit(m.Run())
 }
@@ -266,11 +271,13 @@ func TestPutWaits(t *testing.T) {
 	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX); err != nil {
 		t.Fatal(err)
 	}
-	ctx, stop := context.WithTimeout(context.Background(), 50*time.Millisecond)
-	defer stop()
-	_, swapErr := s.Swap(ctx, "m", backend.NoVersion, nil)
-	for what, err := range map[string]error{"Swap": swapErr, "Put": s.Put(ctx, "a", nil)} {
-		if !errors.Is(err, context.DeadlineExceeded) || errors.Is(err, backend.ErrPermanent) {
+	for what, write := range map[string]func(context.Context) error{
+		"Swap": func(ctx context.Context) error { _, err := s.Swap(ctx, "m", backend.NoVersion, nil); return err },
+		"Put":  func(ctx context.Context) error { return s.Put(ctx, "a", nil) },
+	} {
+		err := untilDeadline(write)
+		storetest.WantError(t, what, err, backend.ErrTemporary)
+		if err == nil || !strings.Contains(err.Error(), "for locks/tmp, which this process holds") {
 			t.Errorf("%s: %v", what, err)
 		}
 	}
@@ -383,6 +390,168 @@ func TestKill(t *testing.T) {
 		wantEmptyTmp(t, dir)
 	}
 	t.Logf("%d increments", count)
+}
+
+// stoppedChild replaces the mutable object m, stopped in the middle of it, and goes
+// on when it may and has been told to.
+func stoppedChild(dir string) {
+	ctx := context.Background()
+	s, err := file.Open(ctx, dir)
+	if err == nil {
+		var v backend.Version
+		if _, v, err = s.Load(ctx, "m"); err == nil {
+			file.OnCompared(func() {
+				unix.Kill(os.Getpid(), unix.SIGSTOP)
+				os.Stdin.Read(make([]byte, 1)) // not every thread stops at once
+			})
+			_, err = s.Swap(ctx, "m", v, []byte("the child's"))
+		}
+	}
+	fmt.Println("swapped:", err)
+	os.Exit(0)
+}
+
+// A stopped child is one that has stopped between the look and the rename of a Swap.
+type stopped struct {
+	*exec.Cmd
+	in  io.Writer
+	out *bufio.Scanner
+}
+
+func startStopped(t *testing.T, dir string) stopped {
+	t.Helper()
+	cmd := exec.Command(os.Args[0])
+	cmd.Env = append(os.Environ(), "LSD_TEST_FILE_CHILD="+dir, "LSD_TEST_FILE_CHILD_NAME=stopped")
+	cmd.Stderr = os.Stderr
+	in, err := cmd.StdinPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		cmd.Process.Kill()
+		cmd.Wait()
+	})
+	for {
+		var status unix.WaitStatus
+		_, err := unix.Wait4(cmd.Process.Pid, &status, unix.WUNTRACED, nil)
+		if err == unix.EINTR {
+			continue
+		}
+		if err != nil || !status.Stopped() {
+			t.Fatalf("the child did not stop: %v, status %#x", err, status)
+		}
+		return stopped{cmd, in, bufio.NewScanner(out)}
+	}
+}
+
+// untilDeadline calls fn, which waits for what does not come, with a deadline. One
+// that is over before fn waits at all, on a machine with other work, tests nothing.
+func untilDeadline(fn func(context.Context) error) error {
+	for d := 20 * time.Millisecond; ; d *= 2 {
+		ctx, cancel := context.WithTimeout(context.Background(), d)
+		err := fn(ctx)
+		cancel()
+		if !errors.Is(err, context.DeadlineExceeded) {
+			return err
+		}
+	}
+}
+
+// wantBusy fails the test unless err names the process that holds a lock.
+func (c stopped) wantBusy(t *testing.T, what string, err error) {
+	t.Helper()
+	storetest.WantError(t, what, err, backend.ErrTemporary)
+	if want := fmt.Sprintf("which process %d (%.15s) holds: it is stopped: end it", c.Process.Pid, filepath.Base(os.Args[0])); err == nil || !strings.Contains(err.Error(), want) {
+		t.Errorf("%s: %v; want %q", what, err, want)
+	}
+}
+
+// TestStoppedHolder: while a process is stopped in the middle of a Swap, others
+// that want the lock do not wait for ever, and are told whom they wait for. Nothing
+// has changed under it when it goes on.
+func TestStoppedHolder(t *testing.T) {
+	ctx := context.Background()
+	dir := t.TempDir()
+	s := create(t, dir)
+	defer s.Close()
+	v, err := s.Swap(ctx, "m", backend.NoVersion, []byte("ours"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	child := startStopped(t, dir)
+
+	child.wantBusy(t, "Swap", untilDeadline(func(ctx context.Context) error {
+		_, err := s.Swap(ctx, "m", v, []byte("late"))
+		return err
+	}))
+	child.wantBusy(t, "Delete", untilDeadline(func(ctx context.Context) error { return s.Delete(ctx, "m") }))
+	s.SetPatience(50 * time.Millisecond)
+	_, err = s.Swap(ctx, "m", v, []byte("late"))
+	child.wantBusy(t, "Swap without a deadline", err)
+	cancelled, cancel := context.WithCancel(ctx)
+	time.AfterFunc(time.Millisecond, cancel)
+	s.SetPatience(time.Minute)
+	_, err = s.Swap(cancelled, "m", v, []byte("late"))
+	storetest.WantError(t, "Swap that is cancelled", err, context.Canceled)
+
+	// What needs no lock goes on.
+	_, err = s.Swap(ctx, "m", "another", []byte("late"))
+	storetest.WantError(t, "Swap of another version", err, backend.ErrConflict)
+	if data, now, err := s.Load(ctx, "m"); err != nil || now != v || string(data) != "ours" {
+		t.Errorf("Load = %q, %q, %v", data, now, err)
+	}
+	if err := s.Put(ctx, "o", nil); err != nil {
+		t.Error(err)
+	}
+	create(t, dir).Close()
+
+	if err := unix.Kill(child.Process.Pid, unix.SIGCONT); err != nil {
+		t.Fatal(err)
+	}
+	io.WriteString(child.in, "x")
+	if !child.out.Scan() || child.out.Text() != "swapped: <nil>" {
+		t.Errorf("the child, going on: %q, %v", child.out.Text(), child.out.Err())
+	}
+	_, err = s.Swap(ctx, "m", v, []byte("late"))
+	storetest.WantError(t, "Swap after the child's", err, backend.ErrConflict)
+	if data, now, err := s.Load(ctx, "m"); err != nil || now == v || string(data) != "the child's" {
+		t.Errorf("Load = %q, %q, %v", data, now, err)
+	}
+}
+
+// TestKilledHolder: the lock of a process that is stopped goes with the process.
+func TestKilledHolder(t *testing.T) {
+	ctx := context.Background()
+	dir := t.TempDir()
+	s := create(t, dir)
+	defer s.Close()
+	v, err := s.Swap(ctx, "m", backend.NoVersion, []byte("ours"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	child := startStopped(t, dir)
+	swapped := make(chan error)
+	s.SetPatience(time.Minute)
+	go func() {
+		_, err := s.Swap(ctx, "m", v, []byte("next"))
+		swapped <- err
+	}()
+	if err := child.Process.Kill(); err != nil {
+		t.Fatal(err)
+	}
+	if err := <-swapped; err != nil {
+		t.Error(err)
+	}
+	if data, _, err := s.Load(ctx, "m"); err != nil || string(data) != "next" {
+		t.Errorf("Load = %q, %v", data, err)
+	}
 }
 
 // runChild runs a child, kills it, and returns how many puts, and which count,

@@ -8,12 +8,21 @@ import (
 	"io/fs"
 	"os"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
 	"github.com/lsd-ceph/lsd/backend"
 	"github.com/lsd-ceph/lsd/backend/storetest"
 )
+
+// What the tests of the other package need of this one.
+
+// SetPatience makes d of lockPatience.
+func (s *Store) SetPatience(d time.Duration) { s.patience = d }
+
+// OnCompared has fn called between the look of each Swap and its rename.
+func OnCompared(fn func()) { testHookCompared = fn }
 
 func TestClass(t *testing.T) {
 	for errno, want := range map[unix.Errno]error{
@@ -39,6 +48,40 @@ func TestClass(t *testing.T) {
 	for _, err := range []error{errCorrupt, errNotStore, os.ErrClosed, errors.New("path escapes from parent")} {
 		if !errors.Is(fail("get", "a", err), backend.ErrPermanent) {
 			t.Errorf("%v became %v", err, fail("get", "a", err))
+		}
+	}
+}
+
+func TestBusyError(t *testing.T) {
+	for _, tt := range []struct {
+		holder process
+		want   string
+	}{
+		{process{}, "waited 1.5s for locks/0a, which another process holds: find and end it"},
+		{process{id: os.Getpid(), name: "x"}, "waited 1.5s for locks/0a, which this process holds: its file system hangs or is slow"},
+		{process{id: 1, name: "init"}, "waited 1.5s for locks/0a, which process 1 (init) holds: if it hangs, end it"},
+		{process{id: 1, name: "init", stopped: true}, "waited 1.5s for locks/0a, which process 1 (init) holds: it is stopped: end it, or let it go on with kill -CONT 1"},
+	} {
+		err := fail("swap", "a", &busyError{"locks/0a", 1500 * time.Millisecond, tt.holder})
+		if want := "swap a: store unavailable: " + tt.want; err.Error() != want || !errors.Is(err, backend.ErrTemporary) {
+			t.Errorf("got %q; want %q", err, want)
+		}
+	}
+}
+
+func TestParseLock(t *testing.T) {
+	for line, want := range map[string][2]uint64{
+		"1: FLOCK  ADVISORY  WRITE 708 fe:00:262143 0 EOF\n":    {708, 262143},
+		"1: -> FLOCK  ADVISORY  WRITE 708 fe:00:262143 0 EOF\n": {}, // it waits
+		"2: POSIX  ADVISORY  WRITE 708 fe:00:262143 0 EOF\n":    {},
+		"3: FLOCK  ADVISORY  WRITE x fe:00:262143 0 EOF\n":      {},
+		"3: FLOCK  ADVISORY  WRITE 708 <none>:0 0 EOF\n":        {708, 0},
+		"3: FLOCK  ADVISORY  WRITE 708 fe:00:y 0 EOF\n":         {},
+		"3: FLOCK\n": {},
+		"\n":         {},
+	} {
+		if pid, inode := parseLock(line); uint64(pid) != want[0] || inode != want[1] {
+			t.Errorf("parseLock(%q) = %d, %d; want %d", line, pid, inode, want)
 		}
 	}
 }

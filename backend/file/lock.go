@@ -18,23 +18,29 @@ import (
 // the same key.
 const numLocks = 64
 
+// lockPatience is how long a call waits for a lock, if its context lets it. Locks
+// are held for a look at a file and a rename, or for cleaning up in tmp. Who holds
+// one for longer is stopped, or its file system hangs.
+const lockPatience = 10 * time.Second
+
 // A keyLock is held by who has put a value into it. It orders the goroutines
 // of one handle, so that only one of them polls for the lock file.
 type keyLock chan struct{}
 
 // lock locks the mutable object key against all other handles of all
 // processes, until the function that it returns is called. The error is that
-// of ctx, unless a file operation failed.
+// of ctx, a *busyError, or that of a file operation.
 func (s *Store) lock(ctx context.Context, key string) (unlock func(), err error) {
 	h := fnv.New32a()
 	io.WriteString(h, key)
 	i := h.Sum32() % numLocks
-	select {
-	case s.locks[i] <- struct{}{}:
-	case <-ctx.Done():
-		return nil, ctx.Err()
+	name := fmt.Sprintf("%s/%02x", locksDir, i)
+	w, stop := s.wait(ctx, name)
+	defer stop()
+	if err := w.enter(s.locks[i]); err != nil {
+		return nil, err
 	}
-	f, err := s.flock(ctx, fmt.Sprintf("%s/%02x", locksDir, i))
+	f, err := w.flock()
 	if err != nil {
 		<-s.locks[i]
 		return nil, err
@@ -43,10 +49,46 @@ func (s *Store) lock(ctx context.Context, key string) (unlock func(), err error)
 }
 
 // flock opens the file, which it makes if need be, and locks it. Closing it
-// unlocks it. It polls, because flock(2) cannot be interrupted: the lock is
-// held for a few flushes of the disk, and rarely asked for by two.
+// unlocks it. Errors are as those of lock.
 func (s *Store) flock(ctx context.Context, name string) (*os.File, error) {
-	f, err := s.root.OpenFile(name, os.O_RDWR|os.O_CREATE|unix.O_NOFOLLOW, fileMode)
+	w, stop := s.wait(ctx, name)
+	defer stop()
+	return w.flock()
+}
+
+// A lockWait is the wait for one lock.
+type lockWait struct {
+	s     *Store
+	name  string
+	ctx   context.Context // the caller's
+	over  context.Context // the same, or patience has ended
+	began time.Time
+}
+
+func (s *Store) wait(ctx context.Context, name string) (w *lockWait, stop func()) {
+	over, stop := context.WithTimeout(ctx, s.patience)
+	return &lockWait{s, name, ctx, over, time.Now()}, stop
+}
+
+// enter takes l. Like flock it fails only when it has found somebody there.
+func (w *lockWait) enter(l keyLock) error {
+	select {
+	case l <- struct{}{}:
+		return nil
+	default:
+	}
+	select {
+	case l <- struct{}{}:
+		return nil
+	case <-w.over.Done():
+		return w.failed()
+	}
+}
+
+// flock polls, because flock(2) cannot be interrupted: the lock is held for a
+// moment, and rarely asked for by two.
+func (w *lockWait) flock() (*os.File, error) {
+	f, err := w.s.root.OpenFile(w.name, os.O_RDWR|os.O_CREATE|unix.O_NOFOLLOW, fileMode)
 	if err != nil {
 		return nil, notAbsent(err)
 	}
@@ -59,13 +101,25 @@ func (s *Store) flock(ctx context.Context, name string) (*os.File, error) {
 			select {
 			case <-time.After(pause/2 + rand.N(pause)):
 				continue
-			case <-ctx.Done():
-				err = ctx.Err()
+			case <-w.over.Done():
+				err = w.failed()
 			}
 		}
 		f.Close()
 		return nil, err
 	}
+}
+
+// failed returns the error for a lock that others have held for too long.
+func (w *lockWait) failed() error {
+	if errors.Is(w.ctx.Err(), context.Canceled) {
+		return w.ctx.Err() // nobody wants to know
+	}
+	e := &busyError{lock: w.name, waited: time.Since(w.began)}
+	if info, err := w.s.root.Stat(w.name); err == nil {
+		e.holder = holderOf(info)
+	}
+	return e
 }
 
 // tryFlock locks f if nobody else has locked it, and says whether it did.

@@ -90,56 +90,84 @@ func (s *Store) load(name string) ([]byte, backend.Version, error) {
 	return decodeMutable(b)
 }
 
+// testHookCompared, if it is not nil, is called under the lock, between the look
+// at the version and the rename.
+var testHookCompared func()
+
 // Swap implements backend.Store.
+//
+// What takes time is done without the lock: a process that is stopped while it
+// holds one keeps all others from that object until it goes on or ends.
 func (s *Store) Swap(ctx context.Context, key string, old backend.Version, data []byte) (backend.Version, error) {
 	if err := begin(ctx, "swap", key, backend.CheckSwap(key, len(data))); err != nil {
 		return backend.NoVersion, err
 	}
 	name := mutablePath(key)
-	unlock, err := s.lock(ctx, key)
-	if err != nil {
-		if err := check(ctx, "swap", key); err != nil {
-			return backend.NoVersion, err
-		}
-		return backend.NoVersion, fail("swap", key, err)
-	}
-	defer unlock()
-	_, current, err := s.load(name)
-	if err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return backend.NoVersion, fail("swap", key, err)
-	}
-	if current != old {
-		return backend.NoVersion, &backend.Error{Op: "swap", Key: key, Class: backend.ErrConflict}
-	}
-	if err := check(ctx, "swap", key); err != nil {
-		return backend.NoVersion, err
+	// The first look spares writing what cannot be kept; that of exchange decides.
+	if err := s.compare(name, old); err != nil {
+		return backend.NoVersion, swapFailed(ctx, key, err)
 	}
 	// 128 random bits: no version is ever used again, though nothing remembers
 	// those of objects that were deleted.
 	version := randomID()
-	if err := s.replace(ctx, name, encodeMutable(version, data), data); err != nil {
-		if ctx.Err() != nil && errors.Is(err, ctx.Err()) {
-			return backend.NoVersion, check(ctx, "swap", key)
-		}
-		return backend.NoVersion, fail("swap", key, notAbsent(err))
+	tmp, err := s.writeTmp(ctx, encodeMutable(version, data), data)
+	if err != nil {
+		return backend.NoVersion, swapFailed(ctx, key, err)
+	}
+	if err = s.makeDirs(path.Dir(name)); err == nil {
+		err = s.exchange(ctx, key, old, tmp)
+	}
+	if err != nil {
+		s.root.Remove(tmp)
+		return backend.NoVersion, swapFailed(ctx, key, err)
+	}
+	// Whoever has read it since then flushes the directory as well.
+	if err := s.syncDir(path.Dir(name)); err != nil {
+		return backend.NoVersion, swapFailed(ctx, key, err)
 	}
 	return backend.Version(version), nil
 }
 
-// replace makes header and data the contents of the file, durably and in one
-// step.
-func (s *Store) replace(ctx context.Context, name string, header, data []byte) error {
-	tmp, err := s.writeTmp(ctx, header, data)
+// swapFailed returns the error of a Swap of key that failed with err.
+func swapFailed(ctx context.Context, key string, err error) error {
+	if errors.Is(err, backend.ErrConflict) {
+		return &backend.Error{Op: "swap", Key: key, Class: backend.ErrConflict}
+	}
+	return failed(ctx, "swap", key, notAbsent(err))
+}
+
+// compare returns ErrConflict unless the file of a mutable object has the version
+// old, or is absent and that is NoVersion.
+func (s *Store) compare(name string, old backend.Version) error {
+	_, current, err := s.load(name)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	if current != old {
+		return backend.ErrConflict
+	}
+	return nil
+}
+
+// exchange makes the file tmp that of the mutable object if its version is old.
+// Nobody else can change the object between the two, however long that takes: a
+// process that is stopped there still holds the lock, and one that has ended does
+// not come to the rename.
+func (s *Store) exchange(ctx context.Context, key string, old backend.Version, tmp string) error {
+	unlock, err := s.lock(ctx, key)
 	if err != nil {
 		return err
 	}
-	if err := s.makeDirs(path.Dir(name)); err != nil {
-		s.root.Remove(tmp)
+	defer unlock()
+	name := mutablePath(key)
+	if err := s.compare(name, old); err != nil {
 		return err
 	}
-	if err := s.root.Rename(tmp, name); err != nil {
-		s.root.Remove(tmp)
+	if testHookCompared != nil {
+		testHookCompared()
+	}
+	if err := ctx.Err(); err != nil {
 		return err
 	}
-	return s.syncDir(path.Dir(name))
+	return s.root.Rename(tmp, name)
 }
