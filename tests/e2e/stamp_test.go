@@ -197,6 +197,8 @@ func runTool(tool string) int {
 			err = p.check(*dev, *report)
 		case "read":
 			err = p.readOne(*dev, *writer, *write)
+		case "hold":
+			err = holdLocks(*dev)
 		default:
 			err = fmt.Errorf("no tool %q", tool)
 		}

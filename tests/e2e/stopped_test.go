@@ -3,8 +3,10 @@
 package e2e
 
 import (
+	"fmt"
 	"os"
 	"path/filepath"
+	"regexp"
 	"strconv"
 	"strings"
 	"syscall"
@@ -36,10 +38,9 @@ func (h *host) freeze() (thaw func()) {
 	return thaw
 }
 
-// freezeOutside is freeze at a moment when the daemon is not changing an object of
-// the store in a directory: it would keep the lock of that, and everybody waits for
-// such a lock until its process goes on or ends. Hosts that share a directory store
-// are processes of one host, where that can be arranged.
+// freezeOutside is freeze at a moment when the daemon is not just replacing an object
+// of the store in a directory: it would keep the lock of that, and others would be
+// refused, see TestStoppedLock. That is a moment which is rarely met.
 func (h *host) freezeOutside(store string) (thaw func()) {
 	h.t.Helper()
 	dir, isFile := strings.CutPrefix(store, "file://")
@@ -174,4 +175,70 @@ func TestStoppedOwner(t *testing.T) {
 	first.del(dev)
 	first.del(other)
 	second.del(found)
+}
+
+// holdLocks is the main function of a process that takes all locks of the mutable
+// objects of a store in a directory and is stopped then.
+func holdLocks(dir string) error {
+	for i := range 64 {
+		f, err := os.OpenFile(filepath.Join(dir, "locks", fmt.Sprintf("%02x", i)), os.O_RDWR|os.O_CREATE, 0o600)
+		if err != nil {
+			return err
+		}
+		defer f.Close()
+		if err := syscall.Flock(int(f.Fd()), syscall.LOCK_EX); err != nil {
+			return err
+		}
+	}
+	if err := syscall.Kill(os.Getpid(), syscall.SIGSTOP); err != nil {
+		return err
+	}
+	time.Sleep(time.Hour) // not every thread stops at once
+	return nil
+}
+
+// TestStoppedLock: a process is stopped while it has the superblock of an image
+// locked in a store in a directory. The owner cannot renew its lease, and says whom it
+// waits for; another host is refused with one line that says so; when that process
+// is ended all goes on.
+func TestStoppedLock(t *testing.T) {
+	if *storeKind != "file" {
+		t.Skip("only the store in a directory has locks")
+	}
+	first, second := newHost(t, "first"), newHost(t, "second")
+	store := storeURL(t)
+	url := store + "/disk"
+	first.create(url, "1G")
+	dev := first.add(url, "--lease", "3s", "--store-timeout", "2s")
+	plan := stampPlan{Seed: 43, Slots: 16, Pause: 500}
+	s := startStamps(t, dev, plan)
+	s.awaitWrites(50, time.Minute)
+
+	holder := plan.tool(t, "hold", "-dev", strings.TrimPrefix(store, "file://"))
+	t.Cleanup(holder.kill)
+	eventually(t, time.Minute, "a process that is stopped", func() bool {
+		if !holder.running() {
+			t.Fatal(holder.wait(0).err())
+		}
+		b, _ := os.ReadFile(fmt.Sprintf("/proc/%d/stat", holder.cmd.Process.Pid))
+		return strings.Contains(string(b), ") T ")
+	})
+	who := fmt.Sprintf(`which process %d \(.*\) holds: it is stopped: end it`, holder.cmd.Process.Pid)
+	first.awaitStatus(dev, time.Minute, "the lease is over, and it says why", func(im api.Image) bool {
+		return isActive(im) && im.Stats.LeaseLeft == 0 && regexp.MustCompile(who).MatchString(im.Stats.LastStoreError)
+	})
+	second.refused(second.addArgs(url, "--lease", "3s", "--force"), who)
+
+	holder.kill()
+	s.awaitWrites(100, 2*time.Minute)
+	acked := s.stop()
+	if got := stamps(t, dev, plan); got != acked {
+		t.Errorf("the disk holds %v, acknowledged were %v", got, acked)
+	}
+	first.del(dev)
+	dev = second.add(url)
+	if got := stamps(t, dev, plan); got != acked {
+		t.Errorf("on the other host: %v, acknowledged were %v", got, acked)
+	}
+	second.del(dev)
 }
