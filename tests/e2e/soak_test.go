@@ -29,6 +29,9 @@ const (
 	// longLease outlasts an outage until the log is full, which takes a minute or two
 	// in a VM that is emulated.
 	longLease = 10 * time.Minute
+	// fullLog is what may be free of a log that is full: the largest write does not fit,
+	// neither into what is left of a segment nor into what is left of the log.
+	fullLog   = 3 << 20
 	soakAreas = 8
 	soakSlots = 32
 
@@ -191,15 +194,17 @@ func (s *soak) logFull() string {
 		s.t.Fatal(err)
 	}
 	defer fill.kill()
-	last := uint64(0)
+	used, since := uint64(0), time.Now()
 	im := s.h.awaitStatus(s.dev, 5*time.Minute, "the log is full", func(im api.Image) bool {
 		if !isActive(im) {
 			return false
 		}
-		// From half of the log on writes wait now and then, and it still fills.
-		before := last
-		last = im.Stats.LogUsed
-		return im.Stats.Waiting > 0 && last == before && last > im.Stats.LogSize*7/8
+		// From half of the log on writes wait now and then, and go on at 1 MiB/s at least
+		// as long as there is room.
+		if im.Stats.LogUsed != used {
+			used, since = im.Stats.LogUsed, time.Now()
+		}
+		return im.Stats.Waiting > 0 && time.Since(since) > 5*time.Second && used > im.Stats.LogSize-fullLog
 	})
 	s.end()
 	if im.Stats.LeaseLeft == 0 || !im.Stats.StoreDown {
