@@ -1,137 +1,263 @@
 package extmap
 
-import "slices"
-
-// An array holds a location for each unit of 1<<shift sectors of a page, 0 where
-// none is mapped: in narrow if the units are blocks and all locations fit, else in
-// wide. If both are nil, there is no array.
+// An array holds a location for each unit of a page, a block of unitSectors sectors, 0
+// where nothing of it is mapped: in narrow, or in wide if locations are too large for
+// that. If both are nil, there is no array. Of a unit that is mapped, but not as one
+// piece, it holds where odd has the unit's pieces: a ref.
 type array struct {
 	narrow *[pageUnits]packed
-	wide   []uint64
-	shift  uint8
+	wide   *[pageUnits]uint64
+	odd    *odd // nil if there are no such units
+	coding coding
 	shared bool   // the page's, see page.shared; it is here since it takes no room here
-	used   uint16 // units that are mapped
+	used   uint16 // units of which something is mapped
 }
 
-// packed is a location in 6 bytes: packedBits of it from bit unitShift on, and Fixed
-// above them. All its other bits must be zero, as they are while data is written in
-// whole blocks, so that it lies in whole blocks too, below sector 1<<50.
+// A coding is how an array holds locations: as packed numbers of sectors or of blocks,
+// then it is the shift by which these lose bits, or as they are.
+type coding uint8
+
+const (
+	inSectors coding = 0
+	inBlocks  coding = unitShift // there are no odd units then
+	asIs      coding = 255
+)
+
+// packed is a number of packedBits bits, and Fixed above them. In sectors, that is all
+// locations below 1<<47; in blocks it is those below 1<<50 that begin a block, as they
+// do while data is written in whole blocks.
 //
 // It is made of words, not of bytes or an integer, so that an array of them has no
 // padding and the compiler loads one in two parts.
 type packed [3]uint16
 
-const (
-	packedBits = 47
-	packedMask = (1<<packedBits - 1) << unitShift
-)
+const packedBits = 47
 
-// fits reports whether loc can be packed.
-func fits(loc uint64) bool { return loc&^(packedMask|Fixed) == 0 }
+func packWord(v uint64) packed { return packed{uint16(v), uint16(v >> 16), uint16(v >> 32)} }
 
-// runFits reports whether the locations of all blocks of an extent of n sectors at
-// loc can be packed.
-func runFits(loc, n uint64) bool { return fits(loc) && fits(advance(loc, n-1<<unitShift)) }
-
-func pack(loc uint64) packed {
-	v := loc>>unitShift | loc>>63<<packedBits // what is above them is cut off
-	return packed{uint16(v), uint16(v >> 16), uint16(v >> 32)}
+func (p *packed) word() uint64 {
+	return uint64(p[0]) | uint64(p[1])<<16 | uint64(p[2])<<32
 }
 
-func (p *packed) loc() uint64 {
-	v := uint64(p[0]) | uint64(p[1])<<16 | uint64(p[2])<<32
-	return v<<unitShift&packedMask | v>>packedBits<<63
+// pack packs loc, which the coding fits.
+func (c coding) pack(loc uint64) packed {
+	return packWord(loc>>(c&63) | loc>>63<<packedBits) // what is above them is cut off
 }
 
-// makeArray returns an array over units of 1<<shift sectors.
-func makeArray(shift uint8, narrow bool) array {
-	if narrow {
-		return array{narrow: new([pageUnits]packed), shift: shift}
+// loc returns the location that the coding has packed.
+func (c coding) loc(p *packed) uint64 {
+	v := p.word()
+	return v&(1<<packedBits-1)<<(c&63) | v>>packedBits<<63
+}
+
+// A demand is what the contents of a page, or of a part of it, demand of a coding.
+type demand struct {
+	begins uint64 // all bits that are set where a block begins
+	all    uint64 // all bits that are set anywhere
+	odd    bool   // there are odd units
+}
+
+// add adds n sectors at loc.
+func (d *demand) add(loc, n uint64) {
+	d.begins |= loc | advance(loc, (n-1)&^(unitSectors-1))
+	d.all |= loc | advance(loc, n-1)
+}
+
+// met reports whether a coding does for what has been added.
+func (d *demand) met(c coding) bool {
+	switch c {
+	case inSectors:
+		return d.all&^(1<<packedBits-1|Fixed) == 0
+	case inBlocks:
+		return d.begins&^((1<<packedBits-1)<<unitShift|Fixed) == 0 && !d.odd
 	}
-	return array{wide: make([]uint64, PageSectors>>shift), shift: shift}
+	return true
+}
+
+// coding returns the coding to choose. Sectors come first: blocks would have to go
+// when there is an odd unit.
+func (d *demand) coding() coding {
+	switch {
+	case d.met(inSectors):
+		return inSectors
+	case d.met(inBlocks):
+		return inBlocks
+	}
+	return asIs
+}
+
+// makeArray returns an array with nothing mapped.
+func makeArray(c coding) array {
+	if c == asIs {
+		return array{wide: new([pageUnits]uint64), coding: c}
+	}
+	return array{narrow: new([pageUnits]packed), coding: c}
+}
+
+// arrayBytes returns the memory that an array takes, besides itself.
+func arrayBytes(c coding, odds int) int {
+	if c == asIs {
+		return pageUnits*wideBytes + odds
+	}
+	return pageUnits*packedBytes + odds
 }
 
 // bytes returns the memory that the array takes, besides itself.
 func (a *array) bytes() int {
-	if a.narrow != nil {
-		return pageUnits * packedBytes
+	if a.narrow == nil && a.wide == nil {
+		return 0
 	}
-	return cap(a.wide) * wideBytes
+	return arrayBytes(a.coding, a.odd.bytes())
 }
 
 // clone returns a copy of the array, which is not shared.
 func (a *array) clone() array {
 	c := *a
+	c.shared = false
 	if a.narrow != nil {
 		n := *a.narrow
 		c.narrow = &n
 	}
-	c.wide, c.shared = slices.Clone(a.wide), false
+	if a.wide != nil {
+		w := *a.wide
+		c.wide = &w
+	}
+	if a.odd != nil {
+		c.odd = a.odd.clone()
+	}
 	return c
 }
 
-// units returns the number of units.
-func (a *array) units() int { return PageSectors >> a.shift }
-
-// at returns the location of unit u.
+// at returns the location of unit u, which is not odd.
 func (a *array) at(u int) uint64 {
 	if a.narrow != nil {
-		return a.narrow[u].loc()
+		return a.coding.loc(&a.narrow[u])
 	}
 	return a.wide[u]
 }
 
-// set makes loc, which fits if the array is narrow, the location of unit u.
+// set makes loc, which the coding fits, the location of all of unit u.
 func (a *array) set(u int, loc uint64) {
-	switch was := a.at(u); {
-	case was == 0 && loc != 0:
-		a.used++
-	case was != 0 && loc == 0:
-		a.used--
+	if a.isOdd(u) {
+		a.dropOdd(u)
 	}
 	if a.narrow != nil {
-		a.narrow[u] = pack(loc)
-	} else {
-		a.wide[u] = loc
+		p := a.coding.pack(loc)
+		a.count(a.narrow[u] != packed{}, loc != 0)
+		a.narrow[u] = p
+		return
+	}
+	a.count(a.wide[u] != 0, loc != 0)
+	a.wide[u] = loc
+}
+
+// count keeps used right when a unit that was mapped, or not, becomes so, or not.
+func (a *array) count(was, is bool) {
+	switch {
+	case !was && is:
+		a.used++
+	case was && !is:
+		a.used--
 	}
 }
 
-// convert makes the array, which is over blocks, narrow or wide.
-func (a *array) convert(narrow bool) {
-	b := makeArray(unitShift, narrow)
-	for u := range a.units() {
-		b.set(u, a.at(u))
+// replace maps [from, to) to loc, or unmaps it if loc is 0.
+func (a *array) replace(from, to int, loc uint64) {
+	a.recode(from, to, loc)
+	for from < to {
+		u, i := from>>unitShift, from&(unitSectors-1)
+		n := min(unitSectors-i, to-from)
+		if n == unitSectors {
+			a.set(u, loc)
+		} else {
+			a.setPart(u, i, n, loc)
+		}
+		if loc != 0 {
+			loc = advance(loc, uint64(n))
+		}
+		from += n
+	}
+}
+
+// recode changes the coding to one that fits when [from, to) has come to loc, if that
+// of now does not.
+func (a *array) recode(from, to int, loc uint64) {
+	d := demand{odd: (from|to)&(unitSectors-1) != 0}
+	if loc != 0 {
+		d.add(loc, uint64(to-from))
+	}
+	if d.met(a.coding) {
+		return
+	}
+	for u := range pageUnits {
+		a.addUnit(&d, u)
+	}
+	a.convert(d.coding())
+}
+
+// addUnit adds what unit u demands to d.
+func (a *array) addUnit(d *demand, u int) {
+	if !a.isOdd(u) {
+		if loc := a.at(u); loc != 0 {
+			d.add(loc, unitSectors)
+		}
+		return
+	}
+	d.odd = true
+	s := a.sectors(u)
+	for _, loc := range s {
+		d.all |= loc
+	}
+}
+
+// best returns the coding that the array's contents would have by themselves, if it
+// is smaller, or the array's. It looks no further than it takes to see that there is
+// none.
+func (a *array) best() coding {
+	if a.coding != asIs {
+		return a.coding
+	}
+	var d demand
+	for u := 0; u < pageUnits && d.coding() != asIs; u++ {
+		a.addUnit(&d, u)
+	}
+	return d.coding()
+}
+
+// convert changes the coding to c, which fits.
+func (a *array) convert(c coding) {
+	b := makeArray(c)
+	b.odd, b.used = a.odd.convert(c), a.used
+	for u := range pageUnits {
+		if a.isOdd(u) {
+			b.setRef(u, a.ref(u))
+		} else if b.narrow != nil {
+			b.narrow[u] = c.pack(a.at(u))
+		} else {
+			b.wide[u] = a.at(u)
+		}
 	}
 	*a = b
 }
 
-// fit reports whether all locations of the array, which is over blocks, can be
-// packed.
-func (a *array) fit() bool {
-	for u := range a.units() {
-		if !fits(a.at(u)) {
-			return false
-		}
-	}
-	return true
-}
-
 // next returns the first extent that meets [at, end), cut to it.
 func (a *array) next(at, end int) (Extent, bool) {
-	u, stop := at>>a.shift, (end-1)>>a.shift+1
+	if a.odd != nil {
+		return a.nextPieces(at, end)
+	}
+	u, stop := at>>unitShift, (end-1)>>unitShift+1
 	for u < stop && a.at(u) == 0 {
 		u++
 	}
 	if u >= stop {
 		return Extent{}, false
 	}
-	unit := uint64(1) << a.shift
-	e := Extent{Sector: uint64(u) * unit, Loc: a.at(u)}
-	want := advance(e.Loc, unit)
+	e := Extent{Sector: uint64(u) * unitSectors, Loc: a.at(u)}
+	want := advance(e.Loc, unitSectors)
 	for u++; u < stop && a.at(u) == want; u++ {
-		want = advance(want, unit)
+		want = advance(want, unitSectors)
 	}
-	e.N = uint32(uint64(u)*unit - e.Sector)
+	e.N = uint32(uint64(u)*unitSectors - e.Sector)
 	if int(e.Sector) < at {
 		e = e.from(uint64(at))
 	}
@@ -139,35 +265,63 @@ func (a *array) next(at, end int) (Extent, bool) {
 	return e, true
 }
 
-// count returns the number of extents, or most if there are more.
-func (a *array) count(most int) int {
-	n := 0
-	for at := 0; n < most; n++ {
-		e, ok := a.next(at, PageSectors)
-		if !ok {
-			break
+// extents returns the number of extents, or most if there are more.
+func (a *array) extents(most int) int {
+	if a.odd != nil {
+		return a.countPieces(most)
+	}
+	n, want := 0, uint64(0)
+	for u := 0; u < pageUnits && n < most; u++ {
+		loc := a.at(u)
+		if loc == 0 {
+			want = 0
+			continue
 		}
-		at = int(e.End())
+		if loc != want {
+			n++
+		}
+		want = advance(loc, unitSectors)
 	}
 	return n
+}
+
+// sparse reports whether a list would be much smaller, whatever the locations are.
+func (a *array) sparse() bool {
+	n := int(a.used)
+	if a.odd != nil {
+		n += a.odd.pieces
+	}
+	return n < a.bytes()/4/entryBytes
 }
 
 // invariants panics unless the array is well formed and maps nothing beyond its
 // first limit sectors.
 func (a *array) invariants(limit int) {
-	if a.narrow != nil && (a.wide != nil || a.shift != unitShift) || a.narrow == nil && len(a.wide) != a.units() {
+	if (a.narrow != nil) != (a.coding != asIs) || (a.wide != nil) != (a.coding == asIs) || a.coding == inBlocks && a.odd != nil {
 		panic("extmap: bad form of an array")
 	}
-	used := uint16(0)
-	for u := range a.units() {
-		if a.at(u) != 0 {
+	used, d := uint16(0), demand{}
+	for u := range pageUnits {
+		s := a.sectors(u)
+		top := unitSectors
+		for top > 0 && s[top-1] == 0 {
+			top--
+		}
+		if top > 0 {
 			used++
-			if (u+1)<<a.shift > limit {
-				panic("extmap: bad unit")
-			}
+			a.addUnit(&d, u)
+		}
+		if top > 0 && u<<unitShift+top > limit {
+			panic("extmap: bad unit")
 		}
 	}
 	if used != a.used {
 		panic("extmap: wrong count of units")
+	}
+	if !d.met(a.coding) {
+		panic("extmap: a coding that does not fit")
+	}
+	if a.odd != nil {
+		a.oddInvariants()
 	}
 }

@@ -2,6 +2,7 @@ package extmap
 
 import (
 	"fmt"
+	"math"
 	"math/rand/v2"
 	"slices"
 	"sync"
@@ -59,45 +60,63 @@ func (m *model) check(t *testing.T, x *Map) {
 }
 
 // modelRun is one kind of run against the model: how many operations, how long,
-// what they are aligned to, and where they are mapped to.
+// what they are on, and where they are mapped to.
 type modelRun struct {
 	name  string
 	seeds uint64
 	steps int
 	large int // operations on up to half of the map
 	spread,
-	length uint64 // sectors
-	align uint64
-	base  uint64 // locations begin there
-	odd   int    // one of that many does not begin a block; 0: it is left to chance
+	length uint64 // sectors, or blocks
+	sectors float64 // share of the operations that are on sectors, not on blocks
+	base    uint64  // locations begin there
+	odd     int     // one of that many does not begin a block; 0: it is left to chance
 }
 
-// beyond is the first location, but for Fixed, that is too high to be packed.
-const beyond = (packedMask + 1<<unitShift) &^ Fixed
+// blocksFirst is a share that is 0 at first, and 1 in the end.
+const blocksFirst = -1
+
+// The first locations, but for Fixed, that are too high to be packed in sectors, and
+// in blocks.
+const (
+	beyondSectors = 1 << packedBits
+	beyond        = beyondSectors << unitShift
+)
 
 // TestAgainstModel drives pages through all their forms.
 func TestAgainstModel(t *testing.T) {
 	hit := map[[2]string]int{}
 	for _, k := range []modelRun{
 		{"few", 40, 400, 20, 600, 64, 1, 0, 0},
-		{"blocks", 4, 9000, 20, PageSectors, 16, 8, 0, 0},
+		{"blocks", 4, 9000, 20, PageSectors, 16, 0, 0, 0},
 		{"sectors", 2, 30000, 20, PageSectors, 3, 1, 0, 0},
 		{"single sectors", 2, 60000, 3, PageSectors, 1, 1, 0, 0},
-		{"blocks, then sectors", 4, 9000, 20, PageSectors, 16, 0, 0, 0},
-		{"blocks of blocks", 4, 9000, 20, PageSectors, 16, 8, 0, 4000},
-		{"blocks of blocks, then sectors", 4, 9000, 20, PageSectors, 16, 0, 0, 9000},
-		{"small blocks of blocks", 4, 9000, 20, PageSectors, 2, 8, 0, 2000},
-		{"locations grow too high", 4, 9000, 20, PageSectors, 16, 8, beyond - 9000*60, 1 << 20},
-		{"as high as can be", 2, 9000, 20, PageSectors, 16, 8, 1<<62 - 1<<30, 1 << 20},
+		{"blocks, then sectors", 4, 9000, 20, PageSectors, 16, blocksFirst, 0, 0},
+		{"blocks of blocks", 4, 9000, 20, PageSectors, 16, 0, 0, 4000},
+		{"blocks of blocks, then sectors", 4, 9000, 20, PageSectors, 16, blocksFirst, 0, 9000},
+		{"small blocks of blocks", 4, 9000, 20, PageSectors, 2, 0, 0, 2000},
+		{"few sectors among blocks", 4, 9000, 20, PageSectors, 4, 0.003, 0, 0},
+		{"many sectors among blocks", 4, 20000, 5, PageSectors, 2, 0.5, 0, 0},
+		{"past what is packed in sectors", 4, 9000, 5, PageSectors, 2, 0, beyondSectors - 9000*8, 1 << 20},
+		{"the same, few sectors", 4, 9000, 5, PageSectors, 2, 0.003, beyondSectors - 9000*8, 4000},
+		{"the same, but not in blocks", 4, 9000, 5, PageSectors, 2, 0, beyondSectors - 9000*8, 4},
+		{"past what is packed in blocks", 4, 9000, 5, PageSectors, 2, 0, beyond - 9000*8, 1 << 20},
+		{"high blocks, then sectors", 4, 9000, 5, PageSectors, 2, blocksFirst, beyondSectors, 1 << 20},
+		{"few sectors, high", 4, 9000, 5, PageSectors, 2, 0.003, beyond, 0},
+		{"single sectors, high", 2, 60000, 3, PageSectors, 1, 1, beyond, 0},
+		{"as high as can be", 2, 9000, 5, PageSectors, 2, 0, 1<<62 - 1<<30, 1 << 20},
 	} {
 		for seed := range k.seeds {
 			t.Run(fmt.Sprint(k.name, " ", seed), func(t *testing.T) { againstModel(t, k, seed, hit) })
 		}
 	}
 	for _, want := range [][2]string{
-		{"list", "narrow"}, {"list", "wide"}, {"list", "sectors"},
-		{"narrow", "wide"}, {"wide", "narrow"},
-		{"narrow", "list"}, {"wide", "list"}, {"sectors", "list"},
+		{"list", "sectors"}, {"list", "blocks"}, {"list", "wide"}, {"list", "odd sectors"}, {"list", "odd wide"},
+		{"sectors", "list"}, {"blocks", "list"}, {"wide", "list"}, {"odd sectors", "list"}, {"odd wide", "list"},
+		{"sectors", "odd sectors"}, {"odd sectors", "sectors"}, {"wide", "odd wide"}, {"odd wide", "wide"},
+		{"sectors", "blocks"}, {"sectors", "wide"}, {"sectors", "odd wide"}, {"odd sectors", "odd wide"},
+		{"blocks", "wide"}, {"blocks", "odd wide"}, {"blocks", "odd sectors"},
+		{"wide", "sectors"}, {"wide", "blocks"}, {"odd wide", "odd sectors"},
 	} {
 		if hit[want] == 0 {
 			t.Errorf("no page went from %s to %s", want[0], want[1])
@@ -107,40 +126,39 @@ func TestAgainstModel(t *testing.T) {
 
 // form names a page's form.
 func (p *page) form() string {
-	switch d := &p.dense; {
-	case p.empty():
+	if p.empty() {
 		return "empty"
-	case !p.isArray():
-		return "list"
-	case d.narrow != nil:
-		return "narrow"
-	case d.shift == unitShift:
-		return "wide"
 	}
-	return "sectors"
+	if !p.isArray() {
+		return "list"
+	}
+	name := map[coding]string{inSectors: "sectors", inBlocks: "blocks", asIs: "wide"}[p.dense.coding]
+	if p.dense.odd != nil {
+		name = "odd " + name
+	}
+	return name
 }
 
 // place returns where the operation of a step is.
 func (k *modelRun) place(r *rand.Rand, step int, size uint64) (s, n uint64) {
-	align := k.align
-	if align == 0 {
-		align = 8
-		if step > k.steps*4/5 {
-			align = 1
-		}
+	share := k.sectors
+	if share == blocksFirst && step <= k.steps*4/5 {
+		share = 0
+	}
+	align := uint64(unitSectors)
+	if r.Float64() < math.Abs(share) {
+		align = 1
 	}
 	n = (1 + r.Uint64N(k.length)) * align
 	if r.IntN(k.steps/k.large) == 0 {
-		n = 1 + r.Uint64N(size/2)
+		n = align + r.Uint64N(size/2)
 	}
 	base := uint64(0)
 	if r.IntN(2) == 0 {
 		base = PageSectors - 200 // around a page's edge, where extents meet
 	}
 	s = min(base+r.Uint64N(k.spread), size-n)
-	if k.align != 1 && align == 8 {
-		s, n = s&^7, max(n&^7, 8)
-	}
+	s, n = s&^(align-1), n&^(align-1)
 	return s, n
 }
 
@@ -173,6 +191,8 @@ func againstModel(t *testing.T, k modelRun, seed uint64, hit map[[2]string]int) 
 		}
 	}
 	next := k.base + 1
+	var copied *Span
+	var was []uint64
 	for step := range k.steps {
 		s, n := k.place(r, step, size)
 		loc := k.location(r, next)
@@ -210,6 +230,12 @@ func againstModel(t *testing.T, k modelRun, seed uint64, hit map[[2]string]int) 
 		note()
 		if step%(k.steps/20) == 0 {
 			m.check(t, x)
+			if at, same := uint64(0), true; copied != nil {
+				if at, same = differs(copied, was); !same {
+					t.Fatalf("sector %d of a copy has changed", at)
+				}
+			}
+			copied, was = x.Copy(0, len(forms)), slices.Clone(m.loc)
 		}
 	}
 	m.check(t, x)
@@ -222,11 +248,32 @@ func againstModel(t *testing.T, k modelRun, seed uint64, hit map[[2]string]int) 
 	if held != live {
 		t.Errorf("Replaced accounts for %d live sectors, want %d", live, held)
 	}
-	x.Insert(0, size, k.base+8) // in place of all
-	m.insert(0, size, k.base+8)
-	x.Compact(0, len(forms))
-	note()
+	insert := func(s, n, loc uint64) {
+		x.Insert(s, n, loc)
+		m.insert(s, n, loc)
+		note()
+	}
+	compact := func() {
+		x.Compact(0, len(forms))
+		note()
+		m.check(t, x)
+	}
+	// From all forms to one extent, or by what can be packed in any way to sectors.
+	if seed%3 == 2 {
+		insert(0, size, k.base+8)
+		compact()
+	}
+	for s := uint64(0); s < size; s += 8 {
+		insert(s, 8, 8+s*2)
+	}
+	if seed%3 == 1 {
+		insert(PageSectors-1, 2, 4)
+	}
+	compact()
+	insert(PageSectors-3, 5, beyond)
 	m.check(t, x)
+	insert(0, size, k.base+8)
+	compact()
 }
 
 func count(m *Map) (n int) {
@@ -247,9 +294,15 @@ func TestMerge(t *testing.T) {
 	if n := count(m); n != 1 {
 		t.Errorf("100 adjoining extents became %d, want 1", n)
 	}
+	for i := range uint64(100) {
+		m.Insert(3000-8*i, 8, 9000-8*i)
+	}
+	if n := count(m); n != 2 {
+		t.Errorf("100 more, from the last to the first, made it %d, want 2", n)
+	}
 	m.Insert(1008, 8, 5008) // as it was
-	if n := count(m); n != 1 {
-		t.Errorf("rewriting in place left %d extents, want 1", n)
+	if n := count(m); n != 2 {
+		t.Errorf("rewriting in place left %d extents, want 2", n)
 	}
 }
 
@@ -258,23 +311,36 @@ func TestMerge(t *testing.T) {
 func TestPacked(t *testing.T) {
 	for _, k := range []struct {
 		loc, n uint64
-		narrow bool
+		form   string
 	}{
-		{8, 8, true},
-		{beyond - 8, 8, true},
-		{beyond - 80, 80, true},
-		{beyond - 80, 88, false},
-		{beyond, 8, false},
-		{Fixed, 8, true},
-		{Fixed | 8, 80, true},
-		{Fixed | beyond - 8, 80, true},
-		{Fixed | beyond, 8, false},
-		{Fixed | 1, 8, false},
-		{1, 8, false},
-		{12, 80, false},
-		{beyond - 1, 8, false},
-		{Fixed - 8, 8, false},
-		{Fixed | (Fixed - 8), 8, false},
+		{1, 8, "sectors"},
+		{12, 80, "sectors"},
+		{beyondSectors - 8, 8, "sectors"},
+		{beyondSectors - 80, 80, "sectors"},
+		{beyondSectors - 80, 88, "blocks"},
+		{beyondSectors - 7, 8, "wide"},
+		{beyondSectors, 8, "blocks"},
+		{beyond - 8, 8, "blocks"},
+		{beyond - 80, 80, "blocks"},
+		{beyond - 80, 88, "wide"},
+		{beyond - 7, 8, "wide"},
+		{beyond - 1, 8, "wide"},
+		{beyond, 8, "wide"},
+		{Fixed, 8, "sectors"},
+		{Fixed | 1, 8, "sectors"},
+		{Fixed | 8, 80, "sectors"},
+		{Fixed | beyondSectors - 1, 8, "sectors"},
+		{Fixed | beyondSectors, 8, "blocks"},
+		{Fixed | beyondSectors + 1, 8, "wide"},
+		{Fixed | beyond - 8, 80, "blocks"},
+		{Fixed | beyond, 8, "wide"},
+		{Fixed - 8, 8, "wide"},
+		{Fixed | (Fixed - 8), 8, "wide"},
+		{8, 5, "odd sectors"},
+		{beyondSectors - 5, 5, "odd sectors"},
+		{beyondSectors - 4, 5, "odd wide"},
+		{beyondSectors, 5, "odd wide"},
+		{Fixed | (Fixed - 8), 5, "odd wide"},
 	} {
 		x, m := New(PageSectors), &model{loc: make([]uint64, PageSectors)}
 		insert := func(s, n, loc uint64) {
@@ -284,73 +350,144 @@ func TestPacked(t *testing.T) {
 		for i := range uint64(pageUnits) {
 			insert(i*8, 8, (pageUnits-i)*16)
 		}
-		if form := x.page(0).form(); form != "narrow" {
+		if form := x.page(0).form(); form != "sectors" {
 			t.Fatalf("a page of blocks became %s", form)
 		}
 		insert(160, k.n, k.loc)
-		if form := x.page(0).form(); (form == "narrow") != k.narrow {
-			t.Errorf("%d sectors at %#x make a %s page", k.n, k.loc, form)
+		if form := x.page(0).form(); form != k.form {
+			t.Errorf("%d sectors at %#x make a page of the form %s, not %s", k.n, k.loc, form, k.form)
 		}
 		m.check(t, x)
 		insert(160, k.n, 1<<30)
 		x.Compact(0, 1)
-		if form := x.page(0).form(); form != "narrow" {
+		if form := x.page(0).form(); form == "wide" {
 			t.Errorf("a page that has had %d sectors at %#x stays %s", k.n, k.loc, form)
 		}
 		m.check(t, x)
 	}
 }
 
-// TestMemory holds the map to 8 bytes for each 4 KiB: with whole blocks of data, its
-// own structures included, and with any locations but for a little for each page.
+// memoryPages are the pages of TestMemory.
+const memoryPages = 64
+
+// fill writes to a map that has memoryPages; next is called for the location of each
+// run.
+type fill func(r *rand.Rand, m *Map, next func() uint64)
+
+// runs returns a fill that writes all runs of n sectors, beginning at sector first and
+// step sectors apart, in random order.
+func runs(n, step, first uint64) fill {
+	return func(r *rand.Rand, m *Map, next func() uint64) {
+		for _, k := range r.Perm(int(m.Sectors() / step)) {
+			s := uint64(k)*step + first
+			m.Insert(s, min(n, m.Sectors()-s), next())
+		}
+	}
+}
+
+// TestMemory holds the map to 8 bytes for each 4 KiB, and 8 more for each piece of a
+// block that does not lie in one piece.
 func TestMemory(t *testing.T) {
-	if got := int(unsafe.Sizeof(page{})); got != pageBytes {
+	if got := int(unsafe.Sizeof(page{})); got > pageBytes {
 		t.Errorf("a page has %d bytes, not %d", got, pageBytes)
 	}
-	t.Run("blocks", func(t *testing.T) { testMemory(t, 16, 0) })
-	t.Run("any", func(t *testing.T) { testMemory(t, 9, pageBytes+blockBytes/blockPages+1) })
+	blocks, sectors := runs(8, 8, 0), runs(1, 1, 0)
+	odd := runs(1, PageSectors, 5*8+3) // a sector of each page
+	whole := runs(8, PageSectors, 5*8) // its block
+	tenth := runs(1, 80, 3)            // a sector of each tenth block
+	halves := runs(1, 2, 0)            // every other sector
+	shifted := runs(8, 8, 3)           // as of a partition that does not begin at a block
+	for _, k := range []struct {
+		name      string
+		base      uint64 // locations begin there
+		step      uint64
+		fills     []fill
+		most, end float64 // bytes for each 4 KiB: at any time, and after Compact
+	}{
+		{"blocks", 0, 16, []fill{blocks}, 6.1, 6.1},
+		{"blocks, not at blocks of objects", 0, 9, []fill{blocks}, 6.1, 6.1},
+		{"blocks, high", beyondSectors, 16, []fill{blocks}, 6.1, 6.1},
+		{"blocks, not at blocks, high", beyondSectors, 9, []fill{blocks}, 8.1, 8.1},
+		{"a sector of each page, then blocks", 0, 9, []fill{odd, blocks}, 6.7, 6.1},
+		{"blocks, then a sector of each page", 0, 9, []fill{blocks, odd}, 6.3, 6.3},
+		{"and its block again", 0, 9, []fill{blocks, odd, whole}, 6.3, 6.1},
+		{"the same, high", beyondSectors, 9, []fill{blocks, odd, whole}, 8.4, 8.1},
+		{"blocks, then a sector of each tenth", 0, 9, []fill{blocks, tenth}, 8.4, 8.4},
+		{"every other sector", 0, 9, []fill{halves}, 6.2 + 4*6.6, 6.2 + 4*6.6},
+		{"sectors", 0, 3, []fill{sectors}, 8 * 8, 8 * 8},
+		{"sectors, high", beyondSectors, 3, []fill{sectors}, 8 + 8*8.6, 8 + 8*8.6},
+		{"sectors, then blocks", 0, 9, []fill{sectors, blocks}, 8 * 8, 6.1},
+		{"sectors, then most of each block", 0, 9, []fill{sectors, runs(7, 8, 0)}, 8 * 8, 6.3 + 2*6.4},
+		{"blocks not at blocks of the disk", 0, 9, []fill{shifted}, 18.1, 18.1},
+		{"and then at these", 0, 9, []fill{shifted, blocks}, 24, 6.1},
+	} {
+		t.Run(k.name, func(t *testing.T) { testMemory(t, k.base, k.step, k.fills, k.most, k.end) })
+	}
 }
 
-// testMemory fills a map with locations that are step sectors apart.
-func testMemory(t *testing.T, step uint64, more int) {
-	const pages = blockPages // a block of the directory is full
+func testMemory(t *testing.T, base, step uint64, fills []fill, most, end float64) {
 	r := rand.New(rand.NewPCG(7, 7))
-	m := New(pages * PageSectors)
-	check := func() {
-		t.Helper()
-		// The block of the directory is there before its pages are.
-		held := m.dir[0].held
-		if limit := held*(PageSectors+more) + blockBytes*(pages-held)/pages; m.Bytes() > limit {
-			t.Fatalf("%d bytes, more than 8 for each 4 KiB (%d)", m.Bytes(), limit)
-		}
+	m := New(memoryPages * PageSectors)
+	peak := 0
+	each := func(bytes int) float64 { return float64(bytes) / (memoryPages * pageUnits) }
+	loc := base
+	for _, write := range fills {
+		write(r, m, func() uint64 {
+			peak = max(peak, m.Bytes())
+			loc += step
+			return loc
+		})
 	}
-	for i, b := range r.Perm(pages * pageUnits) {
-		m.Insert(uint64(b)*8, 8, uint64(i+1)*step)
-		if i%5000 == 0 {
-			check()
-		}
+	peak = max(peak, m.Bytes())
+	m.Compact(0, memoryPages)
+	m.Invariants()
+	t.Logf("%6.3f bytes for each 4 KiB, at most %6.3f before", each(m.Bytes()), each(peak))
+	if each(peak) > most || each(m.Bytes()) > end {
+		t.Errorf("that is more than %.3f, or %.3f before", end, most)
 	}
-	check()
-	t.Logf("%.3f bytes for each 4 KiB", float64(m.Bytes())/(pages*pageUnits))
-	for i := range uint64(pages * pageUnits) {
+	for i := range m.Sectors() / 8 {
 		m.Insert(i*8, 8, i*8+1) // in sequence: one extent a page
 	}
-	m.Compact(0, pages)
+	m.Compact(0, memoryPages)
 	m.Invariants()
-	if m.Bytes() > pages*(pageBytes+4*entryBytes)+blockBytes {
-		t.Errorf("%d pages of one extent each take %d bytes", pages, m.Bytes())
+	if m.Bytes() > memoryPages*(pageBytes+10*entryBytes)+blockBytes {
+		t.Errorf("%d pages of one extent each take %d bytes", memoryPages, m.Bytes())
 	}
 }
 
-// ofAllForms returns the i-th of many runs by which the first half of a map's pages
-// become narrow arrays, the next quarter wide ones, and the last lists.
+// TestEmptied has arrays become lists, and these short, as they are emptied.
+func TestEmptied(t *testing.T) {
+	m := New(memoryPages * PageSectors)
+	r := rand.New(rand.NewPCG(8, 8))
+	loc := uint64(0)
+	next := func() uint64 { loc += 9; return loc }
+	runs(8, 8, 0)(r, m, next)
+	runs(1, 80, 3)(r, m, next)
+	for k, b := range r.Perm(int(m.Sectors() / 8)) {
+		m.Remove(uint64(b)*8, 8)
+		if left := int(m.Sectors()/8) - k; m.Bytes() > 5*entryBytes*left+memoryPages*(pageBytes+(maxFreeCap+4)*entryBytes)+blockBytes {
+			t.Fatalf("%d bytes for %d blocks that are left", m.Bytes(), left)
+		}
+	}
+	if m.Bytes() != 0 {
+		t.Errorf("%d bytes for nothing", m.Bytes())
+	}
+}
+
+// ofAllForms returns the i-th of many runs by which the eighths of a map's pages
+// become arrays of sectors (two), these with odd units (two), wide ones (one), with odd
+// units (one), and lists (two).
 func ofAllForms(r *rand.Rand, size, i uint64) (s, n, loc uint64) {
 	s, n, loc = r.Uint64N(size/8)*8, 8, 8+i*96
-	switch {
-	case s >= size*3/4:
+	eighth := s * 8 / size
+	switch eighth {
+	case 4, 5:
+		loc += beyond
+	case 6, 7:
 		s, n = min(s+3, size-77), 77
-	case s >= size/2:
-		loc++
+	}
+	if (eighth == 2 || eighth == 3 || eighth == 5) && r.IntN(20) == 0 {
+		s, n = s+2, 1+r.Uint64N(6)
 	}
 	return s, n, loc
 }
@@ -365,7 +502,7 @@ func TestSpan(t *testing.T) {
 		x.Insert(s, n, loc)
 		m.insert(s, n, loc)
 	}
-	for i, want := range []string{"narrow", "narrow", "narrow", "narrow", "wide", "wide", "list", "list"} {
+	for i, want := range []string{"sectors", "sectors", "odd sectors", "odd sectors", "wide", "odd wide", "list", "list"} {
 		if form := x.page(uint64(i)).form(); form != want {
 			t.Errorf("page %d is %s, not %s", i, form, want)
 		}
@@ -398,6 +535,28 @@ func TestSpan(t *testing.T) {
 	}
 }
 
+// differs returns the first sector, if there is one, that is elsewhere in a span than
+// in a model's list of locations, and whether there is none.
+func differs(span *Span, want []uint64) (at uint64, same bool) {
+	for s := uint64(0); s < uint64(len(want)); {
+		e, ok := span.Next(s)
+		if !ok {
+			e = Extent{Sector: uint64(len(want))}
+		}
+		for ; s < e.Sector; s++ {
+			if want[s] != 0 {
+				return s, false
+			}
+		}
+		for ; s < e.End() && s < uint64(len(want)); s++ {
+			if advance(e.Loc, s-e.Sector) != want[s] {
+				return s, false
+			}
+		}
+	}
+	return 0, true
+}
+
 // TestCopy reads copies on other goroutines while the map changes a little here and
 // there in all ways: each copy stays what the map was.
 func TestCopy(t *testing.T) {
@@ -427,23 +586,8 @@ func TestCopy(t *testing.T) {
 	for round := range uint64(5) {
 		span, was := x.Copy(0, 8), slices.Clone(m.loc)
 		readers.Go(func() {
-			for s := uint64(0); s < size; {
-				e, ok := span.Next(s)
-				if !ok {
-					e = Extent{Sector: size}
-				}
-				for ; s < e.Sector; s++ {
-					if was[s] != 0 {
-						t.Errorf("copy %d has lost sector %d", round, s)
-						return
-					}
-				}
-				for ; s < e.End() && s < size; s++ {
-					if got := advance(e.Loc, s-e.Sector); got != was[s] {
-						t.Errorf("copy %d has sector %d at %d, it was at %d", round, s, got, was[s])
-						return
-					}
-				}
+			if s, same := differs(span, was); !same {
+				t.Errorf("copy %d differs at sector %d from what was copied", round, s)
 			}
 		})
 		for i := range uint64(2000) {
@@ -456,26 +600,85 @@ func TestCopy(t *testing.T) {
 }
 
 func TestNoAllocation(t *testing.T) {
-	t.Run("blocks", func(t *testing.T) { testNoAllocation(t, 8) })
-	t.Run("any", func(t *testing.T) { testNoAllocation(t, 1) })
+	t.Run("blocks", func(t *testing.T) { testNoAllocation(t, 8, 8) })
+	t.Run("any", func(t *testing.T) { testNoAllocation(t, 1, 8) })
+	t.Run("sectors", func(t *testing.T) { testNoAllocation(t, 1, 1) })
 }
 
-// testNoAllocation uses locations that are multiples of align.
-func testNoAllocation(t *testing.T, align uint64) {
+// testNoAllocation uses locations that are multiples of align, and runs of n sectors.
+func testNoAllocation(t *testing.T, align, n uint64) {
 	m := New(1 << 24)
 	r := rand.New(rand.NewPCG(1, 2))
 	f := func() {
-		s := r.Uint64N(1<<15) * 8
-		m.Insert(s, 8, align+r.Uint64N(1<<40)&^(align-1))
+		s := r.Uint64N(1<<18/n) * n
+		m.Insert(s, n, align+r.Uint64N(1<<40)&^(align-1))
 		m.Next(s, s+64)
-		m.RemoveRange(r.Uint64N(1<<15)*8, 8, 0, 1<<39)
+		m.RemoveRange(r.Uint64N(1<<18/n)*n, n, 0, 1<<39)
 	}
-	for range 300000 {
+	for range 3000000 / n {
 		f()
 	}
 	if n := testing.AllocsPerRun(10000, f); n != 0 {
 		t.Errorf("%v allocations each", n)
 	}
+}
+
+// FuzzMap does what it is told to a map and to a model of it. Four bytes are an
+// operation: which, on how much, and where.
+func FuzzMap(f *testing.F) {
+	comb := []byte{5, 255, 0, 0, 5, 255, 32, 0, 5, 255, 64, 0, 5, 255, 96, 0}
+	f.Add(append(slices.Clone(comb), 1, 3, 7, 77, 0, 1, 7, 77, 7, 0, 0, 0))
+	f.Add(append(slices.Clone(comb), 9, 3, 7, 77, 3, 255, 0, 9, 6, 0, 0, 0, 8, 200, 1, 1, 6, 0, 0, 0))
+	f.Add([]byte{2, 9, 0, 3, 4, 200, 0, 0, 7, 0, 0, 0, 3, 3, 0, 5})
+	f.Fuzz(func(t *testing.T, ops []byte) {
+		x, m := New(PageSectors+100), &model{loc: make([]uint64, PageSectors+100)}
+		var copied *Span
+		var was []uint64
+		next := uint64(8)
+		insert := func(s, n, loc uint64) {
+			n = min(n, x.Sectors()-s)
+			x.Insert(s, n, loc)
+			m.insert(s, n, loc)
+			next += n + 8
+		}
+		for ; len(ops) >= 4 && next < 1<<20; ops = ops[4:] {
+			n := uint64(ops[1]) + 1
+			s := min((uint64(ops[2])<<8|uint64(ops[3]))%x.Sectors(), x.Sectors()-n)
+			switch high := uint64(ops[0]) / 8 % 3 * beyondSectors; ops[0] % 8 {
+			case 0: // blocks
+				insert(s&^7, n&^7+8, high+next&^7)
+			case 1: // sectors
+				insert(s, n%8+1, high+next)
+			case 2:
+				insert(s, n, Fixed|high+next)
+			case 3:
+				x.Remove(s, n)
+				clear(m.loc[s : s+n])
+			case 4:
+				x.RemoveRange(s, n, next/2, next*2)
+				for i := s; i < s+n; i++ {
+					if l := m.loc[i] &^ Fixed; l >= next/2 && l < next*2 {
+						m.loc[i] = 0
+					}
+				}
+			case 5: // many blocks
+				for s &^= 7; n > 0 && s < x.Sectors(); n, s = n-1, s+16 {
+					insert(s, 8, high+next&^7)
+				}
+			case 6:
+				copied, was = x.Copy(0, 2), slices.Clone(m.loc)
+			case 7:
+				x.Compact(0, 2)
+			}
+			x.Invariants()
+		}
+		m.check(t, x)
+		if copied != nil {
+			if s, same := differs(copied, was); !same {
+				t.Fatalf("sector %d of a copy has changed", s)
+			}
+		}
+	})
 }
 
 func BenchmarkInsertRandom4K(b *testing.B) {
@@ -514,6 +717,49 @@ func BenchmarkLookupFull(b *testing.B) {
 		if _, ok := m.Next(s, s+8); !ok {
 			b.Fatal("a block is not mapped")
 		}
+	}
+}
+
+// partlyOdd returns a map of 1 GiB as full is, with sectors written to one in ten blocks.
+func partlyOdd() *Map {
+	m := New(1 << 30 / 512)
+	r := rand.New(rand.NewPCG(1, 2))
+	loc := uint64(0)
+	next := func() uint64 { loc += 16; return loc }
+	runs(8, 8, 0)(r, m, next)
+	runs(1, 80, 3)(r, m, next)
+	return m
+}
+
+func BenchmarkInsertOdd(b *testing.B) {
+	m, r := partlyOdd(), rand.New(rand.NewPCG(3, 4))
+	b.ReportAllocs()
+	for i := uint64(1); b.Loop(); i++ {
+		if s := r.Uint64N(m.Sectors()/8) * 8; i%10 == 0 {
+			m.Insert(s+i%7, 1, i*16)
+		} else {
+			m.Insert(s, 8, i*16)
+		}
+	}
+}
+
+func BenchmarkLookupOdd(b *testing.B) {
+	m, r := partlyOdd(), rand.New(rand.NewPCG(3, 4))
+	b.ReportAllocs()
+	for b.Loop() {
+		s := r.Uint64N(m.Sectors()/8) * 8
+		if _, ok := m.Next(s, s+8); !ok {
+			b.Fatal("a block is not mapped")
+		}
+	}
+}
+
+// BenchmarkInsertSectors inserts at random sectors of 128 MiB.
+func BenchmarkInsertSectors(b *testing.B) {
+	m, r := New(1<<27/512), rand.New(rand.NewPCG(3, 4))
+	b.ReportAllocs()
+	for i := uint64(1); b.Loop(); i++ {
+		m.Insert(r.Uint64N(m.Sectors()), 1, i*3)
 	}
 }
 

@@ -2,22 +2,26 @@ package extmap
 
 import "slices"
 
-// The forms of a page: a list of extents, then an array over blocks if all extents
-// are whole blocks, a narrow one if all locations fit it, else an array over
-// sectors. A list goes on to where the array that can take its place is not larger.
+// A page has one of two forms: a list of extents, or an array over blocks of 4 KiB,
+// units, with the pieces of those that are not one piece by the side of it. A list goes
+// on to where the array that can take its place is not larger; an array goes on until
+// a list is much smaller.
 const (
-	unitShift = 3 // sectors in a block of the array form, 4 KiB
-	pageUnits = PageSectors >> unitShift
+	unitShift   = 3
+	unitSectors = 1 << unitShift
+	pageUnits   = PageSectors >> unitShift
 
+	// Entries of a list that is as large as the smallest array, and as the largest
+	// without odd units.
 	maxNarrow = pageUnits * packedBytes / entryBytes
 	maxWide   = pageUnits * wideBytes / entryBytes
-	maxMixed  = PageSectors * wideBytes / entryBytes
 
 	// Memory, as Bytes counts it.
 	entryBytes  = 16
 	packedBytes = 6
 	wideBytes   = 8
-	pageBytes   = 64
+	pageBytes   = 64 // what the allocator has for it
+	oddHead     = 320
 	blockBytes  = blockPages*8 + 8
 )
 
@@ -42,6 +46,7 @@ func (e entry) tail(off int) entry {
 type page struct {
 	ext   []entry // sorted by off, not overlapping, neighbours merged where they can be
 	dense array   // if there is one, it is used instead
+	look  uint16  // changes of a long list until it is compared with an array again
 }
 
 // shared reports whether a Map and a Span have this page, or had: then nobody changes
@@ -78,17 +83,10 @@ func (p *page) search(off int) int {
 // replace maps [from, to) to loc, or unmaps it if loc is 0, and calls replaced, if
 // it is not nil, for what was mapped there.
 func (p *page) replace(from, to int, loc uint64, replaced func(uint64, uint32)) {
-	if p.isArray() && (from|to)&(1<<p.dense.shift-1) != 0 {
-		p.toList()
-	}
-	if p.isArray() {
-		p.replaceDense(from, to, loc, replaced)
+	if !p.isArray() {
+		p.replaceList(from, to, loc, replaced)
 		return
 	}
-	p.replaceList(from, to, loc, replaced)
-}
-
-func (p *page) replaceDense(from, to int, loc uint64, replaced func(uint64, uint32)) {
 	if replaced != nil {
 		for at := from; at < to; {
 			e, ok := p.next(at, to)
@@ -99,15 +97,9 @@ func (p *page) replaceDense(from, to int, loc uint64, replaced func(uint64, uint
 			at = int(e.End())
 		}
 	}
-	d := &p.dense
-	if d.narrow != nil && !runFits(loc, uint64(to-from)) {
-		d.convert(false)
-	}
-	for u := from >> d.shift; u < to>>d.shift; u++ {
-		d.set(u, loc)
-		if loc != 0 {
-			loc = advance(loc, 1<<d.shift)
-		}
+	p.dense.replace(from, to, loc)
+	if loc == 0 && p.dense.sparse() {
+		p.toList()
 	}
 }
 
@@ -206,15 +198,14 @@ func (p *page) splice(i, j int, put []entry) {
 		p.ext = p.ext[:n+d]
 	}
 	copy(p.ext[i:], put)
-	// Whether the extents would do for an array over blocks is looked at only
-	// where one becomes no larger than the list: it takes a pass over them.
-	switch n, was := n+d, n; {
-	case n > maxMixed:
-		p.toArray(0, false)
-	case n > maxWide && was <= maxWide && p.wholeUnits():
-		p.toArray(unitShift, p.fit())
-	case n > maxNarrow && was <= maxNarrow && p.wholeUnits() && p.fit():
-		p.toArray(unitShift, true)
+	switch n += d; {
+	case n > maxNarrow:
+		p.review()
+	case n < cap(p.ext)/4:
+		p.trim(maxFreeCap)
+	}
+	if n <= maxNarrow {
+		p.look = 0
 	}
 }
 
@@ -230,44 +221,104 @@ func (p *page) grow(n int) {
 		c = min(c, maxNarrow)
 	case n <= maxWide:
 		c = min(c, maxWide)
+	default:
+		c = n + n/8
 	}
 	ext := make([]entry, len(p.ext), c)
 	copy(ext, p.ext)
 	p.ext = ext
 }
 
-// wholeUnits reports whether all extents are whole blocks.
-func (p *page) wholeUnits() bool {
-	var all uint16
-	for _, e := range p.ext {
-		all |= e.off | e.n
+// trim gives back a list's spare capacity, if it is more than an eighth and a few
+// entries.
+func (p *page) trim(few int) {
+	if n := len(p.ext); cap(p.ext) > n+n/8+few {
+		p.ext = append(make([]entry, 0, n), p.ext...)
 	}
-	return all&(1<<unitShift-1) == 0
 }
 
-// fit reports whether the locations of all extents, which are whole blocks, can be
-// packed.
-func (p *page) fit() bool {
+// review changes a list, which is longer than maxNarrow, to an array where that is not
+// larger. Since it takes a pass over the list to see that, it does so only once in so
+// many changes as can make the list little larger than the array.
+func (p *page) review() {
+	if p.look > 0 {
+		p.look--
+		return
+	}
+	n := len(p.ext)
+	d, pieces := p.demand()
+	c := d.coding()
+	size := arrayBytes(c, oddBytes(c, pieces))
+	if size <= n*entryBytes {
+		p.toArray(c, pieces)
+		return
+	}
+	// A change adds no more than two entries.
+	p.look = uint16(max(min(n/8, (size/entryBytes-n)/2), (n-maxWide)/32))
+}
+
+// demand returns what the list demands of an array's coding, and how many pieces its
+// odd units have.
+func (p *page) demand() (d demand, pieces int) {
+	const in = unitSectors - 1
 	for _, e := range p.ext {
-		if !runFits(e.loc, uint64(e.n)) {
-			return false
+		d.add(e.loc, uint64(e.n))
+		off, end := int(e.off), e.end()
+		switch {
+		case off&in == 0 && end&in == 0:
+		case off>>unitShift == (end-1)>>unitShift:
+			pieces++
+		default:
+			pieces += min(off&in, 1) + min(end&in, 1)
 		}
 	}
-	return true
+	d.odd = pieces > 0
+	return d, pieces
 }
 
-// toArray changes the page's form to an array over units of 1<<shift sectors.
-func (p *page) toArray(shift uint8, narrow bool) {
-	ext := p.ext
-	p.ext, p.dense = nil, makeArray(shift, narrow)
-	for _, e := range ext {
-		p.replaceDense(int(e.off), e.end(), e.loc, nil)
+// toArray changes the page's form to an array with the given coding and, in its odd
+// units, so many pieces.
+func (p *page) toArray(c coding, pieces int) {
+	a := makeArray(c)
+	if pieces > 0 {
+		a.odd = &odd{pool: makePool(c, poolFor(pieces))}
 	}
+	// Pieces are gathered until their unit is complete, so that each gets its
+	// place once.
+	var s [unitSectors]uint64
+	unit := -1
+	flush := func() {
+		if unit >= 0 {
+			a.setSectors(unit, &s)
+			s, unit = [unitSectors]uint64{}, -1
+		}
+	}
+	for _, e := range p.ext {
+		for at, end := int(e.off), e.end(); at < end; {
+			u, i := at>>unitShift, at&(unitSectors-1)
+			if u != unit {
+				flush()
+			}
+			n := min(unitSectors-i, end-at)
+			loc := e.tail(at).loc
+			if n == unitSectors {
+				a.set(u, loc)
+			} else {
+				unit = u
+				for k := range n {
+					s[i+k] = advance(loc, uint64(k))
+				}
+			}
+			at += n
+		}
+	}
+	flush()
+	p.ext, p.dense, p.look = nil, a, 0
 }
 
 // toList changes the page's form from an array to a list.
 func (p *page) toList() {
-	ext := make([]entry, 0, p.dense.count(PageSectors)+2)
+	ext := make([]entry, 0, p.dense.extents(PageSectors)+2)
 	for at := 0; ; {
 		e, ok := p.next(at, PageSectors)
 		if !ok {
@@ -279,18 +330,26 @@ func (p *page) toList() {
 	p.ext, p.dense = ext, array{}
 }
 
-// compact changes an array back to a list where that is much smaller, or to a
-// narrow one where all locations have come to fit. It looks no further than it takes
-// to see that it is not worth it.
+// compact gives the page the form, or the array the coding, that is the smallest, but
+// an array stays one unless a list takes half of it.
 func (p *page) compact() {
+	if !p.isArray() {
+		p.trim(len(p.ext) + 8)
+		if p.look = 0; len(p.ext) > maxNarrow {
+			p.review()
+		}
+		return
+	}
 	d := &p.dense
-	few := d.bytes() / 4 / entryBytes
-	switch {
-	case !p.isArray():
-	case d.count(few) < few:
+	if few := d.bytes() / 2 / entryBytes; d.extents(few) < few {
 		p.toList()
-	case d.wide != nil && d.shift == unitShift && d.fit():
-		d.convert(true)
+		return
+	}
+	if c := d.best(); c != d.coding {
+		d.convert(c)
+	}
+	if o := d.odd; o != nil && o.cap() > poolFor(o.pieces) {
+		d.pack(0)
 	}
 }
 

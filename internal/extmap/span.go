@@ -58,18 +58,11 @@ func (m *Map) Attach(x *Span) {
 			panic("extmap: a span is put where pages are")
 		}
 		if !p.shared() {
-			p.trim()
+			p.trim(2)
 		}
 		m.put(x.first+uint64(i), p)
 	}
 	x.pages = nil
-}
-
-// trim gives back a list's spare capacity.
-func (p *page) trim() {
-	if c := cap(p.ext); c > len(p.ext)+len(p.ext)/8+2 {
-		p.ext = append(make([]entry, 0, len(p.ext)), p.ext...)
-	}
 }
 
 // Detach takes the n pages from sector s on out of the map, without a word to
