@@ -329,6 +329,9 @@ func (a *array) nextPieces(at, end int) (Extent, bool) {
 
 // countPieces is extents for an array with odd units.
 func (a *array) countPieces(most int) int {
+	if a.odd.pieces-a.odd.units >= most {
+		return most // all pieces of a unit but the first begin an extent
+	}
 	n, want := 0, uint64(0)
 	for at := 0; at < PageSectors && n < most; {
 		loc, end := a.piece(at)

@@ -331,7 +331,8 @@ func (p *page) toList() {
 }
 
 // compact gives the page the form, or the array the coding, that is the smallest, but
-// an array stays one unless a list takes half of it.
+// an array stays one unless a list takes half of it, and a pool may have a quarter to
+// spare: checkpoints call it while requests wait.
 func (p *page) compact() {
 	if !p.isArray() {
 		p.trim(len(p.ext) + 8)
@@ -348,7 +349,7 @@ func (p *page) compact() {
 	if c := d.best(); c != d.coding {
 		d.convert(c)
 	}
-	if o := d.odd; o != nil && o.cap() > poolFor(o.pieces) {
+	if o := d.odd; o != nil && o.cap() > poolFor(o.pieces)*5/4 {
 		d.pack(0)
 	}
 }
