@@ -368,7 +368,7 @@ func TestPacked(t *testing.T) {
 }
 
 // memoryPages are the pages of TestMemory.
-const memoryPages = 64
+const memoryPages = 16
 
 // fill writes to a map that has memoryPages; next is called for the location of each
 // run.
@@ -381,6 +381,15 @@ func runs(n, step, first uint64) fill {
 		for _, k := range r.Perm(int(m.Sectors() / step)) {
 			s := uint64(k)*step + first
 			m.Insert(s, min(n, m.Sectors()-s), next())
+		}
+	}
+}
+
+// unmap returns a fill that unmaps the first n of each step sectors.
+func unmap(n, step uint64) fill {
+	return func(_ *rand.Rand, m *Map, _ func() uint64) {
+		for s := uint64(0); s < m.Sectors(); s += step {
+			m.Remove(s, n)
 		}
 	}
 }
@@ -418,6 +427,9 @@ func TestMemory(t *testing.T) {
 		{"sectors, high", beyondSectors, 3, []fill{sectors}, 8 + 8*8.6, 8 + 8*8.6},
 		{"sectors, then blocks", 0, 9, []fill{sectors, blocks}, 8 * 8, 6.1},
 		{"sectors, then most of each block", 0, 9, []fill{sectors, runs(7, 8, 0)}, 8 * 8, 6.3 + 2*6.4},
+		{"sectors, then nine blocks in ten", 0, 9, []fill{sectors, runs(72, 80, 0)}, 8 * 8, 6.2 + 0.8*6.8},
+		{"sectors, of which one in eight is left", 0, 9, []fill{sectors, unmap(7, 8)}, 8 * 8, 6.2 + 6.8},
+		{"blocks, then long runs not at blocks", 0, 9, []fill{blocks, runs(32, 32, 3)}, 10, 4.3},
 		{"blocks not at blocks of the disk", 0, 9, []fill{shifted}, 18.1, 18.1},
 		{"and then at these", 0, 9, []fill{shifted, blocks}, 24, 6.1},
 	} {
@@ -429,7 +441,10 @@ func testMemory(t *testing.T, base, step uint64, fills []fill, most, end float64
 	r := rand.New(rand.NewPCG(7, 7))
 	m := New(memoryPages * PageSectors)
 	peak := 0
-	each := func(bytes int) float64 { return float64(bytes) / (memoryPages * pageUnits) }
+	// The pages have their share of a block of the directory that is full.
+	each := func(bytes int) float64 {
+		return float64(bytes-blockBytes+blockBytes*memoryPages/blockPages) / (memoryPages * pageUnits)
+	}
 	loc := base
 	for _, write := range fills {
 		write(r, m, func() uint64 {
@@ -439,6 +454,7 @@ func testMemory(t *testing.T, base, step uint64, fills []fill, most, end float64
 		})
 	}
 	peak = max(peak, m.Bytes())
+	m.Invariants()
 	m.Compact(0, memoryPages)
 	m.Invariants()
 	t.Logf("%6.3f bytes for each 4 KiB, at most %6.3f before", each(m.Bytes()), each(peak))
