@@ -193,3 +193,40 @@ func TestImagesShareMapMemory(t *testing.T) {
 		t.Errorf("%d bytes are still charged at the end", used)
 	}
 }
+
+// TestReadOnlyImageLeavesTheBudget: an image that was attached read-only gives back what
+// its map has when it is closed, and is not asked for anything any more.
+func TestReadOnlyImageLeavesTheBudget(t *testing.T) {
+	st := mem.New()
+	id, err := Create(context.Background(), st, "disk", CreateOptions{Size: 1 << 30, ObjectSize: MinObjectSize})
+	if err != nil {
+		t.Fatal(err)
+	}
+	a := newHost(t, "alpha", st, 1)
+	if err := a.open(id, false); err != nil {
+		t.Fatal(err)
+	}
+	const segment = segmentSectors / 8 // blocks
+	for i := range uint64(16) {
+		a.mustWrite(i*segment, i+1)
+	}
+	a.mustClose()
+	shared := NewShared(Limits{Map: 1 << 20})
+	b := newHost(t, "beta", st, 2)
+	b.im, err = Open(context.Background(), st, id, OpenOptions{ReadOnly: true, Config: Config{Logger: quiet, Shared: shared}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	b.im.Start(b.env, nil, nil)
+	for i := range uint64(16) {
+		b.mustRead(i*segment, i+1)
+	}
+	if shared.Map.Used() == 0 {
+		t.Fatal("the map takes no memory: this tests nothing")
+	}
+	b.mustClose()
+	b.im.Abandon() // as the daemon does at its end
+	if used, members := shared.Map.Used(), len(shared.Map.members); used != 0 || members != 0 {
+		t.Errorf("%d bytes and %d members are left", used, members)
+	}
+}

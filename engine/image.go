@@ -531,8 +531,7 @@ func (im *Image) Destage(fn func(error)) {
 // new ones fail.
 func (im *Image) Close(fn func(error)) {
 	if im.readOnly {
-		im.state = Released
-		im.cancel()
+		im.fence(Released, errDetached)
 		fn(nil)
 		return
 	}
@@ -545,6 +544,9 @@ func (im *Image) Close(fn func(error)) {
 	}
 	im.letGo(fn)
 }
+
+// errDetached is why an image that was closed is not active any more.
+var errDetached = errors.New("the image was detached")
 
 // letGo destages, checkpoints and releases.
 func (im *Image) letGo(fn func(error)) {

@@ -323,7 +323,7 @@ func (im *Image) released() {
 	im.super.release = nil
 	why := im.why
 	if why == nil {
-		why = errors.New("the image was detached")
+		why = errDetached
 	}
 	im.fence(Released, why)
 	fn(nil)
