@@ -40,6 +40,7 @@ type checkpointer struct {
 	running  *runningCheckpoint
 	removing bool          // what nothing needs any more is being removed
 	unheld   bool          // there may be more of that since the removal began
+	removals []func(error) // want to know when the removal has ended
 	waiters  []func(error) // want a checkpoint that begins from now on
 }
 
@@ -453,11 +454,8 @@ func (c *checkpointer) published(m *manifest) {
 	im.objs.evict()
 	// Those who waited may be about to end the image's work: they are told when
 	// nothing is left to clean up.
-	c.removeOld(old, func() {
-		for _, fn := range r.waiters {
-			fn(nil)
-		}
-	})
+	c.removals = append(c.removals, r.waiters...)
+	c.removeOld(old)
 	im.reap()
 	im.advance()
 }
@@ -470,14 +468,14 @@ func (c *checkpointer) removeDead() {
 	case c.removing:
 		c.unheld = true
 	default:
-		c.removeOld(nil, func() {})
+		c.removeOld(nil)
 	}
 }
 
-// removeOld removes what nothing needs, and then calls done: map objects of which
-// nothing is current, and the manifest old, or with nil none, which the last
-// checkpoint has replaced. What a point needs stays. No checkpoint begins meanwhile.
-func (c *checkpointer) removeOld(old *checkpointRef, done func()) {
+// removeOld removes what nothing needs: map objects of which nothing is current, and
+// the manifest old, or with nil none, which the last checkpoint has replaced. What a
+// point needs stays. No checkpoint begins meanwhile.
+func (c *checkpointer) removeOld(old *checkpointRef) {
 	im, sb := c.im, c.im.super.sb
 	c.removing, c.unheld = true, false
 	var keys []string
@@ -489,7 +487,7 @@ func (c *checkpointer) removeOld(old *checkpointRef, done func()) {
 	}
 	held := old == nil || sb.heldManifest(*old)
 	if len(keys) == 0 && held {
-		c.removed(old, done)
+		c.removed(old)
 		return
 	}
 	im.removeKeys(func(ctx context.Context) error {
@@ -502,20 +500,24 @@ func (c *checkpointer) removeOld(old *checkpointRef, done func()) {
 			return e
 		}
 		return errors.Join(err, e)
-	}, func() { c.removed(old, done) })
+	}, func() { c.removed(old) })
 }
 
 // removed ends a removal.
-func (c *checkpointer) removed(old *checkpointRef, done func()) {
+func (c *checkpointer) removed(old *checkpointRef) {
 	if old != nil {
 		c.forgetPrev(*old)
 	}
 	if c.unheld {
-		c.removeOld(nil, done)
+		c.removeOld(nil)
 		return
 	}
 	c.removing = false
-	done()
+	waiters := c.removals
+	c.removals = nil
+	for _, fn := range waiters {
+		fn(nil)
+	}
 	c.resume()
 	c.im.advance()
 }
@@ -571,8 +573,8 @@ func (c *checkpointer) fail(err error) {
 	if c.running != nil {
 		waiters = c.running.waiters
 	}
-	waiters = append(waiters, c.waiters...)
-	c.running, c.waiters = nil, nil
+	waiters = slices.Concat(waiters, c.waiters, c.removals)
+	c.running, c.waiters, c.removals = nil, nil, nil
 	for _, fn := range waiters {
 		fn(err)
 	}

@@ -307,3 +307,46 @@ func TestObjectThatComesLate(t *testing.T) {
 		b.mustRead(n, n)
 	}
 }
+
+// TestCloserIsTold: whoever closes an image is told how that ends, once, also if another
+// host takes the image over when there is little left to do.
+func TestCloserIsTold(t *testing.T) {
+	for _, tt := range []struct {
+		name, method, key string
+		dirty             bool
+	}{
+		{"destage", faultstore.Put, "*/d/*", true},
+		{"checkpoint", faultstore.Put, "*/c/*", true},
+		{"removal", faultstore.Delete, "*/c/*", true},
+		{"reaping", faultstore.Delete, "*/d/*", true},
+		{"release", faultstore.Swap, "*/super", false},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			inner := mem.New()
+			id := newImageIn(t, inner)
+			st := faultstore.New(inner.Handle())
+			a, b := newHost(t, "alpha", st, 1), newHost(t, "beta", inner, 2)
+			if err := a.open(id, false); err != nil {
+				t.Fatal(err)
+			}
+			a.mustOverwrite(2) // so that there is something to delete
+			if tt.dirty {
+				a.mustWrite(1, 9)
+			}
+			st.Inject(faultstore.If(faultstore.All(faultstore.Method(tt.method), faultstore.Key(tt.key)), faultstore.Fault{Before: backend.ErrTemporary}))
+			var told []error
+			a.im.Close(func(err error) { told = append(told, err) })
+			a.run(time.Second)
+			st.Inject(faultstore.If(faultstore.Any, faultstore.Fault{Before: backend.ErrTemporary}))
+			a.run(time.Minute)
+			if err := b.open(id, true); err != nil {
+				t.Fatal(err)
+			}
+			st.Inject()
+			a.run(time.Minute)
+			if a.im.state != Fenced || len(told) != 1 || told[0] == nil {
+				t.Errorf("the image is %v, who closed it was told %v", a.im.state, told)
+			}
+		})
+	}
+}

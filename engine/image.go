@@ -527,7 +527,7 @@ func (im *Image) Destage(fn func(error)) {
 }
 
 // Close destages everything, checkpoints the map and gives up the ownership; fn
-// is told when that is done, or why it cannot be. Requests must have ended;
+// is told once: when that is done, or why it cannot be. Requests must have ended;
 // new ones fail.
 func (im *Image) Close(fn func(error)) {
 	if im.readOnly {
@@ -561,7 +561,13 @@ func (im *Image) letGo(fn func(error)) {
 				fn(err)
 				return
 			}
-			im.afterReaping(func() { im.release(fn) })
+			im.afterReaping(func(err error) {
+				if err != nil {
+					fn(err)
+					return
+				}
+				im.release(fn)
+			})
 		})
 	})
 }
@@ -601,6 +607,11 @@ func (im *Image) fence(s State, why error) {
 	}
 	im.waiters = nil
 	im.checkpoint.fail(why)
+	im.reaper.tell(why)
+	if fn := im.super.release; fn != nil {
+		im.super.release = nil
+		fn(why)
+	}
 	im.clean.end()
 	im.scrub.end()
 	im.objs.leave()

@@ -26,7 +26,7 @@ const (
 type reaper struct {
 	jobs    int
 	going   map[uint32]bool // being deleted
-	waiters []func()
+	waiters []func(error)
 	deleted uint64
 }
 
@@ -75,19 +75,22 @@ func (im *Image) reap() {
 
 // reaped tells those who wait that nothing more can be deleted now.
 func (im *Image) reaped() {
-	x := &im.reaper
-	if x.jobs > 0 {
-		return
-	}
-	waiters := x.waiters
-	x.waiters = nil
-	for _, fn := range waiters {
-		fn()
+	if im.reaper.jobs == 0 {
+		im.reaper.tell(nil)
 	}
 }
 
-// afterReaping calls fn when all that may be deleted now is.
-func (im *Image) afterReaping(fn func()) {
+func (x *reaper) tell(err error) {
+	waiters := x.waiters
+	x.waiters = nil
+	for _, fn := range waiters {
+		fn(err)
+	}
+}
+
+// afterReaping calls fn when all that may be deleted now is, or with the error with
+// which the image's service ends before.
+func (im *Image) afterReaping(fn func(error)) {
 	im.reaper.waiters = append(im.reaper.waiters, fn)
 	im.reap()
 }
