@@ -287,15 +287,19 @@ func (im *Image) superReloaded(sb *superblock, version backend.Version) {
 // evict lets go of the image because another host asks for it: no new write is
 // taken, what was acknowledged is destaged.
 func (im *Image) evict(by string) {
-	if im.state != Active {
+	if im.state != Active && im.state != Closing {
 		return
 	}
+	closing := im.state == Closing
 	im.state = Evicting
 	im.super.evictObject, im.super.evictMoved = im.accepted.object, im.env.Now()
 	im.why = fmt.Errorf("%s has asked for the image with --force", by)
 	im.logger.Warn("another host takes the image over: new writes get errors, what was acknowledged is being destaged", "by", by)
 	for im.blocked.n > 0 {
 		im.finish(im.blocked.pop(), errEvicted)
+	}
+	if closing {
+		return // it is letting go already; now stuck watches over that
 	}
 	im.letGo(func(err error) {
 		if err != nil {

@@ -377,6 +377,36 @@ func TestDamagedAnswerDoesNotFence(t *testing.T) {
 	}
 }
 
+// TestEvictedWhileClosing: an owner that is closing, and can renew but not destage, gives
+// the image up to one with --force as one that is active does, and says so.
+func TestEvictedWhileClosing(t *testing.T) {
+	st := faultstore.New(mem.New())
+	id := newImageIn(t, st)
+	a := newHost(t, "alpha", st, 1)
+	if err := a.open(id, false); err != nil {
+		t.Fatal(err)
+	}
+	a.mustWrite(1, 1)
+	st.Inject(faultstore.If(faultstore.All(faultstore.Method(faultstore.Put), faultstore.Key("*/d/*")), faultstore.Fault{Before: backend.ErrTemporary}))
+	var told []error
+	a.im.Close(func(err error) { told = append(told, err) })
+	a.run(time.Minute)
+	if a.im.state != Closing || len(told) > 0 {
+		t.Fatalf("the image is %v: this tests nothing", a.im.state)
+	}
+	b := newHost(t, "beta", st, 2)
+	b.others = []*host{a}
+	if err := b.open(id, true); err != nil {
+		t.Fatal(err)
+	}
+	if a.im.state != Released || len(told) != 1 || told[0] == nil {
+		t.Errorf("the image is %v, who closed it was told %v", a.im.state, told)
+	}
+	if b.env.now > time.Minute {
+		t.Errorf("beta waited for %v", b.env.now)
+	}
+}
+
 // TestReleaseWithCheckpoint: an owner that gives the image up may do so with the
 // same change of the superblock that publishes a checkpoint, and ends there. Seed
 // 234469 of the simulation found it.
