@@ -260,7 +260,7 @@ func (im *Image) applied(b *batch) {
 	im.objs.evict()
 	im.retire(b)
 	im.notifyDestaged()
-	im.checkpoint.maybe()
+	im.checkpoint.resume()
 	im.reap()
 	if b.cleaned() {
 		im.clean.accepted()

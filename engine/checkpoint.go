@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"slices"
-	"time"
 
 	"github.com/google/uuid"
 	"github.com/lsd-ceph/lsd/backend"
@@ -31,23 +30,29 @@ const (
 // time, and encoded and put by workers; one that is about to change before its
 // turn is copied at once, which costs little: its pages are copied when they change
 // (extmap.Map.Copy). The superblock names a checkpoint before anything of it
-// is written, and the one that it replaced until all that is dead of that is
-// removed, so that a crash leaves nothing that the next start does not know of.
+// is written, and those that were replaced until they are removed, so that a crash
+// leaves nothing that the next start does not know of.
 type checkpointer struct {
-	im   *Image
-	last *checkpointRef // the last one published, or nil
+	im    *Image
+	last  *checkpointRef // the last one published, or nil
+	parts int            // that its manifest has, at most
 
 	running  *runningCheckpoint
+	old      []oldManifest // replaced, and not removed so far
 	removing bool          // what nothing needs any more is being removed
 	unheld   bool          // there may be more of that since the removal began
 	removals []func(error) // want to know when the removal has ended
 	waiters  []func(error) // want a checkpoint that begins from now on
 }
 
-// idle reports whether a checkpoint may begin.
-func (c *checkpointer) idle() bool {
-	return c.running == nil && !c.removing && c.im.apply.h == nil
+// oldManifest is a manifest that has been replaced.
+type oldManifest struct {
+	ref   checkpointRef
+	parts int // that it has, at most
 }
+
+// idle reports whether a checkpoint may begin.
+func (c *checkpointer) idle() bool { return c.running == nil && c.im.apply.h == nil }
 
 // runningCheckpoint is a checkpoint that is being written.
 type runningCheckpoint struct {
@@ -154,7 +159,7 @@ func (c *checkpointer) memoryShort() bool {
 // published.
 func (c *checkpointer) behind() bool {
 	m := c.im.objs
-	return (c.running != nil || c.removing) && (c.since() >= uint64(c.im.cfg.CheckpointEvery) || m.budget.over() > 0 && m.dirtyBytes() > m.budget.share()/4)
+	return c.running != nil && (c.since() >= uint64(c.im.cfg.CheckpointEvery) || m.budget.over() > 0 && m.dirtyBytes() > m.budget.share()/4)
 }
 
 // now writes a checkpoint of the map as it is, unless there is one; fn is told
@@ -365,8 +370,9 @@ func (c *checkpointer) finish() {
 	im, r := c.im, c.running
 	r.final = true
 	m := &manifest{image: im.id, epoch: r.ref.Epoch, at: r.at, log: im.logID, objects: r.objects}
-	// Nothing changes these before the checkpoint is published.
-	maps, stored := im.objs.maps, im.objs.stored
+	// A removal may end meanwhile. What it has removed is then named as dead once more,
+	// until the next checkpoint.
+	maps, stored := slices.Clone(im.objs.maps), im.objs.stored
 	var b []byte
 	c.work(func(ctx context.Context) error {
 		if b == nil {
@@ -446,125 +452,117 @@ func putManifest(ctx context.Context, st backend.Store, m *manifest, b []byte) e
 
 func (c *checkpointer) published(m *manifest) {
 	r, im := c.running, c.im
-	old := c.last
-	c.last, c.running = &r.ref, nil
+	if c.last != nil {
+		c.old = append(c.old, oldManifest{*c.last, c.parts})
+	}
+	c.last, c.parts, c.running = &r.ref, m.parts(), nil
 	im.objs.maps, im.objs.stored = m.maps, m.segments
 	im.objs.writing = newBitset(segmentsOf(im.sectors))
 	// What was empty before it was written, or is now, needs no place in memory.
 	im.objs.evict()
-	// Those who waited may be about to end the image's work: they are told when
-	// nothing is left to clean up.
-	c.removals = append(c.removals, r.waiters...)
-	c.removeOld(old)
+	c.removeDead()
+	for _, fn := range r.waiters {
+		fn(nil)
+	}
+	c.resume()
+	im.reaper.later = nil
 	im.reap()
 	im.advance()
 }
 
-// removeDead removes what the last checkpoint has found dead and is still there: a
-// crash came before the removal, or a point that held it has gone.
+// removeDead removes what nothing needs: map objects of which nothing is current, and
+// the manifests that have been replaced. What a point needs stays, and so does what
+// cannot be removed now: the manifest and the superblock go on to name it, and the next
+// checkpoint, or the next start, tries again. Checkpoints begin meanwhile.
 func (c *checkpointer) removeDead() {
 	switch {
-	case c.running != nil: // its end does it
+	case c.running != nil:
+		return // its end does it
 	case c.removing:
 		c.unheld = true
-	default:
-		c.removeOld(nil)
+		return
 	}
-}
-
-// removeOld removes what nothing needs: map objects of which nothing is current, and
-// the manifest old, or with nil none, which the last checkpoint has replaced. What a
-// point needs stays. No checkpoint begins meanwhile.
-func (c *checkpointer) removeOld(old *checkpointRef) {
 	im, sb := c.im, c.im.super.sb
-	c.removing, c.unheld = true, false
-	var keys []string
+	r := new(removal)
 	for i := range im.objs.maps {
 		if o := &im.objs.maps[i]; o.size > 0 && o.live == 0 && !sb.heldMap(o.at.Object, uint64(o.died)) {
-			keys = append(keys, mapKey(im.id, o.at, o.part))
-			*o = mapObject{} // left out of the next manifest
+			r.add(object(mapKey(im.id, o.at, o.part)))
 		}
 	}
-	held := old == nil || sb.heldManifest(*old)
-	if len(keys) == 0 && held {
-		c.removed(old)
+	c.old = slices.DeleteFunc(c.old, func(m oldManifest) bool {
+		held := sb.heldManifest(m.ref)
+		if held {
+			c.forgetPrev(m.ref, true)
+		}
+		return held
+	})
+	for _, m := range c.old {
+		for part := range m.parts {
+			r.add(object(manifestKey(im.id, m.ref, part)))
+		}
+	}
+	if len(r.left) == 0 {
+		c.tellRemoved()
 		return
 	}
-	im.removeKeys(func(ctx context.Context) error {
-		err := deleteAll(ctx, im.store, &keys)
-		if held || err != nil && !errors.Is(err, backend.ErrPermanent) {
-			return err
-		}
-		e := deleteParts(ctx, im.store, func(part int) string { return manifestKey(im.id, *old, part) }, 1)
-		if e != nil && !errors.Is(e, backend.ErrPermanent) {
-			return e
-		}
-		return errors.Join(err, e)
-	}, func() { c.removed(old) })
+	c.removing = true
+	im.remove(r, func() { c.removed(r) })
 }
 
-// removed ends a removal.
-func (c *checkpointer) removed(old *checkpointRef) {
-	if old != nil {
-		c.forgetPrev(*old)
+// removed ends a removal: what is gone is left out of the next manifest, and of the
+// superblock.
+func (c *checkpointer) removed(r *removal) {
+	im := c.im
+	for i := range im.objs.maps {
+		if o := &im.objs.maps[i]; o.size > 0 && o.live == 0 && r.ended[object(mapKey(im.id, o.at, o.part))] {
+			*o = mapObject{}
+		}
 	}
+	c.old = slices.DeleteFunc(c.old, func(m oldManifest) bool {
+		for part := range m.parts {
+			if !r.ended[object(manifestKey(im.id, m.ref, part))] {
+				return false
+			}
+		}
+		c.forgetPrev(m.ref, false)
+		return true
+	})
+	c.removing = false
 	if c.unheld {
-		c.removeOld(nil)
+		c.unheld = false
+		c.removeDead()
 		return
 	}
-	c.removing = false
+	c.tellRemoved()
+}
+
+// afterRemoval calls fn when what nothing needs is removed as far as that is possible
+// now, or with the error with which the image's service ends before.
+func (c *checkpointer) afterRemoval(fn func(error)) {
+	c.removals = append(c.removals, fn)
+	if !c.removing {
+		c.removeDead()
+	}
+}
+
+func (c *checkpointer) tellRemoved() {
 	waiters := c.removals
 	c.removals = nil
 	for _, fn := range waiters {
 		fn(nil)
 	}
-	c.resume()
-	c.im.advance()
 }
 
-// forgetPrev says in the superblock that nothing is left of the checkpoint old,
-// which was replaced. The next change will do, whatever it is for.
-func (c *checkpointer) forgetPrev(old checkpointRef) {
-	gone := func(x checkpointRef) bool { return x == old }
-	forget := func(sb *superblock) { sb.Prev = slices.DeleteFunc(sb.Prev, gone) }
+// forgetPrev takes the manifest of the checkpoint old, which was replaced, off the
+// superblock's list: it is gone, or held by a point that remembers it, if there still
+// is one by then. The next change will do, whatever it is for.
+func (c *checkpointer) forgetPrev(old checkpointRef, held bool) {
+	forget := func(sb *superblock) {
+		if !held || sb.heldManifest(old) {
+			sb.Prev = slices.DeleteFunc(sb.Prev, func(x checkpointRef) bool { return x == old })
+		}
+	}
 	c.im.super.changes = append(c.im.super.changes, superChange{forget, func() {}})
-}
-
-// deleteAll deletes objects, of which any may have gone before, and takes those that
-// it is done with off the list, so that another try goes on from there. One that the
-// store refuses to delete does not keep it from the others.
-func deleteAll(ctx context.Context, st backend.Store, keys *[]string) error {
-	var refused []error
-	for len(*keys) > 0 {
-		switch err := st.Delete(ctx, (*keys)[0]); {
-		case errors.Is(err, backend.ErrPermanent):
-			refused = append(refused, err)
-		case err != nil && !errors.Is(err, backend.ErrNotFound):
-			return err
-		}
-		*keys = (*keys)[1:]
-	}
-	return errors.Join(refused...)
-}
-
-// deleteParts deletes the objects that key names, from part 0 on, until as many
-// in a row as gap are not there.
-func deleteParts(ctx context.Context, st backend.Store, key func(part int) string, gap int) error {
-	var refused []error
-	for part, missing := 0, 0; missing < gap; part++ {
-		switch err := st.Delete(ctx, key(part)); {
-		case errors.Is(err, backend.ErrPermanent):
-			refused = append(refused, err)
-			missing++
-		case errors.Is(err, backend.ErrNotFound):
-			missing++
-		case err != nil:
-			return err
-		default:
-			missing = 0
-		}
-	}
-	return errors.Join(refused...)
 }
 
 // fail ends the running checkpoint with the image.
@@ -578,48 +576,4 @@ func (c *checkpointer) fail(err error) {
 	for _, fn := range waiters {
 		fn(err)
 	}
-}
-
-// removeKeys runs a removal on a worker, again and again until it goes through,
-// and then calls done.
-func (im *Image) removeKeys(remove func(context.Context) error, done func()) {
-	im.removeTry(remove, done, 0)
-}
-
-func (im *Image) removeTry(remove func(context.Context) error, done func(), tries int) {
-	again := func() {
-		im.jobs++
-		im.env.AfterFunc(im.backoff(tries), func() {
-			im.jobs--
-			if im.state != Fenced && im.state != Released {
-				im.removeTry(remove, done, tries+1)
-			}
-		})
-	}
-	left := im.mayDelete()
-	if left == 0 {
-		again()
-		return
-	}
-	var err error
-	im.spawn(func() {
-		ctx, stop := context.WithTimeout(im.ctx, min(left, im.cfg.StoreTimeout+time.Minute))
-		defer stop()
-		err = remove(ctx)
-	}, func() {
-		switch {
-		case im.state == Fenced || im.state == Released:
-		case errors.Is(err, backend.ErrPermanent):
-			im.storeFailed(err)
-			im.logger.Warn("something dead could not be removed: it wastes space until lsdctl check --repair", "err", err)
-			done()
-		case err != nil:
-			if left > im.cfg.StoreTimeout || !errors.Is(err, context.DeadlineExceeded) {
-				im.storeFailed(err) // else it was the lease that gave so little time
-			}
-			again()
-		default:
-			done()
-		}
-	})
 }

@@ -231,7 +231,7 @@ func TestNoDeleteWithoutLease(t *testing.T) {
 			t.Errorf("%v after the renewal: %v to delete in, want %v", tt.after, got, tt.want)
 		}
 	}
-	h.im.removeKeys(func(ctx context.Context) error { return st.Delete(ctx, SuperblockKey(id)) }, func() {})
+	h.im.remove(&removal{left: []garbage{object(SuperblockKey(id))}}, func() {})
 	h.env.runJob()
 	if _, _, err := loadSuperblock(context.Background(), st, id); err != nil {
 		t.Errorf("deleted without a lease: %v", err)

@@ -160,6 +160,7 @@ func (im *Image) Start(env Env, dev aio.Device, mem []byte) {
 	im.startScrub()
 	im.startSuper()
 	im.startLeftovers()
+	im.checkpoint.parts = im.manifestParts()
 	im.checkpoint.removeDead()
 	im.reap()
 	im.checkpoint.maybe()
@@ -561,13 +562,25 @@ func (im *Image) letGo(fn func(error)) {
 				fn(err)
 				return
 			}
-			im.afterReaping(func(err error) {
-				if err != nil {
-					fn(err)
-					return
-				}
-				im.release(fn)
-			})
+			im.cleanUp(fn)
+		})
+	})
+}
+
+// cleanUp removes what nothing needs, as far as that is possible now, and releases.
+func (im *Image) cleanUp(fn func(error)) {
+	im.checkpoint.afterRemoval(func(err error) {
+		if err != nil {
+			fn(err)
+			return
+		}
+		im.reaper.later = nil
+		im.afterReaping(func(err error) {
+			if err != nil {
+				fn(err)
+				return
+			}
+			im.release(fn)
 		})
 	})
 }

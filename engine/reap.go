@@ -1,13 +1,9 @@
 package engine
 
 import (
-	"context"
-	"errors"
-	"fmt"
 	"slices"
 	"time"
 
-	"github.com/lsd-ceph/lsd/backend"
 	"github.com/lsd-ceph/lsd/internal/mutate"
 )
 
@@ -26,6 +22,8 @@ const (
 type reaper struct {
 	jobs    int
 	going   map[uint32]bool // being deleted
+	later   map[uint32]bool // could not be deleted: it is tried again after the next checkpoint
+	stuck   bool            // something could not be removed, and this was logged
 	waiters []func(error)
 	deleted uint64
 }
@@ -45,7 +43,7 @@ func (im *Image) reap() {
 		switch {
 		case o == nil:
 			continue
-		case len(batch) < reapBatch && !x.going[n] && (uint64(n) <= last.Object || mutate.On(mutate.DeletedEarly)) && !im.super.sb.held(uint64(n), uint64(o.died)):
+		case len(batch) < reapBatch && !x.going[n] && !x.later[n] && (uint64(n) <= last.Object || mutate.On(mutate.DeletedEarly)) && !im.super.sb.held(uint64(n), uint64(o.died)):
 			batch = append(batch, *o)
 		}
 		kept = append(kept, n)
@@ -56,21 +54,39 @@ func (im *Image) reap() {
 		return
 	}
 	x.jobs++
-	keys := make([]string, len(batch))
-	for i, o := range batch {
+	r := new(removal)
+	for _, o := range batch {
 		x.going[o.number] = true
-		keys[i] = dataKey(im.id, uint64(o.number), uint64(o.epoch))
+		r.add(im.dataObject(o))
 	}
-	im.removeKeys(func(ctx context.Context) error { return deleteAll(ctx, im.store, &keys) }, func() {
+	im.remove(r, func() {
 		x.jobs--
 		for _, o := range batch {
 			delete(x.going, o.number)
-			t.remove(uint64(o.number))
+			im.reapedOne(o, r.ended[im.dataObject(o)])
 		}
-		x.deleted += uint64(len(batch))
 		im.reap()
 	})
 	im.reap()
+}
+
+// dataObject names a data object that is dead.
+func (im *Image) dataObject(o objectInfo) object {
+	return object(dataKey(im.id, uint64(o.number), uint64(o.epoch)))
+}
+
+// reapedOne says whether a data object has been deleted.
+func (im *Image) reapedOne(o objectInfo, gone bool) {
+	x := &im.reaper
+	if gone {
+		im.table.remove(uint64(o.number))
+		x.deleted++
+		return
+	}
+	if x.later == nil {
+		x.later = make(map[uint32]bool)
+	}
+	x.later[o.number] = true
 }
 
 // reaped tells those who wait that nothing more can be deleted now.
@@ -104,16 +120,28 @@ func (im *Image) startLeftovers() {
 		return
 	}
 	stale, prev := len(sb.Stale), slices.Clone(sb.Prev)
-	parts := im.manifestParts()
-	first, second := leftovers{sb: sb, parts: parts}, leftovers{sb: sb, parts: parts}
-	im.removeKeys(func(ctx context.Context) error { return first.remove(ctx, im.store) }, func() {
-		im.env.AfterFunc(leftoverGrace, func() {
-			if im.state != Active {
+	first, second := leftovers(sb, im.manifestParts()), leftovers(sb, im.manifestParts())
+	im.remove(first, func() {
+		im.removeLeftovers(second, func() {
+			im.changeSuper(func(sb *superblock) { sb.dropStale(stale, prev) }, func() {})
+		})
+	})
+}
+
+// removeLeftovers removes leftovers when leftoverGrace has passed, and again each time
+// that it has until none is left, and then calls done.
+func (im *Image) removeLeftovers(r *removal, done func()) {
+	im.env.AfterFunc(leftoverGrace, func() {
+		if im.state != Active {
+			return
+		}
+		r.tries = 0
+		im.remove(r, func() {
+			if len(r.left) > 0 {
+				im.removeLeftovers(r, done)
 				return
 			}
-			im.removeKeys(func(ctx context.Context) error { return second.remove(ctx, im.store) }, func() {
-				im.changeSuper(func(sb *superblock) { sb.dropStale(stale, prev) }, func() {})
-			})
+			done()
 		})
 	})
 }
@@ -145,67 +173,39 @@ func (s *superblock) dropStale(n int, prev []checkpointRef) {
 	s.Prev = slices.DeleteFunc(s.Prev, func(c checkpointRef) bool { return slices.Contains(prev, c) })
 }
 
-// leftovers is what a superblock says may have been left behind. One goroutine at a
-// time may use it.
-type leftovers struct {
-	sb    *superblock
-	parts int // that a manifest may have
-	next  int // entry, first of Prev, then of Stale
-}
-
-// remove removes it, from where the last call ended. Something that the store
-// refuses to delete does not keep it from the rest.
-func (l *leftovers) remove(ctx context.Context, st backend.Store) error {
-	var refused []error
-	for ; l.next < len(l.sb.Prev)+len(l.sb.Stale); l.next++ {
-		err := l.removeNext(ctx, st)
-		if errors.Is(err, backend.ErrPermanent) {
-			refused = append(refused, err)
-		} else if err != nil {
-			return err
+// leftovers returns what a superblock says may have been left behind, of an image whose
+// manifests may have so many parts.
+func leftovers(sb *superblock, parts int) *removal {
+	r := new(removal)
+	for _, c := range sb.Prev {
+		if !sb.heldManifest(c) {
+			r.add(sb.manifestParts(c, parts))
 		}
 	}
-	return errors.Join(refused...)
-}
-
-func (l *leftovers) removeNext(ctx context.Context, st backend.Store) error {
-	sb := l.sb
-	if l.next < len(sb.Prev) {
-		c := sb.Prev[l.next]
-		if sb.heldManifest(c) {
-			return nil
+	for _, x := range sb.Stale {
+		if !x.Checkpoint {
+			for n := x.Object; n <= x.Object+uint64(sb.Window); n++ {
+				r.add(object(dataKey(sb.Image, n, x.Epoch)))
+			}
+			continue
 		}
-		return deleteParts(ctx, st, func(part int) string { return manifestKey(sb.Image, c, part) }, 1)
+		c := checkpointRef{Object: x.Object, Epoch: x.Epoch}
+		if sb.published(c) {
+			continue // after all
+		}
+		r.add(&objectParts{func(part int) string { return mapKey(sb.Image, c, uint32(part)) }, checkpointPuts})
+		r.add(sb.manifestParts(c, parts))
 	}
-	x := sb.Stale[l.next-len(sb.Prev)]
-	if x.Checkpoint {
-		return l.removeCheckpoint(ctx, st, checkpointRef{Object: x.Object, Epoch: x.Epoch})
-	}
-	var keys []string
-	for n := x.Object; n <= x.Object+uint64(sb.Window); n++ {
-		keys = append(keys, dataKey(sb.Image, n, x.Epoch))
-	}
-	if err := deleteAll(ctx, st, &keys); err != nil {
-		return fmt.Errorf("an object of an earlier owner: %w", err)
-	}
-	return nil
+	return r
 }
 
-// removeCheckpoint removes what a checkpoint has put before it was published, unless
-// it was published after all.
-func (l *leftovers) removeCheckpoint(ctx context.Context, st backend.Store, c checkpointRef) error {
-	sb := l.sb
-	if sb.Checkpoint != nil && *sb.Checkpoint == c || sb.heldManifest(c) {
-		return nil
-	}
-	refused := deleteParts(ctx, st, func(part int) string { return mapKey(sb.Image, c, uint32(part)) }, checkpointPuts)
-	if refused != nil && !errors.Is(refused, backend.ErrPermanent) {
-		return refused
-	}
-	// The manifest's first part is put last, so the others may be there without it.
-	err := deleteParts(ctx, st, func(part int) string { return manifestKey(sb.Image, c, part) }, l.parts)
-	if err != nil && !errors.Is(err, backend.ErrPermanent) {
-		return err
-	}
-	return errors.Join(refused, err)
+// published reports whether the image, or a point, goes back to a checkpoint.
+func (s *superblock) published(c checkpointRef) bool {
+	return sameRef(s.Checkpoint, &c) || s.heldManifest(c)
+}
+
+// manifestParts names the parts of a manifest. The first is put last, and may be deleted
+// first, so the others may be there without it.
+func (s *superblock) manifestParts(c checkpointRef, parts int) *objectParts {
+	return &objectParts{func(part int) string { return manifestKey(s.Image, c, part) }, parts}
 }

@@ -3,8 +3,10 @@ package engine
 import (
 	"context"
 	"errors"
+	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/google/uuid"
 	"github.com/lsd-ceph/lsd/backend"
@@ -76,6 +78,62 @@ func TestDeadMapObjectGoesAfterCrash(t *testing.T) {
 	}
 	if left := leftOver(t, inner, id); len(left) > 0 {
 		t.Errorf("left over: %v", left)
+	}
+}
+
+// TestGarbageKeepsNobody: something dead that cannot be deleted, all else can, keeps the
+// image neither from writes nor from being closed; it is known as dead, and the next
+// start removes it.
+func TestGarbageKeepsNobody(t *testing.T) {
+	for _, kind := range []string{"/c/", "/d/", "/m/"} {
+		t.Run(kind, func(t *testing.T) {
+			inner := mem.New()
+			id := newImageIn(t, inner)
+			st := faultstore.New(inner.Handle())
+			h := newHost(t, "alpha", st, 1)
+			if err := h.open(id, false); err != nil {
+				t.Fatal(err)
+			}
+			stuck := ""
+			st.Inject(func(op faultstore.Op) (f faultstore.Fault) {
+				if op.Method == faultstore.Delete && strings.Contains(op.Key, kind) && (stuck == "" || stuck == op.Key) {
+					stuck, f.Before = op.Key, backend.ErrTemporary
+				}
+				return f
+			})
+			for n := range uint64(100) {
+				h.mustWrite(n%4, n+1)
+				err := errors.New("not ended")
+				h.im.Destage(func(e error) { err = e })
+				if h.run(time.Minute); err != nil {
+					t.Fatalf("write %d is not destaged: %v, %s", n, err, h.im.Stats().LastStoreError)
+				}
+			}
+			err := errors.New("not ended")
+			h.im.Close(func(e error) { err = e })
+			if h.run(time.Minute); err != nil {
+				t.Fatalf("close: %v; the image is %v", err, h.im.state)
+			}
+			rep, err := checkImage(context.Background(), inner, id, "mem:", CheckOptions{Deep: true})
+			if err != nil {
+				t.Fatal(err)
+			}
+			if garbage := slices.Concat(rep.Dead, rep.Stale); len(rep.Errors) > 0 || !slices.Contains(garbage, stuck) || len(garbage) > 2 {
+				t.Errorf("%s is stuck; garbage %v, errors %v", stuck, garbage, rep.Errors)
+			}
+			st.Inject()
+			if err := h.open(id, false); err != nil {
+				t.Fatal(err)
+			}
+			h.run(3 * leftoverGrace)
+			h.mustClose()
+			if rep, err = checkImage(context.Background(), inner, id, "mem:", CheckOptions{Deep: true}); err != nil {
+				t.Fatal(err)
+			}
+			if left := slices.Concat(rep.Dead, rep.Stale, rep.Pending); len(rep.Errors)+len(left) > 0 {
+				t.Errorf("left over: %v, errors %v", left, rep.Errors)
+			}
+		})
 	}
 }
 

@@ -161,9 +161,8 @@ func (c *checker) withdraw(ctx context.Context, m *manifest) {
 	if errors.Is(err, backend.ErrNotFound) { // the image has been removed
 		sb, err = &superblock{Image: c.id}, nil
 	}
-	if err == nil {
-		l := leftovers{sb: sb, parts: m.parts()}
-		_ = l.removeCheckpoint(ctx, c.st, m.ref())
+	if err == nil && !sb.published(m.ref()) {
+		_ = sb.manifestParts(m.ref(), m.parts()).remove(ctx, c.st)
 	}
 }
 
