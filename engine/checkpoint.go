@@ -38,11 +38,12 @@ type checkpointer struct {
 	parts int            // that its manifest has, at most
 
 	running  *runningCheckpoint
-	old      []oldManifest // replaced, and not removed so far
-	removing bool          // what nothing needs any more is being removed
-	unheld   bool          // there may be more of that since the removal began
-	removals []func(error) // want to know when the removal has ended
-	waiters  []func(error) // want a checkpoint that begins from now on
+	damaged  map[uint32]place // segments that could not be read to be moved, and where
+	old      []oldManifest    // replaced, and not removed so far
+	removing bool             // what nothing needs any more is being removed
+	unheld   bool             // there may be more of that since the removal began
+	removals []func(error)    // want to know when the removal has ended
+	waiters  []func(error)    // want a checkpoint that begins from now on
 }
 
 // oldManifest is a manifest that has been replaced.
@@ -72,8 +73,8 @@ type runningCheckpoint struct {
 	tries   int
 }
 
-// copiedSegment is a segment on its way into a map object: copied from the map, or
-// to be read from where it is stored.
+// copiedSegment is a segment on its way into a map object: copied from the map, or,
+// if it is unchanged and not in memory, to be read from where it is stored.
 type copiedSegment struct {
 	index  uint32
 	span   *extmap.Span
@@ -85,6 +86,13 @@ type mapPart struct {
 	segments []copiedSegment
 	places   []storedSegment // in the order of segments; object is not set
 	size     int
+	left     []leftSegment
+}
+
+// leftSegment is a segment that could not be read, and so stays where it is.
+type leftSegment struct {
+	copiedSegment
+	err error
 }
 
 // touch says that a segment of the map is about to change.
@@ -223,7 +231,7 @@ func (c *checkpointer) mostlyDead(pending bitset) (list []uint32) {
 		return nil
 	}
 	for i, s := range m.stored {
-		if s.size > 0 && sparse[s.object] && !pending.has(uint32(i)) {
+		if s.size > 0 && sparse[s.object] && !pending.has(uint32(i)) && c.damaged[uint32(i)] != m.place(uint32(i)) {
 			list = append(list, uint32(i))
 		}
 	}
@@ -257,13 +265,7 @@ func (c *checkpointer) step() {
 		}
 	}
 	if len(r.order) == 0 {
-		for len(r.rewrite) > 0 && r.size < mapObjectSize {
-			i := r.rewrite[0]
-			r.rewrite = r.rewrite[1:]
-			at := c.im.objs.place(i)
-			r.copied = append(r.copied, copiedSegment{index: i, stored: at})
-			r.size += int(at.size)
-		}
+		c.takeUnchanged()
 	}
 	rest := len(r.order) + len(r.rewrite)
 	switch {
@@ -277,6 +279,22 @@ func (c *checkpointer) step() {
 	}
 }
 
+// takeUnchanged takes segments that are to be moved.
+func (c *checkpointer) takeUnchanged() {
+	r, m := c.running, c.im.objs
+	for n := 0; (n == 0 || !c.im.stint.over()) && r.size < mapObjectSize && len(r.rewrite) > 0; n++ {
+		i := r.rewrite[0]
+		r.rewrite = r.rewrite[1:]
+		if m.resident.has(i) && m.clean(i) {
+			c.copy(i)
+			continue
+		}
+		at := m.place(i)
+		r.copied = append(r.copied, copiedSegment{index: i, stored: at})
+		r.size += int(at.size)
+	}
+}
+
 // put writes the segments that have been copied as one map object.
 func (c *checkpointer) put() {
 	im, r := c.im, c.running
@@ -284,14 +302,13 @@ func (c *checkpointer) put() {
 	r.parts = append(r.parts, mapPart{segments: r.copied})
 	r.copied, r.size = nil, 0
 	r.puts++
-	part := r.parts[k]
+	segments, encoded := r.parts[k].segments, false
+	var part mapPart
 	var b []byte
-	c.work(func(ctx context.Context) (err error) {
-		if b == nil {
-			if b, part.places, err = encodeMapObject(ctx, im.store, im.id, part.segments); err != nil {
-				return err
-			}
-			part.size = len(b)
+	c.work(func(ctx context.Context) error {
+		if !encoded {
+			part, b = encodeMapObject(ctx, im.store, im.id, segments)
+			encoded = true
 		}
 		if len(b) == 0 {
 			return nil
@@ -300,31 +317,60 @@ func (c *checkpointer) put() {
 	}, func() {
 		r.parts[k] = part
 		r.puts--
+		c.leave(part.left)
 		c.step()
 	})
 	c.step()
 }
 
-// encodeMapObject returns a map object with the given segments, and where in it
-// they are.
-func encodeMapObject(ctx context.Context, st backend.Store, id uuid.UUID, segments []copiedSegment) (b []byte, places []storedSegment, err error) {
+// leave notes the segments that stay where they are. That is no reason not to write the
+// checkpoint: to move them only saves space.
+func (c *checkpointer) leave(left []leftSegment) {
+	for _, s := range left {
+		c.im.countStoreError(s.err)
+		if !damaged(s.err) {
+			continue // the next checkpoint tries again
+		}
+		if c.damaged == nil {
+			c.damaged = make(map[uint32]place)
+		}
+		c.damaged[s.index] = s.stored
+		c.im.logger.Error("part of the map cannot be read: it stays where it is", "err", s.err)
+	}
+}
+
+// encodeMapObject returns a map object with those of the given segments that can be
+// had, and where in it they are.
+func encodeMapObject(ctx context.Context, st backend.Store, id uuid.UUID, segments []copiedSegment) (p mapPart, b []byte) {
 	for _, s := range segments {
 		at := len(b)
 		if s.span != nil {
 			b = encodeSegment(b, id, s.index, s.span)
 		} else {
-			raw, err := readSegmentBytes(ctx, st, id, s.stored)
-			if err == nil {
-				err = checkObject(raw, segmentMagic, segmentVersion, segmentFixed, id)
-			}
+			raw, err := readUnchanged(ctx, st, id, s)
 			if err != nil {
-				return nil, nil, fmt.Errorf("map segment %d: %w", s.index, err)
+				p.left = append(p.left, leftSegment{s, err})
+				continue
 			}
 			b = append(b, raw...)
 		}
-		places = append(places, storedSegment{offset: uint32(at), size: uint32(len(b) - at)})
+		p.segments = append(p.segments, s)
+		p.places = append(p.places, storedSegment{offset: uint32(at), size: uint32(len(b) - at)})
 	}
-	return b, places, nil
+	p.size = len(b)
+	return p, b
+}
+
+// readUnchanged reads a segment from where it is stored.
+func readUnchanged(ctx context.Context, st backend.Store, id uuid.UUID, s copiedSegment) ([]byte, error) {
+	b, err := readSegmentBytes(ctx, st, id, s.stored)
+	if err == nil {
+		err = checkObject(b, segmentMagic, segmentVersion, segmentFixed, id)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("map segment %d at byte %d of object %s: %w", s.index, s.stored.offset, mapKey(id, s.stored.object.at, s.stored.object.part), err)
+	}
+	return b, nil
 }
 
 // putOwn puts an object whose name nobody else uses: one that exists is this very

@@ -3,6 +3,7 @@ package engine
 import (
 	"context"
 	"errors"
+	"fmt"
 	"slices"
 	"strings"
 	"testing"
@@ -134,6 +135,76 @@ func TestGarbageKeepsNobody(t *testing.T) {
 				t.Errorf("left over: %v, errors %v", left, rep.Errors)
 			}
 		})
+	}
+}
+
+// TestDamagedSegmentStays: a segment of the map that is damaged in the store, and that
+// nobody reads or writes, keeps no checkpoint from its end when what else is in its map
+// object has been written anew: it stays there, and the others are moved. From memory,
+// where it is as it was, it is moved as well.
+func TestDamagedSegmentStays(t *testing.T) {
+	for _, inMemory := range []bool{false, true} {
+		t.Run(fmt.Sprintf("in memory %v", inMemory), func(t *testing.T) { damagedSegmentStays(t, inMemory) })
+	}
+}
+
+func damagedSegmentStays(t *testing.T, inMemory bool) {
+	ctx := context.Background()
+	st := mem.New()
+	id, err := Create(ctx, st, "disk", CreateOptions{Size: 1 << 30, ObjectSize: MinObjectSize})
+	if err != nil {
+		t.Fatal(err)
+	}
+	const segment = segmentSectors / 8 // blocks
+	h := newHost(t, "alpha", st, 1)
+	if err := h.open(id, false); err != nil {
+		t.Fatal(err)
+	}
+	for i := range uint64(8) {
+		for n := range uint64(20) {
+			h.mustWrite(i*segment+2*n, i+1)
+		}
+	}
+	h.mustDestage()
+	h.im.checkpoint.now(func(error) {})
+	h.run(0)
+	if !inMemory {
+		h.mustClose()
+	}
+	if len(h.im.objs.maps) != 1 || h.im.checkpoint.since() > 0 {
+		t.Fatal("not one map object: this tests nothing")
+	}
+	m := h.im.objs.maps[0]
+	key := mapKey(id, m.at, m.part)
+	if err := damage(ctx, st, key, flipLast); err != nil { // of segment 7
+		t.Fatal(err)
+	}
+	if !inMemory {
+		if err := h.open(id, false); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for n := range uint64(50) {
+		for i := range uint64(6) {
+			h.mustWrite(i*segment+1+2*(n%20), n+1)
+		}
+		h.mustDestage()
+	}
+	h.mustRead(6*segment, 7)
+	h.mustClose()
+	moved := func(i uint32) bool {
+		o := h.im.objs.place(i).object
+		return o.at != m.at || o.part != m.part
+	}
+	if !moved(6) || moved(7) != inMemory {
+		t.Errorf("moved: segment 6 %v, the damaged one %v", moved(6), moved(7))
+	}
+	rep, err := checkImage(ctx, st, id, "mem:", CheckOptions{Deep: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if n := len(rep.Errors); !inMemory && (n != 1 || rep.Errors[0].Object != key) || inMemory && n > 0 {
+		t.Errorf("check finds %v", rep.Errors)
 	}
 }
 
