@@ -5,9 +5,11 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"math"
 	"slices"
 	"sort"
+	"time"
 
 	"github.com/lsd-ceph/lsd/backend"
 )
@@ -27,6 +29,13 @@ const (
 	minMerge = 16
 	// maxVictims bounds the objects of one cleaning.
 	maxVictims = 512
+	// cleanTries is how often in a row a victim is tried to be read, and cleanLater for
+	// how long it is left alone then.
+	cleanTries = 5
+	cleanLater = 15 * time.Minute
+	// cleanFailures is how many victims in a row may be such: then it is the store that
+	// cannot be read, and the cleaning ends with what it has.
+	cleanFailures = 2
 )
 
 // cleaner moves what lives out of mostly dead objects, so that they can go. The
@@ -45,11 +54,12 @@ type cleaner struct {
 	im      *Image
 	search  *search // for the victims of the next one
 	running *cleaning
-	bad     map[uint32]bool // victims that could not be read
+	bad     map[uint32]bool          // victims that are damaged
+	later   map[uint32]time.Duration // those that cannot be read now, and when to try again
 	timer   Timer
 	moved   uint64 // bytes, since the image was opened
-	// Sectors of the objects that points need, and what lives of them, when victims
-	// were last chosen.
+	// Sectors of the objects that points need, or that cannot be read, and what lives
+	// of them, when victims were last chosen.
 	heldSpace, heldLive uint64
 }
 
@@ -69,8 +79,14 @@ type cleaning struct {
 	done   uint64       // sectors of the extent
 	live   []movedPiece // of it, in the order of its data
 	from   []int        // where their data is in the victim, in sectors
-	tries  int
+	tries  int          // in a row, of a read, that have failed
+	load   *segmentLoad // that is waited for, or nil
+	failed int          // victims in a row that could not be read
 }
+
+// stuck reports whether what the cleaning waits for has failed, so that it is not known
+// whether it ever comes.
+func (r *cleaning) stuck() bool { return r.tries > 0 || r.load != nil && r.load.tries > 0 }
 
 // movedPiece is a run of sectors and its data.
 type movedPiece struct {
@@ -80,7 +96,7 @@ type movedPiece struct {
 	data   []byte
 }
 
-// debt returns by how many sectors the objects that live, and that no point needs,
+// debt returns by how many sectors the objects that live, and that can be cleaned,
 // exceed the space that they may hold.
 func (c *cleaner) debt() int64 {
 	t := &c.im.table
@@ -97,6 +113,7 @@ func (c *cleaner) scattered() bool {
 // maybe begins a cleaning if one is due.
 func (c *cleaner) maybe() {
 	im := c.im
+	c.takeUp()
 	if c.running != nil || c.search != nil || im.state != Active || !im.leased() || c.debt() <= 0 && !c.scattered() {
 		return
 	}
@@ -106,6 +123,15 @@ func (c *cleaner) maybe() {
 
 func (c *cleaner) newSearch() *search {
 	return &search{small: c.debt() <= 0, list: victimList{limit: cleanObjects * c.im.object}}
+}
+
+// takeUp makes those objects victims again whose time has come.
+func (c *cleaner) takeUp() {
+	n, now := len(c.later), c.im.env.Now()
+	maps.DeleteFunc(c.later, func(_ uint32, at time.Duration) bool { return at <= now })
+	if len(c.later) < n {
+		c.heldSpace, c.heldLive = 0, 0
+	}
 }
 
 // begin begins the cleaning of victims.
@@ -124,10 +150,10 @@ func (c *cleaner) begin(victims []objectInfo) {
 
 // lags reports whether so much is dead that the clients' objects should wait until
 // the cleaner has read what it is about to move. What it writes has its place
-// behind them.
+// behind them. They do not wait while it is not known whether it can be read.
 func (c *cleaner) lags() bool {
-	t := &c.im.table
-	return c.running != nil && c.running.objects == 0 && c.im.state == Active && c.debt() > int64(t.live)/8+2*cleanSlack*int64(c.im.object)
+	t, r := &c.im.table, c.running
+	return r != nil && r.objects == 0 && !r.stuck() && c.im.state == Active && c.debt() > int64(t.live)/8+2*cleanSlack*int64(c.im.object)
 }
 
 // search goes through the image's objects for the best victims, as many at a time
@@ -136,7 +162,8 @@ type search struct {
 	small bool   // it is for objects with little that lives, not for dead data
 	next  uint32 // objects below have been looked at
 	list  victimList
-	// Sectors of the objects seen so far that points need, and what lives of them.
+	// Sectors of the objects seen so far that points need, or that cannot be read, and
+	// what lives of them.
 	heldSpace, heldLive uint64
 }
 
@@ -174,10 +201,10 @@ func (c *cleaner) weighSome(s *search) bool {
 // weigh offers an object to the search.
 func (c *cleaner) weigh(s *search, o *objectInfo) {
 	im := c.im
-	if o.gone || o.live == 0 || c.bad[o.number] || uint64(o.number) > im.accepted.object {
+	if o.gone || o.live == 0 || uint64(o.number) > im.accepted.object {
 		return // the last one may not be in the map yet
 	}
-	if im.super.sb.held(uint64(o.number), 0) {
+	if c.bad[o.number] || c.later[o.number] > 0 || im.super.sb.held(uint64(o.number), 0) {
 		s.heldSpace, s.heldLive = s.heldSpace+uint64(o.sectors), s.heldLive+uint64(o.live)
 		return
 	}
@@ -273,6 +300,7 @@ func (c *cleaner) end() {
 	if c.running != nil {
 		c.running = nil
 		c.im.shared.endCleaning()
+		c.im.pumpNow() // objects may have waited for it
 	}
 }
 
@@ -317,7 +345,7 @@ func (c *cleaner) lookThrough(h *objectHeader) {
 }
 
 // read runs a reading step on a worker, until it goes through, and then calls fn.
-// A victim that cannot be read is left out.
+// A victim that cannot be read, now or for good, is left out.
 func (c *cleaner) read(work func(context.Context) error, fn func()) {
 	r, im := c.running, c.im
 	var err error
@@ -329,8 +357,12 @@ func (c *cleaner) read(work func(context.Context) error, fn func()) {
 		switch {
 		case c.running != r || c.ends():
 		case retryable(err):
-			im.storeFailed(err)
-			r.tries++
+			im.countStoreError(err)
+			if r.tries++; r.tries == cleanTries {
+				c.putOff(err)
+				return
+			}
+			im.pumpNow() // objects do not wait for this any more
 			im.env.AfterFunc(im.backoff(r.tries), func() {
 				if c.running == r && !c.ends() {
 					c.read(work, fn)
@@ -360,6 +392,31 @@ func (c *cleaner) skip(err error) {
 	c.nextVictim()
 }
 
+// putOff leaves out the victim that is being looked through: it cannot be read now.
+func (c *cleaner) putOff(err error) {
+	r, im := c.running, c.im
+	o := r.victims[r.next]
+	im.logger.Warn("an object cannot be read to be cleaned: it keeps its space until it can", "object", dataKey(im.id, uint64(o.number), uint64(o.epoch)), "err", err)
+	if c.later == nil {
+		c.later = make(map[uint32]time.Duration)
+	}
+	c.later[o.number] = im.env.Now() + cleanLater
+	c.timer.Reset(cleanLater)
+	r.tries, r.load = 0, nil
+	r.next++
+	if r.failed++; r.failed == cleanFailures {
+		r.victims = r.victims[:r.next]
+	}
+	c.nextVictim()
+}
+
+// watch puts off a victim that waits for a part of the map that cannot be read.
+func (c *cleaner) watch() {
+	if r := c.running; r != nil && r.load != nil && r.load.tries >= cleanTries && !c.ends() {
+		c.putOff(errors.New("part of the map cannot be read"))
+	}
+}
+
 // look asks the map what of the victim lives, a few extents in a turn.
 func (c *cleaner) look(err error) {
 	r, im := c.running, c.im
@@ -383,7 +440,7 @@ func (c *cleaner) look(err error) {
 		n := min(uint64(e.n)-r.done, segmentStart(i+1)-s)
 		if !e.zero {
 			if !im.objs.ready(i) {
-				im.withSegment(i, c.look)
+				c.await(i)
 				return
 			}
 			c.lookAt(s, s+n)
@@ -393,6 +450,19 @@ func (c *cleaner) look(err error) {
 		}
 	}
 	c.fetch()
+}
+
+// await goes on with the victim when segment i is in memory.
+func (c *cleaner) await(i uint32) {
+	r, im := c.running, c.im
+	h := r.header
+	im.withSegment(i, func(err error) {
+		if c.running == r && r.load != nil && r.header == h { // it was not put off
+			r.load = nil
+			c.look(err)
+		}
+	})
+	r.load = im.objs.loads[i]
 }
 
 // lookAt notes what of [s, end) lives in the victim: the map refers to it, and
@@ -434,6 +504,7 @@ func (c *cleaner) fetch() {
 	live, from := r.live, r.from
 	c.read(func(ctx context.Context) error { return im.readPieces(ctx, o, live, from) }, func() {
 		r.pieces = append(r.pieces, live...)
+		r.failed = 0
 		r.next++
 		c.nextVictim()
 	})

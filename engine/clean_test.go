@@ -2,11 +2,14 @@ package engine
 
 import (
 	"cmp"
+	"context"
 	"math/rand/v2"
 	"slices"
 	"testing"
 	"time"
 
+	"github.com/lsd-ceph/lsd/backend"
+	"github.com/lsd-ceph/lsd/backend/faultstore"
 	"github.com/lsd-ceph/lsd/backend/mem"
 )
 
@@ -114,6 +117,93 @@ func TestCleaningRestoresOrder(t *testing.T) {
 		for i := range uint64(length) {
 			h.mustRead(s*2*length+i, s<<32|i+1)
 		}
+	}
+}
+
+// TestUnreadableVictims: objects that cannot be read, or of which it cannot be known what
+// lives, while all else works, keep neither writes nor the cleaning of others waiting.
+// They are cleaned when they can be read.
+func TestUnreadableVictims(t *testing.T) {
+	for _, tt := range []struct {
+		name string
+		key  func(imageKey) bool
+		left int // objects of 16 that cannot be cleaned
+	}{
+		{"objects", func(k imageKey) bool { return k.kind == keyData && k.ref.Object <= 16 && k.ref.Object%2 == 1 }, 8},
+		{"map", func(k imageKey) bool { return k.kind == keyMap }, 16},
+	} {
+		t.Run(tt.name, func(t *testing.T) { unreadableVictims(t, tt.key, tt.left) })
+	}
+}
+
+func unreadableVictims(t *testing.T, unreadable func(imageKey) bool, want int) {
+	st := faultstore.New(mem.New())
+	id, err := Create(context.Background(), st, "disk", CreateOptions{Size: 256 << 20, ObjectSize: MinObjectSize})
+	if err != nil {
+		t.Fatal(err)
+	}
+	h := newHost(t, "alpha", st, 1)
+	if err := h.open(id, false); err != nil {
+		t.Fatal(err)
+	}
+	// Of each object an eighth is in another segment than the rest, and lives on.
+	const objects, hot, cold, segment = 16, 224, 32, segmentSectors / 8
+	n := uint64(0)
+	for i := range uint64(objects) {
+		for b := range uint64(hot) {
+			n++
+			h.mustWrite(i*hot+b, n)
+		}
+		for b := range uint64(cold) {
+			n++
+			h.mustWrite(3*segment+i*cold+b, n)
+		}
+	}
+	h.mustClose()
+	if err := h.open(id, false); err != nil {
+		t.Fatal(err)
+	}
+	h.mustRead(0, 1) // so that this segment is in memory
+	failed := 0
+	st.Inject(func(op faultstore.Op) (f faultstore.Fault) {
+		if op.Method == faultstore.Get && unreadable(parseKey(id, op.Key)) {
+			failed++
+			f.Before = backend.ErrTemporary
+		}
+		return f
+	})
+	rng := rand.New(rand.NewPCG(1, 1))
+	for i := range 20000 {
+		n++
+		r := &Request{Op: Write, Sector: rng.Uint64N(objects*hot) * 8, Sectors: 8, Buf: make([]byte, 4096)}
+		ended := false
+		r.Done = doneFunc(func(*Request) { ended = true })
+		h.im.Submit(r)
+		if h.run(0); !ended {
+			h.run(time.Minute)
+		}
+		if !ended {
+			t.Fatalf("write %d does not end: the log has %d bytes, the cleaner lags %v", i, h.im.log.Used(), h.im.clean.lags())
+		}
+		if i%128 == 0 {
+			h.run(time.Second)
+		}
+	}
+	left := func() (n int) {
+		for i := range uint64(objects) {
+			if o := h.im.table.find(i + 1); o != nil && o.live > 0 {
+				n++
+			}
+		}
+		return n
+	}
+	if k := left(); k != want || failed == 0 {
+		t.Errorf("%d objects have not been cleaned, want %d; %d reads have failed", k, want, failed)
+	}
+	st.Inject()
+	h.run(2 * cleanLater)
+	if k := left(); k > 0 {
+		t.Errorf("%d objects that can be read again have not been cleaned", k)
 	}
 }
 

@@ -73,6 +73,7 @@ func (im *Image) renewLease() {
 	if im.state == Evicting && im.stuck() {
 		im.giveUp()
 	}
+	im.clean.watch()
 	im.updateSuper()
 	im.leased()
 }
