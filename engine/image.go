@@ -263,11 +263,12 @@ func (im *Image) block(r *Request) {
 func (im *Image) appendWrite(r *Request) bool {
 	for r.at < r.Sectors {
 		sector, n := r.Sector+uint64(r.at), r.Sectors-r.at
-		data := r.Op == Write
+		data, more := r.Op == Write, uint32(0) // sectors of data
 		if data {
 			n = min(n, writelog.MaxData/SectorSize)
+			more = n
 		}
-		if im.open != nil && im.full(im.open, n) {
+		if im.open != nil && im.full(im.open, more) {
 			im.log.Commit()
 			im.seal()
 		}
@@ -294,7 +295,7 @@ func (im *Image) appendWrite(r *Request) bool {
 	return true
 }
 
-// full reports whether a batch should be sealed rather than take n more sectors.
+// full reports whether a batch should be sealed rather than take n more sectors of data.
 func (im *Image) full(b *batch, n uint32) bool {
 	return b.sectors+uint64(n) > im.object || n == 0 && b.sectors == im.object ||
 		len(b.extents) >= maxBatchExtents || im.log.Head()-b.start > im.log.Size()/8
