@@ -208,6 +208,35 @@ func damagedSegmentStays(t *testing.T, inMemory bool) {
 	}
 }
 
+// TestPartsGoAfterInterruption: the parts of a checkpoint that was never published, of
+// which a few may be missing, all go, wherever the removal was interrupted.
+func TestPartsGoAfterInterruption(t *testing.T) {
+	ctx := context.Background()
+	const parts = 12
+	for deletes := range parts {
+		st := faultstore.New(mem.New())
+		key := func(part int) string { return mapKey(uuid.UUID{1}, checkpointRef{1, 1}, uint32(part)) }
+		for part := range parts {
+			if part%checkpointPuts == 0 || part%checkpointPuts == 3 {
+				if err := st.Put(ctx, key(part), []byte("part")); err != nil {
+					t.Fatal(err)
+				}
+			}
+		}
+		st.Inject(faultstore.If(faultstore.All(faultstore.Method(faultstore.Delete), faultstore.AfterFirst(deletes)), faultstore.Fault{Before: backend.ErrTemporary}))
+		if err := deleteParts(ctx, st, key, checkpointPuts); !errors.Is(err, backend.ErrTemporary) {
+			t.Fatalf("interrupted after %d deletes: %v", deletes, err)
+		}
+		st.Inject()
+		if err := deleteParts(ctx, st, key, checkpointPuts); err != nil {
+			t.Fatal(err)
+		}
+		if err := st.List(ctx, "", func(key string) error { return errors.New(key) }); err != nil {
+			t.Errorf("interrupted after %d deletes: left over: %v", deletes, err)
+		}
+	}
+}
+
 // TestForgottenPointsMapObjectsGo: map objects that only a point needed go when the
 // log that it stands for is forgotten, also while the image is idle.
 func TestForgottenPointsMapObjectsGo(t *testing.T) {

@@ -149,22 +149,40 @@ func (im *Image) removalEnds(r *removal, err error) {
 	im.reaper.stuck = len(r.left) > 0
 }
 
-// deleteParts deletes the objects that key names, from part 0 on, until as many
-// in a row as gap are not there.
+// deleteParts deletes the objects that key names, from part 0 on, until as many in a row
+// as gap are not there. The last goes first: if it is interrupted, the next one finds
+// all that are left.
 func deleteParts(ctx context.Context, st backend.Store, key func(part int) string, gap int) error {
+	end, err := partsEnd(ctx, st, key, gap)
+	if err != nil {
+		return err
+	}
 	var refused []error
-	for part, missing := 0, 0; missing < gap; part++ {
+	for part := end - 1; part >= 0; part-- {
 		switch err := st.Delete(ctx, key(part)); {
 		case errors.Is(err, backend.ErrPermanent):
 			refused = append(refused, err)
-			missing++
-		case errors.Is(err, backend.ErrNotFound):
-			missing++
-		case err != nil:
+		case err != nil && !errors.Is(err, backend.ErrNotFound):
 			return err
-		default:
-			missing = 0
 		}
 	}
 	return errors.Join(refused...)
+}
+
+// partsEnd returns the number of the part after the last one that is there, or may be.
+func partsEnd(ctx context.Context, st backend.Store, key func(part int) string, gap int) (end int, err error) {
+	for part, missing := 0, 0; missing < gap; part++ {
+		switch _, err := st.Stat(ctx, key(part)); {
+		case errors.Is(err, backend.ErrNotFound):
+			missing++
+		case errors.Is(err, backend.ErrPermanent): // it may be there
+			end = part + 1
+			missing++
+		case err != nil:
+			return 0, err
+		default:
+			end, missing = part+1, 0
+		}
+	}
+	return end, nil
 }
