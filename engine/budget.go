@@ -1,6 +1,8 @@
 package engine
 
 import (
+	"context"
+	"fmt"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -17,6 +19,8 @@ type Shared struct {
 	buffers sync.Pool // of *[]byte, for them
 	// cleaning has a place for each cleaning that may run at one time.
 	cleaning chan struct{}
+	// scans has a place for each write log that may be read at one time.
+	scans chan struct{}
 }
 
 // Limits is the memory that the images of a daemon may use together, in bytes. 0
@@ -33,6 +37,10 @@ const (
 	// maxCleanings bounds the cleanings that run in a daemon at one time, and so
 	// the memory that they take.
 	maxCleanings = 4
+	// maxScans bounds the write logs that are read at one time when a daemon starts:
+	// all of them are on the same few disks, so that more would end no sooner, and each
+	// takes a segment's memory.
+	maxScans = 4
 )
 
 // NewShared returns what images share.
@@ -43,7 +51,7 @@ func NewShared(l Limits) *Shared {
 	if l.Destage == 0 {
 		l.Destage = DefaultDestageMemory
 	}
-	return &Shared{Map: Budget{limit: l.Map}, destage: destageMemory{limit: l.Destage}, cleaning: make(chan struct{}, maxCleanings)}
+	return &Shared{Map: Budget{limit: l.Map}, destage: destageMemory{limit: l.Destage}, cleaning: make(chan struct{}, maxCleanings), scans: make(chan struct{}, maxScans)}
 }
 
 // destageMemory bounds the memory of data objects that are built and put. Each image
@@ -200,3 +208,15 @@ func (s *Shared) startCleaning() bool {
 }
 
 func (s *Shared) endCleaning() { <-s.cleaning }
+
+// startScan waits for a place to read a write log, at most as long as ctx lasts.
+func (s *Shared) startScan(ctx context.Context) error {
+	select {
+	case s.scans <- struct{}{}:
+		return nil
+	case <-ctx.Done():
+		return fmt.Errorf("wait for the logs of other images to be read: %w", ctx.Err())
+	}
+}
+
+func (s *Shared) endScan() { <-s.scans }

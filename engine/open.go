@@ -167,7 +167,8 @@ func (e *StaleLogError) Error() string {
 var ErrForeignLog = errors.New("the write log belongs to another image")
 
 // Open opens the image id, takes its ownership and recovers it from store and
-// log. It blocks; ctx bounds it. The image works under ctx's values, not its
+// log. It blocks; ctx bounds it, and Config.StoreTimeout each call of the store: how
+// long all of it takes depends on how much there is to read. The image works under ctx's values, not its
 // cancellation, until it is closed.
 func Open(ctx context.Context, st backend.Store, id uuid.UUID, o OpenOptions) (*Image, error) {
 	if o.Lease == 0 {
@@ -182,7 +183,8 @@ func Open(ctx context.Context, st backend.Store, id uuid.UUID, o OpenOptions) (*
 	if o.Progress == nil {
 		o.Progress = func(string) {}
 	}
-	recovery := patient{st, o.Clock}
+	o.Config = o.Config.withDefaults()
+	recovery := patient{prompt{st, o.Config.StoreTimeout}, o.Clock}
 	sb, _, err := loadSuperblock(ctx, recovery, id)
 	if err != nil {
 		return nil, err
@@ -278,7 +280,7 @@ func (im *Image) recoverOwned(ctx context.Context, sb *superblock, o *OpenOption
 		return err
 	}
 	o.Progress("recovering the write log")
-	first, err := im.recoverLog(o)
+	first, err := im.recoverLog(ctx, o)
 	if err != nil {
 		return err
 	}
@@ -332,7 +334,7 @@ func (im *Image) examineLog(ctx context.Context, o *OpenOptions) (*writelog.Log,
 		return l, nil
 	}
 	// Its ownership is over. It may go if the store has all that it holds.
-	last, err := writelog.LastSeq(o.Log)
+	last, err := im.lastSeq(ctx, o.Log)
 	if err != nil {
 		return nil, err
 	}

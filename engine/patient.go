@@ -3,6 +3,7 @@ package engine
 import (
 	"context"
 	"errors"
+	"fmt"
 	"time"
 
 	"github.com/lsd-ceph/lsd/backend"
@@ -47,4 +48,42 @@ func (p patient) Stat(ctx context.Context, key string) (size int64, err error) {
 func (p patient) Load(ctx context.Context, key string) (b []byte, v backend.Version, err error) {
 	err = p.try(ctx, func() error { b, v, err = p.Store.Load(ctx, key); return err })
 	return b, v, err
+}
+
+// prompt is a store that has only so long for each answer, so that one that hangs
+// shows, however much there is to read in all. A call that is not answered in time
+// fails with ErrTemporary.
+type prompt struct {
+	backend.Store
+	timeout time.Duration
+}
+
+func (p prompt) do(ctx context.Context, op, key string, call func(context.Context) error) error {
+	short, stop := context.WithTimeout(ctx, p.timeout)
+	defer stop()
+	err := call(short)
+	if errors.Is(err, context.DeadlineExceeded) && ctx.Err() == nil {
+		return &backend.Error{Op: op, Key: key, Class: backend.ErrTemporary, Cause: fmt.Errorf("no answer within %v", p.timeout)}
+	}
+	return err
+}
+
+func (p prompt) Get(ctx context.Context, key string, b []byte, off int64) (n int, err error) {
+	err = p.do(ctx, "get", key, func(ctx context.Context) error { n, err = p.Store.Get(ctx, key, b, off); return err })
+	return n, err
+}
+
+func (p prompt) Stat(ctx context.Context, key string) (size int64, err error) {
+	err = p.do(ctx, "stat", key, func(ctx context.Context) error { size, err = p.Store.Stat(ctx, key); return err })
+	return size, err
+}
+
+func (p prompt) Load(ctx context.Context, key string) (b []byte, v backend.Version, err error) {
+	err = p.do(ctx, "load", key, func(ctx context.Context) error { b, v, err = p.Store.Load(ctx, key); return err })
+	return b, v, err
+}
+
+func (p prompt) Swap(ctx context.Context, key string, old backend.Version, b []byte) (v backend.Version, err error) {
+	err = p.do(ctx, "swap", key, func(ctx context.Context) error { v, err = p.Store.Swap(ctx, key, old, b); return err })
+	return v, err
 }

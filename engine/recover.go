@@ -268,7 +268,11 @@ func (im *Image) loadCheckpoint(ctx context.Context, c *checkpointRef) error {
 
 // recoverLog replays what the log holds beyond the store, and returns the number
 // of the first record that it can ever have held.
-func (im *Image) recoverLog(o *OpenOptions) (first uint64, err error) {
+func (im *Image) recoverLog(ctx context.Context, o *OpenOptions) (first uint64, err error) {
+	if err := im.shared.startScan(ctx); err != nil {
+		return 0, err
+	}
+	defer im.shared.endScan()
 	h := im.log.Header()
 	first = h.FirstSeq
 	if first == 0 { // never used
@@ -286,7 +290,7 @@ func (im *Image) recoverLog(o *OpenOptions) (first uint64, err error) {
 		// An object that the owner before had under way has come after the log was made,
 		// and before the superblock said where this ownership begins. Until it does,
 		// nothing is acknowledged: the log is empty, and begins where the store ends now.
-		last, err := writelog.LastSeq(o.Log)
+		last, err := writelog.LastSeq(ctx, o.Log)
 		if err == nil && last > 0 {
 			err = mismatch
 		}
@@ -300,7 +304,7 @@ func (im *Image) recoverLog(o *OpenOptions) (first uint64, err error) {
 	im.accepted.logEnd = start.Pos
 	im.sealed = im.accepted
 	before := im.accepted
-	err = im.log.Recover(start, im.sectors, o.Boot, func(r writelog.Record) error {
+	err = im.log.Recover(ctx, start, im.sectors, o.Boot, func(r writelog.Record) error {
 		im.recoverRecord(r, before)
 		before.seq, before.logEnd = r.Seq, r.End
 		return nil
@@ -309,4 +313,13 @@ func (im *Image) recoverLog(o *OpenOptions) (first uint64, err error) {
 		im.sealAt(before.seq, before.logEnd)
 	}
 	return first, err
+}
+
+// lastSeq returns the number of the last record that a log holds.
+func (im *Image) lastSeq(ctx context.Context, log writelog.File) (uint64, error) {
+	if err := im.shared.startScan(ctx); err != nil {
+		return 0, err
+	}
+	defer im.shared.endScan()
+	return writelog.LastSeq(ctx, log)
 }

@@ -69,7 +69,7 @@ func (im *Image) branchPoint(ctx context.Context, sb *superblock, file writelog.
 	if im.accepted.object < end && end != maxObjectSeq {
 		return fmt.Errorf("data object %d, which the image as it was needs, is not there any more: %w", im.accepted.object+1, backend.ErrNotFound)
 	}
-	_, err = im.recoverLog(&OpenOptions{})
+	_, err = im.recoverLog(ctx, &OpenOptions{})
 	return err
 }
 

@@ -1,6 +1,7 @@
 package writelog
 
 import (
+	"context"
 	"fmt"
 	"hash/crc32"
 	"io"
@@ -106,13 +107,14 @@ type Found struct {
 
 // Search looks at every block of a log's file for records of that log whose
 // headers are whole, in the order of their places, whatever their order in time.
-// Those that a recovery has cut off are left out.
-func Search(f File, visit func(Found)) error {
+// Those that a recovery has cut off are left out. It reads all of the file, and stops
+// when ctx ends.
+func Search(ctx context.Context, f File, visit func(Found)) error {
 	l, err := Open(f)
 	if err != nil {
 		return err
 	}
-	s := scanner{log: l, sectors: 1 << 63, buf: f.Buffer(SegmentSize), seg: -1}
+	s := scanner{ctx: ctx, log: l, sectors: 1 << 63, buf: f.Buffer(SegmentSize), seg: -1}
 	for p := uint64(0); p < l.hdr.Size; p += BlockSize {
 		if err := s.load(p); err != nil {
 			return err
@@ -130,8 +132,8 @@ func Search(f File, visit func(Found)) error {
 
 // LastSeq returns the greatest sequence number of the records that Search finds,
 // 0 if there is none.
-func LastSeq(f File) (last uint64, err error) {
-	err = Search(f, func(r Found) { last = max(last, r.Seq) })
+func LastSeq(ctx context.Context, f File) (last uint64, err error) {
+	err = Search(ctx, f, func(r Found) { last = max(last, r.Seq) })
 	return last, err
 }
 
@@ -171,9 +173,10 @@ type Start struct {
 //
 // boot is the identity of this boot of the host: if the log was last opened in
 // the same one, no power was lost, and only what was in flight can be torn, so
-// that the search for later records can be short. uuid.Nil makes it whole.
-func (l *Log) Recover(start Start, sectors uint64, boot uuid.UUID, visit func(Record) error) error {
-	s := scanner{log: l, sectors: sectors, buf: l.file.Buffer(SegmentSize), seg: -1}
+// that the search for later records can be short. uuid.Nil makes it whole: all of
+// the log is read. Recover stops when ctx ends.
+func (l *Log) Recover(ctx context.Context, start Start, sectors uint64, boot uuid.UUID, visit func(Record) error) error {
+	s := scanner{ctx: ctx, log: l, sectors: sectors, buf: l.file.Buffer(SegmentSize), seg: -1}
 	pos, seq := start.Pos, start.Seq
 	limit := start.Pos + l.hdr.Size
 	known := false // the checksum of the record before is known
@@ -223,6 +226,7 @@ func (l *Log) Recover(start Start, sectors uint64, boot uuid.UUID, visit func(Re
 
 // scanner reads a log segment by segment.
 type scanner struct {
+	ctx     context.Context // of the call that the scanner is for; looked at before each segment is read
 	log     *Log
 	sectors uint64
 	buf     []byte
@@ -238,6 +242,9 @@ func (s *scanner) load(pos uint64) error {
 		return nil
 	}
 	s.seg = -1
+	if err := s.ctx.Err(); err != nil {
+		return fmt.Errorf("read the log: %w", err)
+	}
 	start := uint64(seg) * SegmentSize
 	if _, err := s.log.file.ReadAt(s.buf, s.log.offset(start)); err != nil {
 		return fmt.Errorf("read the log: %w", err)

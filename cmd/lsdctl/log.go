@@ -136,7 +136,7 @@ func readLog(ctx context.Context, path string) (api.Log, error) {
 		return l, err
 	}
 	l.LogID, l.Image, l.ImageID, l.Epoch = h.Log, h.ImageURL, h.Image, h.Epoch
-	err = writelog.Search(f, func(r writelog.Found) {
+	err = writelog.Search(ctx, f, func(r writelog.Found) {
 		l.Records++
 		l.Data += uint64(r.Data)
 		l.LastSeq = max(l.LastSeq, r.Seq)

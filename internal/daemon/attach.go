@@ -377,7 +377,7 @@ func (d *Daemon) needsLog(ctx context.Context, rec record, f *writelog.OSFile) b
 	if err != nil {
 		return true
 	}
-	if last, err := writelog.LastSeq(f); err != nil || last > 0 {
+	if last, err := writelog.LastSeq(ctx, f); err != nil || last > 0 {
 		return true
 	}
 	u, name, err := backend.ParseImage(rec.URL)

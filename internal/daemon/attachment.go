@@ -24,9 +24,11 @@ const (
 	// a dozen steps, which wait for its own threads: on a host that is short of
 	// processors they take seconds, and that must not fail an attach.
 	startTimeout = time.Minute
-	// openTimeout bounds one attempt to open an image that is being taken up
-	// again: so that what it waits for is seen in its status.
-	openTimeout = 2 * time.Minute
+	// connectTimeout bounds the connection to a store. What an image then reads of the
+	// store is bounded call by call, by its store timeout, and what it reads of its log
+	// by nothing: there may be much of it, on an SSD that all images share, and an
+	// attempt that is cut short has the next one begin anew.
+	connectTimeout = 2 * time.Minute
 	// maxRetry bounds the pause between two attempts to take an image up.
 	maxRetry = 10 * time.Second
 	// soon is how long a reactor must have worked to be replaced at once.
@@ -187,9 +189,7 @@ func sleep(ctx context.Context, d time.Duration) bool {
 // done. What cannot be brought up ever gets errors for its users: they would
 // wait for all time.
 func (a *attachment) takeUp(ctx context.Context) bool {
-	open, stop := context.WithTimeout(ctx, openTimeout)
-	defer stop()
-	err := a.bringUp(open, bringUpOptions{progress: func(api.Progress) {}})
+	err := a.bringUp(ctx, bringUpOptions{progress: func(api.Progress) {}})
 	if err == nil {
 		return true
 	}
@@ -334,19 +334,11 @@ func (a *attachment) bringUp(ctx context.Context, o bringUpOptions) error {
 		return err
 	}
 	rec := a.record()
-	info, err := k.Info(ctx, rec.ID)
-	there := err == nil && !o.fresh
-	switch {
-	case err != nil && !errors.Is(err, ublk.ErrNoDevice):
-		return err
-	case there && !a.d.owns(rec, info):
-		return fmt.Errorf("%s is another program's now", a.name())
-	case there && info.State == ublk.StateDead:
-		// Added and never started, or stopped: nobody has it open.
-		if err := k.Delete(ctx, rec.ID); err != nil {
+	there := false
+	if !o.fresh {
+		if there, err = a.findDevice(ctx, k, rec); err != nil {
 			return err
 		}
-		there = false
 	}
 	dk, err := a.openDisk(ctx, rec, there, o)
 	if err != nil {
@@ -364,6 +356,25 @@ func (a *attachment) bringUp(ctx context.Context, o bringUpOptions) error {
 	a.setDisk(dk)
 	a.setState(api.StateActive, nil)
 	return nil
+}
+
+// findDevice reports whether the record's device is there and may have users.
+func (a *attachment) findDevice(ctx context.Context, k kernel, rec record) (bool, error) {
+	ctx, stop := context.WithTimeout(ctx, deviceTimeout)
+	defer stop()
+	info, err := k.Info(ctx, rec.ID)
+	switch {
+	case errors.Is(err, ublk.ErrNoDevice):
+		return false, nil
+	case err != nil:
+		return false, err
+	case !a.d.owns(rec, info):
+		return false, fmt.Errorf("%s is another program's now", a.name())
+	case info.State == ublk.StateDead:
+		// Added and never started, or stopped: nobody has it open.
+		return false, k.Delete(ctx, rec.ID)
+	}
+	return true, nil
 }
 
 // bringUpDevice makes dk serve the record's device.
@@ -447,7 +458,7 @@ func (a *attachment) openDisk(ctx context.Context, rec record, there bool, o bri
 	if err != nil {
 		return nil, err
 	}
-	st, err := a.d.openSt(ctx, u)
+	st, err := a.connect(ctx, u)
 	if err != nil {
 		return nil, err
 	}
@@ -467,7 +478,9 @@ func (a *attachment) openDisk(ctx context.Context, rec record, there bool, o bri
 		return nil, explainOpen(rec, err)
 	}
 	if there && log != nil {
-		s, err := dk.stats(ctx)
+		ask, stop := context.WithTimeout(ctx, quietTimeout)
+		s, err := dk.stats(ask)
+		stop()
 		if err == nil && s.LogID != before {
 			// The engine took it anew: nothing was lost, but it was another's.
 			err = errTaken
@@ -478,6 +491,13 @@ func (a *attachment) openDisk(ctx context.Context, rec record, there bool, o bri
 		}
 	}
 	return dk, nil
+}
+
+// connect opens the store u.
+func (a *attachment) connect(ctx context.Context, u backend.URL) (backend.Store, error) {
+	ctx, stop := context.WithTimeout(ctx, connectTimeout)
+	defer stop()
+	return a.d.openSt(ctx, u)
 }
 
 // openLog opens the write log of a record and returns the id in its header, nil

@@ -224,6 +224,24 @@ func TestStoreDown(t *testing.T) {
 	}
 }
 
+// TestStoreHangs: a store that takes calls and does not answer shows in the status of
+// what is being taken up, which goes on by itself when it answers.
+func TestStoreHangs(t *testing.T) {
+	w := newWorld(t)
+	h := w.newHost()
+	id := h.add(api.AttachRequest{ID: -1, StoreTimeout: 50 * time.Millisecond})
+	w.kernel.write(t, id, 8, 1)
+	h.crash()
+	w.hang.Shut()
+	h.start()
+	for im := h.await(id, api.StateRecovering); !strings.Contains(im.Error, "no answer within"); time.Sleep(5 * time.Millisecond) {
+		im = h.await(id, api.StateRecovering)
+	}
+	w.hang.Open()
+	w.kernel.check(t, id, 8, 1)
+	h.await(id, api.StateActive)
+}
+
 // TestDetachGoesOn: the store goes away between the destage and the close.
 func TestDetachGoesOn(t *testing.T) {
 	w := newWorld(t)

@@ -278,12 +278,14 @@ type world struct {
 	kernel *fakeKernel
 	store  *mem.Store
 	outage *faultstore.Switch
+	hang   *faultstore.Gate // of what reads
 	scrub  int64 // bytes a second
 	log    syncBuffer
 }
 
 func newWorld(t *testing.T) *world {
-	w := &world{t: t, kernel: newFakeKernel(), store: mem.New(), outage: faultstore.NewSwitch()}
+	w := &world{t: t, kernel: newFakeKernel(), store: mem.New(), outage: faultstore.NewSwitch(), hang: faultstore.NewGate()}
+	w.hang.Open()
 	t.Cleanup(func() {
 		if t.Failed() {
 			t.Log(w.log.String())
@@ -349,7 +351,9 @@ func (h *host) start() {
 		if h.w.outage.On(faultstore.Op{}) {
 			return nil, &backend.Error{Op: "open", Class: backend.ErrTemporary}
 		}
-		return faultstore.New(h.w.store.Handle(), faultstore.If(h.w.outage.On, faultstore.Fault{Before: backend.ErrTemporary})), nil
+		return faultstore.New(h.w.store.Handle(),
+			faultstore.If(h.w.outage.On, faultstore.Fault{Before: backend.ErrTemporary}),
+			faultstore.If(faultstore.Method(faultstore.Load, faultstore.Get), faultstore.Fault{Gate: h.w.hang})), nil
 	}
 	h.Daemon = d
 	if err := d.takeUp(); err != nil {
