@@ -485,8 +485,11 @@ func (r *runningCheckpoint) place(maps []mapObject, stored []storedSegment) ([]m
 }
 
 // putManifest writes an encoded manifest. The first part, which says how long all
-// of it is, comes last.
+// of it is, comes last. One that nobody could read is refused.
 func putManifest(ctx context.Context, st backend.Store, m *manifest, b []byte) error {
+	if len(b) > maxManifest {
+		return fmt.Errorf("write the manifest of a checkpoint: it has %d bytes, and could not be read again with more than %d", len(b), maxManifest)
+	}
 	for part := (len(b) - 1) / manifestPart; part >= 0; part-- {
 		p := b[part*manifestPart : min((part+1)*manifestPart, len(b))]
 		if err := putOwn(ctx, st, manifestKey(m.image, m.ref(), part), p); err != nil {

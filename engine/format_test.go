@@ -2,13 +2,19 @@ package engine
 
 import (
 	"bytes"
+	"context"
 	"encoding/binary"
+	"errors"
+	"fmt"
 	"hash/crc32"
 	"math/rand/v2"
 	"reflect"
+	"sort"
+	"strings"
 	"testing"
 
 	"github.com/google/uuid"
+	"github.com/lsd-ceph/lsd/backend/mem"
 	"github.com/lsd-ceph/lsd/cache/writelog"
 	"github.com/lsd-ceph/lsd/internal/extmap"
 	"github.com/lsd-ceph/lsd/internal/frame"
@@ -172,6 +178,45 @@ func testManifest() manifest {
 		},
 		maps:     []mapObject{{at: checkpointRef{3, 1}, part: 1, size: 1000, live: 500}, {at: checkpointRef{7, 2}, size: 100, live: 100}},
 		segments: []storedSegment{{1, 0, 100}, {}, {0, 500, 500}},
+	}
+}
+
+// TestManifestLimit: images whose manifests could become too large to be read are not
+// made, and no such manifest is written.
+func TestManifestLimit(t *testing.T) {
+	if n := leastObjectSize(MaxSize); n > DefaultObjectSize {
+		t.Errorf("the largest image needs objects of %d bytes, more than the default", n)
+	}
+	for least := uint32(MinObjectSize); least < leastObjectSize(MaxSize); least += 1 << 20 {
+		// The largest image for which objects of this size will do.
+		blocks := uint64(sort.Search(MaxSize/4096, func(n int) bool { return leastObjectSize(uint64(n)*4096) > least })) - 1
+		for _, c := range []struct {
+			size   uint64
+			object uint32
+			ok     bool
+		}{
+			{blocks * 4096, least, true},
+			{(blocks + 1) * 4096, least, false},
+			{(blocks + 1) * 4096, least + 1<<20, true},
+		} {
+			_, err := Create(context.Background(), mem.New(), "disk", CreateOptions{Size: c.size, ObjectSize: c.object})
+			if n := largestManifest(c.size, uint64(c.object)); (err == nil) != c.ok || c.ok != (n <= maxManifest) {
+				t.Errorf("size %d, objects of %d, manifest of up to %d: %v", c.size, c.object, n, err)
+			}
+			if want := fmt.Sprintf("needs %d at least", least+1<<20); !c.ok && !strings.Contains(fmt.Sprint(err), want) {
+				t.Errorf("size %d, objects of %d: %v does not say %q", c.size, c.object, err, want)
+			}
+		}
+	}
+	if raceEnabled {
+		return // which would touch all of what follows
+	}
+	st, m := mem.New(), &manifest{image: uuid.New(), epoch: 1, at: position{1, 1, 0}}
+	if err := putManifest(context.Background(), st, m, make([]byte, maxManifest+1)); err == nil {
+		t.Error("a manifest was written that is too large to be read")
+	}
+	if err := st.List(context.Background(), "", func(key string) error { return errors.New(key) }); err != nil {
+		t.Errorf("part of it is in the store: %v", err)
 	}
 }
 

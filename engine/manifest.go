@@ -21,7 +21,33 @@ const (
 	// and maxManifest bounds all of it.
 	manifestPart = 32 << 20
 	maxManifest  = 1 << 30
+
+	// fragments and spareObjects are how far the cleaner lets the objects of an image
+	// exceed in number what its data would fill, before it merges them (see
+	// cleaner.scattered). Objects that are dead, or kept for a point, are within that:
+	// full ones exceed it in their space, by the space ratio, and that is far less.
+	fragments    = 4
+	spareObjects = 64
 )
+
+// largestManifest returns how many bytes a manifest of an image of the given size
+// can take, with data objects of the given size.
+func largestManifest(size, object uint64) uint64 {
+	segments := uint64(segmentsOf(size / SectorSize))
+	objects := fragments*((size+object-1)/object) + spareObjects
+	// A segment may be alone in its map object, and another one be dead.
+	return manifestFixed + objects*manifestObject + segments*(2*manifestMap+manifestSegment)
+}
+
+// leastObjectSize returns the least size of data objects, in whole MiB, with which
+// the manifests of an image of the given size can be read.
+func leastObjectSize(size uint64) uint32 {
+	object := uint64(MinObjectSize)
+	for largestManifest(size, object) > maxManifest {
+		object += 1 << 20
+	}
+	return uint32(object)
+}
 
 // storedSegment says where the current state of a map segment is. Size 0 means
 // that the segment is empty.

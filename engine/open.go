@@ -20,7 +20,7 @@ import (
 type CreateOptions struct {
 	Size       uint64 // bytes, a multiple of BlockSize, at most MaxSize
 	BlockSize  uint32 // bytes: 512 or 4096; 0 means 4096
-	ObjectSize uint32 // bytes of data in a data object, a multiple of 4096; 0 means DefaultObjectSize
+	ObjectSize uint32 // bytes of data in a data object, a multiple of 4096; 0 means DefaultObjectSize; see leastObjectSize
 }
 
 func (o *CreateOptions) check() error {
@@ -41,6 +41,8 @@ func (o *CreateOptions) check() error {
 		return fmt.Errorf("size %d is beyond the limit of %d bytes (64 TiB)", o.Size, uint64(MaxSize))
 	case o.ObjectSize < MinObjectSize || o.ObjectSize > MaxObjectSize || o.ObjectSize%4096 != 0:
 		return fmt.Errorf("object size %d: it must be from %d to %d bytes, a multiple of 4096", o.ObjectSize, MinObjectSize, MaxObjectSize)
+	case o.ObjectSize < leastObjectSize(o.Size):
+		return fmt.Errorf("object size %d: an image of %d bytes needs %d at least, so that the list of its objects stays within its limit", o.ObjectSize, o.Size, leastObjectSize(o.Size))
 	}
 	return nil
 }

@@ -33,7 +33,8 @@ func Salvage(ctx context.Context, file writelog.File, src backend.Store, srcID u
 		progress = func(uint64, uint64) {}
 	}
 	w := &copier{im: im, dst: dst, progress: progress}
-	id, err := Create(ctx, dst, dstName, CreateOptions{Size: im.sectors * SectorSize, BlockSize: sb.BlockSize, ObjectSize: sb.ObjectSize})
+	size := im.sectors * SectorSize
+	id, err := Create(ctx, dst, dstName, CreateOptions{Size: size, BlockSize: sb.BlockSize, ObjectSize: max(sb.ObjectSize, leastObjectSize(size))})
 	if err != nil {
 		return uuid.Nil, err
 	}

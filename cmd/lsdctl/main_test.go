@@ -74,6 +74,7 @@ func TestBadInput(t *testing.T) {
 		{"create " + store + "/a --size 1M --block-size 1024", "512 or 4096"},
 		{"create " + store + "/a --size 1M --block-size 4G", "limits"},
 		{"create " + store + "/a --size 1M --object-size 3", "object size"},
+		{"create " + store + "/a --size 64T --object-size 1M", "needs 8388608"},
 		{"create " + store + "/a --size 1M --colour red", "unknown flag"},
 		{"create " + store + "/a b --size 1M", "too much"},
 		{"create " + store + "/there --size 1M", "exists already"},

@@ -51,7 +51,7 @@ func (a *app) createCommand() *cobra.Command {
 	f := cmd.Flags()
 	f.Var(&bytes, "size", "size of the disk, a multiple of the block size")
 	f.Var(&block, "block-size", "logical block: 512 or 4096")
-	f.Var(&object, "object-size", "data in one object, 1M to 32M")
+	f.Var(&object, "object-size", "data in one object, 1M to 32M; more than 1M for images beyond 9T")
 	return cmd
 }
 

@@ -119,6 +119,7 @@ func TestBadInput(t *testing.T) {
 		{a("create", store+"/new"), a("--size is missing")},
 		{a("create", store+"/new", "--size", "1G", "--block-size", "1000"), a("block size 1000", "512 or 4096")},
 		{a("create", store+"/new", "--size", "1G", "--object-size", "64K"), a("object size")},
+		{a("create", store+"/new", "--size", "64T", "--object-size", "4M"), a("object size 4194304", "needs 8388608")},
 		{a("create", store+"/-new", "--size", "1G"), a("bad image name")},
 		{a("create", store+"/a%2Fb", "--size", "1G"), a("URL|image name")},
 		{a("create", "disk", "--size", "1G"), a("not a URL")},
