@@ -100,7 +100,7 @@ type Log struct {
 	syncing   uint64 // seq that the running sync will make durable; 0: none runs
 
 	pins    []uint64 // positions from which on memory must stay
-	readers []uint16 // reads from the SSD in each segment
+	readers []uint32 // reads from the SSD in each segment: one for each fragment of a request
 	refused bool     // an append was refused: tell the client when there is room
 	writing int      // record writes that the device has
 	err     error

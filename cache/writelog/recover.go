@@ -147,7 +147,7 @@ func Open(f File) (*Log, error) {
 	return &Log{
 		file: f, hdr: h, header: n,
 		crcs:    sums{held: make([]*blockSums, h.Size/SegmentSize)},
-		readers: make([]uint16, h.Size/SegmentSize),
+		readers: make([]uint32, h.Size/SegmentSize),
 	}, nil
 }
 
