@@ -31,6 +31,10 @@ const (
 	connectTimeout = 2 * time.Minute
 	// maxRetry bounds the pause between two attempts to take an image up.
 	maxRetry = 10 * time.Second
+	// damagedTries is how many attempts to take an image up must meet damage in its
+	// store, one after the other, for that to be believed: an answer can also have been
+	// damaged on its way.
+	damagedTries = 5
 	// soon is how long a reactor must have worked to be replaced at once.
 	soon = 2 * time.Second
 )
@@ -48,6 +52,8 @@ type attachment struct {
 
 	stop context.CancelFunc // of the keeper; guarded by op
 	kept chan struct{}      // closed when the keeper has ended; guarded by op; nil without one
+
+	damaged int // attempts in a row that met damage in the store; the keeper's
 
 	mu        sync.Mutex
 	rec       record // guarded by mu, as all that follows
@@ -190,6 +196,11 @@ func sleep(ctx context.Context, d time.Duration) bool {
 // wait for all time.
 func (a *attachment) takeUp(ctx context.Context) bool {
 	err := a.bringUp(ctx, bringUpOptions{progress: func(api.Progress) {}})
+	if errors.Is(err, engine.ErrCorrupt) {
+		a.damaged++
+	} else {
+		a.damaged = 0
+	}
 	if err == nil {
 		return true
 	}
@@ -203,7 +214,7 @@ func (a *attachment) takeUp(ctx context.Context) bool {
 		a.logger.Error("cannot take it up", "err", err)
 	}
 	a.setState(api.StateRecovering, err)
-	if !permanent(err) {
+	if !permanent(err) || a.damaged > 0 && a.damaged < damagedTries {
 		return false
 	}
 	if a.record().Phase == phaseAttaching {

@@ -242,6 +242,35 @@ func TestStoreHangs(t *testing.T) {
 	h.await(id, api.StateActive)
 }
 
+// TestDamagedAnswers: damage that a take-up meets in the store counts when it is there
+// again and again.
+func TestDamagedAnswers(t *testing.T) {
+	w := newWorld(t)
+	h := w.newHost()
+	id := h.add(api.AttachRequest{ID: -1})
+	w.kernel.write(t, id, 8, 1)
+	if err := h.find(id).flush(context.Background(), func(api.Progress) {}); err != nil {
+		t.Fatal(err)
+	}
+	h.crash()
+	w.damage.Store(damagedTries - 1) // each ends an attempt
+	h.start()
+	w.kernel.check(t, id, 8, 1)
+	h.await(id, api.StateActive)
+	if left := w.damage.Load(); left > 0 {
+		t.Errorf("%d answers fewer were damaged than were to be", left)
+	}
+	h.crash()
+	w.damage.Store(1 << 30)
+	h.start()
+	if im := h.await(id, api.StateFailed); !strings.Contains(im.Error, "corrupt") {
+		t.Errorf("status: %+v", im)
+	}
+	if res := w.kernel.do(t, id, engine.Read, 8, make([]byte, 4096)); res != -int32(unix.EIO) {
+		t.Errorf("read: %d", res)
+	}
+}
+
 // TestDetachGoesOn: the store goes away between the destage and the close.
 func TestDetachGoesOn(t *testing.T) {
 	w := newWorld(t)

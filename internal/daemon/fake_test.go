@@ -279,7 +279,8 @@ type world struct {
 	store  *mem.Store
 	outage *faultstore.Switch
 	hang   *faultstore.Gate // of what reads
-	scrub  int64 // bytes a second
+	damage atomic.Int32     // how many of the next reads of the first data object give something else
+	scrub  int64            // bytes a second
 	log    syncBuffer
 }
 
@@ -353,13 +354,17 @@ func (h *host) start() {
 		}
 		return faultstore.New(h.w.store.Handle(),
 			faultstore.If(h.w.outage.On, faultstore.Fault{Before: backend.ErrTemporary}),
-			faultstore.If(faultstore.Method(faultstore.Load, faultstore.Get), faultstore.Fault{Gate: h.w.hang})), nil
+			faultstore.If(faultstore.Method(faultstore.Load, faultstore.Get), faultstore.Fault{Gate: h.w.hang}),
+			faultstore.If(faultstore.All(faultstore.Method(faultstore.Get), faultstore.Key("*/d/00000001.*"), h.w.damaged), faultstore.Fault{Corrupt: faultstore.FlipBit(777)})), nil
 	}
 	h.Daemon = d
 	if err := d.takeUp(); err != nil {
 		h.w.t.Fatal(err)
 	}
 }
+
+// damaged is a faultstore.Cond.
+func (w *world) damaged(faultstore.Op) bool { return w.damage.Add(-1) >= 0 }
 
 // crash ends the daemon as kill -9 would, as far as one process can.
 func (h *host) crash() {
