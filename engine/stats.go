@@ -184,9 +184,7 @@ func Describe(ctx context.Context, st backend.Store, name string) (Info, error) 
 		Name: name, ID: id, Size: sb.Sectors * SectorSize, BlockSize: sb.BlockSize, ObjectSize: sb.ObjectSize,
 		Created: sb.Created, Epoch: sb.Epoch,
 	}
-	if o := sb.Owner; o != nil {
-		info.Owner = &Holder{Host: o.Host, Log: o.Log, Since: o.Since, Lease: o.Lease, Renewal: o.Renewal}
-	}
+	info.Owner = sb.holder()
 	if sb.Evict != nil {
 		info.Evicting = sb.Evict.By
 	}
@@ -197,6 +195,22 @@ func Describe(ctx context.Context, st backend.Store, name string) (Info, error) 
 		info.CutOff = append(info.CutOff, Branch{Log: p.Log, Host: p.Host, Since: p.Since, Epoch: p.Epoch})
 	}
 	return info, nil
+}
+
+// OwnerOf returns the owner of the image id, nil if it has none.
+func OwnerOf(ctx context.Context, st backend.Store, id uuid.UUID) (*Holder, error) {
+	sb, _, err := loadSuperblock(ctx, st, id)
+	if err != nil {
+		return nil, err
+	}
+	return sb.holder(), nil
+}
+
+func (s *superblock) holder() *Holder {
+	if s.Owner == nil {
+		return nil
+	}
+	return &Holder{Host: s.Owner.Host, Log: s.Owner.Log, Since: s.Owner.Since, Lease: s.Owner.Lease, Renewal: s.Owner.Renewal}
 }
 
 // Remove removes the image of that name and all its objects. An image that has

@@ -1,6 +1,7 @@
 package daemon
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -393,7 +394,7 @@ func (a *attachment) bringUpDevice(ctx context.Context, k kernel, dk *disk, ther
 	ctx, stop := context.WithTimeout(ctx, startTimeout)
 	defer stop()
 	if !there {
-		err := a.save(func(r *record) { r.Boot, r.PID = a.d.env.boot, os.Getpid() })
+		err := a.save(func(r *record) { r.Boot, r.PID, r.LogID, r.Taken = a.d.env.boot, os.Getpid(), dk.logID, false })
 		if err != nil {
 			return err
 		}
@@ -475,10 +476,15 @@ func (a *attachment) openDisk(ctx context.Context, rec record, there bool, o bri
 	}
 	st = a.d.shared.gates.bound(u, st)
 	var log *writelog.OSFile
-	var before uuid.UUID
+	var header uuid.UUID
 	if !rec.ReadOnly {
-		if log, before, err = openLog(ctx, rec); err != nil {
+		if log, header, err = openLog(ctx, rec); err != nil {
 			return nil, errors.Join(err, st.Close())
+		}
+	}
+	if there = there && log != nil; there {
+		if err := a.noteTaken(ctx, st, header); err != nil {
+			return nil, errors.Join(explainOpen(rec, err), log.Close(), st.Close())
 		}
 	}
 	dk, err := openDisk(ctx, diskOptions{
@@ -488,20 +494,36 @@ func (a *attachment) openDisk(ctx context.Context, rec record, there bool, o bri
 	if err != nil {
 		return nil, explainOpen(rec, err)
 	}
-	if there && log != nil {
-		ask, stop := context.WithTimeout(ctx, quietTimeout)
-		s, err := dk.stats(ask)
-		stop()
-		if err == nil && s.LogID != before {
-			// The engine took it anew: nothing was lost, but it was another's.
-			err = errTaken
-		}
-		if err != nil {
-			a.giveUp(dk, errors.Is(err, errTaken))
-			return nil, err
-		}
+	if now := a.record(); there && (now.Taken || now.LogID != dk.logID) {
+		// The engine took it anew: nothing was lost, but it was another's.
+		a.giveUp(dk, true)
+		return nil, errTaken
 	}
 	return dk, nil
+}
+
+// noteTaken writes down that another host has had the image since the device's users
+// were served, if the superblock says so: its owner has not the log that they know.
+// Nothing says so any more once the engine has taken the image anew, with a log that
+// may have the same id. header is the id in the log's header.
+func (a *attachment) noteTaken(ctx context.Context, st backend.Store, header uuid.UUID) error {
+	rec := a.record()
+	if rec.LogID == uuid.Nil { // written by a daemon that did not note it
+		rec.LogID = header
+		if err := a.save(func(r *record) { r.LogID = header }); err != nil {
+			return err
+		}
+	}
+	if rec.Taken {
+		return nil
+	}
+	ctx, stop := context.WithTimeout(ctx, cmp.Or(rec.StoreTimeout, lookTimeout))
+	defer stop()
+	owner, err := engine.OwnerOf(ctx, st, rec.ImageID)
+	if err != nil || owner != nil && owner.Log == rec.LogID {
+		return err
+	}
+	return a.save(func(r *record) { r.Taken = true })
 }
 
 // connect opens the store u.

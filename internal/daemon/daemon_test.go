@@ -152,6 +152,69 @@ func TestHalfMadeForGood(t *testing.T) {
 	}
 }
 
+// TestTakenUnwritten: while a host's daemon was dead, another had the image, and has
+// let go of it. Its users get errors although their log, which held nothing, is as good
+// as any, also when the take-up that finds it out fails, and by every later daemon.
+func TestTakenUnwritten(t *testing.T) {
+	for _, fails := range []int32{0, 1} {
+		w := newWorld(t)
+		a, b := w.newHost(), w.newHost()
+		id := a.add(api.AttachRequest{ID: -1})
+		a.crash()
+		theirs := b.add(api.AttachRequest{ID: -1, Force: true})
+		w.kernel.write(t, theirs, 8, 2)
+		if _, err := b.del(theirs, api.DetachRequest{}); err != nil {
+			t.Fatal(err)
+		}
+		w.lost.Store(fails)
+		for range 3 {
+			a.start()
+			if im := a.await(id, api.StateFailed); !strings.Contains(im.Error, errTaken.Error()) {
+				t.Errorf("status: %+v", im)
+			}
+			if res := w.kernel.do(t, id, engine.Read, 8, make([]byte, 4096)); res != -int32(unix.EIO) {
+				t.Errorf("read: %d", res)
+			}
+			a.crash()
+		}
+		a.start()
+		a.await(id, api.StateFailed)
+		if _, err := a.del(id, api.DetachRequest{}); err != nil {
+			t.Error(err)
+		}
+		id = a.add(api.AttachRequest{ID: -1})
+		w.kernel.check(t, id, 8, 2)
+	}
+}
+
+// TestWrongLog: in place of the log there is something else, until that is put right.
+func TestWrongLog(t *testing.T) {
+	w := newWorld(t)
+	h := w.newHost()
+	id := h.add(api.AttachRequest{ID: -1})
+	w.kernel.write(t, id, 8, 1)
+	log := h.find(id).record().Log
+	h.crash()
+	right, err := os.ReadFile(log)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(log, make([]byte, len(right)), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	h.start()
+	if im := h.await(id, api.StateFailed); !strings.Contains(im.Error, "is attached by") {
+		t.Errorf("status: %+v", im)
+	}
+	h.crash()
+	if err := os.WriteFile(log, right, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	h.start()
+	h.await(id, api.StateActive)
+	w.kernel.check(t, id, 8, 1)
+}
+
 // TestPanic: a reactor dies under an image, and another takes its place.
 func TestPanic(t *testing.T) {
 	w := newWorld(t)

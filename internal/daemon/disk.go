@@ -8,6 +8,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/google/uuid"
 	"github.com/lsd-ceph/lsd/backend"
 	"github.com/lsd-ceph/lsd/cache/writelog"
 	"github.com/lsd-ceph/lsd/engine"
@@ -38,6 +39,7 @@ type disk struct {
 	dev     device        // nil while there is none
 	store   backend.Store
 	log     *writelog.OSFile
+	logID   uuid.UUID // uuid.Nil without a log
 	mem     *uring.Arena
 	shared  *shared
 	memory  int64 // taken of shared.logMemory
@@ -119,6 +121,7 @@ func openDisk(ctx context.Context, o diskOptions) (_ *disk, err error) {
 			im.Start(d.env, nil, nil)
 		} else {
 			im.Start(d.env, d.reactor.File(o.log.Fd()), mem)
+			d.logID = im.Stats().LogID
 		}
 		d.reactor.OnTurn(im.EndTurn)
 	})

@@ -278,8 +278,9 @@ type world struct {
 	kernel *fakeKernel
 	store  *mem.Store
 	outage *faultstore.Switch
-	hang   *faultstore.Gate // of what reads
+	hang   *faultstore.Gate // of reads of objects
 	damage atomic.Int32     // how many of the next reads of the first data object give something else
+	lost   atomic.Int32     // how many of the next changes of a superblock fail
 	scrub  int64            // bytes a second
 	log    syncBuffer
 }
@@ -354,7 +355,8 @@ func (h *host) start() {
 		}
 		return faultstore.New(h.w.store.Handle(),
 			faultstore.If(h.w.outage.On, faultstore.Fault{Before: backend.ErrTemporary}),
-			faultstore.If(faultstore.Method(faultstore.Load, faultstore.Get), faultstore.Fault{Gate: h.w.hang}),
+			faultstore.If(faultstore.Method(faultstore.Get), faultstore.Fault{Gate: h.w.hang}),
+			faultstore.If(faultstore.All(faultstore.Method(faultstore.Swap), h.w.losing), faultstore.Fault{Before: backend.ErrTemporary}),
 			faultstore.If(faultstore.All(faultstore.Method(faultstore.Get), faultstore.Key("*/d/00000001.*"), h.w.damaged), faultstore.Fault{Corrupt: faultstore.FlipBit(777)})), nil
 	}
 	h.Daemon = d
@@ -362,6 +364,9 @@ func (h *host) start() {
 		h.w.t.Fatal(err)
 	}
 }
+
+// losing is a faultstore.Cond.
+func (w *world) losing(faultstore.Op) bool { return w.lost.Add(-1) >= 0 }
 
 // damaged is a faultstore.Cond.
 func (w *world) damaged(faultstore.Op) bool { return w.damage.Add(-1) >= 0 }

@@ -49,6 +49,12 @@ type record struct {
 	Null      bool      `json:"null,omitempty"`
 	Added     time.Time `json:"added"`
 
+	// LogID is that of the log with which the device was made: as long as the image's
+	// owner has it, its users know the image as it is. Taken says that this was not so
+	// once, which is written down before the log can be made anew.
+	LogID uuid.UUID `json:"log_id"`
+	Taken bool      `json:"taken,omitempty"`
+
 	Lease           time.Duration `json:"lease_ns,omitempty"`
 	BatchAge        time.Duration `json:"batch_age_ns,omitempty"`
 	CheckpointEvery int           `json:"checkpoint_every,omitempty"`
