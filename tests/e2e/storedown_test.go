@@ -17,7 +17,9 @@ import (
 )
 
 // outage makes a store that can be made unable to take writes, and functions to
-// do that and to end it. For rados the OSD is stopped; for file the disk is full.
+// do that and to end it. For rados the OSD is stopped; for file the disk is full: as
+// what replaces something frees a block, a superblock may still find one, until begin is
+// called again.
 func outage(t *testing.T) (store string, begin, end func()) {
 	if *storeKind == "rados" {
 		up := true
@@ -31,7 +33,7 @@ func outage(t *testing.T) (store string, begin, end func()) {
 	dir := smallDisk(t, "small", "1G")
 	ballast := filepath.Join(dir, "ballast")
 	return "file://" + dir + "/store", func() {
-			f, err := os.Create(ballast)
+			f, err := os.OpenFile(ballast, os.O_RDWR|os.O_CREATE, 0o600)
 			if err != nil {
 				t.Fatal(err)
 			}
