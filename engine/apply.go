@@ -117,7 +117,6 @@ func (im *Image) endApply() {
 	im.sums.add(uint32(h.seq), h.sums)
 	im.accepted = position{h.seq, h.lastSeq, h.logEnd}
 	im.apply.h = nil
-	im.objs.charge()
 }
 
 // applyNow is beginApply, and all that follows, for one who has brought the
@@ -128,6 +127,7 @@ func (im *Image) applyNow(h *objectHeader) {
 		im.applyPart()
 	}
 	im.endApply()
+	im.objs.charge() // where there is a reactor, evict does
 }
 
 // segments calls fn for the segments that the object's extents meet, in

@@ -160,6 +160,13 @@ func (b *Budget) gave(end bool) *member {
 	return b.next()
 }
 
+// asks reports whether the hand waits for a member to give.
+func (b *Budget) asks() bool {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.moving
+}
+
 // next returns the member that is to give, from the hand on, or nil when the budget
 // is kept or the hand has come round twice: the first time it may have found
 // everything used. The caller holds mu.

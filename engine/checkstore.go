@@ -74,8 +74,7 @@ func LostDirectory(ctx context.Context, st backend.Store) (bool, error) {
 	}
 	found := errors.New("found")
 	err := st.List(ctx, "", func(key string) error {
-		head, rest, _ := strings.Cut(key, "/")
-		if id, err := uuid.Parse(head); err == nil && id.String() == head && rest == "super" {
+		if _, name, ok := imageOf(key); ok && name == "super" {
 			return found
 		}
 		return nil
@@ -108,17 +107,23 @@ type storeScan struct {
 
 func (s *storeScan) note(key string) error {
 	s.total++
-	head, rest, _ := strings.Cut(key, "/")
-	id, err := uuid.Parse(head)
+	id, name, ok := imageOf(key)
 	switch {
 	case key == backend.DirectoryKey:
-	case err != nil || id.String() != head:
+	case !ok:
 		s.strange = append(s.strange, key)
 	default:
 		s.objects[id]++
-		s.super[id] = s.super[id] || rest == "super"
+		s.super[id] = s.super[id] || name == "super"
 	}
 	return nil
+}
+
+// imageOf returns the image that a key belongs to, and what comes after its id.
+func imageOf(key string) (id uuid.UUID, name string, ok bool) {
+	head, name, _ := strings.Cut(key, "/")
+	id, err := uuid.Parse(head)
+	return id, name, err == nil && id.String() == head
 }
 
 // describe notes which images are there, while their names are not known.

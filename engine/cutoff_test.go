@@ -49,7 +49,7 @@ func cutOffAndRestart(t *testing.T, seed uint64, power bool) bool {
 	} else {
 		h.disk.Kill()
 	}
-	h.env = &simEnv{rng: h.env.rng, disk: h.disk, now: h.env.now}
+	h.again()
 	if err := h.open(id, false); err != nil {
 		t.Fatal(err)
 	}
@@ -65,7 +65,7 @@ func cutOffAndRestart(t *testing.T, seed uint64, power bool) bool {
 	h.mustDestage()
 	h.im.Abandon() // everything is in the store
 	h.run(time.Second)
-	h.env = &simEnv{rng: h.env.rng, disk: h.disk, now: h.env.now}
+	h.again()
 	if err := h.open(id, false); err != nil {
 		t.Fatal(err)
 	}

@@ -101,18 +101,21 @@ func (im *Image) retry(b *batch, to batchState, err error) {
 
 // storeFailed counts an error of the store, and logs the first of a run of them.
 func (im *Image) storeFailed(err error) {
-	if im.countStoreError(err); !im.stats.storeDown && !errors.Is(err, context.Canceled) {
+	if im.countStoreError(err) && !im.stats.storeDown {
 		im.stats.storeDown = true
 		im.logger.Warn("the store does not take objects: trying again until it does; writes go on until the log is full", "err", err)
 	}
 }
 
-// countStoreError counts an error that keeps nobody from anything.
-func (im *Image) countStoreError(err error) {
-	if !errors.Is(err, context.Canceled) {
-		im.stats.storeErrors++
-		im.stats.lastStoreErr, im.stats.lastStoreErrAt = err, im.env.Now()
+// countStoreError counts an error of the store, and reports whether it is one: a call
+// that the image has given up itself says nothing of the store.
+func (im *Image) countStoreError(err error) bool {
+	if errors.Is(err, context.Canceled) {
+		return false
 	}
+	im.stats.storeErrors++
+	im.stats.lastStoreErr, im.stats.lastStoreErrAt = err, im.env.Now()
+	return true
 }
 
 // storeWorks notes a success, which ends an outage unless other operations have

@@ -290,7 +290,7 @@ func TestObjectThatComesLate(t *testing.T) {
 	if err := all.Put(ctx, late, object); err != nil {
 		t.Fatal(err)
 	}
-	b.env = &simEnv{rng: b.env.rng, disk: disk}
+	b.again()
 	if err := b.open(id, true); err != nil {
 		t.Fatal(err)
 	}
@@ -299,7 +299,7 @@ func TestObjectThatComesLate(t *testing.T) {
 		b.mustRead(n, n)
 	}
 	b.im.Abandon()
-	b.env = &simEnv{rng: b.env.rng, disk: disk}
+	b.again()
 	if err := b.open(id, false); err != nil {
 		t.Fatal(err)
 	}

@@ -29,11 +29,6 @@ func (s *pryingStore) Load(ctx context.Context, key string) ([]byte, backend.Ver
 	return s.Store.Load(ctx, key)
 }
 
-// again gives the host another process.
-func (h *host) again() {
-	h.env = &simEnv{rng: h.env.rng, disk: h.disk, now: h.env.now}
-}
-
 // TestForceWithOwnLog: a host attaches with force the log that the superblock names, and
 // between its look at the log and the change another host takes the image over. What
 // either log alone has stays: neither is begun anew, and the other's can be salvaged.

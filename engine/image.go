@@ -170,7 +170,7 @@ func (im *Image) Start(env Env, dev aio.Device, mem []byte) {
 // now, and if there is much that is not, soon.
 func (im *Image) giveMap() {
 	im.objs.give()
-	if !im.readOnly {
+	if !im.readOnly && im.state != Fenced && im.state != Released {
 		im.checkpoint.maybe()
 	}
 }

@@ -170,8 +170,8 @@ var ErrForeignLog = errors.New("the write log belongs to another image")
 
 // Open opens the image id, takes its ownership and recovers it from store and
 // log. It blocks; ctx bounds it, and Config.StoreTimeout each call of the store: how
-// long all of it takes depends on how much there is to read. The image works under ctx's values, not its
-// cancellation, until it is closed.
+// long all of it takes depends on how much there is to read. The image works under
+// ctx's values, not its cancellation, until it is closed.
 func Open(ctx context.Context, st backend.Store, id uuid.UUID, o OpenOptions) (*Image, error) {
 	if o.Lease == 0 {
 		o.Lease = DefaultLease

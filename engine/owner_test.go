@@ -54,6 +54,11 @@ func (h *host) Sleep(_ context.Context, d time.Duration) error {
 	return nil
 }
 
+// again gives the host another process.
+func (h *host) again() {
+	h.env = &simEnv{rng: h.env.rng, disk: h.disk, now: h.env.now}
+}
+
 func (h *host) open(id uuid.UUID, force bool) error {
 	im, err := Open(context.Background(), h.st, id, OpenOptions{
 		Log: h.disk, URL: "mem:/disk", Host: h.name, Force: force, Clock: h, Lease: 10 * time.Second,
@@ -131,6 +136,15 @@ func (h *host) awaitFenced() {
 			h.t.Fatalf("%s is %v, want fenced", h.name, h.im.state)
 		}
 	}
+}
+
+// objectsOf returns how many objects of a kind, "d", "m" or "c", the store has of an image.
+func objectsOf(t *testing.T, st backend.Store, id uuid.UUID, kind string) (n int) {
+	t.Helper()
+	if err := st.List(context.Background(), id.String()+"/"+kind+"/", func(string) error { n++; return nil }); err != nil {
+		t.Fatal(err)
+	}
+	return n
 }
 
 func newImageIn(t *testing.T, st backend.Store) uuid.UUID {

@@ -150,7 +150,7 @@ func (p *pagedMap) evict() {
 	if p.member != nil {
 		p.pass(p.budget.take())
 	}
-	if p.member == nil || p.budget.over() > p.budget.Limit()/budgetSlack {
+	if p.member == nil || p.budget.over() > p.budget.Limit()/budgetSlack && p.budget.asks() {
 		for passes := 0; passes < 3 && p.sweep(); passes++ {
 		}
 	}

@@ -2,7 +2,6 @@ package engine
 
 import (
 	"context"
-	"strings"
 	"testing"
 	"time"
 
@@ -90,9 +89,7 @@ func TestCutOffLogStaysSalvageable(t *testing.T) {
 	if left := len(b.im.table.dead); held == 0 || left >= held {
 		t.Errorf("%d dead objects are left of %d that were held", left, held)
 	}
-	prefix := strings.TrimSuffix(SuperblockKey(id), "super")
-	data := 0
-	if err := st.List(ctx, prefix+"d/", func(string) error { data++; return nil }); err != nil || data > 8 {
-		t.Errorf("%d data objects for %d blocks, %v", data, blocks, err)
+	if data := objectsOf(t, st, id, "d"); data > 8 {
+		t.Errorf("%d data objects for %d blocks", data, blocks)
 	}
 }

@@ -252,22 +252,14 @@ func TestForgottenPointsMapObjectsGo(t *testing.T) {
 		t.Fatal(err)
 	}
 	b.mustOverwrite(2)
-	maps := func() int {
-		n := 0
-		prefix := strings.TrimSuffix(SuperblockKey(id), "super") + "m/"
-		if err := st.List(context.Background(), prefix, func(string) error { n++; return nil }); err != nil {
-			t.Fatal(err)
-		}
-		return n
-	}
-	if n := maps(); n != 2 {
+	if n := objectsOf(t, st, id, "m"); n != 2 {
 		t.Fatalf("%d map objects, not the last one and the point's: this tests nothing", n)
 	}
 	if n, err := ForgetLogs(context.Background(), st, id, uuid.Nil); n != 1 || err != nil {
 		t.Fatalf("%d forgotten, %v", n, err)
 	}
 	b.run(3 * leftoverGrace)
-	if n := maps(); n != 1 {
+	if n := objectsOf(t, st, id, "m"); n != 1 {
 		t.Errorf("%d map objects of an image of one block", n)
 	}
 	b.mustClose()

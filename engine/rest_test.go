@@ -1,8 +1,6 @@
 package engine
 
 import (
-	"context"
-	"strings"
 	"testing"
 	"time"
 
@@ -81,10 +79,8 @@ func TestRestReclaims(t *testing.T) {
 	if !h.im.Rest() {
 		t.Error("it does not rest")
 	}
-	left := 0
-	prefix := strings.TrimSuffix(SuperblockKey(id), "super") + "d/"
-	if err := st.List(context.Background(), prefix, func(string) error { left++; return nil }); err != nil || left != 1 {
-		t.Errorf("%d data objects are left, want the last one; %v", left, err)
+	if left := objectsOf(t, st, id, "d"); left != 1 {
+		t.Errorf("%d data objects are left, want the last one", left)
 	}
 	last := h.im.checkpoint.last
 	h.mustWrite(200, 1) // nothing dies of that

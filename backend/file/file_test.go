@@ -473,18 +473,24 @@ func (c stopped) wantBusy(t *testing.T, what string, err error) {
 	}
 }
 
+// ours makes a store with an object m, and returns its version.
+func ours(t *testing.T, dir string) (*file.Store, backend.Version) {
+	t.Helper()
+	s := create(t, dir)
+	t.Cleanup(func() { s.Close() })
+	v, err := s.Swap(context.Background(), "m", backend.NoVersion, []byte("ours"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return s, v
+}
+
 // TestStoppedHolder: while a process is stopped in the middle of a Swap, others
 // that want the lock do not wait for ever, and are told whom they wait for. Nothing
 // has changed under it when it goes on.
 func TestStoppedHolder(t *testing.T) {
-	ctx := context.Background()
-	dir := t.TempDir()
-	s := create(t, dir)
-	defer s.Close()
-	v, err := s.Swap(ctx, "m", backend.NoVersion, []byte("ours"))
-	if err != nil {
-		t.Fatal(err)
-	}
+	ctx, dir := context.Background(), t.TempDir()
+	s, v := ours(t, dir)
 	child := startStopped(t, dir)
 
 	child.wantBusy(t, "Swap", untilDeadline(func(ctx context.Context) error {
@@ -493,7 +499,7 @@ func TestStoppedHolder(t *testing.T) {
 	}))
 	child.wantBusy(t, "Delete", untilDeadline(func(ctx context.Context) error { return s.Delete(ctx, "m") }))
 	s.SetPatience(50 * time.Millisecond)
-	_, err = s.Swap(ctx, "m", v, []byte("late"))
+	_, err := s.Swap(ctx, "m", v, []byte("late"))
 	child.wantBusy(t, "Swap without a deadline", err)
 	cancelled, cancel := context.WithCancel(ctx)
 	time.AfterFunc(time.Millisecond, cancel)
@@ -528,14 +534,8 @@ func TestStoppedHolder(t *testing.T) {
 
 // TestKilledHolder: the lock of a process that is stopped goes with the process.
 func TestKilledHolder(t *testing.T) {
-	ctx := context.Background()
-	dir := t.TempDir()
-	s := create(t, dir)
-	defer s.Close()
-	v, err := s.Swap(ctx, "m", backend.NoVersion, []byte("ours"))
-	if err != nil {
-		t.Fatal(err)
-	}
+	ctx, dir := context.Background(), t.TempDir()
+	s, v := ours(t, dir)
 	child := startStopped(t, dir)
 	swapped := make(chan error)
 	s.SetPatience(time.Minute)

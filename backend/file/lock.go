@@ -138,15 +138,14 @@ func tryFlock(f *os.File) (bool, error) {
 }
 
 // scratch returns this handle's directory in tmp, which it makes when something is
-// written for the first time. The error is that of ctx, unless a file operation
-// failed.
+// written for the first time. Errors are as those of lock.
 func (s *Store) scratch(ctx context.Context) (string, error) {
-	select {
-	case s.making <- struct{}{}:
-		defer func() { <-s.making }()
-	case <-ctx.Done():
-		return "", ctx.Err()
+	w, stop := s.wait(ctx, tmpLock)
+	defer stop()
+	if err := w.enter(s.making); err != nil {
+		return "", err
 	}
+	defer func() { <-s.making }()
 	if s.alive == nil {
 		if err := s.openTmp(ctx); err != nil {
 			return "", err
