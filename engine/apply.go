@@ -11,14 +11,15 @@ import (
 // applyLoads bounds the loads of segments that an object waits for.
 const applyLoads = 16
 
-// applier enters the extents of one data object into the map, in order and a few
-// at a time, as the segments come into memory. Until the last one is entered the
-// object is not accepted: the map is between two states then, no checkpoint
-// begins, and what the object's writes have in the log stays there. The reactor
-// owns it.
+// applier enters the extents of one data object, or of a group of them, into the map,
+// in order and a few at a time, as the segments come into memory. Until the last one
+// is entered the object, or the group, is not accepted: the map is between two states
+// then, no checkpoint begins, and what its writes have in the log stays there. The
+// reactor owns it.
 type applier struct {
 	b          *batch        // that h was put for; nil in recovery
 	h          *objectHeader // nil: nothing is being applied
+	entered    int           // objects of a group that are entered, h not counted
 	next       int           // extent
 	done       uint64        // sectors of it
 	off        int           // offset of the next data in the object's data, in sectors
@@ -31,11 +32,11 @@ type applier struct {
 
 // beginApply begins to enter a data object, the next in order.
 func (im *Image) beginApply(h *objectHeader) {
-	if h.seq != im.accepted.object+1 {
+	a := &im.apply
+	if h.seq != im.accepted.object+uint64(a.entered)+1 {
 		panic("engine: objects accepted out of order")
 	}
 	im.table.add(infoOf(h))
-	a := &im.apply
 	a.h, a.next, a.done, a.off, a.prefetched = h, 0, 0, 0, 0
 }
 
@@ -111,12 +112,17 @@ func movable(m *extmap.Map, h *objectHeader, s, n uint64, runs []extmap.Extent) 
 	return runs
 }
 
-// endApply makes the object the last one accepted.
+// endApply makes the object the last one accepted, unless it is joined to the next.
 func (im *Image) endApply() {
-	h := im.apply.h
+	a := &im.apply
+	h := a.h
 	im.sums.add(uint32(h.seq), h.sums)
-	im.accepted = position{h.seq, h.lastSeq, h.logEnd}
-	im.apply.h = nil
+	a.h = nil
+	if h.joined {
+		a.entered++
+		return
+	}
+	im.accepted, a.entered = h.end(), 0
 }
 
 // applyNow is beginApply, and all that follows, for one who has brought the
@@ -175,22 +181,38 @@ func (im *Image) advance() {
 	a := &im.apply
 	for im.leased() && !a.waiting {
 		if a.b == nil {
-			if len(im.queue) == 0 || (im.queue[0].state != batchDurable && !(mutate.On(mutate.AcceptOutOfOrder) && im.queue[0].header != nil && len(im.queue) > 1 && im.queue[1].state == batchDurable)) || im.checkpoint.behind() {
+			if !im.mayAccept() {
 				break
 			}
 			a.b = im.queue[0]
 			im.queue = append(im.queue[:0], im.queue[1:]...)
-			im.beginApply(a.b.header)
+			im.beginApply(a.b.built[0].header)
 		}
 		if !im.applySome() {
 			return
 		}
+		im.endApply()
+		if a.entered > 0 {
+			im.beginApply(a.b.built[a.entered].header)
+			continue
+		}
 		b := a.b
 		a.b = nil
-		im.endApply()
 		im.applied(b)
 	}
 	im.pumpNow()
+}
+
+// mayAccept reports whether the first batch of the queue may be accepted.
+func (im *Image) mayAccept() bool {
+	if len(im.queue) == 0 {
+		return false
+	}
+	b := im.queue[0]
+	if b.state != batchDurable && !(mutate.On(mutate.AcceptOutOfOrder) && b.built != nil && len(im.queue) > 1 && im.queue[1].state == batchDurable) {
+		return false
+	}
+	return !im.checkpoint.behind(b.objects)
 }
 
 // applySome goes on with the object that is being applied, and reports whether it

@@ -9,17 +9,20 @@ import (
 	"github.com/lsd-ceph/lsd/cache/writelog"
 )
 
-// batch is a run of whole records on its way into one data object. The reactor
-// owns it; while building, a worker reads its extents, which do not change any
-// more by then.
+// batch is a run of whole records on its way into one data object, or into a group of
+// them: see split. The reactor owns it; while building, a worker reads its extents,
+// which do not change any more by then.
 type batch struct {
-	object   uint64 // number, given when sealed
+	object   uint64 // number of its first object, given when sealed
+	objects  int    // how many it has, given when sealed
 	firstSeq uint64
 	lastSeq  uint64
 	start    uint64 // log positions in bytes: [start, end)
 	end      uint64
 	extents  []writelog.Extent // in order of writing
+	lasting  []bool            // of each extent, whether what it writes is likely to stay: see lasts
 	sectors  uint64            // of data, overwritten ones included
+	stays    uint64            // of these, in lasting extents
 	began    time.Duration     // env.Now() when its first write arrived
 
 	// Of a batch that the cleaner has made, which holds no records.
@@ -28,12 +31,23 @@ type batch struct {
 
 	state     batchState
 	memory    int64         // bytes of Shared.destage that it has
-	buf       []byte        // the object, once built
-	header    *objectHeader // once built
-	pieces    []piece       // once built: in the order of the object's data
+	buf       []byte        // its objects, one after the other, once built
+	built     []builtObject // of buf
+	putting   int           // of these, that workers have
+	failed    error         // of a put since the batch was built last, or nil
 	tries     int
 	notBefore time.Duration // of another attempt
 }
+
+// builtObject is a data object of a batch.
+type builtObject struct {
+	header *objectHeader
+	pieces []piece // in the order of the object's data
+	bytes  []byte  // of the batch's buffer; nil once it is in the store
+}
+
+// last returns the number of the batch's last object.
+func (b *batch) last() uint64 { return b.object + uint64(b.objects) - 1 }
 
 // cleaned reports whether the cleaner has made the batch.
 func (b *batch) cleaned() bool { return b.base != 0 }
@@ -43,8 +57,8 @@ type batchState int
 const (
 	batchSealed   batchState = iota // waits for its turn
 	batchBuilding                   // a worker reads the log
-	batchBuilt                      // waits for its put
-	batchPutting                    // a worker puts it
+	batchBuilt                      // waits to be put
+	batchPutting                    // workers put its objects
 	batchDurable                    // waits for the ones before it
 )
 
@@ -54,6 +68,7 @@ type piece struct {
 	pos    uint64 // in the log, in sectors
 	n      uint32
 	zero   bool
+	lasts  bool
 	at     int // offset of its data in the object's data, in bytes
 }
 
@@ -66,14 +81,15 @@ func (p piece) bytes() int {
 }
 
 // survivors returns what is left of the extents when each sector keeps only its
-// newest write, in ascending order of sectors, adjoining zeroes merged.
-func survivors(extents []writelog.Extent) []piece {
+// newest write, in ascending order of sectors, adjoining zeroes merged. lasting says
+// of each extent whether it lasts.
+func survivors(extents []writelog.Extent, lasting []bool) []piece {
 	covered := make([]span, 0, len(extents))
 	pieces := make([]piece, 0, len(extents))
 	for i := len(extents) - 1; i >= 0; i-- {
 		e := extents[i]
 		covered = uncovered(covered, span{e.Sector, e.Sector + uint64(e.N)}, func(s span) {
-			p := piece{sector: s.from, pos: e.Pos, n: uint32(s.to - s.from), zero: e.Zero}
+			p := piece{sector: s.from, pos: e.Pos, n: uint32(s.to - s.from), zero: e.Zero, lasts: lasting[i]}
 			if !e.Zero {
 				p.pos += s.from - e.Sector
 			}
@@ -195,23 +211,60 @@ func (s *diskSource) read(dst []byte, pos uint64) error {
 	return nil
 }
 
-// build makes the data object of b from what src reads. h says whose it is.
-func (b *batch) build(h *objectHeader, src logSource, buffer func(int) []byte) ([]byte, error) {
-	pieces := survivors(b.extents)
-	h.extents, h.data = layout(pieces)
-	h.header = headerSize(len(h.extents), h.data)
-	b.pieces = slices.Clone(pieces)
-	buf := buffer(h.header + h.data)
-	slices.SortFunc(pieces, func(x, y piece) int { return cmp.Compare(x.pos, y.pos) })
-	for _, p := range pieces {
-		if p.zero {
-			continue
-		}
-		dst := buf[h.header+p.at:][:int(p.n)*SectorSize]
-		if err := src.read(dst, p.pos); err != nil {
-			return nil, err
+// source says where in the log the data of a piece is, and where it belongs in a
+// batch's buffer.
+type source struct {
+	pos uint64 // sectors
+	dst []byte
+}
+
+// build makes the data objects of b from what src reads, and returns the buffer in
+// which they are. h says whose they are and which records they hold.
+func (b *batch) build(h objectHeader, src logSource, buffer func(int) []byte) ([]byte, []builtObject, error) {
+	built := make([]builtObject, b.objects)
+	pieces := survivors(b.extents, b.lasting)
+	if b.objects == 2 {
+		built[0].pieces, built[1].pieces = parted(pieces)
+	} else {
+		built[0].pieces = pieces
+	}
+	size := 0
+	for i := range built {
+		o := &built[i]
+		o.header = new(objectHeader)
+		*o.header = h
+		o.header.seq, o.header.joined = b.object+uint64(i), i < b.objects-1
+		o.header.extents, o.header.data = layout(o.pieces)
+		o.header.header = headerSize(len(o.header.extents), o.header.data)
+		size += o.header.header + o.header.data
+	}
+	buf := buffer(size)
+	sources, rest := make([]source, 0, len(pieces)), buf
+	for i := range built {
+		o := &built[i]
+		n := o.header.header + o.header.data
+		o.bytes, rest = rest[:n:n], rest[n:]
+		sources = o.sources(sources)
+	}
+	slices.SortFunc(sources, func(x, y source) int { return cmp.Compare(x.pos, y.pos) })
+	for _, s := range sources {
+		if err := src.read(s.dst, s.pos); err != nil {
+			return nil, nil, err
 		}
 	}
-	h.encode(buf)
-	return buf, nil
+	for _, o := range built {
+		o.header.encode(o.bytes)
+	}
+	return buf, built, nil
+}
+
+// sources appends where the object's data comes from.
+func (o *builtObject) sources(list []source) []source {
+	data := o.bytes[o.header.header:]
+	for _, p := range o.pieces {
+		if !p.zero {
+			list = append(list, source{p.pos, data[p.at:][:p.bytes()]})
+		}
+	}
+	return list
 }

@@ -163,11 +163,11 @@ func (c *checkpointer) memoryShort() bool {
 	return m.dirtySegments > 0 && (m.dirtyBytes() > m.budget.Limit()/4 || m.budget.over() > 0 && m.dirtyBytes() > m.budget.share()/16)
 }
 
-// behind reports whether nothing may be accepted until the running checkpoint is
-// published.
-func (c *checkpointer) behind() bool {
+// behind reports whether so many objects may not be accepted until the running
+// checkpoint is published.
+func (c *checkpointer) behind(objects int) bool {
 	m := c.im.objs
-	return c.running != nil && (c.since() >= uint64(c.im.cfg.CheckpointEvery) || m.budget.over() > 0 && m.dirtyBytes() > m.budget.share()/4)
+	return c.running != nil && (c.since()+uint64(objects) > uint64(c.im.cfg.CheckpointEvery) || m.budget.over() > 0 && m.dirtyBytes() > m.budget.share()/4)
 }
 
 // now writes a checkpoint of the map as it is, unless there is one; fn is told

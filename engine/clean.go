@@ -595,7 +595,7 @@ func (im *Image) sealCleaned(pieces []movedPiece, base uint64) {
 		panic("engine: the image has used up its object numbers")
 	}
 	b := &batch{
-		object: at.object, firstSeq: at.seq + 1, lastSeq: at.seq, start: at.logEnd, end: at.logEnd,
+		object: at.object, objects: 1, firstSeq: at.seq + 1, lastSeq: at.seq, start: at.logEnd, end: at.logEnd,
 		began: im.env.Now(), state: batchSealed, moved: pieces, base: base,
 	}
 	im.queue = append(im.queue, b)

@@ -26,11 +26,11 @@ func (im *Image) seal() {
 func (im *Image) sealAt(seq, end uint64) {
 	b := im.open
 	im.open = nil
-	if im.sealed.object == maxObjectSeq {
+	b.object, b.objects, b.lastSeq, b.end, b.state = im.sealed.object+1, im.split(b), seq, end, batchSealed
+	if b.last() > maxObjectSeq {
 		panic("engine: the image has used up its object numbers")
 	}
-	b.object, b.lastSeq, b.end, b.state = im.sealed.object+1, seq, end, batchSealed
-	im.sealed = position{b.object, seq, end}
+	im.sealed = position{b.last(), seq, end}
 	im.queue = append(im.queue, b)
 	if mutate.On(mutate.TrimEarly) && im.env != nil {
 		im.log.Trim(end)
@@ -51,13 +51,13 @@ func (im *Image) pumpNow() {
 	if im.state == Fenced || im.state == Released {
 		return
 	}
-	window := im.window
-	if im.apply.b != nil {
-		window-- // it is not accepted yet
-	}
+	last := im.accepted.object + uint64(im.window)
 	next := time.Duration(0)
 	lags := im.clean.lags()
-	for _, b := range im.queue[:min(len(im.queue), window)] {
+	for _, b := range im.queue[:min(len(im.queue), max(im.window/maxGroup, 1))] {
+		if b.last() > last {
+			break
+		}
 		if b.state != batchSealed && b.state != batchBuilt {
 			continue
 		}
@@ -128,9 +128,9 @@ func (im *Image) storeWorks() {
 	}
 }
 
-// headerFor returns what the header of b's object says of its place.
-func (im *Image) headerFor(b *batch) *objectHeader {
-	return &objectHeader{
+// headerFor returns what the headers of b's objects say of their place.
+func (im *Image) headerFor(b *batch) objectHeader {
+	return objectHeader{
 		image: im.id, epoch: im.super.sb.Epoch, seq: b.object,
 		firstSeq: b.firstSeq, lastSeq: b.lastSeq, log: im.logID, logEnd: b.end,
 	}
@@ -140,17 +140,22 @@ func (im *Image) headerFor(b *batch) *objectHeader {
 func (im *Image) buildCleaned(b *batch) {
 	h := im.headerFor(b)
 	var buf []byte
-	im.spawn(func() { buf = b.buildMoved(h, im.buffer) }, func() {
+	im.spawn(func() { buf = b.buildMoved(&h, im.buffer) }, func() {
 		if im.state == Fenced || im.state == Released {
 			return
 		}
 		b.moved = nil
-		b.buf, b.header, b.state, b.tries = buf, h, batchBuilt, 0
-		im.pumpNow()
+		im.built(b, buf, []builtObject{{header: &h, bytes: buf}})
 	})
 }
 
-// build makes b's object on a worker, from memory if all of b is still there.
+// built says that the objects of b are in buf.
+func (im *Image) built(b *batch, buf []byte, objects []builtObject) {
+	b.buf, b.built, b.state, b.tries = buf, objects, batchBuilt, 0
+	im.pumpNow()
+}
+
+// build makes b's objects on a worker, from memory if all of b is still there.
 func (im *Image) build(b *batch) {
 	b.state = batchBuilding
 	if b.cleaned() {
@@ -166,8 +171,9 @@ func (im *Image) build(b *batch) {
 		src = &diskSource{log: im.log, end: b.end / SectorSize}
 	}
 	var buf []byte
+	var objects []builtObject
 	var err error
-	im.spawn(func() { buf, err = b.build(h, src, im.buffer) }, func() {
+	im.spawn(func() { buf, objects, err = b.build(h, src, im.buffer) }, func() {
 		if pinned {
 			im.log.Unpin(b.start)
 		}
@@ -179,8 +185,7 @@ func (im *Image) build(b *batch) {
 			im.retry(b, batchSealed, fmt.Errorf("log %s: %w", im.logID, err))
 			return
 		}
-		b.buf, b.header, b.state, b.tries = buf, h, batchBuilt, 0
-		im.pumpNow()
+		im.built(b, buf, objects)
 	})
 }
 
@@ -214,33 +219,57 @@ func (im *Image) giveMemory(b *batch) {
 	}
 }
 
-// put writes b's object to the store.
+// put writes those of b's objects to the store that are not there.
 func (im *Image) put(b *batch) {
-	b.state = batchPutting
-	key := dataKey(im.id, b.object, b.header.epoch)
+	b.state, b.failed = batchPutting, nil
+	for i := range b.built {
+		if o := &b.built[i]; o.bytes != nil {
+			b.putting++
+			im.putOne(b, o)
+		}
+	}
+}
+
+func (im *Image) putOne(b *batch, o *builtObject) {
+	key := dataKey(im.id, o.header.seq, o.header.epoch)
 	var err error
-	im.spawn(func() { err = im.putObject(key, b.buf, b.header.header) }, func() {
+	im.spawn(func() { err = im.putObject(key, o.bytes, o.header.header) }, func() {
 		if mutate.On(mutate.PutForgotten) && errors.Is(err, backend.ErrTemporary) {
 			err = nil
 		}
 		switch {
 		case im.state == Fenced || im.state == Released:
+			return
 		case errors.Is(err, errOtherContents):
 			im.fenced(err)
+			return
 		case err != nil:
-			im.retry(b, batchBuilt, err)
+			b.failed = err
 		default:
 			im.storeWorks()
 			im.stats.objects++
-			im.stats.objectBytes += uint64(len(b.buf))
-			b.state = batchDurable
-			buf := b.buf[:0]
-			b.buf = nil
-			im.shared.buffers.Put(&buf)
-			im.giveMemory(b)
-			im.advance()
+			im.stats.objectBytes += uint64(len(o.bytes))
+			o.bytes = nil
 		}
+		if b.putting--; b.putting > 0 {
+			return
+		}
+		if b.failed != nil {
+			im.retry(b, batchBuilt, b.failed)
+			return
+		}
+		im.stored(b)
 	})
+}
+
+// stored says that all of b's objects are in the store.
+func (im *Image) stored(b *batch) {
+	b.state = batchDurable
+	buf := b.buf[:0]
+	b.buf = nil
+	im.shared.buffers.Put(&buf)
+	im.giveMemory(b)
+	im.advance()
 }
 
 var errOtherContents = errors.New("another writer has put an object of this number")

@@ -60,7 +60,7 @@ const (
 	MaxSpaceRatio     = 10
 
 	maxWindow     = 64
-	defaultWindow = 8
+	defaultWindow = 8 * maxGroup
 	// maxBatchExtents bounds what one object changes in the map, and so the
 	// memory that it takes to enter it.
 	maxBatchExtents = 1 << 12

@@ -278,7 +278,7 @@ func TestSurvivors(t *testing.T) {
 				}
 			}
 		}
-		pieces := survivors(extents)
+		pieces := survivors(extents, make([]bool, len(extents)))
 		end := uint64(0)
 		for _, p := range pieces {
 			if p.sector < end {

@@ -15,12 +15,14 @@ import (
 // The format of a data object; docs/formats.md gives it byte for byte.
 const (
 	objectMagic     = "LSDDATA\x00"
-	objectVersion   = 2
+	objectVersion   = 3
+	objectOld       = 2 // had no flags; it is read as well
 	objectFixed     = 128
 	objectExtent    = 16
 	objectBlock     = 4096 // unit of the checksums
 	objectZeroFlag  = 1 << 31
-	objectAlign     = 4096 // the data begins at a multiple of this
+	objectJoined    = 1 << 0 // a flag of the header
+	objectAlign     = 4096   // the data begins at a multiple of this
 	maxObjectHeader = 8 << 20
 
 	// firstRead is what is read of an object whose header's length is not known.
@@ -51,6 +53,7 @@ type objectHeader struct {
 	logEnd   uint64    // position in it, in bytes, after the last of them
 	base     uint64    // of the cleaner's objects: see cleaned; else 0
 	born     uint32    // number of the object that first held its newest data; 0: this one
+	joined   bool      // it counts only with the next one: see split
 	extents  []objectExtentInfo
 	sums     []uint32 // CRC32C of each block of the data
 	header   int      // bytes before the data
@@ -61,6 +64,9 @@ type objectHeader struct {
 // had in older ones. It holds no records, and its extents count only where the map
 // still refers to objects up to base.
 func (h *objectHeader) cleaned() bool { return h.base != 0 }
+
+// end returns the position after the object.
+func (h *objectHeader) end() position { return position{h.seq, h.lastSeq, h.logEnd} }
 
 func headerSize(extents, data int) int {
 	n := objectFixed + extents*objectExtent + 4*((data+objectBlock-1)/objectBlock)
@@ -98,6 +104,9 @@ func (h *objectHeader) encode(object []byte) {
 	le.PutUint32(b[96:], uint32(len(h.extents)))
 	le.PutUint64(b[100:], h.base)
 	le.PutUint32(b[108:], h.born)
+	if h.joined {
+		le.PutUint32(b[112:], objectJoined)
+	}
 	p := b[objectFixed:]
 	for _, e := range h.extents {
 		le.PutUint64(p, e.sector)
@@ -124,7 +133,7 @@ func objectHeaderSize(b []byte) (int, error) {
 	if len(b) < objectFixed || !bytes.Equal(b[:8], []byte(objectMagic)) {
 		return 0, fmt.Errorf("%w: not a data object", ErrCorrupt)
 	}
-	if v := binary.LittleEndian.Uint32(b[8:]); v != objectVersion {
+	if v := binary.LittleEndian.Uint32(b[8:]); v != objectVersion && v != objectOld {
 		return 0, fmt.Errorf("%w or too new: version %d of the object format is not known here", ErrCorrupt, v)
 	}
 	n := int(binary.LittleEndian.Uint32(b[88:]))
@@ -158,10 +167,15 @@ func decodeObjectHeader(b []byte, sectors uint64) (*objectHeader, error) {
 	}
 	copy(h.image[:], b[16:])
 	copy(h.log[:], b[64:])
+	flags := le.Uint32(b[112:])
+	if le.Uint32(b[8:]) == objectOld {
+		flags = 0
+	}
+	h.joined = flags&objectJoined != 0
 	count := int(le.Uint32(b[96:]))
 	if h.data%SectorSize != 0 || h.data > MaxObjectSize || count > maxObjectHeader/objectExtent || headerSize(count, h.data) != n ||
-		h.seq == 0 || h.seq > maxObjectSeq || h.epoch > maxEpoch || h.firstSeq == 0 ||
-		h.cleaned() && (h.lastSeq != h.firstSeq-1 || h.base >= h.seq || uint64(h.born) > h.base) ||
+		flags&^objectJoined != 0 || h.seq == 0 || h.seq > maxObjectSeq || h.epoch > maxEpoch || h.firstSeq == 0 ||
+		h.cleaned() && (h.lastSeq != h.firstSeq-1 || h.base >= h.seq || uint64(h.born) > h.base || h.joined) ||
 		!h.cleaned() && (h.lastSeq < h.firstSeq || h.born != 0) {
 		return nil, fmt.Errorf("%w: its header is out of range", ErrCorrupt)
 	}

@@ -158,11 +158,7 @@ func (im *Image) loadView(ctx context.Context, sb *superblock, v *view) error {
 		}
 		v.m = m
 	}
-	at := v.m.at
-	err := im.headers(ctx, sb, at, v.last, func(h *objectHeader) error {
-		if h.firstSeq != at.seq+1 {
-			return notNext(im.id, h, at.seq)
-		}
+	err := im.headers(ctx, sb, v.m.at, v.last, func(h *objectHeader) error {
 		h.sums = nil
 		t := tailObject{h, make([]uint32, len(h.extents))}
 		off := uint32(0)
@@ -173,7 +169,6 @@ func (im *Image) loadView(ctx context.Context, sb *superblock, v *view) error {
 			}
 		}
 		v.tail = append(v.tail, t)
-		at = position{h.seq, h.lastSeq, h.logEnd}
 		return nil
 	})
 	switch {
@@ -186,13 +181,6 @@ func (im *Image) loadView(ctx context.Context, sb *superblock, v *view) error {
 		v.err = fmt.Errorf("object %s: %w", dataKey(im.id, next, sb.epochOf(next)), backend.ErrNotFound)
 	}
 	return nil
-}
-
-// notNext is the error of a data object that does not go on where the one before
-// ended.
-func notNext(id uuid.UUID, h *objectHeader, seq uint64) error {
-	return fmt.Errorf("object %s: %w: it begins at record %d, the one before ends at %d",
-		dataKey(id, h.seq, h.epoch), ErrCorrupt, h.firstSeq, seq)
 }
 
 // damaged reports whether an error says that an object is damaged, or not there,

@@ -9,6 +9,7 @@ import (
 	"github.com/lsd-ceph/lsd/backend"
 	"github.com/lsd-ceph/lsd/cache/writelog"
 	"github.com/lsd-ceph/lsd/internal/extmap"
+	"github.com/lsd-ceph/lsd/internal/mutate"
 )
 
 // recoverStore loads the last checkpoint and replays the data objects after it:
@@ -25,9 +26,6 @@ func (im *Image) recoverStore(ctx context.Context, sb *superblock) error {
 // last or the end of the run.
 func (im *Image) replay(ctx context.Context, sb *superblock, last uint64) error {
 	return im.headers(ctx, sb, im.accepted, last, func(h *objectHeader) error {
-		if h.firstSeq != im.accepted.seq+1 {
-			return notNext(im.id, h, im.accepted.seq)
-		}
 		if err := im.loadSegments(ctx, h.segments); err != nil {
 			return err
 		}
@@ -39,7 +37,7 @@ func (im *Image) replay(ctx context.Context, sb *superblock, last uint64) error 
 
 // headers reads the headers of the data objects after a position, several at a
 // time, and calls fn for each, in order, up to the object last or the end of the
-// run.
+// run. Of a group of objects it calls fn for all or none.
 func (im *Image) headers(ctx context.Context, sb *superblock, at position, last uint64, fn func(*objectHeader) error) error {
 	type answer struct {
 		h   *objectHeader
@@ -51,6 +49,7 @@ func (im *Image) headers(ctx context.Context, sb *superblock, at position, last 
 	defer asking.Wait() // what was asked in vain uses the image still
 	defer stop()
 	asked := at.object
+	var group []*objectHeader // that is not complete
 	for next := at.object + 1; next <= last; next++ {
 		for len(ahead) < im.parallel && asked < last {
 			asked++
@@ -68,14 +67,44 @@ func (im *Image) headers(ctx context.Context, sb *superblock, at position, last 
 		a := <-ahead[0]
 		ahead = append(ahead[:0], ahead[1:]...)
 		if errors.Is(a.err, backend.ErrNotFound) {
+			if mutate.On(mutate.HalfCounted) && len(group) > 0 {
+				group[0].joined = false
+				return fn(group[0])
+			}
 			return nil
 		}
 		if a.err != nil {
 			return a.err
 		}
-		if err := fn(a.h); err != nil {
+		if err := im.goesOn(at, group, a.h); err != nil {
 			return err
 		}
+		if group = append(group, a.h); a.h.joined {
+			continue
+		}
+		for _, h := range group {
+			if err := fn(h); err != nil {
+				return err
+			}
+		}
+		at, group = a.h.end(), group[:0]
+	}
+	return nil
+}
+
+// goesOn returns an error unless the object h goes on where the one before ended: the
+// first of a group after the position at, the others with the records of the group.
+func (im *Image) goesOn(at position, group []*objectHeader, h *objectHeader) error {
+	if h.firstSeq != at.seq+1 {
+		return fmt.Errorf("object %s: %w: it begins at record %d, the one before ends at %d",
+			dataKey(im.id, h.seq, h.epoch), ErrCorrupt, h.firstSeq, at.seq)
+	}
+	if len(group) == 0 {
+		return nil
+	}
+	first := group[0]
+	if len(group) == maxGroup || h.epoch != first.epoch || h.lastSeq != first.lastSeq || h.log != first.log || h.logEnd != first.logEnd {
+		return fmt.Errorf("object %s: %w: it is not of the group that object %d is of", dataKey(im.id, h.seq, h.epoch), ErrCorrupt, first.seq)
 	}
 	return nil
 }
@@ -144,7 +173,7 @@ func (im *Image) storeEnd(ctx context.Context, sb *superblock) (position, error)
 		at = m.at
 	}
 	err := im.headers(ctx, sb, at, maxObjectSeq, func(h *objectHeader) error {
-		at = position{h.seq, h.lastSeq, h.logEnd}
+		at = h.end()
 		return nil
 	})
 	return at, err

@@ -10,20 +10,25 @@ import (
 // as long as it is there, so that what was written a moment ago is not read from
 // the store. The log's memory bounds it. The reactor owns it.
 type tail struct {
-	batches []*batch // of the last objects, oldest first, numbers without gaps
+	first   uint64 // number of the first of the objects
+	objects []tailed
+}
+
+// tailed is one of the last objects that were accepted.
+type tailed struct {
+	pieces []piece
+	end    uint64 // log position after its records
+	batch  *batch // of which it is the last object, or nil
 }
 
 // read copies what is at a location of the object map to dst and returns true, if
 // all of it is in the log's memory.
 func (t *tail) read(l *writelog.Log, loc uint64, dst []byte) bool {
-	if len(t.batches) == 0 {
+	i := refOf(loc).seq() - t.first // wraps around for older objects
+	if i >= uint64(len(t.objects)) {
 		return false
 	}
-	i := refOf(loc).seq() - t.batches[0].object // wraps around for older objects
-	if i >= uint64(len(t.batches)) {
-		return false
-	}
-	pieces := t.batches[i].pieces
+	pieces := t.objects[i].pieces
 	off := offsetOf(loc) * SectorSize
 	k, _ := slices.BinarySearchFunc(pieces, off, func(p piece, off int) int {
 		if p.at+p.bytes() <= off {
@@ -54,14 +59,20 @@ func (t *tail) read(l *writelog.Log, loc uint64, dst []byte) bool {
 // for its capacity.
 func (im *Image) retire(b *batch) {
 	t := &im.tail
-	b.header = nil
-	t.batches = append(t.batches, b)
-	for len(t.batches) > 0 && !im.log.Remembers(t.batches[0].end) {
-		old := t.batches[0]
-		t.batches = append(t.batches[:0], t.batches[1:]...)
-		old.pieces = nil
-		if !old.cleaned() && len(im.spare) < 2*im.window {
+	if len(t.objects) == 0 {
+		t.first = b.object
+	}
+	for _, o := range b.built {
+		t.objects = append(t.objects, tailed{pieces: o.pieces, end: b.end})
+	}
+	t.objects[len(t.objects)-1].batch = b
+	b.built = nil
+	gone := 0
+	for ; gone < len(t.objects) && !im.log.Remembers(t.objects[gone].end); gone++ {
+		if old := t.objects[gone].batch; old != nil && !old.cleaned() && len(im.spare) < 2*im.window {
 			im.spare = append(im.spare, old)
 		}
 	}
+	t.first += uint64(gone)
+	t.objects = slices.Delete(t.objects, 0, gone)
 }

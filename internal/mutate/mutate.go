@@ -67,6 +67,8 @@ const (
 	DeletedEarly Bug = "deleted-early"
 	// CheckpointMixed writes a checkpoint that holds changes made after it began.
 	CheckpointMixed Bug = "checkpoint-mixed"
+	// HalfCounted counts an object of a group without the rest of it.
+	HalfCounted Bug = "half-counted"
 	// DeadKept leaves dead data objects in the store.
 	DeadKept Bug = "dead-kept"
 	// MovedOverNewer lets the cleaner put back what has been overwritten meanwhile.
@@ -86,6 +88,6 @@ func All() []Bug {
 		ObjectUnverified, HeaderUnverified, LogReadUnverified, TornRecord, ProofIgnored, RecoveryStopsEarly,
 		CutOffKept, LogOverwritten, TrimEarly, DirtyDropped, DiscardUnrecorded, DiscardUndestaged,
 		LeaseIgnored, LeaseStretched, LateForgotten, LeaseNotAwaited, EpochIgnored, EpochUnrecorded, StaleLogDropped, DeletedEarly, CheckpointMixed,
-		DeadKept, MovedOverNewer, CacheUnverified, CacheImageIgnored, CacheFailedKept,
+		HalfCounted, DeadKept, MovedOverNewer, CacheUnverified, CacheImageIgnored, CacheFailedKept,
 	}
 }
