@@ -35,6 +35,7 @@ const (
 type checkpointer struct {
 	im    *Image
 	last  *checkpointRef // the last one published, or nil
+	added uint64         // table.added when it began
 	parts int            // that its manifest has, at most
 
 	running  *runningCheckpoint
@@ -58,6 +59,7 @@ func (c *checkpointer) idle() bool { return c.running == nil && c.im.apply.h == 
 // runningCheckpoint is a checkpoint that is being written.
 type runningCheckpoint struct {
 	at      position
+	added   uint64 // table.added when it began
 	ref     checkpointRef
 	objects []objectInfo
 	pending bitset   // to be copied
@@ -112,21 +114,21 @@ func (c *checkpointer) since() uint64 {
 	return n
 }
 
-// distance returns the number of objects after which a checkpoint is due: some
-// part of the image's objects, so that its cost stays small beside theirs, and so
-// little that recovery keeps its bound.
-func (c *checkpointer) distance() uint64 {
-	most := max(c.im.cfg.CheckpointEvery/2, 1)
-	return uint64(min(max(c.im.table.alive/16, minCheckpointEvery), most))
+// due reports whether so much has been accepted since the last checkpoint that there
+// should be one: some part of the image, so that its cost stays small beside that of
+// the objects, or so many objects that recovery keeps its bound.
+func (c *checkpointer) due() bool {
+	t, object := &c.im.table, c.im.object
+	return c.since() >= uint64(max(c.im.cfg.CheckpointEvery/2, 1)) || t.added-c.added >= max(t.space/16, leastCheckpoint*object)
 }
 
-// minCheckpointEvery is the least distance of checkpoints, in objects, of an image
-// of any size.
-const minCheckpointEvery = 16
+// leastCheckpoint is how many objects' worth of data lies between two checkpoints of an
+// image of any size, unless there are too many objects.
+const leastCheckpoint = 16
 
 // maybe begins a checkpoint when one is due.
 func (c *checkpointer) maybe() {
-	if c.idle() && c.im.accepted.object > 0 && (c.since() >= c.distance() || c.since() > 0 && c.memoryShort()) {
+	if c.idle() && c.im.accepted.object > 0 && (c.due() || c.since() > 0 && c.memoryShort()) {
 		c.begin(nil)
 	}
 }
@@ -200,7 +202,7 @@ func (c *checkpointer) begin(waiters []func(error)) {
 	im := c.im
 	m := im.objs
 	r := &runningCheckpoint{
-		at: im.accepted, ref: checkpointRef{im.accepted.object, im.super.sb.Epoch},
+		at: im.accepted, added: im.table.added, ref: checkpointRef{im.accepted.object, im.super.sb.Epoch},
 		objects: im.table.snapshot(), waiters: waiters,
 	}
 	r.pending, m.dirty, m.writing = m.dirty, newBitset(segmentsOf(im.sectors)), slices.Clone(m.dirty)
@@ -504,7 +506,7 @@ func (c *checkpointer) published(m *manifest) {
 	if c.last != nil {
 		c.old = append(c.old, oldManifest{*c.last, c.parts})
 	}
-	c.last, c.parts, c.running = &r.ref, m.parts(), nil
+	c.last, c.added, c.parts, c.running = &r.ref, r.added, m.parts(), nil
 	im.objs.maps, im.objs.stored = m.maps, m.segments
 	im.objs.writing = newBitset(segmentsOf(im.sectors))
 	// What was empty before it was written, or is now, needs no place in memory.

@@ -21,6 +21,7 @@ func (o *objectInfo) headerBytes() int { return int(o.header) * objectAlign }
 type objectTable struct {
 	list  []objectInfo
 	gone  int    // entries that are gone
+	added uint64 // sectors of data of the objects that were added since the table was loaded
 	space uint64 // sectors of data of the objects that live
 	live  uint64 // sectors of data that the map refers to
 	alive int    // objects that live
@@ -48,6 +49,7 @@ func (t *objectTable) add(o objectInfo) {
 		panic("engine: objects added out of order")
 	}
 	t.list = append(t.list, o)
+	t.added += uint64(o.sectors)
 	if o.live == 0 {
 		t.dead = append(t.dead, o.number)
 		return
