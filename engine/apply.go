@@ -267,7 +267,7 @@ func (im *Image) applyGoesOn(err error) {
 		return
 	}
 	im.logger.Error("part of the map cannot be read: what is written stays in the log until it can", "err", err)
-	im.storeFailed(err)
+	im.storeFailed(useOther, err)
 	a.waiting = true
 	im.env.AfterFunc(im.cfg.RetryMax, func() { a.waiting = false; im.advance() })
 }

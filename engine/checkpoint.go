@@ -397,7 +397,7 @@ func (c *checkpointer) work(work func(context.Context) error, fn func()) {
 		switch {
 		case im.state == Fenced || im.state == Released:
 		case err != nil:
-			im.storeFailed(err)
+			im.storeFailed(useCheckpoint, err)
 			wait := im.backoff(r.tries)
 			r.tries++
 			im.env.AfterFunc(wait, func() {
@@ -406,7 +406,7 @@ func (c *checkpointer) work(work func(context.Context) error, fn func()) {
 				}
 			})
 		default:
-			im.storeWorks()
+			im.storeWorks(useCheckpoint)
 			r.tries = 0
 			fn()
 		}

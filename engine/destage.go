@@ -90,18 +90,34 @@ func (im *Image) backoff(tries int) time.Duration {
 
 // retry puts b back to an earlier state after a failure.
 func (im *Image) retry(b *batch, to batchState, err error) {
+	use := usePut
 	if b.state = to; to == batchSealed {
+		use = useOther // it is the log that could not be read
 		im.giveMemory(b)
 	}
 	b.notBefore = im.env.Now() + im.backoff(b.tries)
 	b.tries++
-	im.storeFailed(err)
+	im.storeFailed(use, err)
 	im.pumpNow()
 }
 
+// storeUse is a set of uses of the store. Each of those that are named is repeated until
+// it goes through, so that what they have to say of the store is not over before.
+type storeUse uint8
+
+const (
+	usePut        storeUse = 1 << iota // of data objects
+	useCheckpoint                      // of what checkpoints are made of
+	useOther      storeUse = 0
+)
+
 // storeFailed counts an error of the store, and logs the first of a run of them.
-func (im *Image) storeFailed(err error) {
-	if im.countStoreError(err) && !im.stats.storeDown {
+func (im *Image) storeFailed(use storeUse, err error) {
+	if !im.countStoreError(err) {
+		return
+	}
+	im.stats.failing |= use
+	if !im.stats.storeDown {
 		im.stats.storeDown = true
 		im.logger.Warn("the store does not take objects: trying again until it does; writes go on until the log is full", "err", err)
 	}
@@ -119,10 +135,11 @@ func (im *Image) countStoreError(err error) bool {
 }
 
 // storeWorks notes a success, which ends an outage unless other operations have
-// failed a moment ago.
-func (im *Image) storeWorks() {
+// failed a moment ago, or go on failing: a store that is full takes small changes.
+func (im *Image) storeWorks(use storeUse) {
 	const calm = 2 * time.Second
-	if im.stats.storeDown && im.env.Now()-im.stats.lastStoreErrAt >= calm {
+	im.stats.failing &^= use
+	if im.stats.storeDown && im.stats.failing == 0 && im.env.Now()-im.stats.lastStoreErrAt >= calm {
 		im.stats.storeDown = false
 		im.logger.Info("the store takes objects again", "errors", im.stats.storeErrors)
 	}
@@ -246,7 +263,7 @@ func (im *Image) putOne(b *batch, o *builtObject) {
 		case err != nil:
 			b.failed = err
 		default:
-			im.storeWorks()
+			im.storeWorks(usePut)
 			im.stats.objects++
 			im.stats.objectBytes += uint64(len(o.bytes))
 			o.bytes = nil

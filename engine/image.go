@@ -121,7 +121,8 @@ type counters struct {
 	lastStoreErr                     error
 	lastStoreErrAt                   time.Duration
 	storeDown                        bool
-	reads0, writes0                  uint64 // at the last rate sample
+	failing                          storeUse // the uses that have failed last
+	reads0, writes0                  uint64   // at the last rate sample
 	readRate, writeRate              float64
 	sampledAt                        time.Duration
 	stalls                           uint64        // writes that had to wait for room in the log, or their turn

@@ -94,6 +94,11 @@ func (im *Image) giveUp() {
 	if im.super.release != nil {
 		return
 	}
+	if im.accepted == im.sealed && im.open == nil {
+		im.logger.Warn("the store does not take a checkpoint, or does not delete what is dead: another host gets the image without that; everything that was acknowledged is in the store")
+		im.release(func(error) {})
+		return
+	}
 	im.logger.Error("the store does not take what was acknowledged: another host gets the image without it; the log is kept", "log", im.logID)
 	im.super.gaveUp = true
 	im.release(func(error) {})
@@ -197,7 +202,7 @@ func (im *Image) updateSuper() {
 func (im *Image) superWritten(next *superblock, version backend.Version, began time.Duration, changes int, releasing bool) {
 	s := &im.super
 	s.sb, s.version, s.renew, s.tries = next, version, false, 0
-	im.storeWorks()
+	im.storeWorks(useOther)
 	if releasing {
 		im.released() // what was changed with it has nothing to go on with
 		return
@@ -224,7 +229,7 @@ func (im *Image) superWritten(next *superblock, version backend.Version, began t
 
 func (im *Image) retrySuper(err error) {
 	s := &im.super
-	im.storeFailed(err)
+	im.storeFailed(useOther, err)
 	wait := min(im.backoff(s.tries), im.renewEvery())
 	s.tries++
 	im.env.AfterFunc(wait, im.updateSuper)

@@ -421,6 +421,79 @@ func TestEvictedWhileClosing(t *testing.T) {
 	}
 }
 
+// TestEvictedWithAllStored: an evicted owner that has everything in the store, but whose
+// checkpoint does not get there, or whose garbage does not go, lets go without the word
+// that something is lost.
+func TestEvictedWithAllStored(t *testing.T) {
+	for _, what := range []struct{ method, key string }{{faultstore.Put, "*/c/*"}, {faultstore.Delete, "*"}} {
+		st := faultstore.New(mem.New())
+		id := newImageIn(t, st)
+		a := newHost(t, "alpha", st, 1)
+		if err := a.open(id, false); err != nil {
+			t.Fatal(err)
+		}
+		gate := faultstore.NewSwitch()
+		gate.Set(true)
+		st.Inject(faultstore.If(faultstore.All(gate.On, faultstore.Method(what.method), faultstore.Key(what.key)), faultstore.Fault{Before: backend.ErrTemporary}))
+		for n := range uint64(4) {
+			a.mustWrite(1, n)
+			a.mustDestage()
+		}
+		b := newHost(t, "beta", st, 2)
+		b.others = []*host{a}
+		if err := b.open(id, true); err != nil {
+			t.Fatal(err)
+		}
+		gate.Set(false)
+		if n := len(b.im.super.sb.Points); a.im.state != Released || a.im.super.gaveUp || n > 0 {
+			t.Errorf("%s of %s fails: alpha is %v, gave up %v, %d points", what.method, what.key, a.im.state, a.im.super.gaveUp, n)
+		}
+		b.mustRead(1, 3)
+		b.run(5 * time.Minute)
+		b.mustClose()
+		rep, err := Check(context.Background(), st, "disk", "mem:/disk", CheckOptions{Deep: true})
+		if err != nil || !rep.Clean() || len(rep.Stale) > 0 {
+			t.Errorf("check: %v, %+v", err, rep)
+		}
+	}
+}
+
+// TestFullStoreStaysDown: a store that takes changes of the superblock and no objects is
+// down until it takes objects again.
+func TestFullStoreStaysDown(t *testing.T) {
+	for _, key := range []string{"*/d/*", "*/c/*"} {
+		inner := mem.New()
+		id := newImageIn(t, inner)
+		full := faultstore.NewSwitch()
+		a := newHost(t, "alpha", faultstore.New(inner, faultstore.If(faultstore.All(full.On, faultstore.Method(faultstore.Put), faultstore.Key(key)), faultstore.Fault{Before: backend.ErrTemporary})), 1)
+		if err := a.open(id, false); err != nil {
+			t.Fatal(err)
+		}
+		full.Set(true)
+		a.mustWrite(1, 1)
+		a.im.Destage(func(error) {})
+		a.run(time.Second)
+		a.im.checkpoint.now(func(error) {})
+		before := a.im.super.sb.Owner.Renewal
+		for range 60 {
+			a.run(time.Second)
+			if !a.im.stats.storeDown {
+				t.Fatalf("%s: the store is said to work", key)
+			}
+		}
+		if a.im.super.sb.Owner.Renewal < before+10 {
+			t.Errorf("%s: the lease is not renewed: this tests nothing", key)
+		}
+		full.Set(false)
+		a.run(time.Minute)
+		a.mustWrite(1, 2)
+		a.mustDestage()
+		if a.im.stats.storeDown {
+			t.Errorf("%s: the store is said to be down", key)
+		}
+	}
+}
+
 // TestReleaseWithCheckpoint: an owner that gives the image up may do so with the
 // same change of the superblock that publishes a checkpoint, and ends there. Seed
 // 234469 of the simulation found it.

@@ -298,7 +298,7 @@ func (im *Image) loadSegment(i uint32, l *segmentLoad) {
 			return
 		}
 		if retryable(err) && im.state != Fenced && im.state != Released {
-			im.storeFailed(err)
+			im.storeFailed(useOther, err)
 			wait := im.backoff(l.tries)
 			l.tries++
 			im.jobs++
@@ -309,7 +309,7 @@ func (im *Image) loadSegment(i uint32, l *segmentLoad) {
 			return
 		}
 		if err == nil {
-			im.storeWorks()
+			im.storeWorks(useOther)
 			im.objs.enter(i, span)
 		}
 		delete(im.objs.loads, i)

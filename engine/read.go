@@ -293,7 +293,7 @@ func (im *Image) again(o *slowRead) bool {
 	switch {
 	case o.err == nil:
 		if o.fetched {
-			im.storeWorks()
+			im.storeWorks(useOther)
 		}
 		return false
 	case !retryable(o.err), im.state == Fenced, im.state == Released:
@@ -301,7 +301,7 @@ func (im *Image) again(o *slowRead) bool {
 	case im.cfg.ReadTimeout > 0 && im.env.Now()-o.began > im.cfg.ReadTimeout:
 		return false
 	}
-	im.storeFailed(o.err)
+	im.storeFailed(useOther, o.err)
 	wait := im.backoff(o.tries)
 	o.tries++
 	im.jobs++
