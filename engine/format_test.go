@@ -68,9 +68,46 @@ func TestObjectHeaderRoundTrip(t *testing.T) {
 	}
 }
 
+// TestObjectHeaderFlags: an object of the version before has no flags, and one of this
+// version none that are not known.
+func TestObjectHeaderFlags(t *testing.T) {
+	for _, c := range []struct {
+		what           string
+		version, flags uint32
+		ok, joined     bool
+	}{
+		{"alone", 3, 0, true, false},
+		{"joined", 3, 1, true, true},
+		{"an unknown flag", 3, 2, false, false},
+		{"of the version before", 2, 0, true, false},
+		{"of the version before, which did not look there", 2, 1, true, false},
+		{"too old", 1, 0, false, false},
+		{"too new", 4, 0, false, false},
+	} {
+		h, b := testObject()
+		b = b[:h.header]
+		binary.LittleEndian.PutUint32(b[8:], c.version)
+		binary.LittleEndian.PutUint32(b[112:], c.flags)
+		fixSum(b)
+		got, err := decodeObjectHeader(b, fuzzSectors)
+		if (err == nil) != c.ok || err == nil && got.joined != c.joined {
+			t.Errorf("%s: %+v, %v", c.what, got, err)
+		}
+	}
+	h, b := testObject()
+	h.joined = true
+	h.encode(b)
+	if got, err := decodeObjectHeader(b[:h.header], fuzzSectors); err != nil || !got.joined {
+		t.Errorf("a joined object: %+v, %v", got, err)
+	}
+}
+
 func FuzzObjectHeader(f *testing.F) {
 	h, b := testObject()
 	f.Add(b[:h.header], false)
+	f.Add(b[:h.header], true)
+	h.joined = true
+	h.encode(b)
 	f.Add(b[:h.header], true)
 	f.Fuzz(func(t *testing.T, b []byte, fix bool) {
 		if fix {
