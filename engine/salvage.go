@@ -70,7 +70,7 @@ func (im *Image) branchPoint(ctx context.Context, sb *superblock, file writelog.
 	if im.accepted.object < end && end != maxObjectSeq {
 		return fmt.Errorf("data object %d, which the image as it was needs, is not there any more: %w", im.accepted.object+1, backend.ErrNotFound)
 	}
-	_, err = im.recoverLog(ctx, &OpenOptions{})
+	_, err = im.recoverLog(ctx, &OpenOptions{Log: file})
 	return err
 }
 
@@ -78,8 +78,12 @@ func (im *Image) branchPoint(ctx context.Context, sb *superblock, file writelog.
 // it was when the log's ownership ended.
 func (im *Image) branchOf(sb *superblock, h *writelog.Header) (base *checkpointRef, end uint64) {
 	for _, p := range sb.Points {
-		if p.Log == h.Log {
+		switch {
+		case p.Log != h.Log:
+		case p.Settled:
 			return p.Checkpoint, p.Object
+		default: // nobody has looked yet where it ended: nothing was put after it
+			return p.Checkpoint, maxObjectSeq
 		}
 	}
 	for _, e := range sb.Epochs {
