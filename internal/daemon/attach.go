@@ -58,7 +58,6 @@ func (d *Daemon) attach(ctx context.Context, q api.AttachRequest, progress func(
 		if err == nil {
 			return a.describe(ctx), nil
 		}
-		d.forget(a)
 		if q.ID >= 0 || !errors.Is(err, unix.EEXIST) {
 			return api.Image{}, err
 		}
@@ -304,9 +303,14 @@ func (d *Daemon) enter(a *attachment) (bool, error) {
 }
 
 // attach brings a new attachment up. The caller has entered it; when it fails,
-// nothing of it is left but its entry.
+// nothing of it is left.
 func (a *attachment) attach(ctx context.Context, force bool, progress func(api.Progress)) (err error) {
-	defer func() { <-a.op }()
+	defer func() {
+		if err != nil {
+			a.d.forget(a) // before anybody else is at it
+		}
+		<-a.op
+	}()
 	rec := a.record()
 	if err := a.d.records.save(rec); err != nil {
 		return err

@@ -54,6 +54,9 @@ func (a *attachment) detach(ctx context.Context, q api.DetachRequest, progress f
 		}
 	}
 	a.stopKeeper()
+	if a.d.find(a.id) != a {
+		return api.Done{}, nil // the keeper has come to the end of it meanwhile, or it never was attached
+	}
 	done, err := a.takeDown(ctx, q, progress)
 	if err != nil && a.d.ctx.Err() == nil {
 		a.startKeeper()

@@ -1,0 +1,63 @@
+package daemon
+
+import (
+	"context"
+	"testing"
+	"time"
+
+	"github.com/lsd-ceph/lsd/internal/api"
+)
+
+// slowKernel is a kernel in which it takes until go for a device to be deleted.
+type slowKernel struct {
+	*fakeKernel
+	deleting, goOn chan struct{}
+}
+
+func (k *slowKernel) Delete(ctx context.Context, id int) error {
+	k.deleting <- struct{}{}
+	<-k.goOn
+	return k.fakeKernel.Delete(ctx, id)
+}
+
+// TestDetachTwice: a detach that went on in the background comes to its end while its
+// user asks for it again.
+func TestDetachTwice(t *testing.T) {
+	w := newWorld(t)
+	h := w.newHost()
+	slow := &slowKernel{w.kernel, make(chan struct{}), make(chan struct{})}
+	h.kern = slow
+	id := h.add(api.AttachRequest{ID: -1})
+	w.kernel.write(t, id, 8, 1)
+	a := h.find(id)
+	if err := a.flush(context.Background(), func(api.Progress) {}); err != nil {
+		t.Fatal(err)
+	}
+	w.outage.Set(true)
+	ctx, stop := context.WithTimeout(context.Background(), 500*time.Millisecond)
+	defer stop()
+	if _, err := a.detach(ctx, api.DetachRequest{}, func(api.Progress) {}); err == nil {
+		t.Fatal("detached without a store")
+	}
+	w.outage.Set(false)
+	<-slow.deleting // by the keeper, which has closed the image
+	again := make(chan error)
+	go func() {
+		_, err := a.detach(context.Background(), api.DetachRequest{}, func(api.Progress) {})
+		again <- err
+	}()
+	for len(a.op) == 0 {
+		time.Sleep(time.Millisecond)
+	}
+	close(slow.goOn)
+	if err := <-again; err != nil {
+		t.Errorf("the second detach: %v", err)
+	}
+	if h.find(id) != nil {
+		t.Error("it is attached")
+	}
+	if a.kept != nil {
+		a.stopKeeper()
+		t.Error("a keeper is at what is detached")
+	}
+}
