@@ -284,6 +284,7 @@ func (d *disk) release() {
 	d.reactor.Stop()
 	<-d.reactor.Done()
 	if d.dev != nil {
+		<-d.dev.Done() // it sees only now that nobody serves it, and lets go of its node
 		if err := d.dev.Close(); err != nil {
 			d.logger.Error("close the device", "err", err)
 		}

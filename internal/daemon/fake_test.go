@@ -9,6 +9,7 @@ import (
 	"maps"
 	"path/filepath"
 	"slices"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -178,6 +179,7 @@ func (d *fakeDevice) Start(_ context.Context, r *reactor.Reactor, h ublk.Handler
 		select {
 		case <-d.stopped:
 		case <-r.Done():
+			time.Sleep(5 * time.Millisecond) // the kernel takes its time to let go of a server
 			d.mu.Lock()
 			d.state = ublk.StateQuiesced
 			d.err = errors.Join(errors.New("the reactor ended"), r.Err())
@@ -203,7 +205,21 @@ func (d *fakeDevice) Rest() (bool, error) {
 	return d.reactor.Ring().Settle()
 }
 
-func (d *fakeDevice) Close() error          { return nil }
+// Close fails as that of a real device does.
+func (d *fakeDevice) Close() error {
+	d.mu.Lock()
+	served := d.reactor != nil
+	d.mu.Unlock()
+	if served {
+		select {
+		case <-d.done:
+		default:
+			return fmt.Errorf("device %d is being served", d.params.ID)
+		}
+	}
+	return nil
+}
+
 func (d *fakeDevice) Done() <-chan struct{} { return d.done }
 func (d *fakeDevice) Err() error            { return d.err }
 
@@ -289,6 +305,9 @@ func newWorld(t *testing.T) *world {
 	w := &world{t: t, kernel: newFakeKernel(), store: mem.New(), outage: faultstore.NewSwitch(), hang: faultstore.NewGate()}
 	w.hang.Open()
 	t.Cleanup(func() {
+		if strings.Contains(w.log.String(), "close the device") {
+			t.Error("a device was closed while it was served: its buffers stay")
+		}
 		if t.Failed() {
 			t.Log(w.log.String())
 		}
