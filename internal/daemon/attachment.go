@@ -156,12 +156,14 @@ func (a *attachment) keep(ctx context.Context) {
 				a.logger.Info("taken up", "took", time.Since(began).Round(time.Millisecond))
 			}
 		}
-		if a.record().Phase == phaseDetaching {
-			a.finishDetach(ctx)
-			return
-		}
 		began := time.Now()
-		if !a.awaitEnd(ctx) {
+		if a.record().Phase == phaseDetaching {
+			dk := a.getDisk()
+			if a.finishDetach(ctx); ctx.Err() != nil || a.getDisk() != dk || !dk.dead() {
+				return
+			}
+			a.drop(dk, dk.reactor.Err())
+		} else if !a.awaitEnd(ctx) {
 			return
 		}
 		if time.Since(began) > soon {
@@ -310,18 +312,22 @@ func (a *attachment) awaitEnd(ctx context.Context) bool {
 			}
 		}
 	}
-	err := dk.dev.Err()
+	a.drop(dk, dk.dev.Err())
+	return true
+}
+
+// drop takes a disk away that has died of err.
+func (a *attachment) drop(dk *disk, err error) {
 	a.logger.Error("the image's reactor died: the image is opened anew, its users wait", "err", err)
 	a.setState(api.StateRecovering, fmt.Errorf("its reactor died: %w", orNil(err)))
 	a.setDisk(nil)
 	a.mu.Lock()
 	a.restarts++
 	a.mu.Unlock()
-	drop, stop := context.WithTimeout(context.Background(), quietTimeout)
-	_ = dk.abandon(drop) // where the device failed and the reactor lives
-	stop()
+	ctx, stop := context.WithTimeout(context.Background(), quietTimeout)
+	defer stop()
+	_ = dk.abandon(ctx) // where the device failed and the reactor lives
 	dk.release()
-	return true
 }
 
 // orNil makes an error of none, for a message.

@@ -61,3 +61,30 @@ func TestDetachTwice(t *testing.T) {
 		t.Error("a keeper is at what is detached")
 	}
 }
+
+// TestPanicWhileDetaching: the reactor dies under an image that is being detached in the
+// background. Another one comes to the end of it.
+func TestPanicWhileDetaching(t *testing.T) {
+	w := newWorld(t)
+	h := w.newHost()
+	id := h.add(api.AttachRequest{ID: -1})
+	w.kernel.write(t, id, 8, 1)
+	a := h.find(id)
+	if err := a.flush(context.Background(), func(api.Progress) {}); err != nil {
+		t.Fatal(err)
+	}
+	w.outage.Set(true)
+	ctx, stop := context.WithTimeout(context.Background(), 500*time.Millisecond)
+	defer stop()
+	if _, err := a.detach(ctx, api.DetachRequest{}, func(api.Progress) {}); err == nil {
+		t.Fatal("detached without a store")
+	}
+	dk := a.getDisk()
+	dk.reactor.Post(func() { panic("test") })
+	<-dk.reactor.Done()
+	w.outage.Set(false)
+	h.await(id, "absent")
+	if r, l := h.files(); r != 0 || l != 0 {
+		t.Errorf("%d records and %d logs are left", r, l)
+	}
+}

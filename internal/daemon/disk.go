@@ -254,6 +254,16 @@ func (d *disk) refuse() {
 	d.reactor.Post(d.image.Abandon)
 }
 
+// dead reports whether the reactor has ended.
+func (d *disk) dead() bool {
+	select {
+	case <-d.reactor.Done():
+		return true
+	default:
+		return false
+	}
+}
+
 // drop is abandon on the reactor.
 func (d *disk) drop() {
 	if d.front != nil {
