@@ -50,6 +50,22 @@ func (o *CreateOptions) check() error {
 // Create makes an empty image of that name in the store and returns its id. It
 // fails with an error that matches backend.ErrExists when the name is taken.
 func Create(ctx context.Context, st backend.Store, name string, o CreateOptions) (uuid.UUID, error) {
+	id, err := createNameless(ctx, st, name, o)
+	if err != nil {
+		return uuid.Nil, err
+	}
+	// The name comes last: an image that can be found is whole.
+	if err := backend.Link(ctx, st, name, id); err != nil {
+		if errors.Is(err, backend.ErrExists) {
+			_ = st.Delete(ctx, SuperblockKey(id)) // lost the race; nobody knows the id
+		}
+		return uuid.Nil, fmt.Errorf("create image %s: %w", name, err)
+	}
+	return id, nil
+}
+
+// createNameless is Create up to the name, which is free.
+func createNameless(ctx context.Context, st backend.Store, name string, o CreateOptions) (uuid.UUID, error) {
 	if err := o.check(); err != nil {
 		return uuid.Nil, err
 	}
@@ -65,13 +81,6 @@ func Create(ctx context.Context, st backend.Store, name string, o CreateOptions)
 		Sectors: o.Size / SectorSize, BlockSize: o.BlockSize, ObjectSize: o.ObjectSize, Window: defaultWindow,
 	}
 	if _, err := st.Swap(ctx, SuperblockKey(id), backend.NoVersion, sb.encode()); err != nil {
-		return uuid.Nil, fmt.Errorf("create image %s: %w", name, err)
-	}
-	// The name comes last: an image that can be found is whole.
-	if err := backend.Link(ctx, st, name, id); err != nil {
-		if errors.Is(err, backend.ErrExists) {
-			_ = st.Delete(ctx, SuperblockKey(id)) // lost the race; nobody knows the id
-		}
 		return uuid.Nil, fmt.Errorf("create image %s: %w", name, err)
 	}
 	return id, nil

@@ -2,6 +2,7 @@ package engine
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"slices"
 
@@ -34,18 +35,31 @@ func Salvage(ctx context.Context, file writelog.File, src backend.Store, srcID u
 	}
 	w := &copier{im: im, dst: dst, progress: progress}
 	size := im.sectors * SectorSize
-	id, err := Create(ctx, dst, dstName, CreateOptions{Size: size, BlockSize: sb.BlockSize, ObjectSize: max(sb.ObjectSize, leastObjectSize(size))})
+	id, err := createNameless(ctx, dst, dstName, CreateOptions{Size: size, BlockSize: sb.BlockSize, ObjectSize: max(sb.ObjectSize, leastObjectSize(size))})
 	if err != nil {
 		return uuid.Nil, err
 	}
-	if err := w.copyAll(ctx, id); err != nil {
-		// Half an image is nobody's.
-		if e := Remove(context.WithoutCancel(ctx), dst, dstName, dstName, true, nil); e != nil {
-			return uuid.Nil, fmt.Errorf("%w; what was written of image %s could not be removed: %w", err, dstName, e)
+	err = w.copyAll(ctx, id)
+	if err == nil {
+		// The name comes last: half an image is nobody's, also if this process dies.
+		err = backend.Link(ctx, dst, dstName, id)
+	}
+	if err != nil {
+		if e := undoSalvage(context.WithoutCancel(ctx), dst, dstName, id); e != nil {
+			err = fmt.Errorf("%w; what was written of image %s, %s, could not be removed: %w", err, dstName, id, e)
 		}
 		return uuid.Nil, err
 	}
 	return id, nil
+}
+
+// undoSalvage removes an image that has not become whole, or may have got its name.
+func undoSalvage(ctx context.Context, st backend.Store, name string, id uuid.UUID) error {
+	err := backend.Unlink(ctx, st, name, id)
+	if err != nil && !errors.Is(err, backend.ErrNotFound) && !errors.Is(err, backend.ErrConflict) {
+		return err
+	}
+	return removeObjects(ctx, st, id, nil)
 }
 
 // branchPoint builds the map as it was after the last object that the log's

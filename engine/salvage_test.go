@@ -138,3 +138,75 @@ func (s *unsettledStore) Swap(ctx context.Context, key string, old backend.Versi
 	s.owned = sb.Owner != nil && sb.Evict == nil && sb.Owner.Host == "alpha"
 	return s.Store.Swap(ctx, key, old, b)
 }
+
+// dyingStore is a store of a process that dies at its n-th Put of a data object.
+type dyingStore struct {
+	backend.Store
+	n int
+}
+
+func (s *dyingStore) dead(op, key string) error {
+	if s.n > 0 {
+		return nil
+	}
+	return &backend.Error{Op: op, Key: key, Class: backend.ErrTemporary}
+}
+
+func (s *dyingStore) Put(ctx context.Context, key string, b []byte) error {
+	if s.n--; s.dead("put", key) != nil {
+		return s.dead("put", key)
+	}
+	return s.Store.Put(ctx, key, b)
+}
+
+func (s *dyingStore) Delete(ctx context.Context, key string) error {
+	if err := s.dead("delete", key); err != nil {
+		return err
+	}
+	return s.Store.Delete(ctx, key)
+}
+
+func (s *dyingStore) Load(ctx context.Context, key string) ([]byte, backend.Version, error) {
+	if err := s.dead("load", key); err != nil {
+		return nil, "", err
+	}
+	return s.Store.Load(ctx, key)
+}
+
+// TestSalvageInterrupted: what is left of a salvage that has died cannot be attached, and
+// does not keep its name.
+func TestSalvageInterrupted(t *testing.T) {
+	ctx := context.Background()
+	st := mem.New()
+	id := newImageIn(t, st)
+	a, b := newHost(t, "alpha", st, 1), newHost(t, "beta", st, 2)
+	if err := a.open(id, false); err != nil {
+		t.Fatal(err)
+	}
+	for n := range uint64(800) { // more than three objects
+		a.mustWrite(n, n+1)
+	}
+	a.disk.Kill()
+	if err := b.open(id, true); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := Salvage(ctx, a.disk, st, id, &dyingStore{st, 3}, "saved", nil); !errors.Is(err, backend.ErrTemporary) {
+		t.Fatalf("salvage: %v", err)
+	}
+	if half, err := backend.Lookup(ctx, st, "saved"); !errors.Is(err, backend.ErrNotFound) {
+		t.Errorf("image %v can be found: %v", half, err)
+	}
+	before := objectsOf(t, st, id, "d")
+	saved, err := Salvage(ctx, a.disk, st, id, st, "saved", nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if now := objectsOf(t, st, id, "d"); now != before {
+		t.Errorf("%d data objects of the image, %d before", now, before)
+	}
+	c := newHost(t, "gamma", st, 3)
+	if err := c.open(saved, false); err != nil {
+		t.Fatal(err)
+	}
+	c.mustRead(799, 800)
+}

@@ -230,23 +230,30 @@ func Remove(ctx context.Context, st backend.Store, name, url string, force bool,
 	case err == nil && sb.Owner != nil && !force:
 		return &OwnedError{Image: url, Host: sb.Owner.Host, Since: sb.Owner.Since, Lease: sb.Owner.Lease}
 	}
-	// The superblock goes first, so that nobody attaches an image whose objects
-	// are on their way out, and the name last, so that a removal that was
-	// interrupted can be repeated.
-	if err := st.Delete(ctx, SuperblockKey(id)); err != nil && !errors.Is(err, backend.ErrNotFound) {
+	// The name comes last, so that a removal that was interrupted can be repeated.
+	if err := removeObjects(ctx, st, id, progress); err != nil {
 		return fmt.Errorf("remove image %s: %w", name, err)
+	}
+	return backend.Unlink(ctx, st, name, id)
+}
+
+// removeObjects removes all objects of an image. The superblock goes first, so that
+// nobody attaches an image whose objects are on their way out.
+func removeObjects(ctx context.Context, st backend.Store, id uuid.UUID, progress func(done int)) error {
+	if err := st.Delete(ctx, SuperblockKey(id)); err != nil && !errors.Is(err, backend.ErrNotFound) {
+		return err
 	}
 	var keys []string
 	if err := st.List(ctx, id.String()+"/", func(key string) error { keys = append(keys, key); return nil }); err != nil {
-		return fmt.Errorf("remove image %s: %w", name, err)
+		return err
 	}
 	for i, k := range keys {
 		if err := st.Delete(ctx, k); err != nil && !errors.Is(err, backend.ErrNotFound) {
-			return fmt.Errorf("remove image %s: %w", name, err)
+			return err
 		}
 		if progress != nil {
 			progress(i + 1)
 		}
 	}
-	return backend.Unlink(ctx, st, name, id)
+	return nil
 }
