@@ -216,8 +216,9 @@ func (r *Ring) Reap() int {
 // dispatch calls the Completers of the first n entries of the batch.
 func (r *Ring) dispatch(n int) int {
 	var done int
-	for i := range r.batch[:n] {
-		e := &r.batch[i]
+	for r.next, r.taken = 0, n; r.next < n; {
+		e := &r.batch[r.next]
+		r.next++
 		if c := r.release(e.data, e.flags); c != nil {
 			c.Complete(e.res, e.flags)
 			done++

@@ -102,6 +102,8 @@ type Ring struct {
 	cmds     int    // those of them that are commands
 
 	batch   [reapBatch]cqe
+	next    int   // entry of the batch that is to be dispatched
+	taken   int   // entries of it
 	backlog []cqe // CQEs taken out of a full queue before they could be dispatched
 	reaping bool
 
@@ -334,8 +336,12 @@ func (r *Ring) Close() error {
 	return err
 }
 
-// discard drops the backlog without calling anybody.
+// discard drops the backlog, and what a panic has left of a batch, without calling
+// anybody.
 func (r *Ring) discard() {
+	for ; r.next < r.taken; r.next++ {
+		r.release(r.batch[r.next].data, r.batch[r.next].flags)
+	}
 	for _, e := range r.backlog {
 		r.release(e.data, e.flags)
 	}
