@@ -111,7 +111,7 @@ func Create(ctx context.Context, dir string) (*Store, error) {
 // create makes what Open needs. It may run in several processes at once, and
 // after a crash of itself. The marker comes last.
 func create(dir string) error {
-	if err := mkdirAllSync(dir); err != nil {
+	if err := durable.MkdirAll(dir, dirMode); err != nil {
 		return err
 	}
 	for _, sub := range []string{objectsDir, locksDir, tmpDir} {
@@ -132,24 +132,6 @@ func create(dir string) error {
 		return err
 	}
 	return durable.SyncDir(dir)
-}
-
-// mkdirAllSync is os.MkdirAll that survives a power cut.
-func mkdirAllSync(dir string) error {
-	err := os.Mkdir(dir, dirMode)
-	if errors.Is(err, fs.ErrNotExist) {
-		if err := mkdirAllSync(filepath.Dir(dir)); err != nil {
-			return err
-		}
-		err = os.Mkdir(dir, dirMode)
-	}
-	if errors.Is(err, fs.ErrExist) {
-		return nil
-	}
-	if err != nil {
-		return err
-	}
-	return durable.SyncDir(filepath.Dir(dir))
 }
 
 // Open opens the store in dir. It fails with ErrNotFound when dir is absent or

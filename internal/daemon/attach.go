@@ -16,6 +16,7 @@ import (
 	"github.com/lsd-ceph/lsd/cache/writelog"
 	"github.com/lsd-ceph/lsd/engine"
 	"github.com/lsd-ceph/lsd/internal/api"
+	"github.com/lsd-ceph/lsd/internal/durable"
 	"github.com/lsd-ceph/lsd/ublk"
 	"golang.org/x/sys/unix"
 )
@@ -159,7 +160,7 @@ func (d *Daemon) planImage(ctx context.Context, rec *record, q api.AttachRequest
 func (d *Daemon) planLog(rec *record, cache string) error {
 	if cache == "" {
 		cache = filepath.Join(d.cfg.StateDir, "cache")
-		if err := os.MkdirAll(cache, 0o700); err != nil {
+		if err := durable.MkdirAll(cache, 0o700); err != nil {
 			return fmt.Errorf("make the cache directory: %w", err)
 		}
 	}

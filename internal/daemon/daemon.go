@@ -26,6 +26,7 @@ import (
 	"github.com/lsd-ceph/lsd/backend"
 	"github.com/lsd-ceph/lsd/backend/open"
 	"github.com/lsd-ceph/lsd/internal/api"
+	"github.com/lsd-ceph/lsd/internal/durable"
 	"github.com/lsd-ceph/lsd/ublk"
 	"golang.org/x/sys/unix"
 )
@@ -139,7 +140,7 @@ func newDaemon(cfg Config) (*Daemon, error) {
 		exit:     make(chan exitRequest),
 		recRetry: 200 * time.Millisecond,
 	}
-	if err := os.MkdirAll(cfg.StateDir, 0o700); err != nil {
+	if err := durable.MkdirAll(cfg.StateDir, 0o700); err != nil {
 		return nil, fmt.Errorf("%w: make the state directory: %w", ErrRefused, err)
 	}
 	var err error

@@ -99,7 +99,7 @@ func (rs records) remove(id int) error {
 // load returns all records. One that cannot be read does not keep the others
 // from being taken up: what is wrong is told to bad.
 func (rs records) load(bad func(path string, err error)) ([]record, error) {
-	if err := os.MkdirAll(rs.dir, 0o700); err != nil {
+	if err := durable.MkdirAll(rs.dir, 0o700); err != nil {
 		return nil, fmt.Errorf("make the state directory: %w", err)
 	}
 	entries, err := os.ReadDir(rs.dir)
