@@ -200,20 +200,56 @@ func Open(ctx context.Context, st backend.Store, id uuid.UUID, o OpenOptions) (*
 	if err != nil {
 		return nil, err
 	}
-	im := newImage(ctx, recovery, sb, &o)
-	im.fencer, _ = st.(backend.Fencer)
+	var im *Image
 	if o.ReadOnly {
-		err = im.recoverStore(ctx, sb)
+		im, err = openAsIs(ctx, recovery, sb, &o)
 	} else {
-		err = im.takeAndRecover(ctx, &o)
+		im = newImage(ctx, recovery, sb, &o)
+		im.fencer, _ = st.(backend.Fencer)
+		if err = im.takeAndRecover(ctx, &o); err != nil {
+			im.dropUnopened()
+		}
 	}
 	if err != nil {
-		im.cancel()
-		im.objs.leave()
 		return nil, err
 	}
 	im.store = st
 	return im, nil
+}
+
+// asIsTries bounds how often a read-only image is read anew because its owner has gone
+// on meanwhile.
+const asIsTries = 10
+
+// openAsIs opens an image read-only, as the store has it now. Its owner may go on while
+// it is read, and remove what the superblock had led to: a new checkpoint is the sign.
+func openAsIs(ctx context.Context, st backend.Store, sb *superblock, o *OpenOptions) (*Image, error) {
+	for range asIsTries {
+		im := newImage(ctx, st, sb, o)
+		err := im.recoverStore(ctx, sb)
+		if err == nil || errors.Is(err, backend.ErrNotFound) {
+			now, _, lerr := loadSuperblock(ctx, st, sb.Image)
+			if lerr != nil {
+				err = lerr
+			} else if !sameStates(sb, now) {
+				im.dropUnopened()
+				sb = now
+				continue
+			}
+		}
+		if err != nil {
+			im.dropUnopened()
+			return nil, err
+		}
+		return im, nil
+	}
+	return nil, errors.New("the image changes faster than it can be read: try again when less is written to it")
+}
+
+// dropUnopened gives back what an image has that could not be opened.
+func (im *Image) dropUnopened() {
+	im.cancel()
+	im.objs.leave()
 }
 
 func newImage(ctx context.Context, st backend.Store, sb *superblock, o *OpenOptions) *Image {

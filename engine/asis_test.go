@@ -1,0 +1,57 @@
+package engine
+
+import (
+	"context"
+	"strings"
+	"testing"
+
+	"github.com/lsd-ceph/lsd/backend"
+	"github.com/lsd-ceph/lsd/backend/mem"
+)
+
+// manifestStore calls hook right before the first look at a checkpoint's manifest.
+type manifestStore struct {
+	backend.Store
+	hook func()
+}
+
+func (s *manifestStore) Stat(ctx context.Context, key string) (int64, error) {
+	if hook := s.hook; hook != nil && strings.Contains(key, "/c/") {
+		s.hook = nil
+		hook()
+	}
+	return s.Store.Stat(ctx, key)
+}
+
+// TestReadOnlyBesideOwner: an image is opened read-only while its owner publishes a
+// checkpoint and removes the one before.
+func TestReadOnlyBesideOwner(t *testing.T) {
+	st := mem.New()
+	id := newImageIn(t, st)
+	a := newHost(t, "alpha", st, 1)
+	if err := a.open(id, false); err != nil {
+		t.Fatal(err)
+	}
+	n := uint64(0)
+	checkpoint := func() {
+		for last := a.im.checkpoint.last; a.im.checkpoint.last == last; {
+			n++
+			a.mustWrite(n%100, n)
+			a.mustDestage()
+		}
+	}
+	checkpoint()
+	prying := &manifestStore{Store: st}
+	prying.hook = checkpoint
+	im, err := Open(context.Background(), prying, id, OpenOptions{ReadOnly: true, Config: Config{Logger: quiet}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if prying.hook != nil {
+		t.Error("no manifest was read: this tests nothing")
+	}
+	b := newHost(t, "beta", st, 2)
+	b.im = im
+	im.Start(b.env, nil, nil)
+	b.mustRead(n%100, n)
+}
