@@ -242,35 +242,50 @@ var (
 	errLogGone   = errors.New("its write log is not there")
 )
 
-// fail gives the device's users errors from here on. It reports whether there is
-// a device that does so.
+// fail gives the device's users errors from here on, because of why. It reports whether
+// there is a device that does so. If that cannot be done now, all of it is tried again:
+// they would wait for all time.
 func (a *attachment) fail(ctx context.Context, why error) bool {
-	defer a.setState(api.StateFailed, why)
-	k, err := a.d.kernel()
-	if err != nil {
-		return false
-	}
-	rec := a.record()
-	info, err := k.Info(ctx, rec.ID)
-	if err != nil || info.State == ublk.StateDead || !a.d.owns(rec, info) {
-		return false // nobody uses it
-	}
-	dk, err := emptyDisk(rec, a.logger)
+	dk, err := a.serveErrors(ctx)
 	if err != nil {
 		a.logger.Error("cannot give errors to the users of the device", "err", err)
 		return false
+	}
+	a.setState(api.StateFailed, why)
+	if dk == nil {
+		return false
+	}
+	a.setDisk(dk)
+	return true
+}
+
+// serveErrors recovers the record's device with a disk that has errors for everything,
+// and returns that, or nil if nobody uses the device.
+func (a *attachment) serveErrors(ctx context.Context) (*disk, error) {
+	k, err := a.d.kernel()
+	if err != nil {
+		return nil, err
+	}
+	rec := a.record()
+	switch info, err := k.Info(ctx, rec.ID); {
+	case errors.Is(err, ublk.ErrNoDevice), err == nil && (info.State == ublk.StateDead || !a.d.owns(rec, info)):
+		return nil, nil
+	case err != nil:
+		return nil, err
+	}
+	dk, err := emptyDisk(rec, a.logger)
+	if err != nil {
+		return nil, err
 	}
 	dev, err := k.Recover(ctx, rec.ID)
 	if err == nil {
 		err = dk.serve(ctx, dev, false)
 	}
 	if err != nil {
-		a.logger.Error("cannot give errors to the users of the device", "err", err)
 		dk.release()
-		return false
+		return nil, err
 	}
-	a.setDisk(dk)
-	return true
+	return dk, nil
 }
 
 // scrap removes what is left of an attachment that never came to be.

@@ -723,3 +723,37 @@ func TestFrontAllocs(t *testing.T) {
 		t.Errorf("%v allocations", allocs)
 	}
 }
+
+// lateKernel is a kernel that does not let go of the old server for some attempts to
+// recover a device.
+type lateKernel struct {
+	*fakeKernel
+	busy int
+}
+
+func (k *lateKernel) Recover(ctx context.Context, id int) (device, error) {
+	if k.busy--; k.busy >= 0 {
+		return nil, unix.EBUSY
+	}
+	return k.fakeKernel.Recover(ctx, id)
+}
+
+// TestFailsLater: an image cannot be taken up for good, and its device can be recovered
+// only a while later. Its users get errors then.
+func TestFailsLater(t *testing.T) {
+	w := newWorld(t)
+	h := w.newHost()
+	id := h.add(api.AttachRequest{ID: -1})
+	w.kernel.write(t, id, 8, 1)
+	if err := h.find(id).flush(context.Background(), func(api.Progress) {}); err != nil {
+		t.Fatal(err)
+	}
+	h.crash()
+	w.damage.Store(1 << 30)
+	w.late = 2
+	h.start()
+	h.await(id, api.StateFailed)
+	if res := w.kernel.do(t, id, engine.Read, 8, make([]byte, 4096)); res != -int32(unix.EIO) {
+		t.Errorf("read: %d", res)
+	}
+}
