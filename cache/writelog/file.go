@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"time"
@@ -101,27 +102,28 @@ func openDirect(path string, flags int) (*os.File, error) {
 
 // OpenFile opens and locks the log at path, a file or a block device. While a
 // process that died still has writes in flight the lock is held: OpenFile waits
-// for it, at most as long as ctx lasts, and then fails with ErrLocked.
+// for it, at most as long as ctx lasts, and then fails with ErrLocked. A block device
+// must be nobody else's either, and is not to be had until it is closed: not mounted,
+// or part of another one.
 func OpenFile(ctx context.Context, path string) (*OSFile, error) {
-	f, err := openDirect(path, 0)
-	if err != nil {
-		return nil, err
+	flags := 0
+	if st, err := os.Stat(path); err == nil && st.Mode()&fs.ModeDevice != 0 {
+		flags = unix.O_EXCL
 	}
+	var f *os.File
 	for {
-		err = unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
-		if !errors.Is(err, unix.EWOULDBLOCK) && !errors.Is(err, unix.EINTR) {
+		var err error
+		if f, err = openLocked(path, flags); err == nil {
 			break
+		}
+		if !errors.Is(err, unix.EWOULDBLOCK) && !errors.Is(err, unix.EINTR) && !errors.Is(err, unix.EBUSY) {
+			return nil, err
 		}
 		select {
 		case <-ctx.Done():
-			f.Close()
 			return nil, fmt.Errorf("%s: %w", path, ErrLocked)
 		case <-time.After(5 * time.Millisecond):
 		}
-	}
-	if err != nil {
-		f.Close()
-		return nil, fmt.Errorf("lock write log %s: %w", path, err)
 	}
 	size, err := f.Seek(0, io.SeekEnd) // a block device's size too
 	if err != nil {
@@ -129,6 +131,19 @@ func OpenFile(ctx context.Context, path string) (*OSFile, error) {
 		return nil, fmt.Errorf("size of write log %s: %w", path, err)
 	}
 	return &OSFile{f: f, size: size}, nil
+}
+
+// openLocked opens and locks the log at path, if nobody has it.
+func openLocked(path string, flags int) (*os.File, error) {
+	f, err := openDirect(path, flags)
+	if err != nil {
+		return nil, err
+	}
+	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+		f.Close()
+		return nil, fmt.Errorf("lock write log %s: %w", path, err)
+	}
+	return f, nil
 }
 
 // Fd returns the descriptor, good until Close.

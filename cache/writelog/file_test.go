@@ -1,9 +1,11 @@
 package writelog
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -74,5 +76,65 @@ func TestNoDirectIO(t *testing.T) {
 	}
 	if left, _ := os.ReadDir(dir); len(left) != 0 {
 		t.Errorf("left behind: %v", left)
+	}
+}
+
+// TestDevice: a block device is the log's alone, and blank only where nothing is.
+func TestDevice(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("a block device needs root")
+	}
+	image := filepath.Join(t.TempDir(), "disk")
+	if err := MakeFile(context.Background(), image, MinSize, nil); err != nil {
+		t.Fatal(err)
+	}
+	out, err := exec.Command("losetup", "--find", "--show", image).Output()
+	if err != nil {
+		t.Skipf("no loop device: %v", err)
+	}
+	path := string(bytes.TrimSpace(out))
+	defer exec.Command("losetup", "--detach", path).Run()
+	f, err := OpenFile(context.Background(), path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	if f.Size() != MinSize {
+		t.Errorf("%d bytes, want %d", f.Size(), int64(MinSize))
+	}
+	if other, err := os.OpenFile(path, os.O_RDONLY|unix.O_EXCL, 0); !errors.Is(err, unix.EBUSY) {
+		other.Close()
+		t.Errorf("opened by another program: %v", err)
+	}
+	short, stop := context.WithTimeout(context.Background(), 50*time.Millisecond)
+	defer stop()
+	if _, err := OpenFile(short, path); !errors.Is(err, ErrLocked) {
+		t.Errorf("opened twice: %v, want ErrLocked", err)
+	}
+	b := f.Buffer(BlockSize)
+	b[64] = 1
+	for _, tt := range []struct {
+		off   int64
+		blank bool
+	}{{DataOffset, true}, {64 << 10, false}} { // the latter is where btrfs has its superblock
+		if _, err := f.WriteAt(b, tt.off); err != nil {
+			t.Fatal(err)
+		}
+		if blank, err := Blank(f); err != nil || blank != tt.blank {
+			t.Errorf("with something at %d: blank %v, %v", tt.off, blank, err)
+		}
+	}
+	if err := f.Close(); err != nil {
+		t.Fatal(err)
+	}
+	other, err := os.OpenFile(path, os.O_RDONLY|unix.O_EXCL, 0) // as a mount does
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer other.Close()
+	short, stop = context.WithTimeout(context.Background(), 50*time.Millisecond)
+	defer stop()
+	if _, err := OpenFile(short, path); !errors.Is(err, ErrLocked) {
+		t.Errorf("a device of another program: %v, want ErrLocked", err)
 	}
 }

@@ -83,9 +83,11 @@ func ReadHeader(f File) (Header, int, error) {
 	return h, n, nil
 }
 
-// Blank reports whether f holds no log's header, only zeroes in its place.
+// Blank reports whether f holds no log: there are only zeroes up to where records
+// begin. A block device by this name may be another one by now than it was, with
+// something of which the first blocks are as good as empty.
 func Blank(f File) (bool, error) {
-	b := f.Buffer(2 * BlockSize)
+	b := f.Buffer(DataOffset)
 	if _, err := f.ReadAt(b, 0); err != nil {
 		return false, fmt.Errorf("read header of the log: %w", err)
 	}

@@ -178,6 +178,9 @@ func (d *Daemon) planLog(rec *record, cache string) error {
 		rec.Log = filepath.Join(cache, rec.ImageID.String()+".log")
 	case st.Mode()&fs.ModeDevice != 0 && st.Mode()&fs.ModeCharDevice == 0:
 		rec.Log, rec.LogDevice = cache, true
+		if d.twin(rec) != nil {
+			return nil // reserve says whose it is
+		}
 		return checkLogDevice(cache)
 	default:
 		return fmt.Errorf("cache %s is neither a directory nor a block device", cache)
