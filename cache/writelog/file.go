@@ -139,11 +139,28 @@ func openLocked(path string, flags int) (*os.File, error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+	err = unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+	if err == nil && flags&unix.O_EXCL == 0 {
+		err = stillThere(f, path)
+	}
+	if err != nil {
 		f.Close()
 		return nil, fmt.Errorf("lock write log %s: %w", path, err)
 	}
 	return f, nil
+}
+
+// stillThere fails if path does not name the file f any more, which who had it locked
+// has removed: it is to be opened anew.
+func stillThere(f *os.File, path string) error {
+	mine, err := f.Stat()
+	if err != nil {
+		return err
+	}
+	if st, err := os.Stat(path); err == nil && os.SameFile(mine, st) {
+		return nil
+	}
+	return unix.EWOULDBLOCK
 }
 
 // Fd returns the descriptor, good until Close.

@@ -138,3 +138,31 @@ func TestDevice(t *testing.T) {
 		t.Errorf("a device of another program: %v, want ErrLocked", err)
 	}
 }
+
+// TestRemovedMeanwhile: who waits for a log that is removed by the one who has it does
+// not get what nobody can find any more.
+func TestRemovedMeanwhile(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "x.log")
+	if err := MakeFile(context.Background(), path, MinSize, nil); err != nil {
+		t.Fatal(err)
+	}
+	f, err := OpenFile(context.Background(), path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	opened := make(chan error)
+	go func() {
+		g, err := OpenFile(context.Background(), path)
+		if err == nil {
+			g.Close()
+		}
+		opened <- err
+	}()
+	time.Sleep(50 * time.Millisecond)
+	if err := errors.Join(RemoveFile(path), f.Close()); err != nil {
+		t.Fatal(err)
+	}
+	if err := <-opened; !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("opened: %v", err)
+	}
+}

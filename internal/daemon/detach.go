@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"time"
 
+	"github.com/google/uuid"
 	"github.com/lsd-ceph/lsd/cache/writelog"
 	"github.com/lsd-ceph/lsd/engine"
 	"github.com/lsd-ceph/lsd/internal/api"
@@ -112,18 +113,19 @@ func (a *attachment) takeDown(ctx context.Context, q api.DetachRequest, progress
 		return api.Done{}, err
 	}
 	a.setState(api.StateDetaching, nil)
-	fate := logGoesOn
+	fate, log := logGoesOn, uuid.Nil
 	if dk != nil {
 		if fate, err = a.letGo(ctx, dk, q, progress); err != nil {
 			return api.Done{}, err
 		}
+		log = dk.logID
 		dk.release()
 		a.setDisk(nil)
 	}
 	if state == api.StateFailed && permanent(why) {
 		fate = logOver
 	}
-	return a.cleanUp(ctx, k, fate)
+	return a.cleanUp(ctx, k, fate, log)
 }
 
 func errText(err error) string {
@@ -209,8 +211,8 @@ func fateOfLost(s *engine.Stats) logFate {
 	return logDone
 }
 
-// cleanUp removes the device, the record and, if it is not needed, the log.
-func (a *attachment) cleanUp(ctx context.Context, k kernel, fate logFate) (api.Done, error) {
+// cleanUp removes the device, the record and, if it is not needed, the log of that id.
+func (a *attachment) cleanUp(ctx context.Context, k kernel, fate logFate, log uuid.UUID) (api.Done, error) {
 	var done api.Done
 	rec := a.record()
 	del, stop := context.WithTimeout(context.WithoutCancel(ctx), deviceTimeout)
@@ -228,7 +230,7 @@ func (a *attachment) cleanUp(ctx context.Context, k kernel, fate logFate) (api.D
 	if err := a.d.records.remove(rec.ID); err != nil {
 		return done, err
 	}
-	a.d.forget(a)
+	defer a.d.forget(a) // until the log has gone, nobody here may make use of it
 	a.logger.Info("detached", "log kept", fate != logDone && rec.Log != "")
 	switch {
 	case rec.Log == "" || !exists(rec.Log):
@@ -237,24 +239,34 @@ func (a *attachment) cleanUp(ctx context.Context, k kernel, fate logFate) (api.D
 	case fate == logOver:
 		done.Remarks = append(done.Remarks, fmt.Sprintf("the write log %s is kept, it may hold what the store does not: see lsdctl log ls, and lsdctl log salvage", rec.Log))
 	default:
-		if err := discardLog(del, rec); err != nil {
+		if err := discardLog(del, rec, log); err != nil {
 			done.Remarks = append(done.Remarks, fmt.Sprintf("the write log, which is not needed any more, could not be removed: %v", err))
 		}
 	}
 	return done, nil
 }
 
-// discardLog removes a log that holds nothing: its file, or its header on a
-// block device.
-func discardLog(ctx context.Context, rec record) error {
-	if !rec.LogDevice {
-		return writelog.RemoveFile(rec.Log)
-	}
+// discardLog removes the log of that id, which holds nothing: its file, or its header
+// on a block device. Another lsdd may have gone on from it since it was let go of: then
+// it is that one's.
+func discardLog(ctx context.Context, rec record, log uuid.UUID) error {
+	ctx, stop := context.WithTimeout(ctx, time.Second)
+	defer stop()
 	f, err := writelog.OpenFile(ctx, rec.Log)
 	if err != nil {
 		return err
 	}
 	defer f.Close()
+	h, _, err := writelog.ReadHeader(f)
+	if err != nil {
+		return err
+	}
+	if h.Log != log {
+		return errors.New("it has been begun anew meanwhile")
+	}
+	if !rec.LogDevice {
+		return writelog.RemoveFile(rec.Log)
+	}
 	if _, err := f.WriteAt(f.Buffer(2*writelog.BlockSize), 0); err != nil {
 		return err
 	}
@@ -283,9 +295,10 @@ func (a *attachment) finishDetach(ctx context.Context) {
 	if s, err := dk.stats(ctx); err == nil && s != nil {
 		fate = fateOfLost(s)
 	}
+	log := dk.logID
 	dk.release()
 	a.setDisk(nil)
-	if _, err := a.cleanUp(ctx, k, fate); err != nil {
+	if _, err := a.cleanUp(ctx, k, fate, log); err != nil {
 		a.setState(api.StateFailed, err)
 		a.logger.Error("clean up after a detach", "err", err)
 	}

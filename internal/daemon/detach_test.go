@@ -88,3 +88,31 @@ func TestPanicWhileDetaching(t *testing.T) {
 		t.Errorf("%d records and %d logs are left", r, l)
 	}
 }
+
+// TestLogGoesOnElsewhere: while an image is being detached, another lsdd of the host
+// attaches it, with the same log. That stays.
+func TestLogGoesOnElsewhere(t *testing.T) {
+	w := newWorld(t)
+	h, other := w.newHost(), w.newHost()
+	slow := &slowKernel{w.kernel, make(chan struct{}), make(chan struct{})}
+	h.kern = slow
+	cache := t.TempDir()
+	id := h.add(api.AttachRequest{ID: -1, Cache: cache})
+	w.kernel.write(t, id, 8, 1)
+	ended := make(chan error)
+	go func() {
+		_, err := h.del(id, api.DetachRequest{})
+		ended <- err
+	}()
+	<-slow.deleting // the image has been let go of
+	id = other.add(api.AttachRequest{ID: -1, Cache: cache})
+	w.kernel.write(t, id, 16, 2) // in the log alone
+	close(slow.goOn)
+	if err := <-ended; err != nil {
+		t.Error(err)
+	}
+	other.crash()
+	other.start()
+	w.kernel.check(t, id, 8, 1)
+	w.kernel.check(t, id, 16, 2)
+}
