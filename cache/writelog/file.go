@@ -30,25 +30,22 @@ var ErrLocked = errors.New("write log is in use by another process")
 
 // MakeFile makes the file of a log at path, which must not exist, with the given
 // number of bytes, all written, and durable. progress, if set, is called now and
-// then with the bytes written so far. On an error nothing is left behind.
+// then with the bytes written so far. On an error nothing is left behind. It fails with
+// ErrLocked while another process makes it.
 func MakeFile(ctx context.Context, path string, size int64, progress func(int64)) (err error) {
 	if size < MinSize || size > MaxSize || size%BlockSize != 0 {
 		return fmt.Errorf("a write log of %d bytes: it must have from %d to %d, a multiple of %d", size, MinSize, int64(MaxSize), BlockSize)
 	}
 	tmp := path + ".new"
-	// What a crash left half-made under this name is nobody's.
-	if err := os.Remove(tmp); err != nil && !errors.Is(err, os.ErrNotExist) {
-		return fmt.Errorf("make write log: %w", err)
-	}
-	f, err := openDirect(tmp, unix.O_CREAT|unix.O_EXCL)
+	f, err := makeTemp(tmp)
 	if err != nil {
 		return err
 	}
 	defer func() {
-		f.Close()
 		if err != nil {
 			os.Remove(tmp)
 		}
+		f.Close()
 	}()
 	if err := unix.Fallocate(int(f.Fd()), 0, 0, size); err != nil {
 		return fmt.Errorf("make write log %s of %d bytes: %w", path, size, err)
@@ -76,6 +73,29 @@ func MakeFile(ctx context.Context, path string, size int64, progress func(int64)
 		return fmt.Errorf("make write log %s: %w", path, err)
 	}
 	return durable.SyncDir(filepath.Dir(path))
+}
+
+// makeTemp makes an empty file, locked, of what a crash may have left under this name. It
+// fails with ErrLocked while another process is at it: two that wrote to one file would
+// have the zeroes of the one come over the records of the other.
+func makeTemp(path string) (*os.File, error) {
+	for {
+		f, err := openLocked(path, unix.O_CREAT)
+		if err == nil {
+			if err = f.Truncate(0); err != nil {
+				f.Close()
+			}
+		}
+		switch {
+		case err == nil:
+			return f, nil
+		case errors.Is(err, errMoved):
+		case errors.Is(err, unix.EWOULDBLOCK):
+			return nil, fmt.Errorf("%s is being made: %w", path, ErrLocked)
+		default:
+			return nil, err
+		}
+	}
 }
 
 // RemoveFile removes the file of a log, durably.
@@ -116,7 +136,7 @@ func OpenFile(ctx context.Context, path string) (*OSFile, error) {
 		if f, err = openLocked(path, flags); err == nil {
 			break
 		}
-		if !errors.Is(err, unix.EWOULDBLOCK) && !errors.Is(err, unix.EINTR) && !errors.Is(err, unix.EBUSY) {
+		if !errors.Is(err, unix.EWOULDBLOCK) && !errors.Is(err, unix.EINTR) && !errors.Is(err, unix.EBUSY) && !errors.Is(err, errMoved) {
 			return nil, err
 		}
 		select {
@@ -160,8 +180,10 @@ func stillThere(f *os.File, path string) error {
 	if st, err := os.Stat(path); err == nil && os.SameFile(mine, st) {
 		return nil
 	}
-	return unix.EWOULDBLOCK
+	return errMoved
 }
+
+var errMoved = errors.New("the file has been removed or renamed meanwhile")
 
 // Fd returns the descriptor, good until Close.
 func (f *OSFile) Fd() int { return int(f.f.Fd()) }

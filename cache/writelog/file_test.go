@@ -166,3 +166,36 @@ func TestRemovedMeanwhile(t *testing.T) {
 		t.Errorf("opened: %v", err)
 	}
 }
+
+// TestMakeFileTwice: two make a log at one time, and one that was left half-made is no
+// obstacle.
+func TestMakeFileTwice(t *testing.T) {
+	ctx := context.Background()
+	path := filepath.Join(t.TempDir(), "x.log")
+	if err := os.WriteFile(path+".new", []byte("left"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	var second error
+	err := MakeFile(ctx, path, MinSize, func(int64) {
+		if second == nil {
+			second = MakeFile(ctx, path, MinSize, nil)
+		}
+	})
+	if err != nil {
+		t.Errorf("the first: %v", err)
+	}
+	if !errors.Is(second, ErrLocked) {
+		t.Errorf("the second: %v, want ErrLocked", second)
+	}
+	f, err := OpenFile(ctx, path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	if blank, err := Blank(f); err != nil || !blank || f.Size() != MinSize {
+		t.Errorf("%d bytes, blank %v, %v", f.Size(), blank, err)
+	}
+	if left, _ := filepath.Glob(path + "?*"); len(left) != 0 {
+		t.Errorf("left behind: %v", left)
+	}
+}
