@@ -294,7 +294,7 @@ func (d *Daemon) enter(a *attachment) (bool, error) {
 	if d.ending {
 		return false, errEnding
 	}
-	if d.attached[a.id] != nil {
+	if d.attached[a.id] != nil || exists(d.records.path(a.id)) { // the latter: one that could not be read
 		return false, nil
 	}
 	for _, b := range d.attached { // two requests for one image at once

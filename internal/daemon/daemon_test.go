@@ -757,3 +757,23 @@ func TestFailsLater(t *testing.T) {
 		t.Errorf("read: %d", res)
 	}
 }
+
+// TestUnreadableRecord: the number of a record that this daemon cannot read, as of a newer
+// one, is not given to another attachment.
+func TestUnreadableRecord(t *testing.T) {
+	w := newWorld(t)
+	h := w.newHost()
+	path, text := h.records.path(0), `{"version":99,"id":0}`
+	if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if id := h.add(api.AttachRequest{ID: -1}); id != 1 {
+		t.Errorf("device %d", id)
+	}
+	if _, err := h.attachReq(api.AttachRequest{ID: 0, Image: "mem:vm2"}); err == nil || !strings.Contains(err.Error(), "in the records") {
+		t.Errorf("asked for by its number: %v", err)
+	}
+	if b, err := os.ReadFile(path); err != nil || string(b) != text {
+		t.Errorf("the record: %q, %v", b, err)
+	}
+}
