@@ -20,9 +20,10 @@ type batch struct {
 	start    uint64 // log positions in bytes: [start, end)
 	end      uint64
 	extents  []writelog.Extent // in order of writing
-	lasting  []bool            // of each extent, whether what it writes is likely to stay: see lasts
+	kind     []dataKind        // of each extent
 	sectors  uint64            // of data, overwritten ones included
-	stays    uint64            // of these, in lasting extents
+	kinds    [maxGroup]uint64  // the same, of each kind
+	place    [maxGroup]uint8   // which of the objects gets each kind, given when sealed
 	began    time.Duration     // env.Now() when its first write arrived
 
 	// Of a batch that the cleaner has made, which holds no records.
@@ -68,7 +69,7 @@ type piece struct {
 	pos    uint64 // in the log, in sectors
 	n      uint32
 	zero   bool
-	lasts  bool
+	kind   dataKind
 	at     int // offset of its data in the object's data, in bytes
 }
 
@@ -81,15 +82,15 @@ func (p piece) bytes() int {
 }
 
 // survivors returns what is left of the extents when each sector keeps only its
-// newest write, in ascending order of sectors, adjoining zeroes merged. lasting says
-// of each extent whether it lasts.
-func survivors(extents []writelog.Extent, lasting []bool) []piece {
+// newest write, in ascending order of sectors, adjoining zeroes merged. kinds has the
+// kind of each extent.
+func survivors(extents []writelog.Extent, kinds []dataKind) []piece {
 	covered := make([]span, 0, len(extents))
 	pieces := make([]piece, 0, len(extents))
 	for i := len(extents) - 1; i >= 0; i-- {
 		e := extents[i]
 		covered = uncovered(covered, span{e.Sector, e.Sector + uint64(e.N)}, func(s span) {
-			p := piece{sector: s.from, pos: e.Pos, n: uint32(s.to - s.from), zero: e.Zero, lasts: lasting[i]}
+			p := piece{sector: s.from, pos: e.Pos, n: uint32(s.to - s.from), zero: e.Zero, kind: kinds[i]}
 			if !e.Zero {
 				p.pos += s.from - e.Sector
 			}
@@ -222,11 +223,13 @@ type source struct {
 // which they are. h says whose they are and which records they hold.
 func (b *batch) build(h objectHeader, src logSource, buffer func(int) []byte) ([]byte, []builtObject, error) {
 	built := make([]builtObject, b.objects)
-	pieces := survivors(b.extents, b.lasting)
-	if b.objects == 2 {
-		built[0].pieces, built[1].pieces = parted(pieces)
-	} else {
-		built[0].pieces = pieces
+	pieces := survivors(b.extents, b.kind)
+	for _, p := range pieces {
+		i := b.objects - 1
+		if !p.zero {
+			i = int(b.place[p.kind])
+		}
+		built[i].pieces = append(built[i].pieces, p)
 	}
 	size := 0
 	for i := range built {

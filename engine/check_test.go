@@ -49,6 +49,9 @@ func newCheckedImageIn(t *testing.T, st backend.Store) *checkedImage {
 		t.Fatal(err)
 	}
 	b.scatter(rng, 7000, 2048)
+	for n := uint64(1); n < 10; n++ {
+		b.mustWrite(n, n) // so that the last objects of the point die
+	}
 	b.mustClose()
 	if b.im.clean.moved == 0 {
 		t.Fatal("nothing was cleaned")
@@ -68,9 +71,11 @@ func (h *host) scatter(rng *rand.Rand, n int, blocks uint64) {
 	}
 }
 
-// mustGoAhead destages, and leaves objects after the last checkpoint.
+// mustGoAhead destages, and leaves objects after the last checkpoint, the last one of
+// a single block.
 func (h *host) mustGoAhead() {
 	h.t.Helper()
+	h.mustDestage()
 	for n := uint64(1); n < 10; n++ {
 		h.mustWrite(n, n)
 		h.mustDestage()
@@ -336,7 +341,15 @@ func TestCheckDamage(t *testing.T) {
 	if len(tail) == 0 {
 		t.Fatal("the point has no objects after its checkpoint")
 	}
-	kept := dataKey(whole.id, tail[0].seq, tail[0].epoch)
+	// One that only the point needs.
+	only := slices.IndexFunc(tail, func(o tailObject) bool {
+		i := r.head.find(o.seq)
+		return i < 0 || r.head.info(i).live == 0
+	})
+	if only < 0 {
+		t.Fatal("the image needs all objects of the point")
+	}
+	kept := dataKey(whole.id, tail[only].seq, tail[only].epoch)
 	segments := mapKey(whole.id, r.head.m.maps[r.head.m.segments[0].object].at, r.head.m.maps[r.head.m.segments[0].object].part)
 	short := func(key string) string { return strings.ReplaceAll(key, whole.id.String(), "ID") }
 	for _, x := range []struct {

@@ -160,6 +160,9 @@ func (c *checker) plan() {
 		n += v.m.mapBytes()
 		for i := range v.objects() {
 			o := v.info(i)
+			if i < len(v.m.objects) && o.live == 0 && !c.reach.sb.held(uint64(o.number), uint64(o.died)) {
+				continue // most likely it is gone
+			}
 			n += o.headerBytes()
 			if c.o.Deep && o.live > 0 && !known[o.number] {
 				n += int(o.sectors) * SectorSize

@@ -26,7 +26,8 @@ func (im *Image) seal() {
 func (im *Image) sealAt(seq, end uint64) {
 	b := im.open
 	im.open = nil
-	b.object, b.objects, b.lastSeq, b.end, b.state = im.sealed.object+1, im.split(b), seq, end, batchSealed
+	im.split(b)
+	b.object, b.lastSeq, b.end, b.state = im.sealed.object+1, seq, end, batchSealed
 	if b.last() > maxObjectSeq {
 		panic("engine: the image has used up its object numbers")
 	}
@@ -54,7 +55,7 @@ func (im *Image) pumpNow() {
 	last := im.accepted.object + uint64(im.window)
 	next := time.Duration(0)
 	lags := im.clean.lags()
-	for _, b := range im.queue[:min(len(im.queue), max(im.window/maxGroup, 1))] {
+	for _, b := range im.queue[:min(len(im.queue), maxPuts)] {
 		if b.last() > last {
 			break
 		}

@@ -60,7 +60,8 @@ const (
 	MaxSpaceRatio     = 10
 
 	maxWindow     = 64
-	defaultWindow = 8 * maxGroup
+	maxPuts       = 8 // batches of an image that are being built and put
+	defaultWindow = maxPuts * maxGroup
 	// maxBatchExtents bounds what one object changes in the map, and so the
 	// memory that it takes to enter it.
 	maxBatchExtents = 1 << 12

@@ -315,7 +315,7 @@ func TestSurvivors(t *testing.T) {
 				}
 			}
 		}
-		pieces := survivors(extents, make([]bool, len(extents)))
+		pieces := survivors(extents, make([]dataKind, len(extents)))
 		end := uint64(0)
 		for _, p := range pieces {
 			if p.sector < end {

@@ -308,13 +308,14 @@ func (im *Image) note(e writelog.Extent) {
 		im.openBatch()
 	}
 	b := im.open
-	lasts := !e.Zero && im.lasts(e.Sector)
-	b.extents, b.lasting = append(b.extents, e), append(b.lasting, lasts)
+	kind := dataKind(0)
+	if !e.Zero {
+		kind = im.kindAt(e.Sector)
+	}
+	b.extents, b.kind = append(b.extents, e), append(b.kind, kind)
 	if !e.Zero {
 		b.sectors += uint64(e.N)
-		if lasts {
-			b.stays += uint64(e.N)
-		}
+		b.kinds[kind] += uint64(e.N)
 		im.dirty.Insert(e.Sector, uint64(e.N), e.Pos)
 		return
 	}
@@ -347,7 +348,7 @@ func (im *Image) openBatch() {
 	var b *batch
 	if k := len(im.spare); k > 0 {
 		b, im.spare = im.spare[k-1], im.spare[:k-1]
-		*b = batch{extents: b.extents[:0], lasting: b.lasting[:0]}
+		*b = batch{extents: b.extents[:0], kind: b.kind[:0]}
 	} else {
 		b = new(batch)
 	}

@@ -2,62 +2,75 @@ package engine
 
 // Data that is soon overwritten is best kept apart from data that lasts: an object of
 // the first kind is soon dead as a whole, and one of the second need not be moved for
-// the sake of what has died in it. So a batch that holds much of both becomes a group of
-// two objects, of which all but the last are joined to the next: they count together or
-// not at all, since only together they hold whole records.
+// the sake of what has died in it. So a batch that holds much of several kinds becomes a
+// group of objects, of which all but the last are joined to the next: they count together
+// or not at all, since only together they hold whole records.
 
 // maxGroup is how many objects a batch becomes, at most.
-const maxGroup = 2
+const maxGroup = 3
 
-const (
-	// lastingAge is the age of data from which on what overwrites it is taken to last as
-	// well, in percent of the image's objects that live, counted in objects.
-	//
-	// Data is overwritten again after about as long as it has lived so far. Tried in a
-	// model of the cleaner on self-similar and two-zoned writes, a quarter to a half of
-	// the time in which all of an image is written once do equally well.
-	lastingAge = 40
-	// splitShare is the part of an object's size that each kind must have: less is not
-	// worth an object.
-	splitShare = 8
-)
+// dataKind says how long data is likely to last: 0 is soon overwritten.
+type dataKind uint8
 
-// lasts reports whether a write at a sector is likely to stay: what it overwrites has
-// been there for long, or there is nothing. A map that is not in memory does not say;
-// it is of places where little happens.
-func (im *Image) lasts(s uint64) bool {
+const lasting dataKind = maxGroup - 1
+
+// kindAges are the ages of data from which on what overwrites it is of the next kind:
+// in percent of the image's objects that live, counted in objects.
+//
+// Data is overwritten again after about as long as it has lived so far. Of what was tried
+// (docs/benchmarks.md, write amplification) these do best, for self-similar writes and for
+// two zones: about a sixth and two thirds of the time in which as much is written as the
+// image holds.
+var kindAges = [maxGroup - 1]uint64{30, 120}
+
+// splitShare is the part of an object's size that each object of a group must have: less
+// is not worth one.
+const splitShare = 8
+
+// kindAt returns the kind of what is written at a sector, by the age of what it
+// overwrites. Where there is nothing, it is likely to last. A map that is not in memory
+// does not say; it is of places where little happens.
+func (im *Image) kindAt(s uint64) dataKind {
 	if _, ok := im.dirty.Next(s, s+1); ok {
-		return false
+		return 0
 	}
 	if !im.objs.ready(segmentOf(s)) {
-		return true
+		return lasting
 	}
 	e, ok := im.objs.Next(s, s+1)
 	if !ok {
-		return true
+		return lasting
 	}
 	o := im.table.find(refOf(e.Loc).seq())
-	return o == nil || (im.sealed.object-uint64(o.born))*100 > uint64(im.table.alive)*lastingAge
-}
-
-// split returns how many objects the batch becomes.
-func (im *Image) split(b *batch) int {
-	least := im.object / splitShare
-	fits := maxGroup <= im.window && maxGroup <= im.cfg.CheckpointEvery
-	if fits && b.stays >= least && b.sectors-b.stays >= least {
-		return maxGroup
+	if o == nil {
+		return lasting
 	}
-	return 1
+	k, age := dataKind(0), (im.sealed.object-uint64(o.born))*100
+	for k < lasting && age > uint64(im.table.alive)*kindAges[k] {
+		k++
+	}
+	return k
 }
 
-// parted returns those pieces that last, and the others, in their order.
-func parted(pieces []piece) (lasting, others []piece) {
-	for _, p := range pieces {
-		if p.lasts && !p.zero {
-			lasting = append(lasting, p)
-		} else {
-			others = append(others, p)
+// split decides how many objects the batch becomes, and which of them gets each kind of
+// data: what lasts longest comes first. A kind of which there is little goes with the
+// next one.
+func (im *Image) split(b *batch) {
+	b.objects, b.place = 1, [maxGroup]uint8{}
+	if 2*maxGroup > im.window || maxGroup > im.cfg.CheckpointEvery {
+		return
+	}
+	least := im.object / splitShare
+	sum, rest := uint64(0), b.sectors
+	for k := lasting; ; k-- {
+		b.place[k] = uint8(b.objects - 1)
+		if k == 0 {
+			return
+		}
+		sum, rest = sum+b.kinds[k], rest-b.kinds[k]
+		if sum >= least && rest >= least {
+			b.objects++
+			sum = 0
 		}
 	}
-	return lasting, others
 }

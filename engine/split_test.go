@@ -5,6 +5,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"slices"
 	"testing"
 	"time"
 
@@ -39,7 +40,7 @@ func TestBuildGroup(t *testing.T) {
 		{Sector: 104, N: 4, Pos: 60}, // over a part of the first one
 		{Sector: 200, N: 8, Pos: 70, Zero: true},
 		{Sector: 58, N: 8, Pos: 80},
-	}, lasting: []bool{true, true, false, false, true}}
+	}, kind: []dataKind{lasting, lasting, 0, 0, lasting}, place: [maxGroup]uint8{1, 1, 0}}
 	id := uuid.New()
 	buf, built, err := b.build(objectHeader{image: id, epoch: 3, firstSeq: 5, lastSeq: 9, logEnd: 1 << 20}, &seqSource{}, func(n int) []byte { return make([]byte, n) })
 	if err != nil || len(built) != 2 {
@@ -187,8 +188,8 @@ func TestGroupIsChecked(t *testing.T) {
 			t.Errorf("%s: %v", c.what, err)
 		}
 	}
-	if err := im.goesOn(at, []*objectHeader{first, first}, first); !errors.Is(err, ErrCorrupt) {
-		t.Errorf("a group of three: %v", err)
+	if err := im.goesOn(at, slices.Repeat([]*objectHeader{first}, maxGroup), first); !errors.Is(err, ErrCorrupt) {
+		t.Errorf("a group that is too large: %v", err)
 	}
 }
 
