@@ -31,8 +31,13 @@ const (
 	countTakeovers // of an owner that goes on
 	countStopped   // of one that is stopped
 	countSalvages
-	countQuiet // crashes when everything was in the store
-	countRests // images that came to rest
+	countQuiet      // crashes when everything was in the store
+	countRests      // images that came to rest
+	countStuck      // objects of the store that fail while all else works
+	countStuckReads // reads beside such
+	countStuckDetaches
+	countLeaves        // detaches amid faults
+	countLeavesEvicted // of an owner that is to let go
 
 	cacheHits    // bytes
 	cacheMisses  // bytes
@@ -54,6 +59,7 @@ func (n *simCounts) names() [simCountKinds]string {
 		"flipped bits read from SSDs", "logs damaged at rest", "objects damaged at rest", "SSDs that failed", "full logs",
 		"second attaches", "takeovers of owners that went on", "takeovers of stopped owners", "logs salvaged",
 		"crashes with all in the store", "images at rest",
+		"times some objects were stuck", "reads beside these", "detaches beside these", "detaches amid faults", "detaches of evicted owners",
 		"bytes of read caches' hits", "bytes of their misses", "bytes found at a start", "bytes evicted", "bytes moved",
 		"reads of their disks", "flipped bits in these", "mismatches", "errors", "read caches given up",
 	}

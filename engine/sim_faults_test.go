@@ -51,6 +51,8 @@ type simPlan struct {
 	// those of after it will; crashes follow one another, or come when all is in the
 	// store; the image comes to rest.
 	quick bool
+	// extras are troubles that only some worlds have.
+	extras simExtras
 }
 
 // newPlan draws a plan.
@@ -103,6 +105,7 @@ type simFaults struct {
 	outage  bool   // the store does not answer
 	full    bool   // the store takes no data objects
 	refused string // the store refuses for good what keys with this in them are for
+	stuck   *simStuck
 	// The next write or sync of the SSD fails.
 	failWrite, failSync bool
 	cache               bool // the disk of the read cache fails
@@ -128,6 +131,8 @@ func (h *simHost) inject(op faultstore.Op) faultstore.Fault {
 		}
 		h.badReads = h.badReads || read
 		return fail(faultstore.Fault{Before: backend.ErrPermanent})
+	case x.stuck.hits(op.Method, op.Key):
+		return fail(faultstore.Fault{Before: backend.ErrTemporary})
 	case !x.on:
 		return faultstore.Fault{}
 	}

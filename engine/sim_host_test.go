@@ -45,6 +45,7 @@ type simHost struct {
 	badReads bool          // a read may fail
 	out      []*simRequest // in flight
 	told     []*simRequest // ended, Leased, and not yet handed to the kernel
+	left     *simLeave     // its client has let go of the image, or nil
 }
 
 func (w *world) newHost() *simHost {
@@ -155,7 +156,7 @@ func (h *simHost) open(id uuid.UUID, force bool) (err error) {
 		w.fail("%s opens the image twice", h.name)
 	}
 	h.env = &simEnv{rng: w.rng, disk: h.disk, cache: h.cache.disk, now: h.Now(), delay: h.delay}
-	h.out, h.broken, h.badReads, h.dead, h.injected = nil, false, false, false, 0
+	h.out, h.left, h.broken, h.badReads, h.dead, h.injected = nil, nil, false, false, false, 0
 	h.opening = true
 	config := w.plan.config
 	config.Shared = NewShared(Limits{Map: w.plan.mapMemory, Destage: w.plan.destageMemory})
@@ -385,10 +386,11 @@ func (h *simHost) read(cell, cells uint64) *simRequest {
 	return r
 }
 
-func (h *simHost) flush() {
+func (h *simHost) flush() *simRequest {
 	r := &simRequest{}
 	r.Op = Flush
 	h.submit(r)
+	return r
 }
 
 // destage asks for everything to be put in the store.

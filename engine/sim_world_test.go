@@ -130,6 +130,7 @@ func newWorld(seed uint64, memory *simMemory) *world {
 	rng := rand.New(rand.NewPCG(seed, 42))
 	plan := newPlan(rng)
 	plan.quick = !plan.stormy && seed%3 == 1
+	plan.extras = newExtras(rand.New(rand.NewPCG(seed, 43)))
 	w := &world{rng: rng, plan: plan, inner: mem.New(), memory: memory, nextWrite: 1, strays: map[string]bool{}}
 	id, err := Create(context.Background(), w.inner, "disk", CreateOptions{
 		Size: simSectors * SectorSize, BlockSize: uint32(w.plan.cell * SectorSize), ObjectSize: MinObjectSize,
@@ -299,6 +300,9 @@ func (w *world) weather(h *simHost) {
 	default:
 		x.outage, x.full, x.refused = false, false, ""
 	}
+	if w.plan.extras.stuck {
+		x.stuck = w.newStuck()
+	}
 }
 
 // count counts something if it happened.
@@ -322,6 +326,9 @@ func (w *world) act(h *simHost) {
 		h.flush()
 	case k == 18 && w.rng.IntN(8) == 0:
 		h.destage()
+	case k == 19 && w.plan.extras.leaves && h.im.state == Evicting && len(h.out) == 0 && h.left == nil:
+		w.count(countLeavesEvicted, true)
+		h.leave()
 	}
 }
 
@@ -484,6 +491,9 @@ func (w *world) disturb() {
 	h := w.owner
 	w.note("disturb", uint64(len(h.m.history)), uint64(h.m.acked))
 	if !h.dead && h.im.state == Active {
+		if w.trouble() {
+			return
+		}
 		switch w.rng.IntN(10) {
 		case 0:
 			w.detach()
@@ -681,6 +691,7 @@ func (w *world) drop(h *simHost) {
 // alive, or is stopped for a while.
 func (w *world) takeover() {
 	a, b := w.owner, w.newHost()
+	b.faults.stuck = a.faults.stuck
 	if w.rng.IntN(3) > 0 {
 		a.paused = w.now + time.Duration(w.rng.Int64N(int64(4*w.plan.lease)))
 	}

@@ -1,0 +1,238 @@
+package engine
+
+import (
+	"math"
+	"math/rand/v2"
+	"slices"
+	"strings"
+
+	"github.com/google/uuid"
+	"github.com/lsd-ceph/lsd/backend/faultstore"
+)
+
+// simExtras are troubles that some worlds have besides. They are drawn from numbers of
+// their own: a world that has none of them is what it would be if there were none.
+type simExtras struct {
+	stuck  bool // some objects of the store fail for as long as it takes
+	leaves bool // images are detached amid faults
+}
+
+func newExtras(rng *rand.Rand) simExtras {
+	return simExtras{
+		stuck:  rng.IntN(8) == 0,
+		leaves: rng.IntN(8) == 0,
+	}
+}
+
+// trouble ends a phase with one of the world's extras, or reports that it has not.
+func (w *world) trouble() bool {
+	x := &w.plan.extras
+	var list []func()
+	if x.stuck {
+		list = append(list, w.stuckObjects)
+	}
+	if x.leaves {
+		list = append(list, w.detachAmidFaults)
+	}
+	if len(list) == 0 || w.rng.IntN(2) == 0 {
+		return false
+	}
+	list[w.rng.IntN(len(list))]()
+	return true
+}
+
+// active reports whether the owner serves, and all of its host is well.
+func (w *world) active() bool {
+	h := w.owner
+	return !h.dead && !h.broken && h.im.state == Active && h.im.log.Err() == nil
+}
+
+// amid lets clients of the owner go on under the faults that there are.
+func (w *world) amid(steps int) {
+	w.acting = true
+	for range steps {
+		if w.step(math.MaxInt64); w.owner.dead {
+			break
+		}
+	}
+	w.acting = false
+}
+
+// simStuck are objects of the store that some operations fail for while all else works:
+// those of one kind, or some of them. nil has none.
+type simStuck struct {
+	methods   []string
+	kind      string // in their keys
+	of, which uint64 // one in so many, and which
+}
+
+func (w *world) newStuck() *simStuck {
+	if w.rng.IntN(3) == 0 {
+		return nil
+	}
+	s := &simStuck{
+		methods: [][]string{{faultstore.Delete}, {faultstore.Get, faultstore.Stat}, {faultstore.Put}, {faultstore.Get, faultstore.Delete}}[w.rng.IntN(4)],
+		kind:    []string{"/d/", "/d/", "/m/", "/c/", "/"}[w.rng.IntN(5)],
+		of:      1 << w.rng.IntN(4),
+	}
+	s.which = w.rng.Uint64N(s.of)
+	w.count(countStuck, true)
+	return s
+}
+
+// hits reports whether an operation fails.
+func (s *simStuck) hits(method, key string) bool {
+	return s != nil && slices.Contains(s.methods, method) && strings.Contains(key, s.kind) &&
+		hashString(key[min(len(key), len(uuid.Nil.String())):])>>16%s.of == s.which
+}
+
+// stuckObjects lets some objects fail while clients go on. What has nothing to do with
+// them goes on too, and comes to its end.
+func (w *world) stuckObjects() {
+	h := w.owner
+	if w.destage(); !w.active() {
+		return
+	}
+	s := w.newStuck()
+	h.faults = simFaults{stuck: s} // all that is put from now on has not been tried before
+	if w.amid(50 + w.rng.IntN(300)); !w.active() {
+		return
+	}
+	for range 8 {
+		w.readBeside(s)
+	}
+	r := h.flush()
+	w.until(h, func() bool { return r.ended }, "a flush while some objects are stuck")
+	if !s.hitsAny(faultstore.Put) {
+		w.letGoBeside(s)
+	}
+	w.owner.faults.on = true
+}
+
+// hitsAny reports whether there may be objects for which an operation fails.
+func (s *simStuck) hitsAny(method string) bool { return s != nil && slices.Contains(s.methods, method) }
+
+// readBeside reads somewhere. What needs no object that is stuck ends.
+func (w *world) readBeside(s *simStuck) {
+	h := w.owner
+	r := h.read(w.place(1 + w.rng.Uint64N(24)))
+	w.until(h, func() bool { return r.ended || w.needs(&r.Request, s) }, "a read beside objects that are stuck")
+	w.count(countStuckReads, s != nil && r.ended)
+}
+
+// needs reports whether a read may need an object that cannot be read, as the map is now.
+func (w *world) needs(r *Request, s *simStuck) bool {
+	if !s.hitsAny(faultstore.Get) {
+		return false
+	}
+	im := w.owner.im
+	for at, end := r.Sector, r.Sector+uint64(r.Sectors); at < end; {
+		i := segmentOf(at)
+		to := min(end, segmentStart(i+1))
+		if !im.objs.here(i) {
+			if p := im.objs.place(i).object; s.kind != "/m/" || s.hits(faultstore.Get, mapKey(im.id, p.at, p.part)) {
+				return true // what the segment refers to is not known
+			}
+			at = to
+			continue
+		}
+		e, ok := im.objs.Next(at, to)
+		if !ok {
+			at = to
+			continue
+		}
+		if o := im.table.find(refOf(e.Loc).seq()); s.hits(faultstore.Get, dataKey(im.id, uint64(o.number), uint64(o.epoch))) {
+			return true
+		}
+		at = e.End()
+	}
+	return false
+}
+
+// letGoBeside brings everything into the store, and perhaps detaches the image, while
+// objects cannot be read or deleted.
+func (w *world) letGoBeside(s *simStuck) {
+	h := w.owner
+	done := false
+	h.im.Destage(func(error) { done = true })
+	// Where the map cannot be read it cannot be changed.
+	w.until(h, func() bool { return done || h.im.apply.waiting && s.hitsAny(faultstore.Get) }, "destage while some objects are stuck")
+	w.until(h, func() bool { return len(h.out) == 0 || s.hitsAny(faultstore.Get) }, "requests while some objects are stuck")
+	if !done || len(h.out) > 0 || w.rng.IntN(2) == 0 {
+		return
+	}
+	w.count(countStuckDetaches, s != nil)
+	m := h.m
+	h.close()
+	m.stored = len(m.history)
+	w.reopen(m.stored, w.rng.IntN(2) == 0, false, "detached while some objects were stuck")
+}
+
+// simLeave is how an image's client let go of it.
+type simLeave struct {
+	told int // how often it was told that it has, or why it could not
+	err  error
+}
+
+// leave closes the image, of which no request is in flight.
+func (h *simHost) leave() *simLeave {
+	w, m, n := h.w, h.m, h.m.acked
+	l := new(simLeave)
+	h.left = l
+	h.im.Close(func(err error) {
+		l.told++
+		l.err = err
+		switch {
+		case l.told > 1:
+			w.fail("%s: who closed the image was told twice", h.name)
+		case err == nil:
+			m.stored = max(m.stored, n)
+			if err := m.promised(n, "a detach was acknowledged"); err != nil {
+				w.fail("%s: %v", h.name, err)
+			}
+		case !m.lost && !h.im.super.gaveUp:
+			w.fail("%s: close: %v", h.name, err)
+		}
+	})
+	return l
+}
+
+// detachAmidFaults closes the image while faults go on. It comes to its end when they
+// have ended, unless the host dies before, or another one takes the image over.
+func (w *world) detachAmidFaults() {
+	h, faults := w.owner, w.owner.faults
+	if w.settle(h); !w.active() {
+		return
+	}
+	w.count(countLeaves, true)
+	m := h.m
+	h.faults = faults
+	h.faults.on = true
+	if w.rng.IntN(2) == 0 {
+		h.destage()
+	}
+	l := h.leave()
+	for range w.rng.IntN(400) {
+		if w.rng.IntN(50) == 0 {
+			w.weather(h)
+		}
+		if w.step(math.MaxInt64); h.dead {
+			break
+		}
+	}
+	switch k := w.rng.IntN(6); {
+	case k == 0 && !h.dead:
+		w.takeover()
+		return
+	case k == 1:
+		h.cutPower()
+		w.reopen(max(m.durable, m.stored), false, false, "power cut in a detach")
+		return
+	case k > 2 && !h.dead:
+		h.faults = simFaults{}
+		w.until(h, func() bool { return l.told > 0 && h.im.Quiet() && h.env.idle() }, "detach amid faults")
+	}
+	h.kill()
+	lost := m.stored >= m.acked && w.rng.IntN(2) == 0
+	w.reopen(m.acked, lost, lost, "daemon ended in a detach, or after it")
+}
