@@ -5,6 +5,7 @@ import (
 	"errors"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/google/uuid"
 	"github.com/lsd-ceph/lsd/backend"
@@ -166,5 +167,38 @@ func TestForgottenOwnership(t *testing.T) {
 	b := &host{t: t, name: "beta", st: st, disk: log, env: &simEnv{rng: clean.env.rng, disk: log}}
 	if err := b.open(id, false); err != nil {
 		t.Errorf("a log of an ownership that was given up in order: %v", err)
+	}
+}
+
+// TestEvictedWhileAttaching: another host asks for the image between the two changes of
+// the superblock that an attach makes. The owner lets go as soon as it serves.
+func TestEvictedWhileAttaching(t *testing.T) {
+	inner := mem.New()
+	id := newImageIn(t, inner)
+	prying := &pryingStore{Store: inner}
+	a, b := newHost(t, "alpha", prying, 1), newHost(t, "beta", inner, 2)
+	asked := false
+	prying.n, prying.hook = 3, func() { // Open has looked, and acquired; now it settles
+		_, _, err := changeSuperblock(context.Background(), inner, id, func(sb *superblock) error {
+			sb.Evict = &eviction{Epoch: sb.Epoch, By: "beta"}
+			asked = sb.Owner != nil
+			return nil
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := a.open(id, false); err != nil {
+		t.Fatal(err)
+	}
+	if !asked {
+		t.Fatal("nobody owned the image when beta asked for it")
+	}
+	a.run(time.Second)
+	if a.im.state != Released {
+		t.Fatalf("alpha is %v, want released", a.im.state)
+	}
+	if err := b.open(id, false); err != nil {
+		t.Fatal(err)
 	}
 }

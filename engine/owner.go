@@ -222,6 +222,7 @@ func (im *Image) superWritten(next *superblock, version backend.Version, began t
 		s.lost = false
 		im.logger.Info("the lease is renewed: writes go on")
 	}
+	im.heedEviction() // it may have been asked for while Open was at it
 	im.acknowledge()
 	im.advance()
 	im.updateSuper()
@@ -283,10 +284,15 @@ func (im *Image) superReloaded(sb *superblock, version backend.Version) {
 			im.checkpoint.removeDead()
 			im.reap()
 		}
-		if sb.Evict != nil && sb.Evict.Epoch == sb.Epoch {
-			im.evict(sb.Evict.By)
-		}
+		im.heedEviction()
 		im.updateSuper()
+	}
+}
+
+// heedEviction lets go of the image if the superblock says that another host asks for it.
+func (im *Image) heedEviction() {
+	if sb := im.super.sb; sb.Evict != nil && sb.Evict.Epoch == sb.Epoch {
+		im.evict(sb.Evict.By)
 	}
 }
 
