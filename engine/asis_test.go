@@ -55,3 +55,32 @@ func TestReadOnlyBesideOwner(t *testing.T) {
 	im.Start(b.env, nil, nil)
 	b.mustRead(n%100, n)
 }
+
+// TestReadOnlyIsNotOlder: while an image is opened read-only its owner goes on, and
+// removes what the image was when that began. What is opened is no older than that.
+func TestReadOnlyIsNotOlder(t *testing.T) {
+	inner := mem.New()
+	id := newImageIn(t, inner)
+	a, b := newHost(t, "alpha", inner, 1), newHost(t, "beta", nil, 2)
+	if err := a.open(id, false); err != nil {
+		t.Fatal(err)
+	}
+	a.mustWrite(1, 1)
+	a.mustWrite(2, 1)
+	a.mustDestage()
+	loads := 0
+	st := hookedStore{inner, func() {
+		if loads++; loads == 1 || loads == 2 {
+			a.mustOverwrite(4)
+			a.mustWrite(2, uint64(10*loads))
+			a.mustOverwrite(4)
+		}
+	}}
+	var err error
+	if b.im, err = Open(context.Background(), st, id, OpenOptions{ReadOnly: true, Clock: b, Config: Config{Logger: quiet}}); err != nil {
+		t.Fatal(err)
+	}
+	b.im.Start(b.env, nil, nil)
+	b.mustRead(1, 4)
+	b.mustRead(2, 20)
+}
