@@ -36,8 +36,17 @@ const (
 	countStuck      // objects of the store that fail while all else works
 	countStuckReads // reads beside such
 	countStuckDetaches
-	countLeaves        // detaches amid faults
-	countLeavesEvicted // of an owner that is to let go
+	countLeaves          // detaches amid faults
+	countLeavesEvicted   // of an owner that is to let go
+	countUsedDamages     // damaged objects under clients that go on
+	countHangs           // operations of the store that were given up after the timeout
+	countContests        // of hosts that take the image at once
+	countTaken           // attaches in a contest
+	countOwnLog          // of these by the owner's own host, with its log
+	countReadOnly        // images beside the owner's
+	countReadOnlyCells   // that could be read
+	countNeighbours      // images beside the owner's in its process
+	countNeighboursAlone // that went on while the store of the owner's image was away
 
 	cacheHits    // bytes
 	cacheMisses  // bytes
@@ -60,6 +69,8 @@ func (n *simCounts) names() [simCountKinds]string {
 		"second attaches", "takeovers of owners that went on", "takeovers of stopped owners", "logs salvaged",
 		"crashes with all in the store", "images at rest",
 		"times some objects were stuck", "reads beside these", "detaches beside these", "detaches amid faults", "detaches of evicted owners",
+		"objects damaged in use", "operations given up", "contests for the image", "attaches in these", "attaches by the owner's own host",
+		"read-only images beside the owner", "cells of these that were read", "images beside the owner's in its process", "that went on while its store was away",
 		"bytes of read caches' hits", "bytes of their misses", "bytes found at a start", "bytes evicted", "bytes moved",
 		"reads of their disks", "flipped bits in these", "mismatches", "errors", "read caches given up",
 	}

@@ -1,27 +1,47 @@
 package engine
 
 import (
+	"bytes"
+	"context"
+	"errors"
 	"math"
 	"math/rand/v2"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/google/uuid"
+	"github.com/lsd-ceph/lsd/backend"
 	"github.com/lsd-ceph/lsd/backend/faultstore"
 )
 
 // simExtras are troubles that some worlds have besides. They are drawn from numbers of
 // their own: a world that has none of them is what it would be if there were none.
 type simExtras struct {
-	stuck  bool // some objects of the store fail for as long as it takes
-	leaves bool // images are detached amid faults
+	stuck    bool    // some objects of the store fail for as long as it takes
+	leaves   bool    // images are detached amid faults
+	damage   bool    // objects and logs are damaged while clients go on
+	contests bool    // several hosts take the image at once
+	hang     float64 // chance that an operation on the store is given up after the timeout
+	timeout  time.Duration
+	sectors  uint64 // of the image
+	object   uint32 // most data in its data objects, in bytes
+	beside   bool   // others have images beside the owner's
 }
 
 func newExtras(rng *rand.Rand) simExtras {
-	return simExtras{
-		stuck:  rng.IntN(8) == 0,
-		leaves: rng.IntN(8) == 0,
+	x := simExtras{
+		stuck: rng.IntN(8) == 0, leaves: rng.IntN(8) == 0, damage: rng.IntN(8) == 0, contests: rng.IntN(8) == 0,
+		timeout: time.Duration(1+rng.IntN(20)) * time.Second,
 	}
+	if rng.IntN(8) == 0 {
+		x.hang = 0.05 * rng.Float64()
+	}
+	if x.sectors, x.object = simSectors, MinObjectSize; rng.IntN(8) == 0 {
+		x.sectors, x.object = simSectors<<rng.IntN(6), MinObjectSize+4096*uint32(rng.IntN(512))
+	}
+	x.beside = rng.IntN(8) == 0
+	return x
 }
 
 // trouble ends a phase with one of the world's extras, or reports that it has not.
@@ -33,6 +53,15 @@ func (w *world) trouble() bool {
 	}
 	if x.leaves {
 		list = append(list, w.detachAmidFaults)
+	}
+	if x.damage {
+		list = append(list, w.damageInUse)
+	}
+	if x.contests {
+		list = append(list, w.contest)
+	}
+	if x.beside {
+		list = append(list, w.readOnly, w.neighbour)
 	}
 	if len(list) == 0 || w.rng.IntN(2) == 0 {
 		return false
@@ -235,4 +264,75 @@ func (w *world) detachAmidFaults() {
 	h.kill()
 	lost := m.stored >= m.acked && w.rng.IntN(2) == 0
 	w.reopen(m.acked, lost, lost, "daemon ended in a detach, or after it")
+}
+
+// damageInUse damages an object at rest under clients that go on, and mends it when
+// they have, or when another process of the owner has come upon it.
+func (w *world) damageInUse() {
+	w.count(countUsedDamages, true)
+	h := w.owner
+	key, mend := w.damageOne()
+	h.badReads = true
+	w.run(50 + w.rng.IntN(300))
+	if h.dead || h.im.state != Active || w.rng.IntN(2) == 0 {
+		m := h.m
+		h.kill()
+		w.openDamaged(m, key)
+		mend()
+		w.reopen(m.acked, false, false, "daemon killed, with a damaged object")
+		return
+	}
+	mend()
+	w.settle(h)
+}
+
+// damageOne damages any object of the image, and returns its key and what mends it if
+// it is still there.
+func (w *world) damageOne() (key string, mend func()) {
+	ctx := context.Background()
+	keys := w.keys()
+	key = keys[w.rng.IntN(len(keys))]
+	whole := w.contents(key)
+	if err := damage(ctx, w.inner, key, w.corrupt); err != nil {
+		w.fail("damage: %v", err)
+	}
+	damaged := w.contents(key)
+	return key, func() {
+		if now := w.contents(key); now == nil || !bytes.Equal(now, damaged) {
+			return
+		}
+		if err := replaceObject(ctx, w.inner, key, whole); err != nil {
+			w.fail("mend: %v", err)
+		}
+	}
+}
+
+// contents returns what an object of either kind holds, nil if it is not there.
+func (w *world) contents(key string) []byte {
+	ctx := context.Background()
+	b, _, err := w.inner.Load(ctx, key)
+	if err != nil {
+		b, err = readWhole(ctx, w.inner, key)
+	}
+	if err != nil && !errors.Is(err, backend.ErrNotFound) {
+		w.fail("read %s: %v", key, err)
+	}
+	return slices.Clone(b)
+}
+
+// openDamaged lets a new process of the owner open the image, of which m is the model,
+// with a damaged object: it names that, or whatever it reads is right.
+func (w *world) openDamaged(m *model, key string) {
+	h := w.owner
+	h.faults = simFaults{}
+	if err := h.open(w.id, false); err != nil {
+		if !names(err, key) {
+			w.fail("open with a damaged object %s: %v, which does not name it", key, err)
+		}
+		h.kill()
+		return
+	}
+	h.m = m
+	w.readDamaged(h)
+	h.kill()
 }

@@ -123,6 +123,8 @@ func (h *simHost) inject(op faultstore.Op) faultstore.Fault {
 		return f
 	}
 	switch {
+	case h.taking && strings.HasSuffix(op.Key, "/super"): // it is not to find that it has been asked to let go
+		return faultstore.Fault{Before: backend.ErrTemporary}
 	case x.outage, x.full && op.Method == faultstore.Put && strings.Contains(op.Key, "/d/"):
 		return fail(faultstore.Fault{Before: backend.ErrTemporary})
 	case x.refused != "" && strings.Contains(op.Key, x.refused):
@@ -162,7 +164,25 @@ func (h *simHost) inject(op faultstore.Op) faultstore.Fault {
 		}
 		r -= f.chance
 	}
+	if p.extras.hang > 0 && w.rng.Float64() < p.extras.hang {
+		return fail(h.hang(op))
+	}
 	return faultstore.Fault{}
+}
+
+// hang is an operation that is not answered until its context ends. A change may take
+// effect all the same, at once or later.
+func (h *simHost) hang(op faultstore.Op) faultstore.Fault {
+	w := h.w
+	w.count(countHangs, true)
+	h.hung = w.plan.extras.timeout
+	switch k := w.rng.IntN(3); {
+	case k == 0 && faultstore.Writes(op):
+		return faultstore.Fault{Late: func(effect func()) { w.late = append(w.late, effect) }}
+	case k == 1:
+		return faultstore.Fault{After: context.DeadlineExceeded}
+	}
+	return faultstore.Fault{Before: context.DeadlineExceeded}
 }
 
 // corruptHeader damages the beginning of what an operation of the store has read.
@@ -296,12 +316,21 @@ func (s *simStore) run(method, key string, n int, call func() error) error {
 	h.io()
 	w.elsewhere(h)
 	err := call()
+	if h.hung > 0 {
+		err = fmt.Errorf("%s %s: %w", method, key, context.DeadlineExceeded)
+		if h.opening {
+			h.Sleep(context.Background(), h.takeHung())
+		}
+	}
 	name := key[min(len(key), len(uuid.Nil.String())):]
 	if *simLog {
 		fmt.Fprintln(os.Stderr, h.name, method, name, n, err)
 	}
 	w.note(method, hashString(name), uint64(n), class(err))
 	h.io()
+	if h.yield != nil && h.opening {
+		w.stopRival(h)
+	}
 	return err
 }
 

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math"
 	"slices"
 	"strings"
 	"syscall"
@@ -37,15 +38,22 @@ type simHost struct {
 	skew   int64
 
 	opening  bool
-	dead     bool          // its process has died in the middle of something
-	paused   time.Duration // stopped until then, by the world's clock
-	ioLeft   int           // its process dies at that I/O from now; 0: at none
-	injected int           // faults so far
-	broken   bool          // its log was made to fail
-	badReads bool          // a read may fail
-	out      []*simRequest // in flight
-	told     []*simRequest // ended, Leased, and not yet handed to the kernel
-	left     *simLeave     // its client has let go of the image, or nil
+	yield    func(until time.Duration) // lets the world go on until then, for one of several hosts that open the image at once
+	taking   bool                      // what it has recovered in a contest is being read
+	logID    uuid.UUID                 // of its log, before a contest
+	dead     bool                      // its process has died in the middle of something
+	paused   time.Duration             // stopped until then, by the world's clock
+	ioLeft   int                       // its process dies at that I/O from now; 0: at none
+	injected int                       // faults so far
+	hung     time.Duration             // how long the operation of the store that has just ended took
+	broken   bool                      // its log was made to fail
+	badReads bool                      // a read may fail
+	out      []*simRequest             // in flight
+	told     []*simRequest             // ended, Leased, and not yet handed to the kernel
+	shared   *Shared                   // what its process's images share
+	beside   *simHost                  // the process that it is an image of, if not one of its own
+	readOnly bool
+	left     *simLeave // its client has let go of the image, or nil
 }
 
 func (w *world) newHost() *simHost {
@@ -156,17 +164,21 @@ func (h *simHost) open(id uuid.UUID, force bool) (err error) {
 		w.fail("%s opens the image twice", h.name)
 	}
 	h.env = &simEnv{rng: w.rng, disk: h.disk, cache: h.cache.disk, now: h.Now(), delay: h.delay}
+	h.hung = 0
 	h.out, h.left, h.broken, h.badReads, h.dead, h.injected = nil, nil, false, false, false, 0
 	h.opening = true
 	config := w.plan.config
-	config.Shared = NewShared(Limits{Map: w.plan.mapMemory, Destage: w.plan.destageMemory})
+	if h.shared = h.beside.sharedOf(); h.shared == nil {
+		h.shared = NewShared(Limits{Map: w.plan.mapMemory, Destage: w.plan.destageMemory})
+	}
+	config.Shared = h.shared
 	var im *Image
 	died := h.guarded(func() {
 		h.openCache()
 		h.cache.configure(w.plan.cache.ring, &config)
 		im, err = Open(context.Background(), h.store, id, OpenOptions{
-			Parallel: 1,
-			Log:      simFile{h.disk, h}, URL: "mem:/disk", Host: h.name, Boot: h.boot, Force: force, Clock: h, Lease: w.plan.lease, Config: config,
+			Parallel: 1, ReadOnly: h.readOnly,
+			Log: simFile{h.disk, h}, URL: "mem:/disk", Host: h.name, Boot: h.boot, Force: force, Clock: h, Lease: w.plan.lease, Config: config,
 		})
 	})
 	h.opening = false
@@ -179,6 +191,10 @@ func (h *simHost) open(id uuid.UUID, force bool) (err error) {
 	}
 	h.im = im
 	h.env.now = h.Now()
+	if h.readOnly {
+		h.im.Start(h.env, nil, nil)
+		return nil
+	}
 	if h.memory == nil {
 		h.memory = w.memory.take(w.plan.memory)
 	}
@@ -192,12 +208,19 @@ func (h *simHost) open(id uuid.UUID, force bool) (err error) {
 var errDied = errors.New("the process died")
 
 func (h *simHost) delay() time.Duration {
-	w := h.w
+	w, hung := h.w, h.takeHung()
 	if !h.faults.on || w.rng.Float64() >= w.plan.slow {
-		return 0
+		return hung
 	}
 	// From a millisecond to half a minute, as often above 170 ms as below.
-	return time.Millisecond << w.rng.IntN(16)
+	return hung + time.Millisecond<<w.rng.IntN(16)
+}
+
+// takeHung returns how long operations of the store have taken since it was asked.
+func (h *simHost) takeHung() time.Duration {
+	d := h.hung
+	h.hung = 0
+	return d
 }
 
 // start opens the image, as often as it takes: the process dies, the store and
@@ -410,6 +433,9 @@ func (h *simHost) destage() {
 	})
 }
 
+// unread is what readAll returns for what could not be read.
+const unread = math.MaxUint64
+
 // readAll reads the whole image and returns the content of each cell. The image
 // must be quiet.
 func (h *simHost) readAll(id string) []uint64 {
@@ -424,6 +450,12 @@ func (h *simHost) readAll(id string) []uint64 {
 		r := &Request{Op: Read, Sector: w.sectorOf(first), Sectors: uint32(n * cell), Buf: make([]byte, n*cell*SectorSize)}
 		r.Done = doneFunc(func(r *Request) {
 			ended = true
+			if r.Err == syscall.EIO && h.readOnly {
+				for i := range n {
+					got[first+i] = unread
+				}
+				return
+			}
 			if r.Err != 0 {
 				w.fail("%s: read after recovery of %s: %v", h.name, id, r.Err)
 			}

@@ -51,10 +51,7 @@ func (w *world) check() *CheckReport {
 func (w *world) damageStore() {
 	w.count(countObjects, true)
 	ctx := context.Background()
-	var keys []string
-	if err := w.inner.List(ctx, w.id.String()+"/", func(key string) error { keys = append(keys, key); return nil }); err != nil {
-		w.fail("damage: %v", err)
-	}
+	keys := w.keys()
 	key := keys[w.rng.IntN(len(keys))]
 	if err := damage(ctx, w.inner, key, w.corrupt); err != nil {
 		w.fail("damage: %v", err)
@@ -71,7 +68,22 @@ func (w *world) damageStore() {
 		}
 		return
 	}
-	c.m, c.badReads = m, true
+	c.m = m
+	w.readDamaged(c)
+}
+
+// keys returns the keys of the image's objects.
+func (w *world) keys() (keys []string) {
+	err := w.inner.List(context.Background(), w.id.String()+"/", func(key string) error { keys = append(keys, key); return nil })
+	if err != nil {
+		w.fail("list: %v", err)
+	}
+	return keys
+}
+
+// readDamaged reads all of an image of which an object is damaged.
+func (w *world) readDamaged(c *simHost) {
+	c.badReads = true
 	for cell := uint64(0); cell < w.cells(); {
 		n := w.cellsFrom(cell, 64)
 		r := c.read(cell, n)
@@ -100,16 +112,24 @@ func (w *world) wholeNeeded(rep *CheckReport, key string) bool {
 // damage changes an object of either kind as corrupt says, which returns how many
 // bytes are left.
 func damage(ctx context.Context, st backend.Store, key string, corrupt func([]byte) int) error {
-	if b, v, err := st.Load(ctx, key); err == nil {
-		_, err := st.Swap(ctx, key, v, b[:corrupt(b)])
+	b, _, err := st.Load(ctx, key)
+	if err != nil {
+		b, err = readWhole(ctx, st, key)
+	}
+	if err != nil {
 		return err
 	}
-	b, err := readWhole(ctx, st, key)
-	if err != nil {
+	return replaceObject(ctx, st, key, b[:corrupt(b)])
+}
+
+// replaceObject puts b in the place of an object of either kind.
+func replaceObject(ctx context.Context, st backend.Store, key string, b []byte) error {
+	if _, v, err := st.Load(ctx, key); err == nil {
+		_, err := st.Swap(ctx, key, v, b)
 		return err
 	}
 	if err := st.Delete(ctx, key); err != nil {
 		return fmt.Errorf("delete: %w", err)
 	}
-	return st.Put(ctx, key, b[:corrupt(b)])
+	return st.Put(ctx, key, b)
 }

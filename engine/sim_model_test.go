@@ -143,11 +143,12 @@ func (m *model) mayBe(cell, v uint64, acked int) bool {
 }
 
 // nearest returns the number of writes, at least floor, after which the state was
-// most like got, and in how many cells it was not: the greatest such number.
+// most like got, where it is known, and in how many cells it was not: the greatest such
+// number.
 func (m *model) nearest(got []uint64, floor int) (writes, differ int) {
 	state := slices.Clone(m.base)
 	for i := range state {
-		if state[i] != got[i] {
+		if state[i] != got[i] && got[i] != unread {
 			differ++
 		}
 	}
@@ -159,6 +160,9 @@ func (m *model) nearest(got []uint64, floor int) (writes, differ int) {
 		h := &m.history[i]
 		v := h.value()
 		for c := h.cell; c < h.cell+h.cells; c++ {
+			if got[c] == unread {
+				continue
+			}
 			if state[c] != got[c] {
 				differ--
 			}

@@ -44,31 +44,34 @@ type world struct {
 	counts       simCounts
 	recent       []simPlace // of reads
 	next         uint64     // cell that a sequential run of reads comes to
+	regions      []simRegion
+	rivals       []*simRival // open the image at this time
+	frozen       bool        // one of them goes on: the others do not
 }
 
 // simRegion is a part of the image that the world uses.
 type simRegion struct{ start, sectors uint64 }
 
 const (
-	simSectors = 1 << 22 // 2 GiB
+	simSectors = 1 << 22 // 2 GiB, of most images
 	simLarge   = 3072    // sectors: 1.5 MiB
 	simSmall   = 128
 )
 
-// simRegions are three large regions, at the beginning of the image, across a
+// simRegions returns three large regions, at the beginning of the image, across a
 // border of its map's segments and at its end, and small ones all over it: so many
 // segments of the map are in use.
-var simRegions = func() []simRegion {
-	list := []simRegion{{0, simLarge}, {segmentSectors - simLarge/2, simLarge}, {simSectors - simLarge, simLarge}}
+func simRegions(sectors uint64) []simRegion {
+	list := []simRegion{{0, simLarge}, {segmentSectors - simLarge/2, simLarge}, {sectors - simLarge, simLarge}}
 	for i := uint64(1); i < 25; i++ {
-		list = append(list, simRegion{simSectors/26*i/8*8 + extmap.PageSectors, simSmall})
+		list = append(list, simRegion{sectors/26*i/8*8 + extmap.PageSectors, simSmall})
 	}
 	return list
-}()
+}
 
 // cells returns the number of the model's cells.
 func (w *world) cells() (n uint64) {
-	for _, r := range simRegions {
+	for _, r := range w.regions {
 		n += r.sectors / w.plan.cell
 	}
 	return n
@@ -76,7 +79,7 @@ func (w *world) cells() (n uint64) {
 
 // regionOf returns the region of a cell, and the cell that the region begins with.
 func (w *world) regionOf(cell uint64) (r simRegion, first uint64) {
-	for _, r = range simRegions {
+	for _, r = range w.regions {
 		n := r.sectors / w.plan.cell
 		if cell < first+n {
 			return r, first
@@ -132,14 +135,20 @@ func newWorld(seed uint64, memory *simMemory) *world {
 	plan.quick = !plan.stormy && seed%3 == 1
 	plan.extras = newExtras(rand.New(rand.NewPCG(seed, 43)))
 	w := &world{rng: rng, plan: plan, inner: mem.New(), memory: memory, nextWrite: 1, strays: map[string]bool{}}
-	id, err := Create(context.Background(), w.inner, "disk", CreateOptions{
-		Size: simSectors * SectorSize, BlockSize: uint32(w.plan.cell * SectorSize), ObjectSize: MinObjectSize,
+	w.regions = simRegions(plan.extras.sectors)
+	w.id = w.create("disk")
+	return w
+}
+
+// create makes an image.
+func (w *world) create(name string) uuid.UUID {
+	id, err := Create(context.Background(), w.inner, name, CreateOptions{
+		Size: w.plan.extras.sectors * SectorSize, BlockSize: uint32(w.plan.cell * SectorSize), ObjectSize: w.plan.extras.object,
 	})
 	if err != nil {
 		w.fail("create: %v", err)
 	}
-	w.id = id
-	return w
+	return id
 }
 
 // simFailure is how a world ends in which a promise was broken.
@@ -184,6 +193,9 @@ func (w *world) step(limit time.Duration) bool {
 	if w.rng.IntN(60) == 0 && w.tick(limit) {
 		return true
 	}
+	if len(w.rivals) > 0 && w.rng.IntN(2) == 0 && w.rivalGoesOn() {
+		return true
+	}
 	n := len(w.hosts)
 	first := w.rng.IntN(n)
 	for i := range n {
@@ -199,7 +211,7 @@ func (w *world) step(limit time.Duration) bool {
 			return true
 		}
 	}
-	return w.tick(limit)
+	return w.rivalGoesOn() || w.tick(limit)
 }
 
 func (w *world) lateEffect(i int) {
@@ -213,7 +225,7 @@ func (w *world) lateEffect(i int) {
 
 // tick moves the clock to when a host can do something that it cannot do now.
 func (w *world) tick(limit time.Duration) bool {
-	first := time.Duration(math.MaxInt64)
+	first := w.rivalWakes()
 	for _, h := range w.hosts {
 		if h.im == nil || h.dead || h.opening {
 			continue
@@ -231,6 +243,12 @@ func (w *world) tick(limit time.Duration) bool {
 
 // passFor lets time pass until at, while h, which waits, does nothing.
 func (w *world) passFor(h *simHost, at time.Duration) {
+	if h.yield != nil {
+		for w.now < at {
+			h.yield(at)
+		}
+		return
+	}
 	if h.opening {
 		for range 400 {
 			if w.now >= at || !w.step(at) {
@@ -246,6 +264,13 @@ func (w *world) passFor(h *simHost, at time.Duration) {
 func (w *world) elsewhere(h *simHost) {
 	if !h.opening || len(w.hosts) == 1 {
 		return
+	}
+	if h.yield != nil {
+		w.stopRival(h)
+		return
+	}
+	if h.readOnly && w.rng.IntN(8) == 0 {
+		w.passFor(h, w.now+time.Duration(w.rng.Int64N(int64(w.plan.lease)))) // it may take as long as it likes
 	}
 	for range w.rng.IntN(4) {
 		w.step(w.now)
@@ -625,9 +650,13 @@ func (w *world) logDamaged() {
 	h.disk.Damage(off)
 	h.badReads = true
 	w.run(w.rng.IntN(100))
-	h.kill()
 	m := h.m
 	floor := max(m.stored, m.proved)
+	if used > 0 && w.plan.extras.damage {
+		w.rot(h, head, used)
+		floor = m.stored // what proves the loss may be lost as well
+	}
+	h.kill()
 	// The power stays on: a loss of power may take the proof along.
 	dieOpen := w.plan.dieOpen
 	w.plan.dieOpen = 0
@@ -640,6 +669,18 @@ func (w *world) logDamaged() {
 		w.fail("open with a damaged log: %v", err)
 	default:
 		w.recovered(h, m, floor, true, "a log that was damaged")
+	}
+}
+
+// rot flips more bits of the log's records while clients go on.
+func (w *world) rot(h *simHost, head, used uint64) {
+	for range w.rng.IntN(4) {
+		for range 1 << w.rng.IntN(4) {
+			h.disk.Damage(writelog.DataOffset + int64((head-1-w.rng.Uint64N(used))%h.im.log.Size()))
+		}
+		if w.run(w.rng.IntN(100)); h.dead {
+			return
+		}
 	}
 }
 
@@ -723,15 +764,15 @@ func (w *world) takeover() {
 	if !b.dead {
 		w.run(w.rng.IntN(200))
 	}
-	w.staleLog(a)
+	w.staleLog(a, a.m.acked)
 }
 
-// staleLog checks what becomes of the log of a host that has lost the image.
-func (w *world) staleLog(a *simHost) {
+// staleLog checks what becomes of the log of a host that has lost the image. The log
+// must have so many writes, or the store.
+func (w *world) staleLog(a *simHost, has int) {
 	m := a.m
-	has := m.acked // writes that the log must have, or the store
 	if w.rng.IntN(3) == 0 {
-		has = m.durable
+		has = min(has, m.durable)
 		a.cutPower()
 	} else {
 		a.kill()
