@@ -200,7 +200,7 @@ func (c Config) withDefaults() Config {
 	set(&c.RetryMin, 100*time.Millisecond)
 	set(&c.RetryMax, 5*time.Second)
 	if c.CheckpointEvery == 0 {
-		c.CheckpointEvery = 512
+		c.CheckpointEvery = 1024
 	}
 	if c.SpaceRatio == 0 {
 		c.SpaceRatio = DefaultSpaceRatio

@@ -332,7 +332,7 @@ func BenchmarkOpen(b *testing.B) {
 // BenchmarkReplay opens an image of 64 GiB with random writes in data objects
 // after the last checkpoint.
 func BenchmarkReplay(b *testing.B) {
-	for _, since := range []uint32{0, 16, 64, 256, 512} {
+	for _, since := range []uint32{0, 16, 64, 256, 512, 1024} {
 		b.Run(fmt.Sprintf("objects=%d", since), func(b *testing.B) {
 			st := newHugeStore(b, 64<<30)
 			st.since = since

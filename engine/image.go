@@ -557,7 +557,13 @@ func (im *Image) Close(fn func(error)) {
 var errDetached = errors.New("the image was detached")
 
 // letGo destages, checkpoints and releases.
-func (im *Image) letGo(fn func(error)) {
+func (im *Image) letGo(done func(error)) {
+	fn := func(err error) {
+		if im.super.letGo {
+			err = nil // without a checkpoint, but with everything in the store
+		}
+		done(err)
+	}
 	im.clean.end()
 	im.Destage(func(err error) {
 		if err != nil {

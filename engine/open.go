@@ -217,14 +217,11 @@ func Open(ctx context.Context, st backend.Store, id uuid.UUID, o OpenOptions) (*
 	return im, nil
 }
 
-// asIsTries bounds how often a read-only image is read anew because its owner has gone
-// on meanwhile.
-const asIsTries = 10
-
 // openAsIs opens an image read-only, as the store has it now. Its owner may go on while
-// it is read, and remove what the superblock had led to: a new checkpoint is the sign.
+// it is read, and remove what the superblock had led to: a new checkpoint is the sign,
+// and the image is read anew. Checkpoints are rare beside that.
 func openAsIs(ctx context.Context, st backend.Store, sb *superblock, o *OpenOptions) (*Image, error) {
-	for range asIsTries {
+	for {
 		im := newImage(ctx, st, sb, o)
 		err := im.recoverStore(ctx, sb)
 		if err == nil || errors.Is(err, backend.ErrNotFound) {
@@ -233,6 +230,7 @@ func openAsIs(ctx context.Context, st backend.Store, sb *superblock, o *OpenOpti
 				err = lerr
 			} else if !sameStates(sb, now) {
 				im.dropUnopened()
+				o.Progress("reading the image anew, for its owner has gone on")
 				sb = now
 				continue
 			}
@@ -243,7 +241,6 @@ func openAsIs(ctx context.Context, st backend.Store, sb *superblock, o *OpenOpti
 		}
 		return im, nil
 	}
-	return nil, errors.New("the image changes faster than it can be read: try again when less is written to it")
 }
 
 // dropUnopened gives back what an image has that could not be opened.

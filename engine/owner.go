@@ -35,6 +35,7 @@ type superWriter struct {
 	evictObject uint64
 	evictMoved  time.Duration
 	gaveUp      bool // the image goes without what is only in the log
+	letGo       bool // the ownership was given up with everything in the store
 }
 
 // superChange is a change of the superblock beside renewals. apply may be called
@@ -336,7 +337,7 @@ func (im *Image) release(fn func(error)) {
 // released ends the image's service after the ownership has been given up.
 func (im *Image) released() {
 	fn := im.super.release
-	im.super.release = nil
+	im.super.release, im.super.letGo = nil, !im.super.gaveUp
 	why := im.why
 	if why == nil {
 		why = errDetached

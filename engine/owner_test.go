@@ -439,6 +439,10 @@ func TestEvictedWithAllStored(t *testing.T) {
 			a.mustWrite(1, n)
 			a.mustDestage()
 		}
+		told := errors.New("not told")
+		if what.method == faultstore.Put {
+			a.im.Close(func(err error) { told = err })
+		}
 		b := newHost(t, "beta", st, 2)
 		b.others = []*host{a}
 		if err := b.open(id, true); err != nil {
@@ -447,6 +451,9 @@ func TestEvictedWithAllStored(t *testing.T) {
 		gate.Set(false)
 		if n := len(b.im.super.sb.Points); a.im.state != Released || a.im.super.gaveUp || n > 0 {
 			t.Errorf("%s of %s fails: alpha is %v, gave up %v, %d points", what.method, what.key, a.im.state, a.im.super.gaveUp, n)
+		}
+		if what.method == faultstore.Put && told != nil {
+			t.Errorf("who had closed it was told %v", told)
 		}
 		b.mustRead(1, 3)
 		b.run(5 * time.Minute)
