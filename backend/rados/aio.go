@@ -26,7 +26,12 @@ func lsdRadosDone(handle C.uintptr_t) {
 // boundMalloc keeps memory that librados has freed from staying in the process.
 func boundMalloc() { C.lsd_bound_malloc() }
 
-// do runs one asynchronous operation: submit gives it to librados, and result,
+// do runs one asynchronous operation on data: see doIn.
+func (l *link) do(ctx context.Context, len int, submit func(C.rados_ioctx_t, *C.struct_lsd_op) C.int, result func(op *C.struct_lsd_op, ret int)) (int, error) {
+	return l.doIn(ctx, l.cluster.slots, len, submit, result)
+}
+
+// doIn runs one asynchronous operation, in a slot of its kind: submit gives it to librados, and result,
 // which may be nil, takes what it brought when it succeeded. It returns what the
 // operation returned, which is negative errno if it failed, or the error of ctx;
 // then the operation was cancelled, which it may have been too late for.
@@ -34,14 +39,14 @@ func boundMalloc() { C.lsd_bound_malloc() }
 // The operation's own memory is len bytes of buffer, and lives until librados
 // is through with it, however long that takes. Until then it also holds its
 // slot, so that operations that nobody waits for are bounded too.
-func (l *link) do(ctx context.Context, len int, submit func(C.rados_ioctx_t, *C.struct_lsd_op) C.int, result func(op *C.struct_lsd_op, ret int)) (int, error) {
+func (l *link) doIn(ctx context.Context, slots chan struct{}, len int, submit func(C.rados_ioctx_t, *C.struct_lsd_op) C.int, result func(op *C.struct_lsd_op, ret int)) (int, error) {
 	select {
-	case l.cluster.slots <- struct{}{}:
+	case slots <- struct{}{}:
 	case <-ctx.Done():
 		return 0, ctx.Err()
 	}
 	if ctx.Err() != nil { // select draws lots when both are ready
-		<-l.cluster.slots
+		<-slots
 		return 0, ctx.Err()
 	}
 	l.running.Add(1)
@@ -52,7 +57,7 @@ func (l *link) do(ctx context.Context, len int, submit func(C.rados_ioctx_t, *C.
 		if op != nil {
 			C.lsd_op_free(op)
 		}
-		<-l.cluster.slots
+		<-slots
 		l.running.Done()
 	}
 	if op == nil {
@@ -127,7 +132,7 @@ func (l *link) remove(ctx context.Context, oid string) (int, error) {
 // the object has at the same time.
 func (l *link) load(ctx context.Context, oid string, room int) (data, attr []byte, size uint64, ret int, err error) {
 	var part C.int // what the parts of the operation returned
-	ret, err = l.do(ctx, room, func(io C.rados_ioctx_t, op *C.struct_lsd_op) C.int {
+	ret, err = l.doIn(ctx, l.cluster.leases, room, func(io C.rados_ioctx_t, op *C.struct_lsd_op) C.int {
 		name := C.CString(oid)
 		defer C.free(unsafe.Pointer(name))
 		return C.lsd_load(io, op, name)
@@ -149,7 +154,7 @@ func (l *link) load(ctx context.Context, oid string, room int) (data, attr []byt
 // swap replaces contents and attribute of an object whose attribute is old, or
 // makes it if old is empty.
 func (l *link) swap(ctx context.Context, oid string, old, attr, data []byte) (int, error) {
-	return l.do(ctx, 0, func(io C.rados_ioctx_t, op *C.struct_lsd_op) C.int {
+	return l.doIn(ctx, l.cluster.leases, 0, func(io C.rados_ioctx_t, op *C.struct_lsd_op) C.int {
 		name := C.CString(oid)
 		defer C.free(unsafe.Pointer(name))
 		ptr := func(p []byte) *C.char { return (*C.char)(unsafe.Pointer(unsafe.SliceData(p))) }

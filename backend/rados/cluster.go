@@ -28,6 +28,10 @@ const (
 	// of those may be abandoned ones.
 	maxOps = 512
 
+	// maxLeaseOps is the same for operations on objects that change, superblocks for the
+	// most part: leases are renewed while those on data hang.
+	maxLeaseOps = 128
+
 	// maxBlocking is how many calls that librados has only in a blocking form
 	// one connection has in flight; each takes a thread.
 	maxBlocking = 8
@@ -55,7 +59,8 @@ type cluster struct {
 	conn     *rados.Conn
 	addr     string // names the connection to others; "" if that is not known
 	err      error
-	slots    chan struct{} // of operations in flight
+	slots    chan struct{} // of operations on data in flight
+	leases   chan struct{} // of operations in flight on objects that change
 	blocking chan struct{} // of blocking calls in flight
 	asking   chan struct{} // held while the monitors are asked for the newest map
 }
@@ -73,6 +78,7 @@ func (cs *Clusters) acquire(ctx context.Context, key clusterKey) (*cluster, erro
 			key:      key,
 			ready:    make(chan struct{}),
 			slots:    make(chan struct{}, maxOps),
+			leases:   make(chan struct{}, maxLeaseOps),
 			blocking: make(chan struct{}, maxBlocking),
 			asking:   make(chan struct{}, 1),
 		}
