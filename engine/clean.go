@@ -69,7 +69,8 @@ type cleaning struct {
 	victims []objectInfo
 	next    int // victim
 	pieces  []movedPiece
-	objects int // sealed and not yet accepted
+	objects int  // sealed and not yet accepted
+	place   bool // it has one of Shared's
 
 	ahead *objectHeader // of the victim to come, or nil
 
@@ -114,7 +115,7 @@ func (c *cleaner) scattered() bool {
 func (c *cleaner) maybe() {
 	im := c.im
 	c.takeUp()
-	if c.running != nil || c.search != nil || im.state != Active || !im.leased() || c.debt() <= 0 && !c.scattered() {
+	if c.running != nil || c.search != nil || im.state != Active || !im.leased() || im.stats.storeDown || im.usedUp() || c.debt() <= 0 && !c.scattered() {
 		return
 	}
 	c.search = c.newSearch()
@@ -144,7 +145,7 @@ func (c *cleaner) begin(victims []objectInfo) {
 		c.timer.Reset(im.cfg.RetryMin)
 		return
 	}
-	c.running = &cleaning{base: im.accepted.object, victims: victims}
+	c.running = &cleaning{base: im.accepted.object, victims: victims, place: true}
 	c.nextVictim()
 }
 
@@ -298,9 +299,17 @@ func (c *cleaner) ends() bool {
 // end ends the cleaning and lets another image have its place.
 func (c *cleaner) end() {
 	if c.running != nil {
+		c.yield()
 		c.running = nil
-		c.im.shared.endCleaning()
 		c.im.pumpNow() // objects may have waited for it
+	}
+}
+
+// yield lets another image have the cleaning's place.
+func (c *cleaner) yield() {
+	if c.running.place {
+		c.running.place = false
+		c.im.shared.endCleaning()
 	}
 }
 
@@ -381,7 +390,7 @@ func (c *cleaner) read(work func(context.Context) error, fn func()) {
 func (c *cleaner) skip(err error) {
 	r, im := c.running, c.im
 	o := r.victims[r.next]
-	if errors.Is(err, backend.ErrNotFound) && im.table.find(uint64(o.number)) == nil {
+	if x := im.table.find(uint64(o.number)); errors.Is(err, backend.ErrNotFound) && (x == nil || x.live == 0) {
 		err = nil // it has died meanwhile
 	}
 	if err != nil {
@@ -410,10 +419,20 @@ func (c *cleaner) putOff(err error) {
 	c.nextVictim()
 }
 
-// watch puts off a victim that waits for a part of the map that cannot be read.
+// watch is called now and then. It puts off a victim that waits for a part of the map
+// that cannot be read, and keeps no place from images whose stores work while this one's
+// does not. One that had to wait for its store begins.
 func (c *cleaner) watch() {
-	if r := c.running; r != nil && r.load != nil && r.load.tries >= cleanTries && !c.ends() {
+	r := c.running
+	if r == nil {
+		c.maybe()
+		return
+	}
+	if r.load != nil && r.load.tries >= cleanTries && !c.ends() {
 		c.putOff(errors.New("part of the map cannot be read"))
+	}
+	if c.running != nil && c.im.stats.storeDown {
+		c.yield()
 	}
 }
 

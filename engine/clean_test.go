@@ -229,3 +229,60 @@ func BenchmarkChoose(b *testing.B) {
 	}
 	b.ReportMetric(float64(b.Elapsed().Nanoseconds())/float64(turns), "ns/turn")
 }
+
+// TestCleaningBesideDeadStore: images of a store that takes no objects keep those of
+// another from nothing.
+func TestCleaningBesideDeadStore(t *testing.T) {
+	shared := NewShared(Limits{})
+	down := false
+	begin := func(name string, seed uint64, dies bool) (*host, func(int)) {
+		st := faultstore.New(mem.New())
+		id, err := Create(context.Background(), st, "disk", CreateOptions{Size: 64 << 20, ObjectSize: MinObjectSize})
+		if err != nil {
+			t.Fatal(err)
+		}
+		h := newHost(t, name, st, seed)
+		h.shared = shared
+		if err := h.open(id, false); err != nil {
+			t.Fatal(err)
+		}
+		st.Inject(func(op faultstore.Op) (f faultstore.Fault) {
+			r := h.im.clean.running
+			if down = down || dies && r != nil && r.objects > 0; dies && down && op.Method == faultstore.Put {
+				f.Before = backend.ErrTemporary
+			}
+			return f
+		})
+		rng := rand.New(rand.NewPCG(seed, 1))
+		n := uint64(0)
+		return h, func(writes int) {
+			for range writes {
+				n++
+				r := &Request{Op: Write, Sector: rng.Uint64N(4000) * 8, Sectors: 8, Buf: make([]byte, 4096)}
+				r.Done = doneFunc(func(*Request) {})
+				h.im.Submit(r)
+				h.run(0)
+				if dies && down {
+					break
+				}
+			}
+		}
+	}
+	for i := range uint64(maxCleanings) {
+		down = false
+		h, write := begin("dead", 10+i, true)
+		write(60000)
+		h.run(time.Minute)
+		if !down || h.im.clean.running == nil {
+			t.Fatal("no cleaning is under way: this tests nothing")
+		}
+	}
+	h, write := begin("alive", 1, false)
+	write(60000)
+	h.run(time.Hour)
+	space, live := h.im.table.space, h.im.table.live
+	t.Logf("space %d, live %d, moved %d", space, live, h.im.clean.moved)
+	if h.im.clean.debt() > 0 {
+		t.Errorf("nothing is cleaned: %.2f times what lives", float64(space)/float64(live))
+	}
+}
