@@ -122,6 +122,7 @@ type counters struct {
 	lastStoreErrAt                   time.Duration
 	storeDown                        bool
 	failing                          storeUse // the uses that have failed last
+	usedUp                           bool     // the numbers of objects, and this was logged
 	reads0, writes0                  uint64   // at the last rate sample
 	readRate, writeRate              float64
 	sampledAt                        time.Duration
@@ -195,7 +196,7 @@ func (im *Image) Submit(r *Request) {
 		im.flush(r)
 	case im.readOnly:
 		im.finish(r, syscall.EROFS)
-	case im.state != Active:
+	case im.state != Active || im.usedUp():
 		im.finish(r, syscall.EIO)
 	default:
 		if r.Op == Write {
@@ -206,6 +207,18 @@ func (im *Image) Submit(r *Request) {
 		}
 		im.write(r)
 	}
+}
+
+// usedUp reports whether the image has no more numbers for objects.
+func (im *Image) usedUp() bool {
+	if im.sealed.object < lastWritten {
+		return false
+	}
+	if !im.stats.usedUp {
+		im.stats.usedUp = true
+		im.logger.Error("the image has used up its numbers for objects: it is as good as read-only from here on; copy it to a new one")
+	}
+	return true
 }
 
 func (im *Image) finish(r *Request, err syscall.Errno) {

@@ -211,7 +211,7 @@ func Open(ctx context.Context, st backend.Store, id uuid.UUID, o OpenOptions) (*
 		}
 	}
 	if err != nil {
-		return nil, err
+		return nil, missingPart(ctx, recovery, id, err)
 	}
 	im.store = st
 	return im, nil
@@ -241,6 +241,17 @@ func openAsIs(ctx context.Context, st backend.Store, sb *superblock, o *OpenOpti
 		}
 		return im, nil
 	}
+}
+
+// missingPart tells an image that is damaged from one that has been removed, for which
+// alone its error matches backend.ErrNotFound.
+func missingPart(ctx context.Context, st backend.Store, id uuid.UUID, err error) error {
+	if errors.Is(err, backend.ErrNotFound) {
+		if _, _, e := loadSuperblock(ctx, st, id); e == nil {
+			return fmt.Errorf("%w: part of the image is not there: %v", ErrCorrupt, err)
+		}
+	}
+	return err
 }
 
 // dropUnopened gives back what an image has that could not be opened.

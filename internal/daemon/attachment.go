@@ -597,6 +597,8 @@ func explainOpen(rec record, err error) error {
 		return fmt.Errorf("%s: %w: it is kept; move it away, and lsdctl add --force opens the image at what the store has", rec.Log, err)
 	case errors.Is(err, backend.ErrNotFound):
 		return fmt.Errorf("%s: %w: %w", rec.URL, errImageGone, err)
+	case errors.Is(err, engine.ErrCorrupt):
+		return fmt.Errorf("open %s: %w: see lsdctl check %s", rec.URL, err, rec.URL)
 	}
 	return fmt.Errorf("open %s: %w", rec.URL, err)
 }
