@@ -115,7 +115,7 @@ func (c *cleaner) scattered() bool {
 func (c *cleaner) maybe() {
 	im := c.im
 	c.takeUp()
-	if c.running != nil || c.search != nil || im.state != Active || !im.leased() || im.stats.storeDown || im.usedUp() || c.debt() <= 0 && !c.scattered() {
+	if c.running != nil || c.search != nil || im.state != Active || !im.leased() || im.stats.failing != 0 || im.usedUp() || c.debt() <= 0 && !c.scattered() {
 		return
 	}
 	c.search = c.newSearch()
@@ -425,13 +425,15 @@ func (c *cleaner) putOff(err error) {
 func (c *cleaner) watch() {
 	r := c.running
 	if r == nil {
-		c.maybe()
+		if c.debt() > 0 {
+			c.maybe()
+		}
 		return
 	}
 	if r.load != nil && r.load.tries >= cleanTries && !c.ends() {
 		c.putOff(errors.New("part of the map cannot be read"))
 	}
-	if c.running != nil && c.im.stats.storeDown {
+	if c.running != nil && c.im.stats.failing != 0 {
 		c.yield()
 	}
 }

@@ -286,3 +286,38 @@ func TestCleaningBesideDeadStore(t *testing.T) {
 		t.Errorf("nothing is cleaned: %.2f times what lives", float64(space)/float64(live))
 	}
 }
+
+// TestCleaningBesideStuckReads: reads of one object that are never answered keep the
+// cleaner from nothing else.
+func TestCleaningBesideStuckReads(t *testing.T) {
+	st := faultstore.New(mem.New())
+	id := newImageIn(t, st)
+	a := newHost(t, "alpha", st, 1)
+	if err := a.open(id, false); err != nil {
+		t.Fatal(err)
+	}
+	for n := range uint64(256) {
+		a.mustWrite(12000+n, n+1) // an object of its own
+	}
+	a.mustDestage()
+	a.im.tail = tail{} // it is read from the store
+	stuck := dataKey(id, 1, 1)
+	st.Inject(faultstore.If(func(op faultstore.Op) bool { return op.Method == faultstore.Get && op.Key == stuck }, faultstore.Fault{Before: backend.ErrTemporary}))
+	for n := range uint64(8) {
+		a.im.Submit(&Request{Op: Read, Sector: (12000 + 30*n) * 8, Sectors: 8, Buf: make([]byte, 4096), Done: doneFunc(func(*Request) {})})
+		a.run(700 * time.Millisecond)
+	}
+	rng := rand.New(rand.NewPCG(1, 1))
+	for range 300 {
+		for range 100 {
+			a.mustWrite(rng.Uint64N(4000), 1)
+		}
+		a.run(2 * time.Second)
+	}
+	if !a.im.stats.storeDown {
+		t.Error("the reads are answered: this tests nothing")
+	}
+	if ratio := float64(a.im.table.space) / float64(a.im.table.live); ratio > 2 {
+		t.Errorf("the objects take %.2f times what lives", ratio)
+	}
+}

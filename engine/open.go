@@ -5,7 +5,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"slices"
 	"time"
 
 	"github.com/google/uuid"
@@ -208,10 +207,11 @@ func Open(ctx context.Context, st backend.Store, id uuid.UUID, o OpenOptions) (*
 		im.fencer, _ = st.(backend.Fencer)
 		if err = im.takeAndRecover(ctx, &o); err != nil {
 			im.dropUnopened()
+			err = im.missing(ctx, sb, err)
 		}
 	}
 	if err != nil {
-		return nil, missingPart(ctx, recovery, id, err)
+		return nil, err
 	}
 	im.store = st
 	return im, nil
@@ -224,8 +224,10 @@ func openAsIs(ctx context.Context, st backend.Store, sb *superblock, o *OpenOpti
 	for {
 		im := newImage(ctx, st, sb, o)
 		err := im.recoverStore(ctx, sb)
+		var lerr error
 		if err == nil || errors.Is(err, backend.ErrNotFound) {
-			now, _, lerr := loadSuperblock(ctx, st, sb.Image)
+			var now *superblock
+			now, _, lerr = loadSuperblock(ctx, st, sb.Image)
 			if lerr != nil {
 				err = lerr
 			} else if !sameStates(sb, now) {
@@ -237,21 +239,38 @@ func openAsIs(ctx context.Context, st backend.Store, sb *superblock, o *OpenOpti
 		}
 		if err != nil {
 			im.dropUnopened()
+			if lerr == nil && errors.Is(err, backend.ErrNotFound) {
+				err = missingPart(err)
+			}
 			return nil, err
 		}
 		return im, nil
 	}
 }
 
-// missingPart tells an image that is damaged from one that has been removed, for which
-// alone its error matches backend.ErrNotFound.
-func missingPart(ctx context.Context, st backend.Store, id uuid.UUID, err error) error {
-	if errors.Is(err, backend.ErrNotFound) {
-		if _, _, e := loadSuperblock(ctx, st, id); e == nil {
-			return fmt.Errorf("%w: part of the image is not there: %v", ErrCorrupt, err)
-		}
+// missing tells what it means that an attach has not found something, beginning with the
+// superblock sb. Of an image that has been removed alone the error matches
+// backend.ErrNotFound.
+func (im *Image) missing(ctx context.Context, sb *superblock, err error) error {
+	if !errors.Is(err, backend.ErrNotFound) {
+		return err
 	}
-	return err
+	if im.super.sb != nil {
+		sb = im.super.sb // as this attach has changed it
+	}
+	now, _, lerr := loadSuperblock(ctx, im.store, im.id)
+	switch {
+	case lerr != nil:
+		return lerr
+	case !sameStates(sb, now):
+		return fmt.Errorf("another host has changed the image meanwhile: try again: %v", err)
+	}
+	return missingPart(err)
+}
+
+// missingPart is the error of an image of which something is not there.
+func missingPart(err error) error {
+	return fmt.Errorf("%w: part of the image is not there: %v", ErrCorrupt, err)
 }
 
 // dropUnopened gives back what an image has that could not be opened.
@@ -485,8 +504,8 @@ func (im *Image) inherit(sb *superblock, ours bool) {
 	if sb.Owner != nil && !ours {
 		sb.cutOff()
 	}
+	im.unreleased = sb.Owner != nil || sb.unsettled()
 	sb.dropPoints(func(p point) bool { return p.Log == im.spent })
-	im.unreleased = sb.Owner != nil || slices.ContainsFunc(sb.Points, func(p point) bool { return !p.Settled })
 }
 
 // waitForOwner asks the owner to let go, and returns the superblock when it has,
@@ -545,6 +564,7 @@ func (im *Image) settleOwnership(ctx context.Context) error {
 		if before := sb.epochOf(first); before > 0 && im.unreleased {
 			sb.Stale = append(sb.Stale, staleObjects{Epoch: before, Object: first})
 		}
+		sb.Loose = false
 		for i := range sb.Points {
 			if p := &sb.Points[i]; !p.Settled {
 				p.Object, p.Settled = im.accepted.object, true

@@ -3,9 +3,13 @@ package engine
 import (
 	"context"
 	"errors"
+	"math/rand/v2"
+	"strings"
 	"testing"
+	"time"
 
 	"github.com/lsd-ceph/lsd/backend"
+	"github.com/lsd-ceph/lsd/backend/faultstore"
 	"github.com/lsd-ceph/lsd/backend/mem"
 )
 
@@ -39,5 +43,173 @@ func TestMissingPart(t *testing.T) {
 				t.Errorf("%s is missing, read-only %v: %v", key, readOnly, err)
 			}
 		}
+	}
+}
+
+// TestMissingPartOfWhole: what an attach does not find says nothing against the image if
+// another host has changed it meanwhile, or if that cannot be known.
+func TestMissingPartOfWhole(t *testing.T) {
+	inner := mem.New()
+	id := newImageIn(t, inner)
+	a, b := newHost(t, "alpha", inner, 1), newHost(t, "beta", inner, 2)
+	if err := a.open(id, false); err != nil {
+		t.Fatal(err)
+	}
+	a.mustWrite(1, 1)
+	a.mustClose()
+	// Beta takes it over, and has another checkpoint, while alpha recovers.
+	a.again()
+	a.st = &manifestStore{Store: inner, hook: func() {
+		if err := b.open(id, true); err != nil {
+			t.Fatal(err)
+		}
+		b.mustOverwrite(8)
+		b.mustClose()
+	}}
+	if err := a.open(id, false); err == nil || errors.Is(err, ErrCorrupt) || errors.Is(err, backend.ErrNotFound) {
+		t.Errorf("overtaken: %v", err)
+	}
+	// A store that has lost a manifest, and does not answer then.
+	lost := false
+	c := newHost(t, "gamma", faultstore.New(inner, func(op faultstore.Op) (f faultstore.Fault) {
+		switch {
+		case strings.Contains(op.Key, "/c/") && op.Method == faultstore.Stat:
+			lost, f.Before = true, backend.ErrNotFound
+		case lost && op.Method == faultstore.Load:
+			f.Before = backend.ErrTemporary
+		}
+		return f
+	}), 3)
+	if err := c.open(id, false); !lost || !errors.Is(err, backend.ErrTemporary) {
+		t.Errorf("not known: %v", err)
+	}
+}
+
+// looseOwner returns a host that has given the image up, everything in the store, while of
+// the cleaner's objects the first one was refused.
+func looseOwner(t *testing.T, st *faultstore.Store) *host {
+	id, err := Create(context.Background(), st, "disk", CreateOptions{Size: 64 << 20, ObjectSize: MinObjectSize})
+	if err != nil {
+		t.Fatal(err)
+	}
+	a := newHost(t, "alpha", st, 1)
+	if err := a.open(id, false); err != nil {
+		t.Fatal(err)
+	}
+	stuck := ""
+	st.Inject(func(op faultstore.Op) (f faultstore.Fault) {
+		if r := a.im.clean.running; stuck == "" && r != nil && r.objects > 0 {
+			stuck = dataKey(id, a.im.accepted.object+1, 1)
+		}
+		if op.Method == faultstore.Put && op.Key == stuck {
+			f.Before = backend.ErrTemporary
+		}
+		return f
+	})
+	rng := rand.New(rand.NewPCG(1, 1))
+	for i := uint64(0); i < 60000 && stuck == ""; i++ {
+		a.mustWrite(rng.Uint64N(4000), i)
+	}
+	var told []error
+	a.im.Close(func(err error) { told = append(told, err) })
+	if _, _, err := changeSuperblock(context.Background(), st, id, func(sb *superblock) error {
+		sb.Evict = &eviction{Epoch: sb.Epoch, By: "beta"}
+		return nil
+	}); err != nil {
+		t.Fatal(err)
+	}
+	a.run(time.Minute)
+	if a.im.accepted.seq != a.im.sealed.seq || a.im.accepted == a.im.sealed || a.im.state != Released {
+		t.Fatalf("accepted %v, sealed %v, %v: this tests nothing", a.im.accepted, a.im.sealed, a.im.state)
+	}
+	if len(told) != 1 || told[0] != nil {
+		t.Errorf("who had closed it was told %v", told)
+	}
+	st.Inject()
+	return a
+}
+
+// TestLooseEnd: an owner that goes while objects of its cleaner are under way has lost
+// nothing, and what it leaves of them is removed.
+func TestLooseEnd(t *testing.T) {
+	for _, other := range []bool{false, true} {
+		st := faultstore.New(mem.New())
+		b := looseOwner(t, st)
+		id := b.im.id
+		if b.again(); other {
+			b = newHost(t, "beta", st, 2)
+		}
+		if err := b.open(id, false); err != nil {
+			t.Fatal(err)
+		}
+		if sb := b.im.super.sb; len(sb.Points) > 0 || len(sb.Stale) == 0 || sb.Loose {
+			t.Errorf("points %v, stale %v, loose %v", sb.Points, sb.Stale, sb.Loose)
+		}
+		b.run(10 * time.Minute)
+		b.mustClose()
+		rep, err := Check(context.Background(), st, "disk", "mem:/disk", CheckOptions{Deep: true})
+		if err != nil || !rep.Clean() || len(rep.Stale) > 0 {
+			t.Errorf("check: %v, %+v", err, rep)
+		}
+	}
+}
+
+// TestSpentLogLeavesNothing: an owner gives the image up with a record in its log alone
+// that it has not acknowledged, and objects beyond a gap; its log turns out to hold no
+// more than the store has. The objects are removed.
+func TestSpentLogLeavesNothing(t *testing.T) {
+	st := faultstore.New(mem.New())
+	id := newImageIn(t, st)
+	a := newHost(t, "alpha", st, 1)
+	if err := a.open(id, false); err != nil {
+		t.Fatal(err)
+	}
+	a.mustWrite(1, 1)
+	a.mustDestage()
+	// The first object is there, but the owner does not learn that.
+	first, second := dataKey(id, 2, 1), dataKey(id, 3, 1)
+	st.Inject(func(op faultstore.Op) (f faultstore.Fault) {
+		if op.Method == faultstore.Put && (op.Key == first || op.Key == second) {
+			f.Before = backend.ErrTemporary
+		}
+		return f
+	})
+	for n := range uint64(3) {
+		a.mustWrite(2, n)
+		a.im.Destage(func(error) {})
+		a.run(0)
+	}
+	if _, _, err := changeSuperblock(context.Background(), st, id, func(sb *superblock) error {
+		sb.Evict = &eviction{Epoch: sb.Epoch, By: "beta"}
+		return nil
+	}); err != nil {
+		t.Fatal(err)
+	}
+	a.run(time.Minute)
+	if a.im.state != Released || !a.im.super.gaveUp {
+		t.Fatalf("alpha is %v: this tests nothing", a.im.state)
+	}
+	st.Inject()
+	// They come late, all but the last.
+	for _, b := range a.im.queue[:2] {
+		for _, o := range b.built {
+			if err := st.Put(context.Background(), dataKey(id, o.header.seq, 1), o.bytes); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	a.again()
+	if err := a.open(id, false); err != nil {
+		t.Fatal(err)
+	}
+	if sb := a.im.super.sb; len(sb.Points) > 0 || len(sb.Stale) == 0 {
+		t.Errorf("points %v, stale %v", sb.Points, sb.Stale)
+	}
+	a.mustRead(2, 2)
+	a.run(10 * time.Minute)
+	a.mustClose()
+	rep, err := Check(context.Background(), st, "disk", "mem:/disk", CheckOptions{Deep: true})
+	if err != nil || !rep.Clean() || len(rep.Stale) > 0 {
+		t.Errorf("check: %v, %+v", err, rep)
 	}
 }

@@ -35,6 +35,7 @@ type superWriter struct {
 	evictObject uint64
 	evictMoved  time.Duration
 	gaveUp      bool // the image goes without what is only in the log
+	loose       bool // it goes while objects of the cleaner may be under way
 	letGo       bool // the ownership was given up with everything in the store
 }
 
@@ -95,8 +96,9 @@ func (im *Image) giveUp() {
 	if im.super.release != nil {
 		return
 	}
-	if im.accepted == im.sealed && im.open == nil {
-		im.logger.Warn("the store does not take a checkpoint, or does not delete what is dead: another host gets the image without that; everything that was acknowledged is in the store")
+	if im.accepted.seq == im.sealed.seq && im.open == nil {
+		im.logger.Warn("the store does not take a checkpoint, or what the cleaner moves, or does not delete what is dead: another host gets the image without that; everything that was acknowledged is in the store")
+		im.super.loose = true
 		im.release(func(error) {})
 		return
 	}
@@ -115,7 +117,7 @@ func (im *Image) leased() bool {
 	if mutate.On(mutate.LeaseIgnored) {
 		return true
 	}
-	if s.gaveUp {
+	if s.gaveUp || s.loose {
 		return false // the release may have taken effect already
 	}
 	if im.env.Now() < s.until {
@@ -173,6 +175,7 @@ func (im *Image) updateSuper() {
 		if s.gaveUp {
 			next.cutOff()
 		}
+		next.Loose = s.loose
 		next.Owner, next.Evict = nil, nil
 	}
 	began := im.env.Now()

@@ -158,7 +158,7 @@ func (im *Image) loadView(ctx context.Context, sb *superblock, v *view) error {
 		}
 		v.m = m
 	}
-	err := im.headers(ctx, sb, v.m.at, v.last, func(h *objectHeader) error {
+	missing, err := im.headers(ctx, sb, v.m.at, v.last, func(h *objectHeader) error {
 		h.sums = nil
 		t := tailObject{h, make([]uint32, len(h.extents))}
 		off := uint32(0)
@@ -177,8 +177,8 @@ func (im *Image) loadView(ctx context.Context, sb *superblock, v *view) error {
 	case err != nil:
 		return err
 	case v.point != nil && v.point.Settled && v.end() < v.last:
-		next := v.end() + 1
-		v.err = fmt.Errorf("object %s: %w", dataKey(im.id, next, sb.epochOf(next)), backend.ErrNotFound)
+		missing = max(missing, v.end()+1) // where the last object is joined to the next, none is
+		v.err = fmt.Errorf("object %s: %w", dataKey(im.id, missing, sb.epochOf(missing)), backend.ErrNotFound)
 	}
 	return nil
 }
@@ -288,6 +288,9 @@ func (r *reach) leftover(k imageKey) keyClass {
 // unsettled reports whether an ownership has ended of which it is not known yet
 // where.
 func (s *superblock) unsettled() bool {
+	if s.Loose {
+		return true
+	}
 	for i := range s.Points {
 		if !s.Points[i].Settled {
 			return true

@@ -19,12 +19,14 @@ func (im *Image) recoverStore(ctx context.Context, sb *superblock) error {
 	if err := im.loadCheckpoint(ctx, sb.Checkpoint); err != nil {
 		return err
 	}
-	return im.replay(ctx, sb, maxObjectSeq)
+	_, err := im.replay(ctx, sb, maxObjectSeq)
+	return err
 }
 
 // replay enters the data objects after the last one in the map, up to the object
-// last or the end of the run.
-func (im *Image) replay(ctx context.Context, sb *superblock, last uint64) error {
+// last or the end of the run. It returns the number of the object that ends the run
+// by not being there, or 0.
+func (im *Image) replay(ctx context.Context, sb *superblock, last uint64) (missing uint64, err error) {
 	return im.headers(ctx, sb, im.accepted, last, func(h *objectHeader) error {
 		if err := im.loadSegments(ctx, h.segments); err != nil {
 			return err
@@ -37,8 +39,9 @@ func (im *Image) replay(ctx context.Context, sb *superblock, last uint64) error 
 
 // headers reads the headers of the data objects after a position, several at a
 // time, and calls fn for each, in order, up to the object last or the end of the
-// run. Of a group of objects it calls fn for all or none.
-func (im *Image) headers(ctx context.Context, sb *superblock, at position, last uint64, fn func(*objectHeader) error) error {
+// run. Of a group of objects it calls fn for all or none. It returns the number of the
+// object that ends the run by not being there, or 0.
+func (im *Image) headers(ctx context.Context, sb *superblock, at position, last uint64, fn func(*objectHeader) error) (missing uint64, err error) {
 	type answer struct {
 		h   *objectHeader
 		err error
@@ -69,27 +72,27 @@ func (im *Image) headers(ctx context.Context, sb *superblock, at position, last 
 		if errors.Is(a.err, backend.ErrNotFound) {
 			if mutate.On(mutate.HalfCounted) && len(group) > 0 {
 				group[0].joined = false
-				return fn(group[0])
+				return next, fn(group[0])
 			}
-			return nil
+			return next, nil
 		}
 		if a.err != nil {
-			return a.err
+			return 0, a.err
 		}
 		if err := im.goesOn(at, group, a.h); err != nil {
-			return err
+			return 0, err
 		}
 		if group = append(group, a.h); a.h.joined {
 			continue
 		}
 		for _, h := range group {
 			if err := fn(h); err != nil {
-				return err
+				return 0, err
 			}
 		}
 		at, group = a.h.end(), group[:0]
 	}
-	return nil
+	return 0, nil
 }
 
 // goesOn returns an error unless the object h goes on where the one before ended: the
@@ -172,7 +175,7 @@ func (im *Image) storeEnd(ctx context.Context, sb *superblock) (position, error)
 		}
 		at = m.at
 	}
-	err := im.headers(ctx, sb, at, maxObjectSeq, func(h *objectHeader) error {
+	_, err := im.headers(ctx, sb, at, maxObjectSeq, func(h *objectHeader) error {
 		at = h.end()
 		return nil
 	})

@@ -78,11 +78,12 @@ func (im *Image) branchPoint(ctx context.Context, sb *superblock, file writelog.
 	if err := im.loadCheckpoint(ctx, base); err != nil {
 		return err
 	}
-	if err := im.replay(ctx, sb, end); err != nil {
+	missing, err := im.replay(ctx, sb, end)
+	if err != nil {
 		return err
 	}
 	if im.accepted.object < end && end != maxObjectSeq {
-		return fmt.Errorf("data object %d, which the image as it was needs, is not there any more: %w", im.accepted.object+1, backend.ErrNotFound)
+		return fmt.Errorf("data object %d, which the image as it was needs, is not there any more: %w", max(missing, im.accepted.object+1), backend.ErrNotFound)
 	}
 	_, err = im.recoverLog(ctx, &OpenOptions{Log: file})
 	return err

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strings"
 	"testing"
 	"time"
 
@@ -161,6 +162,43 @@ func TestGroupCounts(t *testing.T) {
 				}
 			})
 		}
+	}
+}
+
+// TestCheckNamesMissingOfGroup: of a group that a point needs, the object that is not
+// there is the one that is named.
+func TestCheckNamesMissingOfGroup(t *testing.T) {
+	st := mem.New()
+	id := newImageIn(t, st)
+	a, b := newHost(t, "alpha", st, 1), newHost(t, "beta", st, 2)
+	if err := a.open(id, false); err != nil {
+		t.Fatal(err)
+	}
+	for n := range uint64(3) {
+		a.mustGroup(n + 1)
+		a.mustDestage()
+	}
+	a.mustWrite(9, 9) // in the log alone
+	if err := b.open(id, true); err != nil {
+		t.Fatal(err)
+	}
+	b.mustWrite(1, 77)
+	b.mustClose()
+	last := b.im.super.sb.Points[0].Object
+	if c := b.im.super.sb.Points[0].Checkpoint; c != nil && c.Object > last-2 {
+		t.Fatalf("checkpoint %v, last object %d: this tests nothing", c, last)
+	}
+	key := dataKey(id, last, 1)
+	if err := st.Delete(context.Background(), key); err != nil {
+		t.Fatal(err)
+	}
+	rep, err := Check(context.Background(), st, "disk", "mem:/disk", CheckOptions{})
+	if err != nil || len(rep.Errors) == 0 {
+		t.Fatalf("%v, %+v", err, rep)
+	}
+	text := fmt.Sprint(rep.Errors)
+	if !strings.Contains(text, "object "+key+": not found") || strings.Contains(text, "object "+dataKey(id, last-1, 1)) {
+		t.Errorf("%s is missing: %v", key, rep.Errors)
 	}
 }
 

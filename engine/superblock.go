@@ -49,6 +49,9 @@ type superblock struct {
 	// Lost is the latest epoch of the points that had to go because there were too many:
 	// whose logs held what no store has.
 	Lost uint64 `json:"lost,omitempty"`
+	// Loose says that the last owner has given the image up while objects of its cleaner
+	// were under way: the next one finds where that ownership ends.
+	Loose bool `json:"loose,omitempty"`
 }
 
 // staleObjects are what the owner of an epoch may have put, or may still put, that

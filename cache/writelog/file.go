@@ -141,6 +141,9 @@ func OpenFile(ctx context.Context, path string) (*OSFile, error) {
 		}
 		select {
 		case <-ctx.Done():
+			if errors.Is(err, unix.EBUSY) {
+				return nil, fmt.Errorf("%s: %w, or the device is mounted or part of another one", path, ErrLocked)
+			}
 			return nil, fmt.Errorf("%s: %w", path, ErrLocked)
 		case <-time.After(5 * time.Millisecond):
 		}
