@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"math/rand/v2"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -35,6 +36,9 @@ type host struct {
 	shared *Shared
 	// others run while this host waits in Open.
 	others []*host
+	// opening guards env.now in Now and Sleep, and the others' running: Open reads with
+	// several goroutines.
+	opening sync.Mutex
 }
 
 func newHost(t *testing.T, name string, st backend.Store, seed uint64) *host {
@@ -44,9 +48,15 @@ func newHost(t *testing.T, name string, st backend.Store, seed uint64) *host {
 }
 
 // Now and Sleep let a host wait in Open while the others go on.
-func (h *host) Now() time.Duration { return h.env.now }
+func (h *host) Now() time.Duration {
+	h.opening.Lock()
+	defer h.opening.Unlock()
+	return h.env.now
+}
 
 func (h *host) Sleep(_ context.Context, d time.Duration) error {
+	h.opening.Lock()
+	defer h.opening.Unlock()
 	h.env.now += d
 	for _, o := range h.others {
 		o.run(d)

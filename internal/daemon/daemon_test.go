@@ -7,6 +7,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -728,11 +729,11 @@ func TestFrontAllocs(t *testing.T) {
 // recover a device.
 type lateKernel struct {
 	*fakeKernel
-	busy int
+	busy atomic.Int32 // attempts, of any device
 }
 
 func (k *lateKernel) Recover(ctx context.Context, id int) (device, error) {
-	if k.busy--; k.busy >= 0 {
+	if k.busy.Add(-1) >= 0 {
 		return nil, unix.EBUSY
 	}
 	return k.fakeKernel.Recover(ctx, id)

@@ -298,7 +298,7 @@ type world struct {
 	damage atomic.Int32     // how many of the next reads of the first data object give something else
 	lost   atomic.Int32     // how many of the next changes of a superblock fail
 	scrub  int64            // bytes a second
-	late   int              // how many of a daemon's first recoveries of devices fail
+	late   int32            // how many of a daemon's first recoveries of devices fail
 	log    syncBuffer
 }
 
@@ -368,7 +368,11 @@ func (h *host) start() {
 	}
 	d.env.boot = h.boot
 	d.recRetry = 10 * time.Millisecond
-	d.openKernel = func() (kernel, error) { return &lateKernel{h.w.kernel, h.w.late}, nil }
+	d.openKernel = func() (kernel, error) {
+		k := &lateKernel{fakeKernel: h.w.kernel}
+		k.busy.Store(h.w.late)
+		return k, nil
+	}
 	d.openSt = func(context.Context, backend.URL) (backend.Store, error) {
 		if h.w.outage.On(faultstore.Op{}) {
 			return nil, &backend.Error{Op: "open", Class: backend.ErrTemporary}
