@@ -19,7 +19,7 @@ const (
 	// many that they can be told apart by age, so few that they fit memory.
 	cleanObjects = 4
 	// cleanSlack is how many objects of dead data an image may have in any case.
-	cleanSlack = 3
+	cleanSlack = 2
 	// cleanGap is the dead data that is read along rather than left out.
 	cleanGap = 64 << 10 // bytes
 	// cleanFull is the share of live data, in percent, from which on an object is
@@ -419,7 +419,7 @@ func (c *cleaner) putOff(err error) {
 	c.nextVictim()
 }
 
-// watch is called now and then. It puts off a victim that waits for a part of the map
+// watch is called at each renewal of the lease. It puts off a victim that waits for a part of the map
 // that cannot be read, and keeps no place from images whose stores work while this one's
 // does not. One that had to wait for its store begins.
 func (c *cleaner) watch() {

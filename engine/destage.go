@@ -57,7 +57,7 @@ func (im *Image) pumpNow() {
 	lags := im.clean.lags()
 	for _, b := range im.queue[:min(len(im.queue), maxPuts)] {
 		if b.last() > last {
-			break
+			break // the next owner looks no further for what this one may have put
 		}
 		if b.state != batchSealed && b.state != batchBuilt {
 			continue
@@ -120,7 +120,7 @@ func (im *Image) storeFailed(use storeUse, err error) {
 	im.stats.failing |= use
 	if !im.stats.storeDown {
 		im.stats.storeDown = true
-		im.logger.Warn("the store does not take objects: trying again until it does; writes go on until the log is full", "err", err)
+		im.logger.Warn("the store fails: trying again until it does not; writes go on until the log is full", "err", err)
 	}
 }
 
@@ -142,7 +142,7 @@ func (im *Image) storeWorks(use storeUse) {
 	im.stats.failing &^= use
 	if im.stats.storeDown && im.stats.failing == 0 && im.env.Now()-im.stats.lastStoreErrAt >= calm {
 		im.stats.storeDown = false
-		im.logger.Info("the store takes objects again", "errors", im.stats.storeErrors)
+		im.logger.Info("the store works again", "errors", im.stats.storeErrors)
 	}
 }
 
@@ -237,7 +237,8 @@ func (im *Image) giveMemory(b *batch) {
 	}
 }
 
-// put writes those of b's objects to the store that are not there.
+// put writes those of b's objects to the store that are not there, side by side: a store
+// that is far away takes as long for a small one.
 func (im *Image) put(b *batch) {
 	b.state, b.failed = batchPutting, nil
 	for i := range b.built {

@@ -572,8 +572,8 @@ var errDetached = errors.New("the image was detached")
 // letGo destages, checkpoints and releases.
 func (im *Image) letGo(done func(error)) {
 	fn := func(err error) {
-		if im.super.letGo {
-			err = nil // without a checkpoint, but with everything in the store
+		if im.super.sb.Owner == nil && !im.super.gaveUp {
+			err = nil // the image went without a checkpoint, but with everything in the store
 		}
 		done(err)
 	}

@@ -224,24 +224,21 @@ func openAsIs(ctx context.Context, st backend.Store, sb *superblock, o *OpenOpti
 	for {
 		im := newImage(ctx, st, sb, o)
 		err := im.recoverStore(ctx, sb)
-		var lerr error
 		if err == nil || errors.Is(err, backend.ErrNotFound) {
-			var now *superblock
-			now, _, lerr = loadSuperblock(ctx, st, sb.Image)
-			if lerr != nil {
+			switch now, _, lerr := loadSuperblock(ctx, st, sb.Image); {
+			case lerr != nil:
 				err = lerr
-			} else if !sameStates(sb, now) {
+			case !sameStates(sb, now):
 				im.dropUnopened()
 				o.Progress("reading the image anew, for its owner has gone on")
 				sb = now
 				continue
+			case err != nil:
+				err = missingPart(err)
 			}
 		}
 		if err != nil {
 			im.dropUnopened()
-			if lerr == nil && errors.Is(err, backend.ErrNotFound) {
-				err = missingPart(err)
-			}
 			return nil, err
 		}
 		return im, nil

@@ -112,12 +112,7 @@ func looseOwner(t *testing.T, st *faultstore.Store) *host {
 	}
 	var told []error
 	a.im.Close(func(err error) { told = append(told, err) })
-	if _, _, err := changeSuperblock(context.Background(), st, id, func(sb *superblock) error {
-		sb.Evict = &eviction{Epoch: sb.Epoch, By: "beta"}
-		return nil
-	}); err != nil {
-		t.Fatal(err)
-	}
+	a.mustBeAsked()
 	a.run(time.Minute)
 	if a.im.accepted.seq != a.im.sealed.seq || a.im.accepted == a.im.sealed || a.im.state != Released {
 		t.Fatalf("accepted %v, sealed %v, %v: this tests nothing", a.im.accepted, a.im.sealed, a.im.state)
@@ -147,10 +142,7 @@ func TestLooseEnd(t *testing.T) {
 		}
 		b.run(10 * time.Minute)
 		b.mustClose()
-		rep, err := Check(context.Background(), st, "disk", "mem:/disk", CheckOptions{Deep: true})
-		if err != nil || !rep.Clean() || len(rep.Stale) > 0 {
-			t.Errorf("check: %v, %+v", err, rep)
-		}
+		mustBeClean(t, st)
 	}
 }
 
@@ -179,12 +171,7 @@ func TestSpentLogLeavesNothing(t *testing.T) {
 		a.im.Destage(func(error) {})
 		a.run(0)
 	}
-	if _, _, err := changeSuperblock(context.Background(), st, id, func(sb *superblock) error {
-		sb.Evict = &eviction{Epoch: sb.Epoch, By: "beta"}
-		return nil
-	}); err != nil {
-		t.Fatal(err)
-	}
+	a.mustBeAsked()
 	a.run(time.Minute)
 	if a.im.state != Released || !a.im.super.gaveUp {
 		t.Fatalf("alpha is %v: this tests nothing", a.im.state)
@@ -208,8 +195,5 @@ func TestSpentLogLeavesNothing(t *testing.T) {
 	a.mustRead(2, 2)
 	a.run(10 * time.Minute)
 	a.mustClose()
-	rep, err := Check(context.Background(), st, "disk", "mem:/disk", CheckOptions{Deep: true})
-	if err != nil || !rep.Clean() || len(rep.Stale) > 0 {
-		t.Errorf("check: %v, %+v", err, rep)
-	}
+	mustBeClean(t, st)
 }

@@ -36,7 +36,6 @@ type superWriter struct {
 	evictMoved  time.Duration
 	gaveUp      bool // the image goes without what is only in the log
 	loose       bool // it goes while objects of the cleaner may be under way
-	letGo       bool // the ownership was given up with everything in the store
 }
 
 // superChange is a change of the superblock beside renewals. apply may be called
@@ -340,7 +339,7 @@ func (im *Image) release(fn func(error)) {
 // released ends the image's service after the ownership has been given up.
 func (im *Image) released() {
 	fn := im.super.release
-	im.super.release, im.super.letGo = nil, !im.super.gaveUp
+	im.super.release = nil
 	why := im.why
 	if why == nil {
 		why = errDetached

@@ -148,6 +148,26 @@ func (h *host) awaitFenced() {
 	}
 }
 
+// mustBeAsked leaves the mark by which another host asks for the image.
+func (h *host) mustBeAsked() {
+	h.t.Helper()
+	if _, _, err := changeSuperblock(context.Background(), h.st, h.im.id, func(sb *superblock) error {
+		sb.Evict = &eviction{Epoch: sb.Epoch, By: "beta"}
+		return nil
+	}); err != nil {
+		h.t.Fatal(err)
+	}
+}
+
+// mustBeClean checks the image, of which nothing may be damaged or left behind.
+func mustBeClean(t *testing.T, st backend.Store) {
+	t.Helper()
+	rep, err := Check(context.Background(), st, "disk", "mem:/disk", CheckOptions{Deep: true})
+	if err != nil || !rep.Clean() || len(rep.Stale) > 0 {
+		t.Errorf("check: %v, %+v", err, rep)
+	}
+}
+
 // objectsOf returns how many objects of a kind, "d", "m" or "c", the store has of an image.
 func objectsOf(t *testing.T, st backend.Store, id uuid.UUID, kind string) (n int) {
 	t.Helper()
@@ -468,10 +488,7 @@ func TestEvictedWithAllStored(t *testing.T) {
 		b.mustRead(1, 3)
 		b.run(5 * time.Minute)
 		b.mustClose()
-		rep, err := Check(context.Background(), st, "disk", "mem:/disk", CheckOptions{Deep: true})
-		if err != nil || !rep.Clean() || len(rep.Stale) > 0 {
-			t.Errorf("check: %v, %+v", err, rep)
-		}
+		mustBeClean(t, st)
 	}
 }
 

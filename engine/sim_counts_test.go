@@ -33,6 +33,7 @@ const (
 	countSalvages
 	countQuiet      // crashes when everything was in the store
 	countRests      // images that came to rest
+	countJoined     // objects in the store in the end that are joined to the next
 	countStuck      // objects of the store that fail while all else works
 	countStuckReads // reads beside such
 	countStuckDetaches
@@ -68,7 +69,7 @@ func (n *simCounts) names() [simCountKinds]string {
 		"flipped bits read from SSDs", "logs damaged at rest", "objects damaged at rest", "SSDs that failed", "full logs",
 		"second attaches", "takeovers of owners that went on", "takeovers of stopped owners", "logs salvaged",
 		"crashes with all in the store", "images at rest",
-		"times some objects were stuck", "reads beside these", "detaches beside these", "detaches amid faults", "detaches of evicted owners",
+		"objects joined to the next", "times some objects were stuck", "reads beside these", "detaches beside these", "detaches amid faults", "detaches of evicted owners",
 		"objects damaged in use", "operations given up", "contests for the image", "attaches in these", "attaches by the owner's own host",
 		"read-only images beside the owner", "cells of these that were read", "images beside the owner's in its process", "that went on while its store was away",
 		"bytes of read caches' hits", "bytes of their misses", "bytes found at a start", "bytes evicted", "bytes moved",

@@ -35,6 +35,26 @@ func (w *world) checkStore() {
 	if len(wrong) > 0 {
 		w.fail("check: %s", strings.Join(wrong, "; "))
 	}
+	w.countGroups()
+}
+
+// countGroups counts the objects that are joined to the next one.
+func (w *world) countGroups() {
+	for _, key := range w.keys() {
+		if parseKey(w.id, key).kind != keyData {
+			continue
+		}
+		b, err := readWhole(context.Background(), w.inner, key)
+		if err != nil {
+			w.fail("object %s: %v", key, err)
+		}
+		n, err := objectHeaderSize(b)
+		if err != nil {
+			continue // damaged on purpose
+		}
+		h, err := decodeObjectHeader(b[:min(n, len(b))], w.plan.extras.sectors)
+		w.count(countJoined, err == nil && h.joined)
+	}
 }
 
 // check is what lsdctl check does.

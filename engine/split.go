@@ -57,6 +57,7 @@ func (im *Image) kindAt(s uint64) dataKind {
 // next one.
 func (im *Image) split(b *batch) {
 	b.objects, b.place = 1, [maxGroup]uint8{}
+	// Two batches at least must be under way at one time, and recovery keep its bound.
 	if 2*maxGroup > im.window || maxGroup > im.cfg.CheckpointEvery {
 		return
 	}

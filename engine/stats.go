@@ -123,9 +123,9 @@ func (im *Image) logStats(s *Stats, now time.Duration) {
 		s.Dirty += b.sectors * SectorSize
 		switch b.state {
 		case batchPutting:
-			s.Puts++
+			s.Puts += b.putting
 		case batchSealed, batchBuilding, batchBuilt:
-			s.Queued++
+			s.Queued += b.objects
 		}
 		oldest = b
 	}

@@ -26,15 +26,15 @@ func lsdRadosDone(handle C.uintptr_t) {
 // boundMalloc keeps memory that librados has freed from staying in the process.
 func boundMalloc() { C.lsd_bound_malloc() }
 
-// do runs one asynchronous operation on data: see doIn.
+// do is doIn for an operation on data.
 func (l *link) do(ctx context.Context, len int, submit func(C.rados_ioctx_t, *C.struct_lsd_op) C.int, result func(op *C.struct_lsd_op, ret int)) (int, error) {
 	return l.doIn(ctx, l.cluster.slots, len, submit, result)
 }
 
-// doIn runs one asynchronous operation, in a slot of its kind: submit gives it to librados, and result,
-// which may be nil, takes what it brought when it succeeded. It returns what the
-// operation returned, which is negative errno if it failed, or the error of ctx;
-// then the operation was cancelled, which it may have been too late for.
+// doIn runs one asynchronous operation, in one of slots: submit gives it to librados,
+// and result, which may be nil, takes what it brought when it succeeded. It returns
+// what the operation returned, which is negative errno if it failed, or the error of
+// ctx; then the operation was cancelled, which it may have been too late for.
 //
 // The operation's own memory is len bytes of buffer, and lives until librados
 // is through with it, however long that takes. Until then it also holds its

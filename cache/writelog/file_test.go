@@ -90,7 +90,7 @@ func TestDevice(t *testing.T) {
 	}
 	out, err := exec.Command("losetup", "--find", "--show", image).Output()
 	if err != nil {
-		t.Skipf("no loop device: %v", err)
+		t.Fatalf("losetup: %v", err)
 	}
 	path := string(bytes.TrimSpace(out))
 	defer exec.Command("losetup", "--detach", path).Run()

@@ -20,6 +20,25 @@ func (k *slowKernel) Delete(ctx context.Context, id int) error {
 	return k.fakeKernel.Delete(ctx, id)
 }
 
+// detachLater attaches an image and detaches it without a store: that goes on in the
+// background.
+func (h *host) detachLater(t *testing.T) (id int, a *attachment) {
+	t.Helper()
+	id = h.add(api.AttachRequest{ID: -1})
+	h.w.kernel.write(t, id, 8, 1)
+	a = h.find(id)
+	if err := a.flush(context.Background(), func(api.Progress) {}); err != nil {
+		t.Fatal(err)
+	}
+	h.w.outage.Set(true)
+	ctx, stop := context.WithTimeout(context.Background(), 500*time.Millisecond)
+	defer stop()
+	if _, err := a.detach(ctx, api.DetachRequest{}, func(api.Progress) {}); err == nil {
+		t.Fatal("detached without a store")
+	}
+	return id, a
+}
+
 // TestDetachTwice: a detach that went on in the background comes to its end while its
 // user asks for it again.
 func TestDetachTwice(t *testing.T) {
@@ -27,18 +46,7 @@ func TestDetachTwice(t *testing.T) {
 	h := w.newHost()
 	slow := &slowKernel{w.kernel, make(chan struct{}), make(chan struct{})}
 	h.kern = slow
-	id := h.add(api.AttachRequest{ID: -1})
-	w.kernel.write(t, id, 8, 1)
-	a := h.find(id)
-	if err := a.flush(context.Background(), func(api.Progress) {}); err != nil {
-		t.Fatal(err)
-	}
-	w.outage.Set(true)
-	ctx, stop := context.WithTimeout(context.Background(), 500*time.Millisecond)
-	defer stop()
-	if _, err := a.detach(ctx, api.DetachRequest{}, func(api.Progress) {}); err == nil {
-		t.Fatal("detached without a store")
-	}
+	id, a := h.detachLater(t)
 	w.outage.Set(false)
 	<-slow.deleting // by the keeper, which has closed the image
 	again := make(chan error)
@@ -67,18 +75,7 @@ func TestDetachTwice(t *testing.T) {
 func TestPanicWhileDetaching(t *testing.T) {
 	w := newWorld(t)
 	h := w.newHost()
-	id := h.add(api.AttachRequest{ID: -1})
-	w.kernel.write(t, id, 8, 1)
-	a := h.find(id)
-	if err := a.flush(context.Background(), func(api.Progress) {}); err != nil {
-		t.Fatal(err)
-	}
-	w.outage.Set(true)
-	ctx, stop := context.WithTimeout(context.Background(), 500*time.Millisecond)
-	defer stop()
-	if _, err := a.detach(ctx, api.DetachRequest{}, func(api.Progress) {}); err == nil {
-		t.Fatal("detached without a store")
-	}
+	id, a := h.detachLater(t)
 	dk := a.getDisk()
 	dk.reactor.Post(func() { panic("test") })
 	<-dk.reactor.Done()

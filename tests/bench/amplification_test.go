@@ -274,10 +274,9 @@ func TestAmplification(t *testing.T) {
 			if a.mapBytes > 8.2 {
 				t.Errorf("the map takes %.2f bytes of memory for each block of 4 KiB", a.mapBytes)
 			}
-			// The three objects of slack are a good deal of an image this small, and so
-			// is what has died since the last checkpoint, and at the peak what one
+			// A sixty-fourth of slack for an image this small, and what one
 			// cleaning has put before its victims die.
-			if a.space > engine.DefaultSpaceRatio+3.0/256+1.0/128 || a.spacePeak > engine.DefaultSpaceRatio+3.0/64 {
+			if a.space > engine.DefaultSpaceRatio+1.0/64 || a.spacePeak > engine.DefaultSpaceRatio+3.0/64 {
 				t.Errorf("the objects take %.3f of what lives, %.3f at the most", a.space, a.spacePeak)
 			}
 		})
