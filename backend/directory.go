@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"hash/crc32"
+	"io/fs"
 	"math/rand/v2"
 	"slices"
 	"strings"
@@ -110,6 +111,47 @@ func Rename(ctx context.Context, s Store, old, new string) error {
 		j, _ = d.find(new)
 		return slices.Insert(d, j, Entry{new, id}), nil
 	})
+}
+
+// ErrUnknownVersion is matched by the error of a directory whose format this program does
+// not know: it may be whole, and is never changed.
+var ErrUnknownVersion = errors.New("of a format that this program does not know")
+
+// Rebuild makes the directory anew with these entries, in any order, which must have
+// different names. It fails with ErrConflict when there is one that can be read, and with
+// ErrUnknownVersion when it is one of another version. Two must not be at it at one time
+// where the store itself cannot read what is there: that goes first, in a step of its own.
+func Rebuild(ctx context.Context, s Store, entries []Entry) error {
+	d := slices.SortedFunc(slices.Values(entries), func(a, b Entry) int { return strings.Compare(a.Name, b.Name) })
+	old, version, err := s.Load(ctx, DirectoryKey)
+	switch {
+	case errors.Is(err, ErrNotFound):
+		version = NoVersion
+	case errors.Is(err, ErrPermanent) && !errors.Is(err, fs.ErrPermission):
+		if err := s.Delete(ctx, DirectoryKey); err != nil {
+			return err
+		}
+		version = NoVersion
+	case err != nil:
+		return err
+	default:
+		_, err := decodeDirectory(old)
+		if err == nil {
+			return &Error{Op: "rebuild", Key: DirectoryKey, Class: ErrConflict, Cause: errors.New("it is there, and whole")}
+		}
+		if errors.Is(err, ErrUnknownVersion) {
+			return &Error{Op: "rebuild", Key: DirectoryKey, Class: ErrPermanent, Cause: err}
+		}
+	}
+	b, err := directory(d).encode()
+	if err != nil {
+		return err
+	}
+	if _, err := decodeDirectory(b); err != nil {
+		return &Error{Op: "rebuild", Key: DirectoryKey, Class: ErrPermanent, Cause: err}
+	}
+	_, err = s.Swap(ctx, DirectoryKey, version, b)
+	return err
 }
 
 // The limits of changeDirectory. Conflicts are progress, of somebody else;
@@ -228,7 +270,7 @@ func decodeDirectory(b []byte) (directory, error) {
 		return nil, errors.New("not a directory of images")
 	}
 	if v := binary.LittleEndian.Uint32(b[8:]); v != directoryVersion {
-		return nil, fmt.Errorf("directory of images has format version %d: this program knows %d", v, directoryVersion)
+		return nil, fmt.Errorf("directory of images is %w: version %d, not %d", ErrUnknownVersion, v, directoryVersion)
 	}
 	body, sum := b[:len(b)-directoryTrailer], binary.LittleEndian.Uint32(b[len(b)-directoryTrailer:])
 	if crc32.Checksum(body, castagnoli) != sum {

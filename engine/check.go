@@ -115,7 +115,7 @@ func Check(ctx context.Context, st backend.Store, name, url string, o CheckOptio
 	switch {
 	case lost:
 		rep := newReport(url)
-		rep.Errors = append(rep.Errors, lostDirectory(err, "lsdctl check STORE lists the images that are there by their ids"))
+		rep.Errors = append(rep.Errors, lostDirectory(err))
 		return rep, nil
 	case err != nil:
 		return nil, err

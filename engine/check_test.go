@@ -1,6 +1,7 @@
 package engine
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -263,7 +264,7 @@ func TestCheckClean(t *testing.T) {
 			t.Errorf("%+v: it has looked at %d objects, %d segments, %d points", o, rep.Objects, rep.Segments, rep.Points)
 		}
 	}
-	if rep, err := CheckStore(context.Background(), c.st, "mem:"); err != nil || !rep.Clean() {
+	if rep, err := CheckStore(context.Background(), c.st, "mem:", false); err != nil || !rep.Clean() {
 		t.Errorf("store: %v, %v", rep, err)
 	}
 	// One whose owner has died, with objects after its checkpoint.
@@ -590,7 +591,7 @@ func TestCheckStore(t *testing.T) {
 				t.Fatal(err)
 			}
 		}
-		if rep, err := CheckStore(ctx, c.st, "mem:"); err != nil || len(rep.Notes) != 1 || !strings.HasPrefix(rep.Notes[0], want) {
+		if rep, err := CheckStore(ctx, c.st, "mem:", false); err != nil || len(rep.Notes) != 1 || !strings.HasPrefix(rep.Notes[0], want) {
 			t.Errorf("%d: %v: %q, want %q", n, err, rep.Notes, want)
 		}
 	}
@@ -618,7 +619,7 @@ func TestCheckStore(t *testing.T) {
 		t.Run(x.name, func(t *testing.T) {
 			c := whole.copy(t)
 			x.damage(c)
-			rep, err := CheckStore(ctx, c.st, "mem:")
+			rep, err := CheckStore(ctx, c.st, "mem:", false)
 			if err != nil || len(rep.Errors) != 1 || !strings.HasPrefix(c.lines(rep), x.want) {
 				t.Errorf("%v: %q, want %q", err, c.lines(rep), x.want)
 			}
@@ -637,7 +638,7 @@ func TestCheckLostDirectory(t *testing.T) {
 		want   string
 		lost   bool
 	}{
-		{"missing", func(c *checkedImage) { c.remove(backend.DirectoryKey) }, "directory: the directory of names is missing, and there are images: bring it back", true},
+		{"missing", func(c *checkedImage) { c.remove(backend.DirectoryKey) }, "directory: the directory of names is missing, and there are images: lsdctl check STORE --repair makes it anew", true},
 		{"flipped", func(c *checkedImage) { c.corrupt(backend.DirectoryKey, flipLast) }, "directory: the directory of names is damaged: ", false},
 		{"empty", func(c *checkedImage) { c.corrupt(backend.DirectoryKey, cutAll) }, "directory: the directory of names is damaged: ", false},
 	} {
@@ -648,7 +649,7 @@ func TestCheckLostDirectory(t *testing.T) {
 			if err != nil || rep.Clean() || rep.ID != uuid.Nil || len(rep.Errors) != 1 || !strings.HasPrefix(c.lines(rep), x.want) {
 				t.Errorf("image: %v, %+v", err, rep)
 			}
-			rep, err = CheckStore(ctx, c.st, "mem:")
+			rep, err = CheckStore(ctx, c.st, "mem:", false)
 			if err != nil || len(rep.Errors) != 1 || !strings.HasPrefix(c.lines(rep), x.want) ||
 				len(rep.Notes) != 1 || !strings.Contains(rep.Notes[0], c.id.String()+" is there: made as disk on ") {
 				t.Errorf("store: %v, %+v", err, rep)
@@ -663,7 +664,7 @@ func TestCheckLostDirectory(t *testing.T) {
 	if err := empty.Put(ctx, "other/thing", []byte("x")); err != nil {
 		t.Fatal(err)
 	}
-	if rep, err := CheckStore(ctx, empty, "mem:"); !errors.Is(err, backend.ErrNotFound) {
+	if rep, err := CheckStore(ctx, empty, "mem:", false); !errors.Is(err, backend.ErrNotFound) {
 		t.Errorf("a place without a store: %v, %+v", err, rep)
 	}
 	if rep, err := Check(ctx, empty, "disk", "mem:/disk", CheckOptions{}); !errors.Is(err, backend.ErrNotFound) {
@@ -671,6 +672,103 @@ func TestCheckLostDirectory(t *testing.T) {
 	}
 	if rep, err := Check(ctx, whole.st, "none", "mem:/none", CheckOptions{}); !errors.Is(err, backend.ErrNotFound) {
 		t.Errorf("no such image: %v, %+v", err, rep)
+	}
+}
+
+// TestRebuildDirectory: a directory that has gone, or is damaged, is made anew from the
+// superblocks. Of two images that were made under one name the later one gets it; what
+// was never whole gets none.
+func TestRebuildDirectory(t *testing.T) {
+	ctx := context.Background()
+	whole := newCheckedImage(t)
+	made := func(name string, at time.Duration, change func(*superblock)) uuid.UUID {
+		id, err := createNameless(ctx, whole.st, name+"-", CreateOptions{Size: 64 << 20}, false)
+		if err == nil {
+			_, _, err = changeSuperblock(ctx, whole.st, id, func(sb *superblock) error {
+				sb.Name, sb.Created = name, sb.Created.Add(at)
+				change(sb)
+				return nil
+			})
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		return id
+	}
+	as := func(*superblock) {}
+	older := made("disk", -time.Hour, as)
+	long := strings.Repeat("x", backend.MaxImageName)
+	first, second := made(long, time.Hour, as), made(long, 0, as)
+	made("half", 0, func(sb *superblock) { sb.Partial = true })
+	want := []backend.Entry{
+		{Name: "disk", ID: whole.id}, {Name: "disk~" + older.String()[:8], ID: older},
+		{Name: long, ID: first}, {Name: second.String(), ID: second},
+	}
+	slices.SortFunc(want, func(a, b backend.Entry) int { return strings.Compare(a.Name, b.Name) })
+	for name, damage := range map[string]func(*checkedImage){
+		"missing": func(c *checkedImage) { c.remove(backend.DirectoryKey) },
+		"flipped": func(c *checkedImage) { c.corrupt(backend.DirectoryKey, flipLast) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			c := whole.copy(t)
+			damage(c)
+			rep, err := CheckStore(ctx, c.st, "mem:", false)
+			if err != nil || rep.Clean() || len(rep.Repairs) != len(want) || slices.ContainsFunc(rep.Repairs, func(r Repair) bool { return r.Done }) {
+				t.Errorf("without repair: %v, %q, %+v", err, c.lines(rep), rep)
+			}
+			if rep, err := Check(ctx, c.st, "disk", "mem:/disk", CheckOptions{}); err != nil || rep.Clean() {
+				t.Errorf("the image before the repair: %v, %+v", err, rep)
+			}
+			rep, err = CheckStore(ctx, c.st, "mem:", true)
+			// What is half there is found still.
+			if err != nil || !rep.Errors[0].Mended && !rep.Errors[1].Mended || len(rep.Errors) != 2 || !strings.Contains(c.lines(rep), "the beginning of half") {
+				t.Errorf("%v, %q", err, c.lines(rep))
+			}
+			names, err := backend.Names(ctx, c.st)
+			if err != nil || !slices.Equal(names, want) {
+				t.Errorf("%v, %v; want %v", names, err, want)
+			}
+			if rep, err := Check(ctx, c.st, "disk", "mem:/disk", CheckOptions{}); err != nil || !rep.Clean() {
+				t.Errorf("the image after the repair: %v, %+v", err, rep)
+			}
+			if err := backend.Rebuild(ctx, c.st, nil); !errors.Is(err, backend.ErrConflict) {
+				t.Errorf("a directory that is whole was made anew: %v", err)
+			}
+		})
+	}
+}
+
+// TestNewerDirectory: one of another version is not damaged, and not replaced.
+func TestNewerDirectory(t *testing.T) {
+	ctx := context.Background()
+	c := newCheckedImage(t)
+	c.corrupt(backend.DirectoryKey, func(b []byte) int { b[8]++; return len(b) })
+	before, v, err := c.st.Load(ctx, backend.DirectoryKey)
+	if err != nil {
+		t.Fatal(err)
+	}
+	rep, err := CheckStore(ctx, c.st, "mem:", true)
+	if err != nil || rep.Clean() || len(rep.Repairs) > 0 || !strings.Contains(c.lines(rep), "use the lsd that has written it") {
+		t.Errorf("%v, %q", err, c.lines(rep))
+	}
+	if err := backend.Rebuild(ctx, c.st, nil); !errors.Is(err, backend.ErrUnknownVersion) {
+		t.Errorf("rebuilt: %v", err)
+	}
+	if after, w, err := c.st.Load(ctx, backend.DirectoryKey); err != nil || w != v || !bytes.Equal(before, after) {
+		t.Errorf("it was changed: %v", err)
+	}
+}
+
+// TestCreateLostDirectory: a new image would hide that the names of others are lost.
+func TestCreateLostDirectory(t *testing.T) {
+	ctx := context.Background()
+	c := newCheckedImage(t)
+	c.remove(backend.DirectoryKey)
+	if _, err := Create(ctx, c.st, "new", CreateOptions{Size: 64 << 20}); !errors.Is(err, ErrLostDirectory) {
+		t.Errorf("%v", err)
+	}
+	if _, err := c.st.Stat(ctx, backend.DirectoryKey); !errors.Is(err, backend.ErrNotFound) {
+		t.Errorf("a directory was made: %v", err)
 	}
 }
 

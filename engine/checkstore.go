@@ -18,10 +18,11 @@ import (
 
 // CheckStore checks that the directory of a store and what is in it belong
 // together: that each name has a superblock, and that all objects are those of an
-// image with a name. It does not look into the images, and changes nothing. url
-// names the store in messages. It fails with ErrNotFound when there is neither a
+// image with a name. It does not look into the images. url names the store in
+// messages. With repair it makes a directory that is missing or damaged anew, from the
+// superblocks; else it changes nothing. It fails with ErrNotFound when there is neither a
 // directory nor anything of an image.
-func CheckStore(ctx context.Context, st backend.Store, url string) (*CheckReport, error) {
+func CheckStore(ctx context.Context, st backend.Store, url string, repair bool) (*CheckReport, error) {
 	rep := newReport(url)
 	st = patient{st, Real{}}
 	// The names come last: an image that is being made has its superblock first.
@@ -38,8 +39,11 @@ func CheckStore(ctx context.Context, st backend.Store, url string) (*CheckReport
 	case missing && len(s.objects) == 0:
 		return nil, fmt.Errorf("%s holds nothing of lsd: %w", url, err)
 	case missing || damagedDirectory(err):
-		rep.Errors = append(rep.Errors, lostDirectory(err, "no image can be found by its name"))
-		return rep, s.describe(ctx, st, rep)
+		rep.Errors = append(rep.Errors, lostDirectory(err))
+		if errors.Is(err, backend.ErrUnknownVersion) {
+			return rep, nil
+		}
+		return rep, s.rebuild(ctx, st, rep, repair)
 	case err != nil:
 		return nil, err
 	}
@@ -56,11 +60,17 @@ func damagedDirectory(err error) bool {
 	return errors.Is(err, backend.ErrPermanent) && !errors.Is(err, fs.ErrPermission)
 }
 
+// ErrLostDirectory says that a store has images and no directory of their names.
+var ErrLostDirectory = errors.New("the directory of names is missing, and there are images")
+
 // lostDirectory returns what is to be said of a directory that is not there, or
 // damaged, as err says.
-func lostDirectory(err error, more string) Finding {
-	f := Finding{Object: backend.DirectoryKey, Problem: "the directory of names is missing, and there are images", Action: "bring it back from a copy of the pool; " + more}
-	if !errors.Is(err, backend.ErrNotFound) {
+func lostDirectory(err error) Finding {
+	f := Finding{Object: backend.DirectoryKey, Problem: ErrLostDirectory.Error(), Action: "lsdctl check STORE --repair makes it anew, with the names that the images were made under"}
+	switch {
+	case errors.Is(err, backend.ErrUnknownVersion):
+		f.Problem, f.Action = err.Error(), "use the lsd that has written it, or bring it back from a copy of the pool"
+	case !errors.Is(err, backend.ErrNotFound):
 		f.Problem = "the directory of names is damaged: " + err.Error()
 	}
 	return f
@@ -126,25 +136,74 @@ func imageOf(key string) (id uuid.UUID, name string, ok bool) {
 	return id, name, err == nil && id.String() == head
 }
 
-// describe notes which images are there, while their names are not known.
-func (s *storeScan) describe(ctx context.Context, st backend.Store, rep *CheckReport) error {
+// rebuild plans, and with repair does, the making of a directory of the images that are
+// there.
+func (s *storeScan) rebuild(ctx context.Context, st backend.Store, rep *CheckReport, repair bool) error {
+	images, err := s.nameable(ctx, st, rep)
+	if err != nil {
+		return err
+	}
+	names := uniqueNames(images)
+	for _, e := range names {
+		rep.Repairs = append(rep.Repairs, Repair{Object: SuperblockKey(e.ID), What: "give the image the name " + e.Name})
+	}
+	if !repair || len(names) == 0 {
+		return nil
+	}
+	if err := backend.Rebuild(ctx, st, names); err != nil {
+		return fmt.Errorf("make the directory of names anew: %w", err)
+	}
+	rep.Errors[0].Mended = true
+	for i := range rep.Repairs {
+		rep.Repairs[i].Done = true
+	}
+	return s.checkNameless(ctx, st, rep)
+}
+
+// nameable returns the superblocks of the images that can have a name, and notes what
+// else is there.
+func (s *storeScan) nameable(ctx context.Context, st backend.Store, rep *CheckReport) (images []*superblock, err error) {
 	ids := slices.SortedFunc(maps.Keys(s.objects), func(a, b uuid.UUID) int { return bytes.Compare(a[:], b[:]) })
 	for _, id := range ids {
 		what := plural.Count(s.objects[id], "object")
 		sb, _, err := loadSuperblock(ctx, st, id)
 		switch {
+		case err == nil && sb.Partial:
+			what = fmt.Sprintf("the beginning of %s, which was not salvaged to its end, with %s", sb.Name, what)
 		case err == nil:
+			images = append(images, sb)
 			what = fmt.Sprintf("made as %s on %s, with %s", sb.Name, sb.Created.Format(time.DateOnly), what)
 		case errors.Is(err, backend.ErrNotFound):
 			what += ", and no superblock"
 		case unreadableSuper(err):
 			what += ", and " + err.Error()
 		default:
-			return err
+			return nil, err
 		}
 		rep.Notes = append(rep.Notes, fmt.Sprintf("image %s is there: %s", id, what))
 	}
-	return nil
+	return images, nil
+}
+
+// uniqueNames returns a name for each image: the one that it was made under, or, where a
+// later image has that, one that it begins and the id completes.
+func uniqueNames(images []*superblock) []backend.Entry {
+	images = slices.Clone(images)
+	slices.SortStableFunc(images, func(a, b *superblock) int { return b.Created.Compare(a.Created) })
+	taken := map[string]bool{}
+	var names []backend.Entry
+	for _, sb := range images {
+		name := sb.Name
+		if taken[name] || backend.CheckImageName(name) != nil {
+			name = sb.Image.String()
+			if short := sb.Name + "~" + name[:8]; backend.CheckImageName(short) == nil && !taken[short] {
+				name = short
+			}
+		}
+		taken[name] = true
+		names = append(names, backend.Entry{Name: name, ID: sb.Image})
+	}
+	return names
 }
 
 // checkNames reports names without a superblock, and images with several names.
@@ -193,6 +252,10 @@ func (s *storeScan) checkNameless(ctx context.Context, st backend.Store, rep *Ch
 		f := Finding{Object: id.String() + "/", Problem: plural.Count(n, "object") + " of an image that has neither name nor superblock", Action: "if nobody misses an image, remove them by hand"}
 		sb, _, err := loadSuperblock(ctx, st, id)
 		switch {
+		case err == nil && sb.Partial:
+			f.Object = SuperblockKey(id)
+			f.Problem = fmt.Sprintf("the beginning of %s, which is being salvaged, or was not to its end, with %s", sb.Name, plural.Count(n, "object"))
+			f.Action = "if nobody is at it, salvage the log again, and remove these objects by hand"
 		case err == nil:
 			f.Object = SuperblockKey(id)
 			f.Problem = fmt.Sprintf("no name in the directory for this image, made as %s on %s, with %s", sb.Name, sb.Created.Format(time.DateOnly), plural.Count(n, "object"))

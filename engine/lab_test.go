@@ -89,7 +89,7 @@ func TestRADOSCheck(t *testing.T) {
 	if rep := c.check(CheckOptions{Deep: true}); !rep.Clean() || len(rep.Errors)+len(rep.Dead) > 0 {
 		t.Errorf("%s%+v", c.lines(rep), rep)
 	}
-	if rep, err := CheckStore(context.Background(), c.st, "rados://rbd"); err != nil || !rep.Clean() {
+	if rep, err := CheckStore(context.Background(), c.st, "rados://rbd", false); err != nil || !rep.Clean() {
 		t.Errorf("store: %v, %+v", err, rep)
 	}
 	keys := c.keys("d/")

@@ -47,9 +47,10 @@ func (o *CreateOptions) check() error {
 }
 
 // Create makes an empty image of that name in the store and returns its id. It
-// fails with an error that matches backend.ErrExists when the name is taken.
+// fails with an error that matches backend.ErrExists when the name is taken, and with one
+// that matches ErrLostDirectory in a store that has lost its names.
 func Create(ctx context.Context, st backend.Store, name string, o CreateOptions) (uuid.UUID, error) {
-	id, err := createNameless(ctx, st, name, o)
+	id, err := createNameless(ctx, st, name, o, false)
 	if err != nil {
 		return uuid.Nil, err
 	}
@@ -63,8 +64,9 @@ func Create(ctx context.Context, st backend.Store, name string, o CreateOptions)
 	return id, nil
 }
 
-// createNameless is Create up to the name, which is free.
-func createNameless(ctx context.Context, st backend.Store, name string, o CreateOptions) (uuid.UUID, error) {
+// createNameless is Create up to the name, which is free; partial says that the image is
+// going to be filled before it gets it.
+func createNameless(ctx context.Context, st backend.Store, name string, o CreateOptions, partial bool) (uuid.UUID, error) {
 	if err := o.check(); err != nil {
 		return uuid.Nil, err
 	}
@@ -74,15 +76,37 @@ func createNameless(ctx context.Context, st backend.Store, name string, o Create
 		}
 		return uuid.Nil, err
 	}
+	if err := notLost(ctx, st); err != nil {
+		return uuid.Nil, err
+	}
 	id := uuid.New()
 	sb := &superblock{
-		Image: id, Name: name, Created: time.Now().UTC().Truncate(time.Second),
+		Image: id, Name: name, Created: time.Now().UTC().Truncate(time.Second), Partial: partial,
 		Sectors: o.Size / SectorSize, BlockSize: o.BlockSize, ObjectSize: o.ObjectSize, Window: defaultWindow,
 	}
 	if _, err := st.Swap(ctx, SuperblockKey(id), backend.NoVersion, sb.encode()); err != nil {
 		return uuid.Nil, fmt.Errorf("create image %s: %w", name, err)
 	}
 	return id, nil
+}
+
+// notLost fails with ErrLostDirectory where a new image would hide that the names of
+// others are lost. The first image of a store, which somebody is just making, has its
+// name in a moment.
+func notLost(ctx context.Context, st backend.Store) error {
+	const looks, pause = 10, 200 * time.Millisecond
+	for n := 1; ; n++ {
+		lost, err := LostDirectory(ctx, st)
+		switch {
+		case err != nil || !lost:
+			return err
+		case n == looks:
+			return ErrLostDirectory
+		}
+		if err := (Real{}).Sleep(ctx, pause); err != nil {
+			return err
+		}
+	}
 }
 
 // A Clock is how Open tells and spends time. Real is the one of this host.

@@ -35,11 +35,14 @@ func Salvage(ctx context.Context, file writelog.File, src backend.Store, srcID u
 	}
 	w := &copier{im: im, dst: dst, progress: progress}
 	size := im.sectors * SectorSize
-	id, err := createNameless(ctx, dst, dstName, CreateOptions{Size: size, BlockSize: sb.BlockSize, ObjectSize: max(sb.ObjectSize, leastObjectSize(size))})
+	id, err := createNameless(ctx, dst, dstName, CreateOptions{Size: size, BlockSize: sb.BlockSize, ObjectSize: max(sb.ObjectSize, leastObjectSize(size))}, true)
 	if err != nil {
 		return uuid.Nil, err
 	}
 	err = w.copyAll(ctx, id)
+	if err == nil {
+		_, _, err = changeSuperblock(ctx, dst, id, func(sb *superblock) error { sb.Partial = false; return nil })
+	}
 	if err == nil {
 		// The name comes last: half an image is nobody's, also if this process dies.
 		err = backend.Link(ctx, dst, dstName, id)

@@ -25,7 +25,7 @@ func (w *world) checkStore() {
 			wrong = append(wrong, "left over: "+key)
 		}
 	}
-	all, err := CheckStore(context.Background(), w.inner, "mem:")
+	all, err := CheckStore(context.Background(), w.inner, "mem:", false)
 	if err != nil {
 		w.fail("check: %v", err)
 	}

@@ -44,6 +44,10 @@ type superblock struct {
 	Prev   []checkpointRef `json:"prev,omitempty"`   // those that Checkpoint has replaced
 	Stale  []staleObjects  `json:"stale,omitempty"`  // put by fenced owners
 
+	// Partial says that what the image is a copy of has not been copied to its end: it
+	// gets no name before.
+	Partial bool `json:"partial,omitempty"`
+
 	// Points are states of the image that must stay readable.
 	Points []point `json:"points,omitempty"`
 	// Lost is the latest epoch of the points that had to go because there were too many:

@@ -62,8 +62,9 @@ for left-over logs; and look for objects that nothing refers to. --deep reads al
 data as well. Of a STORE, check that each name has an image and each image a name.
 
 It needs no daemon, and changes nothing without --repair. That does only what
-loses nothing: it removes what nothing refers to, and corrects counts. An image
-that is attached is checked as its owner goes on, and not repaired.
+loses nothing: it removes what nothing refers to, and corrects counts; a STORE's
+directory of names that is missing or damaged is made anew. An image that is
+attached is checked as its owner goes on, and not repaired.
 
 The exit status is 0 if nothing is wrong or all that was has been repaired, 1 if
 something is, 2 if the check could not be made.`,
@@ -130,10 +131,10 @@ func (a *app) checkURL(ctx context.Context, url string, o engine.CheckOptions) (
 	if err != nil {
 		return rep, imageErr
 	}
-	all, err := a.checkStore(ctx, s)
+	all, err := a.checkStore(ctx, s, o.Repair && !o.Deep)
 	switch {
-	case err == nil && (o.Repair || o.Deep):
-		return nil, fmt.Errorf("%s is a store: --deep and --repair are for an image", url)
+	case err == nil && o.Deep:
+		return nil, fmt.Errorf("%s is a store: --deep is for an image", url)
 	case !errors.Is(err, backend.ErrNotFound):
 		return all, err
 	case rep != nil:
@@ -159,14 +160,14 @@ func (a *app) checkImage(ctx context.Context, u backend.URL, name string, o engi
 }
 
 // checkStore checks a store; the error matches ErrNotFound if there is none.
-func (a *app) checkStore(ctx context.Context, u backend.URL) (*engine.CheckReport, error) {
+func (a *app) checkStore(ctx context.Context, u backend.URL, repair bool) (*engine.CheckReport, error) {
 	st, err := openWithin(ctx, u, open.Store)
 	if err != nil {
 		return nil, timedOut(u, err)
 	}
 	defer st.Close()
 	a.progress.show(api.Progress{What: "checking " + u.String()})
-	rep, err := engine.CheckStore(ctx, st, u.String())
+	rep, err := engine.CheckStore(ctx, st, u.String(), repair)
 	return rep, timedOut(u, err)
 }
 

@@ -133,11 +133,11 @@ func TestCheckDirectory(t *testing.T) {
 				args string
 				want []string
 			}{
-				{store, []string{"note: image " + info.ID.String() + " is there: made as vm1", "bring it back", "1 error"}},
+				{store, []string{"note: image " + info.ID.String() + " is there: made as vm1", "lsdctl check STORE --repair makes it anew", "1 error"}},
 				{store + " --json", []string{info.ID.String()}},
-				{store + "/vm1", []string{"bring it back", "lsdctl check STORE lists the images", "1 error"}},
-				{store + "/vm1 --deep --repair", []string{"bring it back", "1 error"}},
-				{store + "/none", []string{"bring it back", "1 error"}},
+				{store + "/vm1", []string{"lsdctl check STORE --repair makes it anew", "1 error"}},
+				{store + "/vm1 --deep --repair", []string{"lsdctl check STORE --repair", "1 error"}},
+				{store + "/none", []string{"lsdctl check STORE --repair", "1 error"}},
 			} {
 				out, err := lsdctl(t, append([]string{"check"}, strings.Fields(c.args)...)...)
 				if status(err) != statusErrors || err.Error() != "" {
@@ -152,9 +152,21 @@ func TestCheckDirectory(t *testing.T) {
 					}
 				}
 			}
+			for _, args := range []string{"create " + store + "/vm2 --size 1G", "create " + store + "/vm1 --size 1G"} {
+				out, err := lsdctl(t, strings.Fields(args)...)
+				if line := api.OneLine(err); out != "" || status(err) != 1 || !strings.Contains(line, x.ls) {
+					t.Errorf("%s: %v, %q", args, err, out)
+				}
+			}
 			out, err := lsdctl(t, "ls", store)
 			if line := api.OneLine(err); out != "" || status(err) != 1 || !strings.Contains(line, x.ls) || strings.Contains(line, "\n") {
 				t.Errorf("ls: %v, %q", err, out)
+			}
+			if out := must(t, "check", store, "--repair"); !strings.Contains(out, "repaired: "+info.ID.String()+"/super: give the image the name vm1\n") || !strings.Contains(out, ": clean, ") {
+				t.Errorf("the repair: %s", out)
+			}
+			if out := must(t, "check", store+"/vm1"); !strings.Contains(out, ": clean, ") {
+				t.Errorf("the image after the repair: %s", out)
 			}
 		})
 	}

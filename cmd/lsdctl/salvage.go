@@ -90,7 +90,7 @@ func (a *app) salvage(ctx context.Context, path string, u backend.URL, name stri
 	case errors.Is(err, backend.ErrExists):
 		return fmt.Errorf("%s exists already: choose another name", u.Image(name))
 	case err != nil:
-		return fmt.Errorf("salvage %s, of %s: %w", path, h.ImageURL, err)
+		return fmt.Errorf("salvage %s, of %s: %w", path, h.ImageURL, lostNames(u, err))
 	}
 	fmt.Fprintf(a.out, "made %s of %s, in the history of epoch %d: the log is kept, remove it when the image is right\n", u.Image(name), h.ImageURL, h.Epoch)
 	return nil

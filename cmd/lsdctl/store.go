@@ -80,7 +80,7 @@ func (a *app) create(ctx context.Context, url string, o engine.CreateOptions) er
 		if errors.Is(err, backend.ErrExists) {
 			return fmt.Errorf("%s exists already: choose another name, or see lsdctl info", u.Image(name))
 		}
-		return timedOut(u, err)
+		return timedOut(u, lostNames(u, err))
 	}
 	if made {
 		fmt.Fprintf(a.out, "made the store %s\n", u)
@@ -158,7 +158,15 @@ func (a *app) lsCommand() *cobra.Command {
 func noNames(ctx context.Context, st backend.Store, u backend.URL) error {
 	lost, err := engine.LostDirectory(ctx, st)
 	if lost {
-		return fmt.Errorf("the directory of names is missing in %s, and there are images: see lsdctl check %s", u, u)
+		err = engine.ErrLostDirectory
+	}
+	return lostNames(u, err)
+}
+
+// lostNames adds to an error that says that the store has lost its names what to do.
+func lostNames(u backend.URL, err error) error {
+	if errors.Is(err, engine.ErrLostDirectory) {
+		return fmt.Errorf("%s: %w: see lsdctl check %s", u, err, u)
 	}
 	return err
 }
