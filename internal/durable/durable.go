@@ -19,7 +19,9 @@ func SyncDir(dir string) error {
 	return d.Sync()
 }
 
-// MkdirAll is os.MkdirAll that survives a power cut.
+// MkdirAll is os.MkdirAll that survives a power cut. A directory that is there may have
+// been made a moment ago, by a process that died before its name was durable: so that is
+// made durable, too, unless it is in one that we may not read, where others have made it.
 func MkdirAll(dir string, mode fs.FileMode) error {
 	err := os.Mkdir(dir, mode)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -28,14 +30,17 @@ func MkdirAll(dir string, mode fs.FileMode) error {
 		}
 		err = os.Mkdir(dir, mode)
 	}
+	there := false
 	if errors.Is(err, fs.ErrExist) {
-		if st, serr := os.Stat(dir); serr == nil && st.IsDir() {
-			return nil
-		}
+		st, serr := os.Stat(dir)
+		there = serr == nil && st.IsDir()
+	}
+	if err != nil && !there {
 		return err
 	}
-	if err != nil {
-		return err
+	err = SyncDir(filepath.Dir(dir))
+	if there && errors.Is(err, fs.ErrPermission) {
+		return nil
 	}
-	return SyncDir(filepath.Dir(dir))
+	return err
 }
