@@ -2,6 +2,7 @@ package frame
 
 import (
 	"bytes"
+	"encoding/binary"
 	"errors"
 	"testing"
 )
@@ -26,6 +27,10 @@ func TestDamage(t *testing.T) {
 func FuzzDecode(f *testing.F) {
 	f.Add(Encode("LSDTEST\x00", 1, []byte("x")))
 	f.Fuzz(func(t *testing.T, b []byte) {
+		if len(b) >= HeaderSize { // get past length and checksum
+			binary.LittleEndian.PutUint32(b[12:], uint32(len(b)-HeaderSize))
+			binary.LittleEndian.PutUint32(b[16:], checksum(b))
+		}
 		if p, err := Decode("LSDTEST\x00", 1, b); err == nil && !bytes.Equal(Encode("LSDTEST\x00", 1, p), b) {
 			// The four reserved bytes are the only ones that may differ.
 			c := bytes.Clone(b)
