@@ -88,13 +88,9 @@ endif
 sim-mutations: ## plants bugs, one at a time: the simulation must find each within 3000 seeds
 	go test $(GOFLAGS_LINK) -tags invariants,mutate -timeout 0 -count=1 -v -run 'Mutation' ./engine
 
-# Inputs that find something are made smaller a few times only: with the default, that can
-# take all of the time, and next to nothing is tried.
 .PHONY: fuzz
 fuzz: ## each fuzz test for FUZZTIME (30s)
-	@for p in $$(go list ./...); do \
-	  for f in $$(go test $(GOFLAGS_LINK) -list '^Fuzz' $$p 2>/dev/null | grep '^Fuzz'); do \
-	    echo "== $$p $$f"; go test $(GOFLAGS_LINK) -run xxx -fuzz "^$$f$$" -fuzztime $(FUZZTIME) -fuzzminimizetime 10x $$p || exit 1; done; done
+	scripts/fuzz $(FUZZTIME)
 
 .PHONY: fuzz-long
 fuzz-long: ## each fuzz test for a minute
