@@ -1,0 +1,137 @@
+package engine
+
+import (
+	"context"
+	"errors"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/lsd-ceph/lsd/backend"
+	"github.com/lsd-ceph/lsd/backend/faultstore"
+	"github.com/lsd-ceph/lsd/backend/mem"
+)
+
+// TestCheckpointsAreIncremental: a checkpoint writes the parts of the map that have
+// changed since the one before, and that goes when it is replaced.
+func TestCheckpointsAreIncremental(t *testing.T) {
+	put := 0
+	inner := mem.New()
+	st := faultstore.New(inner, func(op faultstore.Op) faultstore.Fault {
+		if op.Method == faultstore.Put && strings.Contains(op.Key, "/m/") {
+			put += op.Len
+		}
+		return faultstore.Fault{}
+	})
+	const segments, segment = 64, segmentSectors / 8
+	id, err := Create(context.Background(), st, "disk", CreateOptions{Size: segments * segment * 4096, ObjectSize: MinObjectSize})
+	if err != nil {
+		t.Fatal(err)
+	}
+	h := newHost(t, "alpha", st, 1)
+	if err := h.open(id, false); err != nil {
+		t.Fatal(err)
+	}
+	checkpoint := func() (bytes int) {
+		t.Helper()
+		h.mustDestage()
+		before := put
+		err := errors.New("not ended")
+		h.im.checkpoint.now(func(e error) { err = e })
+		h.run(time.Second)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if n := objectsOf(t, inner, id, "c"); n != 1 {
+			t.Errorf("%d manifests", n)
+		}
+		return put - before
+	}
+	for i := range uint64(segments) {
+		for n := range uint64(16) {
+			h.mustWrite(i*segment+2*n, i+1)
+		}
+	}
+	checkpoint()
+	whole := put
+	const rounds = 100
+	for round := range uint64(rounds) {
+		i := round % segments
+		h.mustWrite(i*segment+1, round+1)
+		// Now and then what is left of map objects that are mostly out of date is moved.
+		if n := checkpoint(); n == 0 || n > whole/2 {
+			t.Errorf("round %d: %d bytes of the map are written for one block, %d for all segments", round, n, whole)
+		}
+	}
+	if n := put - whole; n > rounds*whole/10 {
+		t.Errorf("%d bytes of the map in %d checkpoints of one block each, %d in one of all segments", n, rounds, whole)
+	}
+	if n := objectsOf(t, inner, id, "m"); n > segments+2 {
+		t.Errorf("%d map objects of %d segments", n, segments)
+	}
+	h.mustClose()
+	if left := leftOver(t, inner, id); len(left) > 0 {
+		t.Errorf("left over: %v", left)
+	}
+	h.again()
+	if err := h.open(id, false); err != nil {
+		t.Fatal(err)
+	}
+	for i := range uint64(segments) {
+		h.mustRead(i*segment+2, i+1)
+		want := i + 1
+		if i+segments < rounds {
+			want += segments
+		}
+		h.mustRead(i*segment+1, want)
+	}
+}
+
+// TestRecoveryIsBounded: a recovery reads the headers of no more data objects than the
+// configuration says, and those that were being put; also if no checkpoint got through
+// for as long as anything was written.
+func TestRecoveryIsBounded(t *testing.T) {
+	for name, pattern := range map[string]string{"checkpoints go through": "", "no map": "*/m/*", "no manifest": "*/c/*"} {
+		t.Run(name, func(t *testing.T) {
+			inner := mem.New()
+			st := faultstore.New(inner)
+			id := newImageIn(t, st)
+			h := newHost(t, "alpha", st, 1)
+			if err := h.open(id, false); err != nil {
+				t.Fatal(err)
+			}
+			if pattern != "" {
+				refused := faultstore.All(faultstore.Method(faultstore.Put), faultstore.Key(pattern))
+				st.Inject(faultstore.If(refused, faultstore.Fault{Before: backend.ErrTemporary}))
+			}
+			const writes, blocks = 203, 50
+			for n := range uint64(writes) {
+				h.mustWrite(n%blocks, n+1)
+				h.im.Destage(func(error) {})
+				h.run(time.Second)
+			}
+			every, window := uint64(h.im.cfg.CheckpointEvery), uint64(h.im.window)
+			if n := h.im.accepted.object; (n >= writes) != (pattern == "") {
+				t.Fatalf("%d objects are accepted: this tests nothing", n)
+			}
+			h.disk.Kill()
+			h.im.Abandon()
+			st.Inject()
+			h.again()
+			if err := h.open(id, false); err != nil {
+				t.Fatal(err)
+			}
+			limit := every
+			if pattern != "" {
+				limit += window
+			}
+			t.Logf("%d headers read", h.im.recovered)
+			if n := h.im.recovered; n == 0 || n > limit {
+				t.Errorf("%d objects were replayed, of at most %d", n, limit)
+			}
+			for n := uint64(writes - blocks); n < writes; n++ {
+				h.mustRead(n%blocks, n+1)
+			}
+		})
+	}
+}
