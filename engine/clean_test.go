@@ -5,6 +5,7 @@ import (
 	"context"
 	"math/rand/v2"
 	"slices"
+	"syscall"
 	"testing"
 	"time"
 
@@ -319,5 +320,67 @@ func TestCleaningBesideStuckReads(t *testing.T) {
 	}
 	if ratio := float64(a.im.table.space) / float64(a.im.table.live); ratio > 2 {
 		t.Errorf("the objects take %.2f times what lives", ratio)
+	}
+}
+
+// TestDamageIsNotMoved: what lives of a damaged object is not moved with a new checksum
+// that makes it look right: it stays where it is, and is an I/O error.
+func TestDamageIsNotMoved(t *testing.T) {
+	st := mem.New()
+	id := newImageIn(t, st)
+	h := newHost(t, "alpha", st, 1)
+	if err := h.open(id, false); err != nil {
+		t.Fatal(err)
+	}
+	const blocks = 1000
+	for n := range uint64(blocks) {
+		h.mustWrite(n, n+1)
+	}
+	h.mustClose()
+	h.again()
+	if err := h.open(id, false); err != nil {
+		t.Fatal(err)
+	}
+	// The last block of an object is all that lives of it in the end.
+	const bad = blocks / 2
+	h.mustRead(bad, bad+1)
+	e, ok := h.im.objs.Next(bad*8, bad*8+8)
+	if !ok {
+		t.Fatal("nothing is there")
+	}
+	o := h.im.table.find(refOf(e.Loc).seq())
+	key := dataKey(id, uint64(o.number), uint64(o.epoch))
+	off := o.headerBytes() + offsetOf(e.Loc)*SectorSize
+	if err := damage(context.Background(), st, key, func(b []byte) int { b[off] ^= 1; return len(b) }); err != nil {
+		t.Fatal(err)
+	}
+	for round := range uint64(3) {
+		for n := range uint64(blocks) {
+			if n%100 != 0 { // some of each object lives on
+				h.mustWrite(n, (round+1)<<32|n+1)
+			}
+		}
+		h.mustDestage()
+	}
+	h.run(time.Minute)
+	switch o := h.im.table.find(uint64(o.number)); {
+	case o == nil:
+		t.Errorf("the cleaner has moved what is damaged")
+	case h.im.clean.moved == 0 || o.live >= o.sectors/4:
+		t.Fatalf("%d bytes were moved, the damaged object is %+v: this tests nothing", h.im.clean.moved, o)
+	}
+	if err, ended, v := h.do(Read, bad, 0, time.Second); !ended || err != syscall.EIO {
+		t.Errorf("what is damaged reads as %d: %v, ended %v", v, err, ended)
+	}
+	for n := range uint64(blocks) {
+		if n%100 != 0 {
+			h.mustRead(n, 3<<32|n+1)
+		} else if n != bad {
+			h.mustRead(n, n+1)
+		}
+	}
+	rep, err := checkImage(context.Background(), st, id, "mem:", CheckOptions{Deep: true})
+	if err != nil || len(rep.Errors) != 1 || rep.Errors[0].Object != key {
+		t.Errorf("check: %v, %+v", err, rep)
 	}
 }
