@@ -531,3 +531,24 @@ func TestRace(t *testing.T) {
 	c = mustOpen(t, f)
 	c.verifyAccounts(t)
 }
+
+// TestWearIsCounted: what the statistics say was written to the SSD is what was, headers
+// and what is kept by writing it again included.
+func TestWearIsCounted(t *testing.T) {
+	f := newMemFile(MinSize)
+	c := mustOpen(t, f)
+	u := c.Client()
+	before, counted := f.writes.Load(), c.Stats().Written
+	rng := rand.New(rand.NewPCG(4, 4))
+	for range 20000 {
+		read(t, u, uint64(rng.IntN(30)*rng.IntN(2)), rng.IntN(testBlocks-1)*BlockSize, BlockSize, Keep)
+	}
+	c.Maintain()
+	s := c.Stats()
+	if s.Moved == 0 || s.Evicted == 0 {
+		t.Fatalf("nothing is kept or evicted: this tests nothing: %+v", s)
+	}
+	if got, want := s.Written-counted, uint64(f.writes.Load()-before); got != want || got < s.Moved {
+		t.Errorf("%d bytes were written, %d are counted, %d of them moved", want, got, s.Moved)
+	}
+}
