@@ -457,7 +457,8 @@ func testMemory(t *testing.T, base, step uint64, fills []fill, most, end float64
 	m.Invariants()
 	m.Compact(0, memoryPages)
 	m.Invariants()
-	t.Logf("%6.3f bytes for each 4 KiB, at most %6.3f before", each(m.Bytes()), each(peak))
+	t.Logf("%6.3f bytes for each 4 KiB, at most %6.3f before; %.2f MiB for each GiB that is mapped",
+		each(m.Bytes()), each(peak), float64(m.Bytes()-blockBytes+blockBytes*memoryPages/blockPages)/(1<<20)/mappedGiB(m))
 	if each(peak) > most || each(m.Bytes()) > end {
 		t.Errorf("that is more than %.3f, or %.3f before", end, most)
 	}
@@ -468,6 +469,18 @@ func testMemory(t *testing.T, base, step uint64, fills []fill, most, end float64
 	m.Invariants()
 	if m.Bytes() > memoryPages*(pageBytes+10*entryBytes)+blockBytes {
 		t.Errorf("%d pages of one extent each take %d bytes", memoryPages, m.Bytes())
+	}
+}
+
+// mappedGiB returns how much of a map is mapped.
+func mappedGiB(m *Map) (gib float64) {
+	for s := uint64(0); ; {
+		e, ok := m.Next(s, m.Sectors())
+		if !ok {
+			return gib
+		}
+		gib += float64(e.N) * 512 / (1 << 30)
+		s = e.End()
 	}
 }
 
