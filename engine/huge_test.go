@@ -329,12 +329,18 @@ func BenchmarkOpen(b *testing.B) {
 	}
 }
 
-// BenchmarkReplay opens an image of 64 GiB with random writes in data objects
-// after the last checkpoint.
+// BenchmarkReplay opens images with random writes in data objects after the last
+// checkpoint: more of them, and larger images.
 func BenchmarkReplay(b *testing.B) {
-	for _, since := range []uint32{0, 16, 64, 256, 512, 1024} {
-		b.Run(fmt.Sprintf("objects=%d", since), func(b *testing.B) {
-			st := newHugeStore(b, 64<<30)
+	for _, c := range []struct {
+		size  uint64
+		since uint32
+	}{
+		{64 << 30, 0}, {64 << 30, 16}, {64 << 30, 64}, {64 << 30, 256}, {64 << 30, 512}, {64 << 30, 1024},
+		{1 << 30, 16}, {1 << 40, 16}, {16 << 40, 16}, {MaxSize, 16},
+	} {
+		b.Run(fmt.Sprintf("GiB=%d/objects=%d", c.size>>30, c.since), func(b *testing.B) {
+			st, since := newHugeStore(b, c.size), c.since
 			st.since = since
 			o := openHuge(b, st, 0)
 			if got := o.im.accepted.object; got != st.last()+uint64(since) {
