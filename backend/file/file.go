@@ -96,16 +96,30 @@ var _ backend.Store = (*Store)(nil)
 
 // Create makes dir, and the directories above it, into a store, and opens it.
 // It opens it when it is a store already, and fails with ErrPermanent when it
-// holds something else.
+// holds something else, or is inside another store, whose files it would be.
 func Create(ctx context.Context, dir string) (*Store, error) {
 	s, err := Open(ctx, dir)
 	if !errors.Is(err, backend.ErrNotFound) {
 		return s, err
 	}
+	if outer := storeAbove(dir); outer != "" {
+		return nil, fail("create", dir, &permanentError{fmt.Sprintf("it is inside the store %s, whose images have names without a slash", outer)})
+	}
 	if err := create(dir); err != nil {
 		return nil, fail("create", dir, err)
 	}
 	return Open(ctx, dir)
+}
+
+// storeAbove returns the store that dir would be inside, if there is one.
+func storeAbove(dir string) string {
+	for dir != filepath.Dir(dir) {
+		dir = filepath.Dir(dir)
+		if _, err := os.Lstat(filepath.Join(dir, marker)); err == nil {
+			return dir
+		}
+	}
+	return ""
 }
 
 // create makes what Open needs. It may run in several processes at once, and

@@ -105,6 +105,35 @@ func TestOpenErrors(t *testing.T) {
 	}
 }
 
+// TestInsideAnother: no store is made among the files of another one, which would
+// remove it from its tmp. One that is there already is opened.
+func TestInsideAnother(t *testing.T) {
+	ctx := context.Background()
+	dir := filepath.Join(t.TempDir(), "outer")
+	create := func(dir string) error {
+		s, err := file.Create(ctx, dir)
+		if err == nil {
+			s.Close()
+		}
+		return err
+	}
+	if err := errors.Join(create(dir), create(dir+"-inner")); err != nil {
+		t.Fatal(err)
+	}
+	for _, sub := range []string{"tmp", "a", "a/b", "objects/a"} {
+		if err := create(filepath.Join(dir, sub)); !errors.Is(err, backend.ErrPermanent) || !strings.Contains(err.Error(), "inside the store "+dir) {
+			t.Errorf("in %s: %v", sub, err)
+		}
+	}
+	if names, err := filepath.Glob(dir + "/*"); err != nil || len(names) != 4 {
+		t.Errorf("there are %q (%v)", names, err)
+	}
+	inner := filepath.Join(dir, "inner")
+	if err := errors.Join(os.Rename(dir+"-inner", inner), create(inner)); err != nil {
+		t.Errorf("one of an earlier version: %v", err)
+	}
+}
+
 func TestCreateRace(t *testing.T) {
 	dir := filepath.Join(t.TempDir(), "x", "y")
 	var wg sync.WaitGroup
