@@ -1,9 +1,11 @@
 package readcache
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
 	"time"
@@ -30,8 +32,8 @@ func CheckSize(size int64) error {
 }
 
 // OpenFile opens the regular file at path for a cache of size bytes, makes it if
-// it is not there, and reserves its space. A file of another size is cut, or
-// grows. While a process that died still has writes in flight the file is locked:
+// it is not there, and reserves its space. A cache of another size is cut, or grows;
+// a file that holds anything else is refused. While a process that died still has writes in flight the file is locked:
 // OpenFile waits for it, at most as long as ctx lasts, and fails with ErrLocked.
 func OpenFile(ctx context.Context, path string, size int64) (_ *OSFile, err error) {
 	if err := CheckSize(size); err != nil {
@@ -62,6 +64,9 @@ func OpenFile(ctx context.Context, path string, size int64) (_ *OSFile, err erro
 	if err := lock(ctx, f); err != nil {
 		return nil, err
 	}
+	if err := foreign(f); err != nil {
+		return nil, err
+	}
 	if err := reserve(f, size); err != nil {
 		return nil, fmt.Errorf("read cache %s of %d bytes: %w", path, size, err)
 	}
@@ -83,6 +88,20 @@ func lock(ctx context.Context, f *os.File) error {
 		case <-time.After(5 * time.Millisecond):
 		}
 	}
+}
+
+// foreign fails if f is somebody else's: it does not begin as a cache does, nor with the
+// zeroes of one whose header has not been written yet.
+func foreign(f *os.File) error {
+	b := uring.AlignedBuffer(BlockSize)
+	n, err := f.ReadAt(b, 0)
+	if err != nil && !errors.Is(err, io.EOF) {
+		return fmt.Errorf("read the read cache's header: %w", err)
+	}
+	if b = b[:n]; bytes.HasPrefix(b, []byte(fileMagic)) || len(bytes.Trim(b, "\x00")) == 0 {
+		return nil
+	}
+	return fmt.Errorf("%s holds something that is not a read cache: choose another file, or remove it", f.Name())
 }
 
 // reserve gives f its size, and takes the space for it now: a file system that

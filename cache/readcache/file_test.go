@@ -1,6 +1,7 @@
 package readcache
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"os"
@@ -43,6 +44,33 @@ func TestOSFile(t *testing.T) {
 		if err := f.Close(); err != nil {
 			t.Fatal(err)
 		}
+	}
+}
+
+// TestForeignFile: a file that is not a read cache stays as it is; one that a process
+// has left before it had written the header is taken.
+func TestForeignFile(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "cache")
+	for _, content := range [][]byte{[]byte("x"), append(make([]byte, 1024), bytes.Repeat([]byte("mine"), 16<<20)...)} {
+		if err := os.WriteFile(path, content, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := OpenFile(context.Background(), path, MinSize); err == nil || !strings.Contains(err.Error(), "not a read cache") {
+			t.Errorf("a file of %d bytes: %v", len(content), err)
+		}
+		if now, err := os.ReadFile(path); err != nil || !bytes.Equal(now, content) {
+			t.Errorf("a file of %d bytes was changed (%v)", len(content), err)
+		}
+	}
+	for _, size := range []int64{0, 100, MinSize} {
+		if err := errors.Join(os.WriteFile(path, nil, 0o600), os.Truncate(path, size)); err != nil {
+			t.Fatal(err)
+		}
+		f, err := OpenFile(context.Background(), path, MinSize)
+		if err != nil {
+			t.Fatalf("%d zeroes: %v", size, err)
+		}
+		f.Close()
 	}
 }
 
