@@ -12,6 +12,7 @@ import (
 	"path/filepath"
 	"runtime/debug"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/lsd-ceph/lsd/cache/readcache"
@@ -207,7 +208,7 @@ func notify(logger *slog.Logger, state string) {
 // childArgs returns the arguments without --supervise.
 func childArgs(args []string) []string {
 	return slices.DeleteFunc(slices.Clone(args), func(a string) bool {
-		return a == "--supervise" || a == "--supervise=true"
+		return a == "--supervise" || strings.HasPrefix(a, "--supervise=")
 	})
 }
 

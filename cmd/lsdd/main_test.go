@@ -4,12 +4,22 @@ import (
 	"context"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
 	"github.com/lsd-ceph/lsd/engine"
 	"github.com/lsd-ceph/lsd/internal/daemon"
 )
+
+// TestChildArgs: no spelling of --supervise reaches the child, which would start a
+// child itself.
+func TestChildArgs(t *testing.T) {
+	got := childArgs([]string{"--supervise", "--socket", "/s", "--supervise=true", "--supervise=1", "--log-json", "--supervise=T"})
+	if want := []string{"--socket", "/s", "--log-json"}; !slices.Equal(got, want) {
+		t.Errorf("%q, want %q", got, want)
+	}
+}
 
 // TestBadOptions: what is wrong with the command line is said before anything is
 // touched.

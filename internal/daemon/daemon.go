@@ -273,8 +273,8 @@ func (d *Daemon) listen() (net.Listener, error) {
 		c.Close()
 		return nil, fmt.Errorf("%w: another lsdd listens on %s: choose another --socket", ErrRefused, path)
 	}
-	if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
-		return nil, fmt.Errorf("%w: remove the old socket: %w", ErrRefused, err)
+	if err := removeSocket(path); err != nil {
+		return nil, fmt.Errorf("%w: %w", ErrRefused, err)
 	}
 	// Made under a name that nobody knows until its mode is right.
 	tmp := fmt.Sprintf("%s.%d", path, os.Getpid())
@@ -289,6 +289,21 @@ func (d *Daemon) listen() (net.Listener, error) {
 		return nil, fmt.Errorf("%w: %w", ErrRefused, err)
 	}
 	return ln, nil
+}
+
+// removeSocket removes the socket at path, if there is one. Anything else there stays.
+func removeSocket(path string) error {
+	st, err := os.Lstat(path)
+	if err == nil && st.Mode()&os.ModeSocket == 0 {
+		return fmt.Errorf("%s is there and is not a socket: choose another --socket", path)
+	}
+	if err == nil {
+		err = os.Remove(path)
+	}
+	if err != nil && !errors.Is(err, os.ErrNotExist) {
+		return fmt.Errorf("remove the old socket: %w", err)
+	}
+	return nil
 }
 
 // takeUp takes up what is recorded, in the background.

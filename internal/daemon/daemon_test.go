@@ -689,6 +689,36 @@ func TestSecondDaemon(t *testing.T) {
 	}
 }
 
+// TestSocketPlace: what a dead daemon has left at the socket's place is removed, and
+// nothing else.
+func TestSocketPlace(t *testing.T) {
+	dir := t.TempDir()
+	d := &Daemon{cfg: Config{Socket: filepath.Join(dir, "s")}}
+	for range 2 { // the second finds the socket of the first
+		ln, err := d.listen()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := d.listen(); !errors.Is(err, ErrRefused) || !strings.Contains(err.Error(), "another lsdd listens") {
+			t.Errorf("beside another: %v", err)
+		}
+		ln.Close()
+	}
+	file, empty := filepath.Join(dir, "file"), filepath.Join(dir, "empty")
+	if err := errors.Join(os.WriteFile(file, []byte("x"), 0o600), os.Mkdir(empty, 0o700)); err != nil {
+		t.Fatal(err)
+	}
+	for _, path := range []string{file, empty} {
+		d.cfg.Socket = path
+		if _, err := d.listen(); !errors.Is(err, ErrRefused) || !strings.Contains(err.Error(), "not a socket") {
+			t.Errorf("%s: %v", path, err)
+		}
+		if st, err := os.Stat(path); err != nil || st.Mode()&os.ModeSocket != 0 {
+			t.Errorf("%s is gone: %v", path, err)
+		}
+	}
+}
+
 // TestFrontAllocs: nothing is allocated for a read or a write on their way from
 // the device to the engine and back.
 func TestFrontAllocs(t *testing.T) {
