@@ -179,9 +179,20 @@ type liveCount struct {
 }
 
 func (c *checker) add(f Finding) {
+	f.Problem = withoutKey(f.Problem, f.Object)
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.found = append(c.found, f)
+}
+
+// withoutKey returns an error's text without the key that it is about, which those who
+// have made it have named, each for itself.
+func withoutKey(text, key string) string {
+	text = strings.ReplaceAll(text, " of object "+key+": ", ": ")
+	for _, what := range []string{"object ", "checkpoint ", "get ", "stat "} {
+		text = strings.ReplaceAll(text, what+key+": ", "")
+	}
+	return text
 }
 
 // read notes that n bytes have been read.

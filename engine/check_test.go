@@ -363,23 +363,23 @@ func TestCheckDamage(t *testing.T) {
 		{"superblock missing", func(c *checkedImage) { c.remove(SuperblockKey(c.id)) }, "ID/super: the superblock is missing", false, false},
 		{"superblock flipped", func(c *checkedImage) { c.corrupt(SuperblockKey(c.id), flipLast) }, "ID/super: superblock of image", false, false},
 		{"superblock empty", func(c *checkedImage) { c.corrupt(SuperblockKey(c.id), cutAll) }, "ID/super: superblock of image", false, false},
-		{"data missing", func(c *checkedImage) { c.remove(data) }, short(data) + ": get " + short(data) + ": not found", false, false},
-		{"data cut", func(c *checkedImage) { c.corrupt(data, cutLast) }, short(data) + ": object " + short(data) + ": corrupt: it has", false, false},
-		{"data empty", func(c *checkedImage) { c.corrupt(data, cutAll) }, short(data) + ": object " + short(data) + ": corrupt", false, false},
-		{"data header flipped", func(c *checkedImage) { c.corrupt(data, flipFirst) }, short(data) + ": object " + short(data) + ": corrupt: checksum of its header", false, false},
-		{"data flipped", func(c *checkedImage) { c.corrupt(data, flipLast) }, short(data) + ": object " + short(data) + ": corrupt: checksum of block", true, false},
-		{"data swapped", func(c *checkedImage) { b := c.get(other); c.remove(data); c.put(data, b) }, short(data) + ": object " + short(data) + ": corrupt: ", false, false},
-		{"manifest missing", func(c *checkedImage) { c.remove(checkpoint) }, short(checkpoint) + ": checkpoint " + short(checkpoint), false, false},
-		{"manifest cut", func(c *checkedImage) { c.corrupt(checkpoint, cutLast) }, short(checkpoint) + ": checkpoint", false, false},
-		{"manifest flipped", func(c *checkedImage) { c.corrupt(checkpoint, flipLast) }, short(checkpoint) + ": checkpoint", false, false},
-		{"manifest swapped", func(c *checkedImage) { b := c.get(point); c.remove(checkpoint); c.put(checkpoint, b) }, short(checkpoint) + ": checkpoint " + short(checkpoint) + ": corrupt: it is another checkpoint", false, false},
+		{"data missing", func(c *checkedImage) { c.remove(data) }, short(data) + ": not found", false, false},
+		{"data cut", func(c *checkedImage) { c.corrupt(data, cutLast) }, short(data) + ": corrupt: it has", false, false},
+		{"data empty", func(c *checkedImage) { c.corrupt(data, cutAll) }, short(data) + ": corrupt", false, false},
+		{"data header flipped", func(c *checkedImage) { c.corrupt(data, flipFirst) }, short(data) + ": corrupt: checksum of its header", false, false},
+		{"data flipped", func(c *checkedImage) { c.corrupt(data, flipLast) }, short(data) + ": corrupt: checksum of block", true, false},
+		{"data swapped", func(c *checkedImage) { b := c.get(other); c.remove(data); c.put(data, b) }, short(data) + ": corrupt: ", false, false},
+		{"manifest missing", func(c *checkedImage) { c.remove(checkpoint) }, short(checkpoint) + ": not found", false, false},
+		{"manifest cut", func(c *checkedImage) { c.corrupt(checkpoint, cutLast) }, short(checkpoint) + ": corrupt", false, false},
+		{"manifest flipped", func(c *checkedImage) { c.corrupt(checkpoint, flipLast) }, short(checkpoint) + ": corrupt", false, false},
+		{"manifest swapped", func(c *checkedImage) { b := c.get(point); c.remove(checkpoint); c.put(checkpoint, b) }, short(checkpoint) + ": corrupt: it is another checkpoint", false, false},
 		{"map object missing", func(c *checkedImage) { c.remove(segments) }, short(segments) + ": ", false, false},
 		{"map object cut", func(c *checkedImage) { c.corrupt(segments, cutLast) }, short(segments) + ": ", false, false},
 		{"map object flipped", func(c *checkedImage) {
 			at := r.head.m.segments[0].offset
 			c.corrupt(segments, func(b []byte) int { b[at+50] ^= 1; return len(b) })
 		}, short(segments) + ": map segment 0", false, false},
-		{"point's manifest missing", func(c *checkedImage) { c.remove(point) }, short(point) + ": checkpoint", false, false},
+		{"point's manifest missing", func(c *checkedImage) { c.remove(point) }, short(point) + ": not found", false, false},
 		{"point's object missing", func(c *checkedImage) { c.remove(kept) }, short(kept) + ": not found (the state kept for log", false, false},
 		{"orphaned data object", func(c *checkedImage) { c.put(dataKey(c.id, 3, 77), c.get(data)) }, "ID/d/00000003.4d: orphan", false, true},
 		{"orphaned manifest", func(c *checkedImage) { c.put(manifestKey(c.id, checkpointRef{3, 1}, 0), []byte("x")) }, "ID/c/00000003.1.0: orphan", false, true},
@@ -422,7 +422,13 @@ func TestCheckDamage(t *testing.T) {
 				if rep.Clean() || len(rep.Errors) == 0 {
 					t.Errorf("%+v: not found", o)
 				}
+				if len(rep.Dead) > 0 {
+					t.Errorf("%+v: %q, of which parts of the map may need something, are taken for dead", o, rep.Dead)
+				}
 				for line := range strings.Lines(c.lines(rep)) {
+					if key, rest, _ := strings.Cut(line, ": "); strings.Contains(rest, key+":") {
+						t.Errorf("%+v: %s repeats itself", o, line)
+					}
 					if !strings.Contains(line, x.want) {
 						t.Errorf("%+v: %s does not say %q", o, line, x.want)
 					}

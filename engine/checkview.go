@@ -100,7 +100,7 @@ func (c *checker) checkView(ctx context.Context, v *view) error {
 		return err
 	}
 	if v == c.reach.head {
-		c.reach.now, c.reach.died = x.now, x.died
+		c.reach.now, c.reach.died, c.reach.holes = x.now, x.died, x.holes.Load()
 	}
 	return nil
 }

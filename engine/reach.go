@@ -198,6 +198,9 @@ type reach struct {
 	// sectors of each object's data that the map refers to, and, where that is 0, the
 	// object with which it became so.
 	now, died []uint32
+	// holes says that parts of the map could not be read, so now leaves out what these
+	// refer to.
+	holes bool
 }
 
 // class says why the object of a key is in the store.
@@ -234,7 +237,7 @@ func (r *reach) dataClass(k imageKey) keyClass {
 		switch {
 		case v != r.head && (number > v.m.at.object || v.info(i).live > 0), v == r.head && number > v.m.at.object:
 			return classNeeded
-		case v == r.head && (r.now[i] > 0 || r.sb.held(number, uint64(r.died[i]))):
+		case v == r.head && (r.now[i] > 0 || r.holes && v.info(i).live > 0 || r.sb.held(number, uint64(r.died[i]))):
 			return classNeeded
 		case v == r.head:
 			return classDead

@@ -195,15 +195,15 @@ func (a *app) printReport(r *engine.CheckReport, repair bool, took time.Duration
 		keys []string
 		what string
 	}{
-		{r.Dead, "nothing refers to any more: the owner removes it"},
-		{r.Pending, "an owner was putting, or is: the next attach sees to it"},
+		{r.Dead, "nothing refers to any more, for the owner to remove"},
+		{r.Pending, "an owner was putting, or is, for the next attach to see to"},
 	} {
 		if n := len(k.keys); n > 0 {
 			say("harmless: %s that %s: %s", plural.Count(n, "object"), k.what, k.keys[0])
 		}
 	}
 	if n := len(r.Stale); n > 0 && !repair {
-		say("harmless: %s that an earlier owner has left: the next attach sees to it, or --repair: %s", plural.Count(n, "object"), r.Stale[0])
+		say("harmless: %s that an earlier owner has left, for the next attach to remove, or --repair: %s", plural.Count(n, "object"), r.Stale[0])
 	}
 	if mendable > 0 && !repair {
 		say("lsdctl check --repair would see to %s", plural.Count(mendable, "object"))
