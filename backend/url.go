@@ -109,7 +109,7 @@ func parseURL(s string) (URL, []string, error) {
 	case SchemeMem:
 		rest = strings.TrimPrefix(rest, "//")
 	default:
-		return URL{}, nil, fmt.Errorf("unknown scheme %q: known are file, rados, mem", clip(scheme))
+		return URL{}, nil, fmt.Errorf("unknown scheme %q: known are file, rados", clip(scheme))
 	}
 	parts := strings.Split(rest, "/")
 	for i, part := range parts {

@@ -76,7 +76,7 @@ func TestParseErrors(t *testing.T) {
 	}{
 		{"", false, "not a URL"},
 		{"/srv/lsd", false, "write file:///dir"},
-		{"http://x", false, "known are file, rados, mem"},
+		{"http://x", false, "known are file, rados"},
 		{"s3://bucket", false, "known are"},
 		{"FILE:///x", false, "unknown scheme"},
 		{"file:dir", false, "write file:///dir"},

@@ -2,6 +2,7 @@ package engine
 
 import (
 	"context"
+	"strings"
 	"testing"
 	"time"
 
@@ -101,5 +102,8 @@ func TestCutOffLogStaysSalvageable(t *testing.T) {
 	}
 	if data := objectsOf(t, st, id, "d"); data > 8 {
 		t.Errorf("%d data objects for %d blocks", data, blocks)
+	}
+	if _, err := Salvage(ctx, a.disk, st, id, st, "late", nil); err == nil || !strings.Contains(err.Error(), "does not keep its state for this log any more") {
+		t.Errorf("salvage of a log that was forgotten: %v", err)
 	}
 }

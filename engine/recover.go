@@ -298,6 +298,9 @@ func (im *Image) loadCheckpoint(ctx context.Context, c *checkpointRef) error {
 	return nil
 }
 
+// errMisfit is matched when a log does not go on where the store ends.
+var errMisfit = fmt.Errorf("%w or not of this state of the image", writelog.ErrCorrupt)
+
 // recoverLog replays what the log holds beyond the store, and returns the number
 // of the first record that it can ever have held.
 func (im *Image) recoverLog(ctx context.Context, o *OpenOptions) (first uint64, err error) {
@@ -315,7 +318,7 @@ func (im *Image) recoverLog(ctx context.Context, o *OpenOptions) (first uint64, 
 		start = writelog.Start{Pos: im.accepted.logEnd, Seq: im.accepted.seq + 1}
 	}
 	if wrong := start.Seq; wrong != im.accepted.seq+1 {
-		mismatch := fmt.Errorf("%w: it begins at record %d, the store ends at %d", writelog.ErrCorrupt, wrong, im.accepted.seq)
+		mismatch := fmt.Errorf("%w: it begins at record %d, the store ends at %d", errMisfit, wrong, im.accepted.seq)
 		if wrong > im.accepted.seq || im.recoveredLog == h.Log {
 			return 0, mismatch
 		}

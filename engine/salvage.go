@@ -77,7 +77,19 @@ func (im *Image) branchPoint(ctx context.Context, sb *superblock, file writelog.
 		return fmt.Errorf("%w: %s (%s)", ErrForeignLog, h.ImageURL, h.Image)
 	}
 	im.log, im.logID, im.super.sb = log, h.Log, sb
-	base, end := im.branchOf(sb, &h)
+	if err := im.branchFrom(ctx, sb, &h, file); err != nil {
+		lost := errors.Is(err, errMisfit) || errors.Is(err, backend.ErrNotFound)
+		if lost && h.Epoch < sb.Epoch && !slices.ContainsFunc(sb.Points, func(p point) bool { return p.Log == h.Log }) {
+			err = fmt.Errorf("the image does not keep its state for this log any more: %w", err)
+		}
+		return err
+	}
+	return nil
+}
+
+// branchFrom is branchPoint for a log that is the image's, with the header h.
+func (im *Image) branchFrom(ctx context.Context, sb *superblock, h *writelog.Header, file writelog.File) error {
+	base, end := im.branchOf(sb, h)
 	if err := im.loadCheckpoint(ctx, base); err != nil {
 		return err
 	}

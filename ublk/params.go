@@ -10,6 +10,9 @@ import (
 
 const sectorSize = 512
 
+// MaxID is the greatest number of a device: the kernel has 20 bits for it.
+const MaxID = 1<<20 - 1
+
 // Params describe a device. Sizes are in bytes. The zero value of a field means
 // its default.
 type Params struct {
@@ -95,7 +98,7 @@ func (p Params) check() error {
 		}
 	}
 	page := os.Getpagesize()
-	bad(p.ID >= -1, "device number %d is negative", p.ID)
+	bad(p.ID >= -1 && p.ID <= MaxID, "device number %d is not from 0 to %d", p.ID, MaxID)
 	bad(powerOfTwo(p.LogicalBlock) && p.LogicalBlock >= 512 && p.LogicalBlock <= page,
 		"logical block of %d bytes is not a power of two from 512 to %d", p.LogicalBlock, page)
 	bad(powerOfTwo(p.PhysicalBlock) && p.PhysicalBlock >= p.LogicalBlock,

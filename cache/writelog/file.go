@@ -127,8 +127,12 @@ func openDirect(path string, flags int) (*os.File, error) {
 // or part of another one.
 func OpenFile(ctx context.Context, path string) (*OSFile, error) {
 	flags := 0
-	if st, err := os.Stat(path); err == nil && st.Mode()&fs.ModeDevice != 0 {
+	switch st, err := os.Stat(path); {
+	case err != nil: // openLocked says why
+	case st.Mode()&fs.ModeType == fs.ModeDevice:
 		flags = unix.O_EXCL
+	case !st.Mode().IsRegular():
+		return nil, fmt.Errorf("write log %s is neither a file nor a block device", path)
 	}
 	var f *os.File
 	for {

@@ -2,6 +2,7 @@ package writelog
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"hash/crc32"
 	"io"
@@ -88,7 +89,10 @@ func ReadHeader(f File) (Header, int, error) {
 // something of which the first blocks are as good as empty.
 func Blank(f File) (bool, error) {
 	b := f.Buffer(DataOffset)
-	if _, err := f.ReadAt(b, 0); err != nil {
+	switch _, err := f.ReadAt(b, 0); {
+	case errors.Is(err, io.EOF):
+		return false, fmt.Errorf("%w: it is too short for one", ErrCorrupt)
+	case err != nil:
 		return false, fmt.Errorf("read header of the log: %w", err)
 	}
 	for _, c := range b {

@@ -8,10 +8,11 @@ import (
 	"strings"
 	"time"
 
-	"github.com/lsd-ceph/lsd/backend"
 	"github.com/lsd-ceph/lsd/engine"
 	"github.com/lsd-ceph/lsd/internal/api"
 	"github.com/lsd-ceph/lsd/internal/bytesize"
+	"github.com/lsd-ceph/lsd/internal/cmdline"
+	"github.com/lsd-ceph/lsd/ublk"
 	"github.com/spf13/cobra"
 )
 
@@ -80,8 +81,8 @@ made now and removed by lsdctl del.`,
 // checkAdd finds what can be known to be wrong without a daemon.
 func checkAdd(cmd *cobra.Command, q api.AttachRequest) error {
 	switch {
-	case cmd.Flags().Changed("id") && q.ID < 0:
-		return fmt.Errorf("--id %d: a device's number is not negative", q.ID)
+	case q.ID < -1 || q.ID > ublk.MaxID:
+		return fmt.Errorf("--id %d: it must be from 0 to %d, or -1 for any", q.ID, ublk.MaxID)
 	case q.Queues < 1:
 		return fmt.Errorf("--queues %d: it must be 1 or more", q.Queues)
 	case q.Depth < 1:
@@ -96,15 +97,14 @@ func checkAdd(cmd *cobra.Command, q api.AttachRequest) error {
 		return errors.New("the write log needs some space: see lsdctl add --help")
 	case q.LogSize < 0 || q.LogMemory < 0:
 		return errors.New("size is beyond all limits")
+	case !q.Null && cmd.Flags().Changed("size"):
+		return errors.New("--size is that of a --null device: an image has its own")
 	case q.Null && cmd.Flags().Changed("size") && q.Size == 0:
 		return errors.New("size 0: a device must have at least one block")
 	case q.Null:
 		return nil
 	}
-	u, _, err := backend.ParseImage(q.Image)
-	if err == nil && u.Scheme == backend.SchemeMem {
-		err = errors.New("a mem: store lives and dies with one process: it is for tests")
-	}
+	_, _, err := parseImage(q.Image)
 	return err
 }
 
@@ -175,7 +175,7 @@ func (a *app) statusCommand() *cobra.Command {
 		Short: "Tell how attached images are, and what to do about what is wrong",
 		Example: `  lsdctl status
   lsdctl status ublkb0 --json`,
-		Args: cobra.MaximumNArgs(1),
+		Args: cmdline.Args(0, "DEVICE"),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			var list []api.Image
 			err := ask(cmd.Context(), func(ctx context.Context) (err error) {
@@ -394,6 +394,9 @@ again. With --detach they are removed first, as by lsdctl del.`,
   lsdctl shutdown --detach --timeout 5m`,
 		Args: exactArgs(),
 		RunE: func(cmd *cobra.Command, _ []string) error {
+			if q.Timeout <= 0 {
+				return fmt.Errorf("--timeout %v: it must be longer than 0", q.Timeout)
+			}
 			done, err := a.client().Shutdown(cmd.Context(), q, a.progress.show)
 			a.progress.end()
 			a.remark(done)

@@ -13,6 +13,7 @@ import (
 	"github.com/lsd-ceph/lsd/engine"
 	"github.com/lsd-ceph/lsd/internal/api"
 	"github.com/lsd-ceph/lsd/internal/bytesize"
+	"github.com/lsd-ceph/lsd/internal/cmdline"
 	"github.com/lsd-ceph/lsd/internal/plural"
 	"github.com/spf13/cobra"
 )
@@ -86,9 +87,7 @@ something is, 2 if the check could not be made.`,
 			return failed(err)
 		},
 	}
-	cmd.SetFlagErrorFunc(func(c *cobra.Command, err error) error {
-		return failed(fmt.Errorf("%w: see %s --help", err, c.CommandPath()))
-	})
+	cmd.SetFlagErrorFunc(func(c *cobra.Command, err error) error { return failed(cmdline.FlagError(c, err)) })
 	f := cmd.Flags()
 	f.BoolVar(&o.Deep, "deep", false, "read all data and verify its checksums")
 	f.BoolVar(&o.Repair, "repair", false, "mend what can be mended without losing anything")
@@ -117,7 +116,7 @@ func (a *app) check(ctx context.Context, url string, o engine.CheckOptions) erro
 // checkURL checks the image of that URL, or the store if it is one.
 func (a *app) checkURL(ctx context.Context, url string, o engine.CheckOptions) (*engine.CheckReport, error) {
 	var rep *engine.CheckReport
-	u, name, imageErr := backend.ParseImage(url)
+	u, name, imageErr := parseImage(url)
 	if imageErr == nil {
 		rep, imageErr = a.checkImage(ctx, u, name, o)
 		switch {
@@ -127,7 +126,7 @@ func (a *app) checkURL(ctx context.Context, url string, o engine.CheckOptions) (
 			return rep, imageErr
 		}
 	}
-	s, err := backend.ParseStore(url)
+	s, err := parseStore(url)
 	if err != nil {
 		return rep, imageErr
 	}

@@ -6,8 +6,9 @@ import (
 
 	"github.com/google/uuid"
 	"github.com/lsd-ceph/lsd/backend"
-	"github.com/lsd-ceph/lsd/backend/open"
 	"github.com/lsd-ceph/lsd/engine"
+	"github.com/lsd-ceph/lsd/internal/cmdline"
+	"github.com/lsd-ceph/lsd/internal/plural"
 	"github.com/spf13/cobra"
 )
 
@@ -23,7 +24,7 @@ space is reclaimed by whoever has the image attached, now or next.`,
 		Example: `  lsdctl info rados://rbd/vm2
   lsdctl log forget rados://rbd/vm2 8f8c1d0e-5d0c-4d0b-9f0a-6f3f0d9a1b2c
   lsdctl log forget rados://rbd/vm2 --all`,
-		Args: cobra.RangeArgs(1, 2),
+		Args: cmdline.Args(1, "STORE/IMAGE", "LOG-ID"),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			id := uuid.Nil
 			switch {
@@ -43,13 +44,13 @@ space is reclaimed by whoever has the image attached, now or next.`,
 }
 
 func (a *app) forget(cmd *cobra.Command, image string, log uuid.UUID) error {
-	u, name, err := backend.ParseImage(image)
+	u, name, err := parseImage(image)
 	if err != nil {
 		return err
 	}
-	st, err := openWithin(cmd.Context(), u, open.Store)
+	st, err := openStore(cmd.Context(), u)
 	if err != nil {
-		return timedOut(u, err)
+		return err
 	}
 	defer st.Close()
 	id, err := backend.Lookup(cmd.Context(), st, name)
@@ -63,6 +64,6 @@ func (a *app) forget(cmd *cobra.Command, image string, log uuid.UUID) error {
 	case n == 0:
 		return fmt.Errorf("%s keeps nothing for such a log: see lsdctl info", u.Image(name))
 	}
-	fmt.Fprintf(a.out, "forgot %d\n", n)
+	fmt.Fprintf(a.out, "forgot %s\n", plural.Count(n, "log"))
 	return nil
 }

@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/lsd-ceph/lsd/backend"
@@ -57,7 +58,7 @@ that are named. Logs that are in use are not read.`,
 				a.progress.show(api.Progress{What: "reading " + p})
 				l, err := readLog(cmd.Context(), p)
 				if err != nil && len(args) > 0 {
-					return err
+					return withPath(p, err)
 				}
 				if err != nil {
 					l.State = "error: " + api.OneLine(err)
@@ -81,6 +82,14 @@ that are named. Logs that are in use are not read.`,
 	}
 	cmd.Flags().StringArrayVar(&caches, "cache", nil, "look in this directory too")
 	return a.jsonFlag(cmd)
+}
+
+// withPath adds the path that an error is about, unless it says so itself.
+func withPath(path string, err error) error {
+	if strings.Contains(err.Error(), path) {
+		return err
+	}
+	return fmt.Errorf("%s: %w", path, err)
 }
 
 func orDash(s string) string {
@@ -127,11 +136,15 @@ func readLog(ctx context.Context, path string) (api.Log, error) {
 	}
 	defer f.Close()
 	l.Size = f.Size()
-	if blank, err := writelog.Blank(f); err != nil || blank {
+	blank, err := writelog.Blank(f)
+	if err == nil && blank {
 		l.State = "empty: belongs to no image"
-		return l, err
+		return l, nil
 	}
-	h, _, err := writelog.ReadHeader(f)
+	var h writelog.Header
+	if err == nil {
+		h, _, err = writelog.ReadHeader(f)
+	}
 	if err != nil {
 		return l, err
 	}

@@ -16,6 +16,7 @@ import (
 	"time"
 
 	"github.com/lsd-ceph/lsd/internal/api"
+	"github.com/lsd-ceph/lsd/internal/cmdline"
 	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
 )
@@ -80,9 +81,7 @@ have a unit of 1024: 512, 4K, 20G, 1T.`,
 		RunE:              func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
 	cmd.SetOut(a.out)
-	cmd.SetFlagErrorFunc(func(c *cobra.Command, err error) error {
-		return fmt.Errorf("%w: see %s --help", err, c.CommandPath())
-	})
+	cmd.SetFlagErrorFunc(cmdline.FlagError)
 	f := cmd.PersistentFlags()
 	f.StringVar(&a.socket, "socket", env(api.EnvSocket, api.DefaultSocket), "socket of the daemon ($"+api.EnvSocket+")")
 	f.StringVar(&a.stateDir, "state-dir", env(api.EnvStateDir, api.DefaultStateDir), "state directory of a daemon that add starts ($"+api.EnvStateDir+")")
@@ -91,6 +90,18 @@ have a unit of 1024: 512, 4K, 20G, 1T.`,
 		a.addCommand(), a.listCommand(), a.statusCommand(), a.flushCommand(), a.delCommand(),
 		a.featuresCommand(), a.logCommand(), a.daemonCommand(), a.cacheCommand(), a.versionCommand(), a.shutdownCommand(),
 	)
+	cmd.InitDefaultHelpCmd()
+	for _, c := range cmd.Commands() {
+		if c.Name() == "help" {
+			c.Example = "  lsdctl help log salvage"
+			c.Args = func(_ *cobra.Command, args []string) error {
+				if about, _, err := cmd.Find(args); err == nil && about != cmd {
+					return nil
+				}
+				return noSuchCommand(cmd, args)
+			}
+		}
+	}
 	return cmd
 }
 
@@ -108,17 +119,9 @@ func env(name, other string) string {
 	return other
 }
 
-// exactArgs is cobra.ExactArgs with a message that names what is missing.
+// exactArgs wants the named arguments, all of them.
 func exactArgs(names ...string) cobra.PositionalArgs {
-	return func(cmd *cobra.Command, args []string) error {
-		switch {
-		case len(args) < len(names):
-			return fmt.Errorf("%s is missing: see %s --help", names[len(args)], cmd.CommandPath())
-		case len(args) > len(names):
-			return fmt.Errorf("%q is too much: see %s --help", args[len(names)], cmd.CommandPath())
-		}
-		return nil
-	}
+	return cmdline.Args(len(names), names...)
 }
 
 // jsonFlag adds --json.

@@ -61,6 +61,9 @@ func TestBadInput(t *testing.T) {
 	if err := os.MkdirAll(dir+"/other/x", 0o755); err != nil {
 		t.Fatal(err)
 	}
+	if err := os.WriteFile(dir+"/short", []byte("short"), 0o600); err != nil {
+		t.Fatal(err)
+	}
 	before := snapshot(t, dir)
 	for _, c := range []struct{ args, want string }{
 		{"nonsense", "no command"},
@@ -94,12 +97,23 @@ func TestBadInput(t *testing.T) {
 		{"add", "STORE/IMAGE is missing"},
 		{"add vm1", "not a URL"},
 		{"add mem:x", "tests"},
+		{"create mem:x --size 1M", "tests"},
+		{"ls mem:x", "tests"},
+		{"info mem:x/y", "tests"},
+		{"rm mem:x/y", "tests"},
+		{"check mem:x/y", "tests"},
+		{"log forget mem:x/y --all", "tests"},
+		{"log salvage " + dir + "/other mem:x/y", "tests"},
 		{"add " + store + "/there --queues 0", "--queues"},
 		{"add " + store + "/there --depth 0", "--depth"},
 		{"add " + store + "/there --log-size 0", "space"},
 		{"add " + store + "/there --log-size x", "not a size"},
 		{"add " + store + "/there --lease -1s", "negative"},
-		{"add " + store + "/there --id -2", "--id"},
+		{"add " + store + "/there --id -2", "--id -2: it must be from 0 to 1048575, or -1"},
+		{"add " + store + "/there --id 1048576", "--id 1048576"},
+		{"add " + store + "/there --id x", `--id "x": it is a whole number`},
+		{"add " + store + "/there --size 1G", "an image has its own"},
+		{"create " + store + "/there/a --size 1M", "inside the store"},
 		{"add --null x", "too much"},
 		{"add --null --size 0", "size 0"},
 		{"list", "no lsdd answers"},
@@ -111,11 +125,22 @@ func TestBadInput(t *testing.T) {
 		{"del 0", "no lsdd answers"},
 		{"del 0 --timeout 0s", "--timeout"},
 		{"del 0 --timeout fast", "--timeout"},
+		{"status 0 1", `"1" is too much`},
+		{"help nonsense", "no command"},
+		{"shutdown --timeout -1s", "--timeout -1s"},
 		{"shutdown", "no lsdd answers"},
 		{"daemon", "no lsdd answers"},
 		{"log nonsense", "no command"},
 		{"log ls --cache " + dir + "/none", "no such file"},
 		{"log ls " + dir + "/none", "no such file"},
+		{"log ls " + dir + "/short", dir + "/short: write log is corrupt: it is too short"},
+		{"log ls " + dir + "/other", "neither a file nor a block device"},
+		{"log ls /dev/null", "neither a file nor a block device"},
+		{"log salvage " + dir + "/short " + store + "/new", "too short"},
+		{"log forget", "STORE/IMAGE is missing"},
+		{"log forget " + store + "/there", "--all"},
+		{"log forget " + store + "/there x y", `"y" is too much`},
+		{"log forget file://" + dir + "/none/x --all", "no store"},
 	} {
 		out, err := lsdctl(t, strings.Fields(c.args)...)
 		if err == nil {

@@ -25,7 +25,7 @@ the log nor its image is changed.`,
   lsdctl log salvage /var/lib/lsd/cache/4c6b2d09-....log rados://rbd/vm2-salvaged`,
 		Args: exactArgs("LOG", "STORE/IMAGE"),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			u, name, err := backend.ParseImage(args[1])
+			u, name, err := parseImage(args[1])
 			if err != nil {
 				return err
 			}
@@ -48,13 +48,14 @@ func (a *app) salvage(ctx context.Context, path string, u backend.URL, name stri
 		return err
 	}
 	defer f.Close()
-	if blank, err := writelog.Blank(f); err != nil || blank {
-		if err == nil {
-			err = fmt.Errorf("%s is empty: it belongs to no image", path)
-		}
-		return err
+	blank, err := writelog.Blank(f)
+	if err == nil && blank {
+		return fmt.Errorf("%s is empty: it belongs to no image", path)
 	}
-	h, _, err := writelog.ReadHeader(f)
+	var h writelog.Header
+	if err == nil {
+		h, _, err = writelog.ReadHeader(f)
+	}
 	if err != nil {
 		return fmt.Errorf("%s: %w", path, err)
 	}
@@ -62,9 +63,9 @@ func (a *app) salvage(ctx context.Context, path string, u backend.URL, name stri
 	if err != nil {
 		return fmt.Errorf("%s is of an image that cannot be found: %w", path, err)
 	}
-	src, err := openWithin(ctx, from, open.Store)
+	src, err := openStore(ctx, from)
 	if err != nil {
-		return timedOut(from, err)
+		return err
 	}
 	defer src.Close()
 	dst, err := openWithin(ctx, u, open.CreateStore)
@@ -94,11 +95,4 @@ func (a *app) salvage(ctx context.Context, path string, u backend.URL, name stri
 	}
 	fmt.Fprintf(a.out, "made %s of %s, in the history of epoch %d: the log is kept, remove it when the image is right\n", u.Image(name), h.ImageURL, h.Epoch)
 	return nil
-}
-
-// openWithin opens a store, bounded in time; the store outlives that.
-func openWithin(ctx context.Context, u backend.URL, fn func(context.Context, backend.URL) (backend.Store, error)) (backend.Store, error) {
-	ctx, stop := context.WithTimeout(ctx, storeTimeout)
-	defer stop()
-	return fn(ctx, u)
 }

@@ -18,6 +18,41 @@ import (
 // storeTimeout bounds commands that only look into a store.
 const storeTimeout = 30 * time.Second
 
+// parseImage parses the URL of an image in a store that outlives this process.
+func parseImage(s string) (backend.URL, string, error) {
+	u, name, err := backend.ParseImage(s)
+	return u, name, notMem(u, err)
+}
+
+// parseStore parses the URL of a store that outlives this process.
+func parseStore(s string) (backend.URL, error) {
+	u, err := backend.ParseStore(s)
+	return u, notMem(u, err)
+}
+
+func notMem(u backend.URL, err error) error {
+	if err == nil && u.Scheme == backend.SchemeMem {
+		err = errors.New("a mem: store lives and dies with one process: it is for tests")
+	}
+	return err
+}
+
+// openStore opens a store that must be there, bounded in time; the store outlives that.
+func openStore(ctx context.Context, u backend.URL) (backend.Store, error) {
+	st, err := openWithin(ctx, u, open.Store)
+	if errors.Is(err, backend.ErrNotFound) {
+		return nil, fmt.Errorf("there is no store at %s: lsdctl create makes one", u)
+	}
+	return st, timedOut(u, err)
+}
+
+// openWithin opens a store, bounded in time; the store outlives that.
+func openWithin(ctx context.Context, u backend.URL, fn func(context.Context, backend.URL) (backend.Store, error)) (backend.Store, error) {
+	ctx, stop := context.WithTimeout(ctx, storeTimeout)
+	defer stop()
+	return fn(ctx, u)
+}
+
 // timedOut makes an error of a store that does not answer in time readable.
 func timedOut(u backend.URL, err error) error {
 	if errors.Is(err, context.DeadlineExceeded) {
@@ -56,7 +91,7 @@ func (a *app) createCommand() *cobra.Command {
 }
 
 func (a *app) create(ctx context.Context, url string, o engine.CreateOptions) error {
-	u, name, err := backend.ParseImage(url)
+	u, name, err := parseImage(url)
 	if err != nil {
 		return err
 	}
@@ -91,16 +126,13 @@ func (a *app) create(ctx context.Context, url string, o engine.CreateOptions) er
 
 // withStore opens the store of an image's URL for a command that looks at it.
 func withStore(ctx context.Context, u backend.URL, fn func(context.Context, backend.Store) error) error {
-	ctx, stop := context.WithTimeout(ctx, storeTimeout)
-	defer stop()
-	st, err := open.Store(ctx, u)
-	if errors.Is(err, backend.ErrNotFound) {
-		return fmt.Errorf("there is no store at %s: lsdctl create makes one", u)
-	}
+	st, err := openStore(ctx, u)
 	if err != nil {
-		return timedOut(u, err)
+		return err
 	}
 	defer st.Close()
+	ctx, stop := context.WithTimeout(ctx, storeTimeout)
+	defer stop()
 	return timedOut(u, fn(ctx, st))
 }
 
@@ -118,7 +150,7 @@ func (a *app) lsCommand() *cobra.Command {
   lsdctl ls file:///var/lib/lsd/store --json`,
 		Args: exactArgs("STORE"),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			u, err := backend.ParseStore(args[0])
+			u, err := parseStore(args[0])
 			if err != nil {
 				return err
 			}
@@ -195,7 +227,7 @@ func (a *app) infoCommand() *cobra.Command {
 		Example: "  lsdctl info rados://rbd/vm2",
 		Args:    exactArgs("STORE/IMAGE"),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			u, name, err := backend.ParseImage(args[0])
+			u, name, err := parseImage(args[0])
 			if err != nil {
 				return err
 			}
@@ -259,7 +291,7 @@ func (a *app) rmCommand() *cobra.Command {
   lsdctl rm rados://rbd/vm2 --force    # its host is gone for good`,
 		Args: exactArgs("STORE/IMAGE"),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			u, name, err := backend.ParseImage(args[0])
+			u, name, err := parseImage(args[0])
 			if err != nil {
 				return err
 			}
@@ -271,14 +303,9 @@ func (a *app) rmCommand() *cobra.Command {
 }
 
 func (a *app) remove(ctx context.Context, u backend.URL, name string, force bool) error {
-	look, stop := context.WithTimeout(ctx, storeTimeout)
-	defer stop()
-	st, err := open.Store(look, u)
-	if errors.Is(err, backend.ErrNotFound) {
-		return fmt.Errorf("there is no store at %s", u)
-	}
+	st, err := openStore(ctx, u)
 	if err != nil {
-		return timedOut(u, err)
+		return err
 	}
 	defer st.Close()
 	err = engine.Remove(ctx, st, name, u.Image(name), force, func(n int) {

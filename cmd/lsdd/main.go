@@ -19,6 +19,7 @@ import (
 	"github.com/lsd-ceph/lsd/engine"
 	"github.com/lsd-ceph/lsd/internal/api"
 	"github.com/lsd-ceph/lsd/internal/bytesize"
+	"github.com/lsd-ceph/lsd/internal/cmdline"
 	"github.com/lsd-ceph/lsd/internal/daemon"
 	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
@@ -58,7 +59,7 @@ systemd runs it as lsd.service; without systemd, lsdctl add starts it with
   lsdd --supervise            # started again whenever it dies
   lsdd --socket /run/b.sock --state-dir /var/lib/b --host-name b   # a second one`,
 		Version:       version(),
-		Args:          cobra.NoArgs,
+		Args:          cmdline.Args(0),
 		SilenceUsage:  true,
 		SilenceErrors: true,
 		RunE: func(cmd *cobra.Command, _ []string) error {
@@ -67,6 +68,7 @@ systemd runs it as lsd.service; without systemd, lsdctl add starts it with
 			return err
 		},
 	}
+	cmd.SetFlagErrorFunc(cmdline.FlagError)
 	host, _ := os.Hostname()
 	f := cmd.Flags()
 	f.StringVar(&o.cfg.Socket, "socket", env(api.EnvSocket, api.DefaultSocket), "listen on this unix socket ($"+api.EnvSocket+")")
@@ -119,6 +121,8 @@ func (o *options) run(ctx context.Context) (int, error) {
 		return 0, errors.New("this host has no name: give it one with --host-name")
 	case !filepath.IsAbs(o.cfg.StateDir) || !filepath.IsAbs(o.cfg.Socket):
 		return 0, errors.New("--state-dir and --socket must be absolute paths")
+	case o.cfg.ExitTimeout <= 0:
+		return 0, fmt.Errorf("--exit-timeout %v: it must be longer than 0", o.cfg.ExitTimeout)
 	case o.scrubRate > 1<<50:
 		return 0, fmt.Errorf("--scrub-rate %s: it must be at most 1P", &o.scrubRate)
 	}

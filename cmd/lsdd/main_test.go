@@ -7,6 +7,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/lsd-ceph/lsd/engine"
 	"github.com/lsd-ceph/lsd/internal/daemon"
@@ -27,7 +28,7 @@ func TestBadOptions(t *testing.T) {
 	dir := filepath.Join(t.TempDir(), "state")
 	good := func() options {
 		return options{
-			cfg: daemon.Config{Socket: filepath.Join(dir, "s"), StateDir: dir, Host: "h"}, onTerm: "leave", logMemory: daemon.DefaultLogMemory, mapMemory: engine.DefaultMapMemory, destageMemory: engine.DefaultDestageMemory,
+			cfg: daemon.Config{Socket: filepath.Join(dir, "s"), StateDir: dir, Host: "h", ExitTimeout: time.Second}, onTerm: "leave", logMemory: daemon.DefaultLogMemory, mapMemory: engine.DefaultMapMemory, destageMemory: engine.DefaultDestageMemory,
 		}
 	}
 	for _, tt := range []struct {
@@ -37,6 +38,7 @@ func TestBadOptions(t *testing.T) {
 		{func(o *options) { o.onTerm = "x" }, "--on-term x"},
 		{func(o *options) { o.cfg.Host = "" }, "--host-name"},
 		{func(o *options) { o.cfg.StateDir = "state" }, "absolute"},
+		{func(o *options) { o.cfg.ExitTimeout = -time.Second }, "--exit-timeout -1s"},
 		{func(o *options) { o.logMemory = 1 << 20 }, "--log-memory-total 1M"},
 		{func(o *options) { o.logMemory = 1 << 51 }, "--log-memory-total 2P"},
 		{func(o *options) { o.mapMemory = 1 << 20 }, "--map-memory 1M"},

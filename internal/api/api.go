@@ -24,7 +24,6 @@ const (
 	PathVersion   = "/v1/version"    // GET: Version
 	PathFeatures  = "/v1/features"   // GET: Features
 	PathImages    = "/v1/images"     // GET: []Image; POST AttachRequest: stream of Image
-	PathLogs      = "/v1/logs"       // GET: []Log
 	PathReadCache = "/v1/read-cache" // GET: ReadCache
 	PathShutdown  = "/v1/shutdown"   // POST ShutdownRequest: stream of Done
 )

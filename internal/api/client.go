@@ -137,7 +137,7 @@ func (c *Client) do(ctx context.Context, method, path string, body io.Reader) (*
 func (c *Client) explain(ctx context.Context, err error) error {
 	switch {
 	case errors.Is(ctx.Err(), context.DeadlineExceeded):
-		return fmt.Errorf("lsdd at %s does not answer: see its log; if it hangs, kill -9 it and start it again: nothing is lost: %w", c.socket, ctx.Err())
+		return fmt.Errorf("lsdd at %s does not answer: see its log; if it hangs, kill -9 it and start it again: nothing is lost", c.socket)
 	case ctx.Err() != nil:
 		return fmt.Errorf("gave up waiting for lsdd at %s: %w", c.socket, ctx.Err())
 	case errors.Is(err, os.ErrNotExist), errors.Is(err, unix.ECONNREFUSED):

@@ -101,6 +101,8 @@ func setDefault[T comparable](v *T, to T) {
 
 func checkPlan(rec record, q api.AttachRequest) error {
 	switch {
+	case q.ID < -1 || q.ID > ublk.MaxID:
+		return fmt.Errorf("device number %d: it must be from 0 to %d, or -1 for any", q.ID, ublk.MaxID)
 	case rec.Queues < 1 || rec.Queues > maxQueues:
 		return fmt.Errorf("%d queues: there can be 1 to %d", rec.Queues, maxQueues)
 	case rec.Depth < 1 || rec.Depth > maxDepth:
@@ -131,6 +133,9 @@ func (d *Daemon) planImage(ctx context.Context, rec *record, q api.AttachRequest
 	look, stop := context.WithTimeout(ctx, lookTimeout)
 	defer stop()
 	st, err := d.openSt(look, u)
+	if errors.Is(err, backend.ErrNotFound) {
+		return fmt.Errorf("%s: no such image: there is no store at %s", rec.URL, u)
+	}
 	if err != nil {
 		return err
 	}

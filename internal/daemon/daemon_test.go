@@ -1,6 +1,7 @@
 package daemon
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"net"
@@ -605,8 +606,11 @@ func TestAttachBadInput(t *testing.T) {
 		{api.AttachRequest{Lease: time.Millisecond}, "lease"},
 		{api.AttachRequest{Size: 5}, "null"},
 		{api.AttachRequest{Null: true, Size: 5}, "multiple"},
+		{api.AttachRequest{ID: 1 << 20}, "device number 1048576"},
+		{api.AttachRequest{ID: 1 << 32}, "device number 4294967296"},
+		{api.AttachRequest{ID: -2}, "device number -2"},
 	} {
-		c.q.ID = -1
+		c.q.ID = cmp.Or(c.q.ID, -1)
 		_, err := h.attachReq(c.q)
 		if err == nil {
 			t.Errorf("%+v: no error", c.q)
