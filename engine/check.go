@@ -189,7 +189,7 @@ func (c *checker) add(f Finding) {
 // have made it have named, each for itself.
 func withoutKey(text, key string) string {
 	text = strings.ReplaceAll(text, " of object "+key+": ", ": ")
-	for _, what := range []string{"object ", "checkpoint ", "get ", "stat "} {
+	for _, what := range []string{"superblock ", "object ", "checkpoint ", "load ", "get ", "stat "} {
 		text = strings.ReplaceAll(text, what+key+": ", "")
 	}
 	return text
@@ -290,7 +290,7 @@ func (c *checker) load(ctx context.Context) (ok bool, err error) {
 			c.rep.Errors = append(c.rep.Errors, Finding{Object: SuperblockKey(c.id), Problem: "the superblock is missing, and the directory names the image", Action: rmAgain})
 			return false, nil
 		case unreadableSuper(err):
-			c.rep.Errors = append(c.rep.Errors, Finding{Object: SuperblockKey(c.id), Problem: err.Error(), Action: "bring it back from a copy of the pool; the image cannot be attached"})
+			c.rep.Errors = append(c.rep.Errors, Finding{Object: SuperblockKey(c.id), Problem: withoutKey(err.Error(), SuperblockKey(c.id)), Action: "bring it back from a copy of the pool; the image cannot be attached"})
 			return false, nil
 		case err != nil:
 			return false, err

@@ -361,8 +361,8 @@ func TestCheckDamage(t *testing.T) {
 		mended bool   // by Repair
 	}{
 		{"superblock missing", func(c *checkedImage) { c.remove(SuperblockKey(c.id)) }, "ID/super: the superblock is missing", false, false},
-		{"superblock flipped", func(c *checkedImage) { c.corrupt(SuperblockKey(c.id), flipLast) }, "ID/super: superblock of image", false, false},
-		{"superblock empty", func(c *checkedImage) { c.corrupt(SuperblockKey(c.id), cutAll) }, "ID/super: superblock of image", false, false},
+		{"superblock flipped", func(c *checkedImage) { c.corrupt(SuperblockKey(c.id), flipLast) }, "ID/super: corrupt", false, false},
+		{"superblock empty", func(c *checkedImage) { c.corrupt(SuperblockKey(c.id), cutAll) }, "ID/super: corrupt", false, false},
 		{"data missing", func(c *checkedImage) { c.remove(data) }, short(data) + ": not found", false, false},
 		{"data cut", func(c *checkedImage) { c.corrupt(data, cutLast) }, short(data) + ": corrupt: it has", false, false},
 		{"data empty", func(c *checkedImage) { c.corrupt(data, cutAll) }, short(data) + ": corrupt", false, false},

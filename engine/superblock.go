@@ -220,11 +220,11 @@ func (s *superblock) pruneEpochs() {
 func loadSuperblock(ctx context.Context, st backend.Store, id uuid.UUID) (*superblock, backend.Version, error) {
 	b, v, err := st.Load(ctx, SuperblockKey(id))
 	if err != nil {
-		return nil, "", fmt.Errorf("superblock of image %s: %w", id, err)
+		return nil, "", fmt.Errorf("superblock: %w", err)
 	}
 	s, err := decodeSuperblock(b, id)
 	if err != nil {
-		return nil, "", fmt.Errorf("superblock of image %s (object %s): %w", id, SuperblockKey(id), err)
+		return nil, "", fmt.Errorf("superblock %s: %w", SuperblockKey(id), err)
 	}
 	return s, v, nil
 }

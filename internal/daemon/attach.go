@@ -286,7 +286,7 @@ func (d *Daemon) reserve(ctx context.Context, k kernel, rec record, from int, ex
 			return a, nil
 		}
 		if exactly {
-			return nil, fmt.Errorf("/dev/ublkb%d is in the records already", id)
+			return nil, fmt.Errorf("/dev/ublkb%d is in the records already: see %s", id, d.records.path(id))
 		}
 	}
 }
