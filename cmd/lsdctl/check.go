@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -105,7 +106,7 @@ func (a *app) check(ctx context.Context, url string, o engine.CheckOptions) erro
 	if a.json {
 		err = a.printJSON(rep)
 	} else {
-		a.printReport(rep, o.Repair, time.Since(began))
+		err = a.printReport(rep, o.Repair, time.Since(began))
 	}
 	if err == nil && !rep.Clean() {
 		return &statusError{status: statusErrors}
@@ -171,8 +172,9 @@ func (a *app) checkStore(ctx context.Context, u backend.URL, repair bool) (*engi
 }
 
 // printReport prints what was found, a line each, and a summary.
-func (a *app) printReport(r *engine.CheckReport, repair bool, took time.Duration) {
-	say := func(format string, args ...any) { fmt.Fprintf(a.out, format+"\n", args...) }
+func (a *app) printReport(r *engine.CheckReport, repair bool, took time.Duration) error {
+	var text bytes.Buffer
+	say := func(format string, args ...any) { fmt.Fprintf(&text, format+"\n", args...) }
 	for _, n := range r.Notes {
 		say("note: %s", n)
 	}
@@ -208,6 +210,8 @@ func (a *app) printReport(r *engine.CheckReport, repair bool, took time.Duration
 		say("lsdctl check --repair would see to %s", plural.Count(mendable, "object"))
 	}
 	say("%s: %s, %s", r.Image, verdict(bad), summary(r, took))
+	_, err := text.WriteTo(a.out)
+	return err
 }
 
 func verdict(bad int) string {

@@ -95,6 +95,12 @@ func (a *app) startSupervised(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	// The daemon's own directory is another.
+	for _, p := range []*string{&a.socket, &a.stateDir} {
+		if *p, err = filepath.Abs(*p); err != nil {
+			return err
+		}
+	}
 	logPath := defaultLog
 	if a.stateDir != api.DefaultStateDir {
 		logPath = filepath.Join(a.stateDir, "lsdd.log")

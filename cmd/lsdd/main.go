@@ -121,6 +121,8 @@ func (o *options) run(ctx context.Context) (int, error) {
 		return 0, errors.New("this host has no name: give it one with --host-name")
 	case !filepath.IsAbs(o.cfg.StateDir) || !filepath.IsAbs(o.cfg.Socket):
 		return 0, errors.New("--state-dir and --socket must be absolute paths")
+	case len(o.cfg.Socket) > maxSocket:
+		return 0, fmt.Errorf("--socket: a path of %d bytes: the limit is %d", len(o.cfg.Socket), maxSocket)
 	case o.cfg.ExitTimeout <= 0:
 		return 0, fmt.Errorf("--exit-timeout %v: it must be longer than 0", o.cfg.ExitTimeout)
 	case o.scrubRate > 1<<50:
@@ -178,6 +180,10 @@ func (o *options) run(ctx context.Context) (int, error) {
 	}
 	return 0, nil
 }
+
+// maxSocket bounds the socket's path: the kernel takes 107 bytes, and the daemon
+// makes it under a name that is longer by a dot and its process id.
+const maxSocket = 99
 
 // Environment variables for a daemon that lsdctl starts.
 const (

@@ -33,9 +33,6 @@ func NewClient(socket string) *Client {
 	return &Client{socket, &http.Client{Transport: &http.Transport{DialContext: dial, DisableKeepAlives: true}}}
 }
 
-// Socket returns the path of the daemon's socket.
-func (c *Client) Socket() string { return c.socket }
-
 // Version asks which daemon answers.
 func (c *Client) Version(ctx context.Context) (v Version, err error) {
 	return v, c.get(ctx, PathVersion, &v)
