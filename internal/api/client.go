@@ -104,7 +104,7 @@ func (c *Client) stream(ctx context.Context, path string, in any, progress func(
 	defer resp.Body.Close()
 	err = receive(resp.Body, progress, out)
 	if errors.Is(err, errCut) && ctx.Err() != nil {
-		return fmt.Errorf("gave up waiting for the daemon: %w", ctx.Err())
+		return errors.New("interrupted while the daemon was at it: look at lsdctl list")
 	}
 	return err
 }
@@ -136,7 +136,7 @@ func (c *Client) explain(ctx context.Context, err error) error {
 	case errors.Is(ctx.Err(), context.DeadlineExceeded):
 		return fmt.Errorf("lsdd at %s does not answer: see its log; if it hangs, kill -9 it and start it again: nothing is lost", c.socket)
 	case ctx.Err() != nil:
-		return fmt.Errorf("gave up waiting for lsdd at %s: %w", c.socket, ctx.Err())
+		return fmt.Errorf("interrupted while waiting for lsdd at %s", c.socket)
 	case errors.Is(err, os.ErrNotExist), errors.Is(err, unix.ECONNREFUSED):
 		return fmt.Errorf("%w at %s: start it with systemctl start lsd, lsdd --supervise, or lsdctl add", ErrNoDaemon, c.socket)
 	case errors.Is(err, os.ErrPermission):
