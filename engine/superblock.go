@@ -1,6 +1,7 @@
 package engine
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -16,6 +17,8 @@ import (
 const (
 	superMagic   = "LSDSUPER"
 	superVersion = 2
+	// superUnit is what the length of a superblock is a multiple of, in bytes.
+	superUnit = 4096
 	// maxEpochs is how many ends of ownerships a superblock remembers; they tell
 	// whether a log that turns up holds anything that never reached the store.
 	maxEpochs = 256
@@ -106,11 +109,16 @@ func (s *superblock) epochOf(object uint64) uint64 {
 	return 0
 }
 
+// encode returns the superblock's bytes, filled up with spaces: a store that is full takes
+// the renewal of a lease only if that is no longer than what it replaces.
 func (s *superblock) encode() []byte {
 	p, err := json.Marshal(s)
 	if err != nil {
 		panic("engine: superblock does not marshal: " + err.Error())
 	}
+	const header = frame.HeaderSize
+	room := (header + len(p) + superUnit - 1) / superUnit * superUnit
+	p = append(p, bytes.Repeat([]byte{' '}, room-header-len(p))...)
 	return frame.Encode(superMagic, superVersion, p)
 }
 

@@ -13,6 +13,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -236,6 +237,60 @@ func TestPoolDeleted(t *testing.T) {
 		}
 		storetest.WantError(t, "Stat in a deleted pool", err, backend.ErrPermanent)
 		break
+	}
+}
+
+// TestFull: while the pool is full, what takes no more room goes through: reads, the
+// change of a mutable object to contents of the same length, and deletes, which are what
+// makes room. The rest fails at once, for now.
+func TestFull(t *testing.T) {
+	s := open(t, new(rados.Clusters), place(t))
+	defer s.Close()
+	ctx, cancel := context.WithTimeout(context.Background(), 3*time.Minute)
+	defer cancel()
+	data := storetest.Pattern(1, 8<<20)
+	put := func() error { return s.Put(ctx, uuid.NewString(), data) }
+	for i := range 8 {
+		if err := s.Put(ctx, fmt.Sprint(i), data); err != nil {
+			t.Fatal(err)
+		}
+	}
+	v, err := s.Swap(ctx, "m", backend.NoVersion, make([]byte, 4096))
+	if err != nil {
+		t.Fatal(err)
+	}
+	ceph(t, "osd", "set-full-ratio", "0.001") // of 20 GiB
+	enough := func() { ceph(t, "osd", "set-full-ratio", "0.95") }
+	defer enough()
+	for err == nil {
+		err = put()
+	}
+	storetest.WantError(t, "Put into a full pool", err, backend.ErrTemporary)
+	if !errors.Is(err, syscall.ENOSPC) {
+		t.Errorf("Put into a full pool: %v", err)
+	}
+	if n, err := s.Get(ctx, "1", make([]byte, 4096), 0); n != 4096 || err != nil {
+		t.Errorf("Get: %d, %v", n, err)
+	}
+	if v, err = s.Swap(ctx, "m", v, storetest.Pattern(2, 4096)); err != nil {
+		t.Errorf("Swap to the same length: %v", err)
+	}
+	_, err = s.Swap(ctx, "m", v, make([]byte, 8192))
+	storetest.WantError(t, "Swap to another length", err, backend.ErrTemporary)
+	if got, w, err := s.Load(ctx, "m"); err != nil || w != v || !bytes.Equal(got, storetest.Pattern(2, 4096)) {
+		t.Errorf("Load: version %s, not %s; %v", w, v, err)
+	}
+	for i := range 8 {
+		if err := s.Delete(ctx, fmt.Sprint(i)); err != nil {
+			t.Errorf("Delete: %v", err)
+		}
+	}
+	enough()
+	for err = put(); err != nil && ctx.Err() == nil; err = put() {
+		time.Sleep(100 * time.Millisecond)
+	}
+	if err != nil {
+		t.Errorf("Put when there is room again: %v", err)
 	}
 }
 

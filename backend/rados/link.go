@@ -68,6 +68,11 @@ func (cs *Clusters) openPool(ctx context.Context, c *cluster, pool string) (*rad
 		defer cs.release(c)
 		defer func() { <-c.blocking }()
 		ioctx, err = c.conn.OpenIOContext(pool)
+		if err == nil {
+			// While cluster or pool are full librados would keep back all that writes,
+			// deletes as well: room could only be made by others.
+			err = ioctx.SetPoolFullTry()
+		}
 		select {
 		case done <- struct{}{}:
 		case <-ctx.Done():

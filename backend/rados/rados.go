@@ -14,6 +14,10 @@
 // call that did not wait long enough has the map of the cluster brought up to
 // date, for the next one.
 //
+// While the pool is full, what takes no more room goes through: Get, Delete, a Swap to
+// contents that are not longer. The rest fails at once with ErrTemporary, not, as is
+// usual with librados, when there is room again.
+//
 // The format is described in docs/format-rados-store.md.
 package rados
 

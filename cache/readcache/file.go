@@ -33,8 +33,9 @@ func CheckSize(size int64) error {
 
 // OpenFile opens the regular file at path for a cache of size bytes, makes it if
 // it is not there, and reserves its space. A cache of another size is cut, or grows;
-// a file that holds anything else is refused. While a process that died still has writes in flight the file is locked:
-// OpenFile waits for it, at most as long as ctx lasts, and fails with ErrLocked.
+// a file that holds anything else is refused. While a process that died still has
+// writes in flight the file is locked: OpenFile waits for it, at most as long as ctx
+// lasts, and fails with ErrLocked.
 func OpenFile(ctx context.Context, path string, size int64) (_ *OSFile, err error) {
 	if err := CheckSize(size); err != nil {
 		return nil, err
