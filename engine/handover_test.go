@@ -3,12 +3,14 @@ package engine
 import (
 	"context"
 	"errors"
+	"fmt"
 	"strings"
 	"testing"
 	"time"
 
 	"github.com/google/uuid"
 	"github.com/lsd-ceph/lsd/backend"
+	"github.com/lsd-ceph/lsd/backend/faultstore"
 	"github.com/lsd-ceph/lsd/backend/mem"
 )
 
@@ -200,5 +202,94 @@ func TestEvictedWhileAttaching(t *testing.T) {
 	}
 	if err := b.open(id, false); err != nil {
 		t.Fatal(err)
+	}
+}
+
+// TestEndNotSettled: a log is looked at while another host has taken the image over and
+// has not yet said where the ownership before it ended. What came into the store after
+// that host had looked counts only if it never comes to say so; else the log holds what
+// no store has, and stays as it is.
+func TestEndNotSettled(t *testing.T) {
+	ctx := context.Background()
+	for _, tt := range []struct{ owned, force, settles bool }{
+		{true, false, true}, {true, true, true}, {true, true, false}, {false, false, true}, {false, false, false},
+	} {
+		t.Run(fmt.Sprintf("%+v", tt), func(t *testing.T) {
+			st := faultstore.New(mem.New())
+			id := newImageIn(t, st)
+			a := newHost(t, "alpha", st, 1)
+			if err := a.open(id, false); err != nil {
+				t.Fatal(err)
+			}
+			a.mustWrite(1, 1)
+			a.mustDestage()
+			st.Inject(func(op faultstore.Op) (f faultstore.Fault) {
+				if op.Method == faultstore.Put {
+					f.Before = backend.ErrTemporary
+				}
+				return f
+			})
+			a.mustWrite(2, 2)
+			a.im.Destage(func(error) {})
+			a.run(0)
+			a.disk.Kill()
+			st.Inject()
+			change := func(fn func(*superblock)) {
+				t.Helper()
+				if _, _, err := changeSuperblock(ctx, st, id, func(sb *superblock) error { fn(sb); return nil }); err != nil {
+					t.Fatal(err)
+				}
+			}
+			take := func(sb *superblock) {
+				sb.Epoch++
+				sb.Owner = &owner{Host: "beta", Log: uuid.New(), Lease: 10 * time.Second}
+			}
+			settle := func(sb *superblock) { // and lets go
+				p := &sb.Points[0]
+				p.Object, p.Settled = 1, true
+				sb.Epochs = append(sb.Epochs, epochStart{Epoch: sb.Epoch, Object: 2, Seq: 2})
+				sb.Owner = nil
+			}
+			change(func(sb *superblock) {
+				if sb.cutOff(); tt.owned {
+					take(sb)
+				} else {
+					sb.Owner = nil
+				}
+			})
+			o := a.im.queue[0].built[0]
+			if err := st.Put(ctx, dataKey(id, o.header.seq, o.header.epoch), o.bytes); err != nil {
+				t.Fatal(err)
+			}
+			a.again()
+			looks := 0
+			a.st = hookedStore{st, func() {
+				switch looks++; {
+				case !tt.settles || tt.owned && !tt.force:
+				case looks == 2 && !tt.owned:
+					change(take)
+				case looks == 3:
+					change(settle)
+				}
+			}}
+			err := a.open(id, tt.force)
+			var by *OwnedError
+			if tt.owned && !tt.force {
+				if !errors.As(err, &by) {
+					t.Errorf("while beta takes the image: %v", err)
+				}
+				change(settle)
+				err = a.open(id, false)
+			}
+			var stale *StaleLogError
+			switch {
+			case !tt.settles && err != nil:
+				t.Error(err)
+			case !tt.settles:
+				a.mustRead(2, 2)
+			case !errors.As(err, &stale) || stale.Records != 1:
+				t.Errorf("a log with one record more than the image has: %v", err)
+			}
+		})
 	}
 }

@@ -396,6 +396,9 @@ func (im *Image) giveBack(ctx context.Context) {
 			return backend.ErrConflict
 		}
 		sb.Owner, sb.Evict = nil, nil
+		// What the ownership before has left beyond its end is still to be noted, and the
+		// point that told of it may be gone: see inherit.
+		sb.Loose = im.unreleased
 		return nil
 	})
 	if err != nil {
@@ -421,7 +424,7 @@ func (im *Image) examineLog(ctx context.Context, o *OpenOptions) (*writelog.Log,
 	if h.Image != im.id {
 		return nil, fmt.Errorf("%w: %s (%s)", ErrForeignLog, h.ImageURL, h.Image)
 	}
-	sb, _, err := loadSuperblock(ctx, im.store, im.id)
+	sb, version, err := loadSuperblock(ctx, im.store, im.id)
 	if err != nil {
 		return nil, err
 	}
@@ -445,6 +448,10 @@ func (im *Image) examineLog(ctx context.Context, o *OpenOptions) (*writelog.Log,
 		return nil, stale
 	case h.Epoch <= sb.Lost && (len(sb.Epochs) == 0 || h.Epoch < sb.Epochs[0].Epoch):
 		return nil, stale
+	case !sb.ended(h.Epoch):
+		if err := im.confirmEnd(ctx, sb, version, o); err != nil {
+			return nil, err
+		}
 	}
 	im.spent = h.Log
 	if last == 0 && h.Epoch == 0 {
@@ -453,6 +460,56 @@ func (im *Image) examineLog(ctx context.Context, o *OpenOptions) (*writelog.Log,
 		im.unused = h.Log
 	}
 	return nil, nil
+}
+
+// confirmEnd makes sure that the last ownership ends where the store's run of objects
+// ends, as it was found after the superblock sb. Somebody who has taken the image over and
+// has not yet said where that is may have looked before the last objects came, and says
+// otherwise: that is waited for. Who does not come to it within the lease loses the image;
+// then, and if it has been said, the log is to be looked at again.
+func (im *Image) confirmEnd(ctx context.Context, sb *superblock, version backend.Version, o *OpenOptions) error {
+	wait := time.Duration(0)
+	if sb.Owner != nil {
+		if !o.Force {
+			return owned(sb.Owner, o)
+		}
+		wait = sb.Owner.Lease
+		o.Progress(fmt.Sprintf("waiting for %s, which is taking the image over, at most %v", sb.Owner.Host, wait))
+	}
+	for began := o.Clock.Now(); ; {
+		_, now, err := loadSuperblock(ctx, im.store, im.id)
+		if err != nil {
+			return err
+		}
+		if now != version {
+			return errReleased
+		}
+		if o.Clock.Now()-began >= wait {
+			break
+		}
+		if err := o.Clock.Sleep(ctx, leaseStep(wait)); err != nil {
+			return err
+		}
+	}
+	if sb.Owner == nil {
+		return nil // who takes it over from here on finds what was found here
+	}
+	sb.cutOff()
+	sb.Owner, sb.Evict = nil, nil
+	if _, err := im.store.Swap(ctx, SuperblockKey(im.id), version, sb.encode()); err != nil && !errors.Is(err, backend.ErrConflict) {
+		return fmt.Errorf("end the ownership that was being taken: %w", err)
+	}
+	return errReleased
+}
+
+// owned returns the error for an image that has an owner.
+func owned(by *owner, o *OpenOptions) error {
+	return &OwnedError{Image: o.URL, Host: by.Host, Since: by.Since, Lease: by.Lease}
+}
+
+// leaseStep is the pause between two looks at an image whose owner has so long a lease.
+func leaseStep(lease time.Duration) time.Duration {
+	return min(max(lease/20, 100*time.Millisecond), 2*time.Second)
 }
 
 // endOfEpoch returns the last record that the store took from the ownership
@@ -482,7 +539,7 @@ func (im *Image) acquire(ctx context.Context, o *OpenOptions, ours bool) (*super
 		}
 		if sb.Owner != nil && !ours {
 			if !o.Force {
-				return nil, &OwnedError{Image: o.URL, Host: sb.Owner.Host, Since: sb.Owner.Since, Lease: sb.Owner.Lease}
+				return nil, owned(sb.Owner, o)
 			}
 			// The change below is of the very state that was found over: an owner
 			// that renews its lease in between keeps it.
@@ -543,7 +600,7 @@ func (im *Image) waitForOwner(ctx context.Context, o *OpenOptions) (*superblock,
 		return sb, version, err
 	}
 	o.Progress(fmt.Sprintf("waiting for %s to let go, at most %v after its last sign of life", sb.Owner.Host, sb.Owner.Lease))
-	step := min(max(sb.Owner.Lease/20, 100*time.Millisecond), 2*time.Second)
+	step := leaseStep(sb.Owner.Lease)
 	epoch, renewal := sb.Epoch, sb.Owner.Renewal
 	seen, before := o.Clock.Now(), o.Clock.Now()
 	for {

@@ -3,6 +3,7 @@ package engine
 import (
 	"context"
 	"errors"
+	"fmt"
 	"math/rand/v2"
 	"strings"
 	"testing"
@@ -150,6 +151,14 @@ func TestLooseEnd(t *testing.T) {
 // that it has not acknowledged, and objects beyond a gap; its log turns out to hold no
 // more than the store has. The objects are removed.
 func TestSpentLogLeavesNothing(t *testing.T) {
+	for _, fails := range []bool{false, true} {
+		t.Run(fmt.Sprintf("an attempt fails %v", fails), func(t *testing.T) { spentLogLeavesNothing(t, fails) })
+	}
+}
+
+// spentLogLeavesNothing is TestSpentLogLeavesNothing; fails says that the first attempt
+// to attach the image again takes it, and then cannot read it.
+func spentLogLeavesNothing(t *testing.T, fails bool) {
 	st := faultstore.New(mem.New())
 	id := newImageIn(t, st)
 	a := newHost(t, "alpha", st, 1)
@@ -186,11 +195,25 @@ func TestSpentLogLeavesNothing(t *testing.T) {
 		}
 	}
 	a.again()
+	if fails {
+		taken := false
+		st.Inject(func(op faultstore.Op) (f faultstore.Fault) {
+			taken = taken || op.Method == faultstore.Swap
+			if taken && op.Method == faultstore.Get {
+				f.Before = backend.ErrPermanent
+			}
+			return f
+		})
+		if err := a.open(id, false); !taken || !errors.Is(err, backend.ErrPermanent) {
+			t.Fatalf("%v: this tests nothing", err)
+		}
+		st.Inject()
+	}
 	if err := a.open(id, false); err != nil {
 		t.Fatal(err)
 	}
-	if sb := a.im.super.sb; len(sb.Points) > 0 || len(sb.Stale) == 0 {
-		t.Errorf("points %v, stale %v", sb.Points, sb.Stale)
+	if sb := a.im.super.sb; len(sb.Points) > 0 || len(sb.Stale) == 0 || sb.Loose {
+		t.Errorf("points %v, stale %v, loose %v", sb.Points, sb.Stale, sb.Loose)
 	}
 	a.mustRead(2, 2)
 	a.run(10 * time.Minute)

@@ -57,7 +57,8 @@ type superblock struct {
 	// whose logs held what no store has.
 	Lost uint64 `json:"lost,omitempty"`
 	// Loose says that the last owner has given the image up while objects of its cleaner
-	// were under way: the next one finds where that ownership ends.
+	// were under way, or before it knew where the ownership before it ended: the next one
+	// finds that.
 	Loose bool `json:"loose,omitempty"`
 }
 
@@ -107,6 +108,12 @@ func (s *superblock) epochOf(object uint64) uint64 {
 		}
 	}
 	return 0
+}
+
+// ended reports whether it is known where the ownership epoch ended.
+func (s *superblock) ended(epoch uint64) bool {
+	n := len(s.Epochs)
+	return n > 0 && s.Epochs[n-1].Epoch > epoch
 }
 
 // encode returns the superblock's bytes, filled up with spaces: a store that is full takes
