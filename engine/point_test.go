@@ -2,11 +2,14 @@ package engine
 
 import (
 	"context"
+	"slices"
 	"strings"
 	"testing"
 	"time"
 
 	"github.com/google/uuid"
+	"github.com/lsd-ceph/lsd/backend"
+	"github.com/lsd-ceph/lsd/backend/faultstore"
 	"github.com/lsd-ceph/lsd/backend/mem"
 )
 
@@ -106,4 +109,58 @@ func TestCutOffLogStaysSalvageable(t *testing.T) {
 	if _, err := Salvage(ctx, a.disk, st, id, st, "late", nil); err == nil || !strings.Contains(err.Error(), "does not keep its state for this log any more") {
 		t.Errorf("salvage of a log that was forgotten: %v", err)
 	}
+}
+
+// TestForgottenBesideLeftovers: a point is given up while its owner removes what others
+// have left, and the manifest that the point held cannot be deleted just then. It is not
+// forgotten.
+func TestForgottenBesideLeftovers(t *testing.T) {
+	ctx := context.Background()
+	st := faultstore.New(mem.New())
+	id := newImageIn(t, st)
+	a, b := newHost(t, "alpha", st, 1), newHost(t, "beta", st, 2)
+	if err := a.open(id, false); err != nil {
+		t.Fatal(err)
+	}
+	a.mustOverwrite(8)
+	held := *a.im.checkpoint.last
+	if err := b.open(id, true); err != nil {
+		t.Fatal(err)
+	}
+	for range 20 { // until the checkpoint is replaced
+		b.mustWrite(1, 1)
+		b.mustDestage()
+		if slices.Contains(b.im.super.sb.Prev, held) {
+			break
+		}
+	}
+	if !slices.Contains(b.im.super.sb.Prev, held) {
+		t.Fatal("the point's checkpoint has not been replaced: this tests nothing")
+	}
+	b.disk.Kill()
+	b.again()
+	if err := b.open(id, false); err != nil {
+		t.Fatal(err)
+	}
+	b.run(time.Minute)
+	key := manifestKey(id, held, 0)
+	st.Inject(func(op faultstore.Op) (f faultstore.Fault) {
+		if op.Method == faultstore.Delete && op.Key == key {
+			f.Before = backend.ErrTemporary
+		}
+		return f
+	})
+	if n, err := ForgetLogs(ctx, st, id, uuid.Nil); n != 1 || err != nil {
+		t.Fatalf("%d forgotten, %v", n, err)
+	}
+	b.run(leftoverGrace)
+	b.mustClose()
+	st.Inject()
+	b.again()
+	if err := b.open(id, false); err != nil {
+		t.Fatal(err)
+	}
+	b.run(3 * leftoverGrace)
+	b.mustClose()
+	mustBeClean(t, st)
 }

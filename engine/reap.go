@@ -119,7 +119,7 @@ func (im *Image) startLeftovers() {
 	if len(sb.Stale) == 0 && len(sb.Prev) == 0 {
 		return
 	}
-	stale, prev := len(sb.Stale), slices.Clone(sb.Prev)
+	stale, prev := len(sb.Stale), slices.DeleteFunc(slices.Clone(sb.Prev), sb.heldManifest)
 	first, second := leftovers(sb, im.manifestParts()), leftovers(sb, im.manifestParts())
 	im.remove(first, func() {
 		im.removeLeftovers(second, func() {
