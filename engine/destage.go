@@ -14,9 +14,6 @@ import (
 
 // seal ends the open batch, whose records are closed, and gives it its number.
 func (im *Image) seal() {
-	if im.log.Err() != nil {
-		return // its last record is not closed and never will be
-	}
 	im.sealAt(im.log.Seq(), im.log.Head())
 	im.pumpNow()
 }
@@ -74,12 +71,29 @@ func (im *Image) pumpNow() {
 		switch {
 		case b.state == batchBuilt:
 			im.put(b)
+		case !im.readable(b):
+			im.unread = true
 		case im.takeMemory(b):
 			im.build(b)
 		}
 	}
 	if next > 0 {
 		im.pump.Reset(next)
+	}
+}
+
+// readable reports whether what b holds can be read: from memory, or from the SSD once
+// it has taken all of b's records.
+func (im *Image) readable(b *batch) bool {
+	return b.cleaned() || im.log.Completed() >= b.lastSeq || im.log.Err() != nil || im.log.InMemory(b.start)
+}
+
+// logMoved is told that records have been written, or never will be: batches may have
+// waited for that.
+func (im *Image) logMoved() {
+	if im.unread {
+		im.unread = false
+		im.pumpNow()
 	}
 }
 

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"math"
 	"syscall"
 	"time"
 
@@ -72,6 +71,7 @@ type Image struct {
 	late     fifo // confirmed, but not told in time
 	ackable  bool // something of late, acks or flushes may have become due
 	unblock  bool // the log may have room again
+	unread   bool // a batch waits for its last records to be on the SSD
 	waiters  []waiter
 	readOps  []*logRead // free
 	slowOps  []*slowRead
@@ -405,7 +405,10 @@ func (im *Image) syncNext() {
 }
 
 // LogCompleted implements writelog.Client.
-func (im *Image) LogCompleted(uint64) { im.acknowledge() }
+func (im *Image) LogCompleted(uint64) {
+	im.acknowledge()
+	im.logMoved()
+}
 
 // LogDurable implements writelog.Client.
 func (im *Image) LogDurable(uint64) { im.acknowledge() }
@@ -414,11 +417,13 @@ func (im *Image) LogDurable(uint64) { im.acknowledge() }
 func (im *Image) LogSpace() { im.unblock = true }
 
 // LogFailed implements writelog.Client. Reads go on, and so does the destaging
-// of what is still in memory; nothing is acknowledged any more.
+// of what is still in memory, of what got an error too: the last writes of the order.
+// Nothing is acknowledged any more.
 func (im *Image) LogFailed(err error) {
 	im.logger.Error("the write log failed: writes get errors until the image is attached with another log", "err", err)
 	im.why = err
 	im.failPending(syscall.EIO)
+	im.logMoved()
 }
 
 // acknowledge says that writes or flushes may have become due. They are told at
@@ -537,9 +542,6 @@ func (im *Image) Destage(fn func(error)) {
 		im.seal()
 	}
 	last := im.sealed.object
-	if im.open != nil {
-		last = math.MaxUint64 // the log has failed: this batch cannot be sealed
-	}
 	if last <= im.accepted.object {
 		fn(nil)
 		return

@@ -299,9 +299,10 @@ func (l *Log) memAt(pos uint64, n int) []byte {
 }
 
 // Commit closes the open record, if there is one, and starts to write it. The
-// reactor calls it at the end of each turn.
+// reactor calls it at the end of each turn. Of a log that has failed the record is in
+// memory alone.
 func (l *Log) Commit() {
-	if !l.isOpen || l.err != nil {
+	if !l.isOpen {
 		return
 	}
 	l.isOpen = false
@@ -320,6 +321,9 @@ func (l *Log) Commit() {
 	encodeRecord(buf[:BlockSize], &l.hdr.Log, r)
 	l.head, l.prev = r.pos+r.size(), r.sum
 	l.nextSeq++
+	if l.err != nil {
+		return
+	}
 	f := &l.ring[l.last%MaxInFlight]
 	f.pos, f.seq, f.buf, f.off, f.done = r.pos, r.seq, buf, l.offset(r.pos), false
 	l.last++
@@ -451,7 +455,7 @@ func (l *Log) segment(pos uint64) int { return int(pos % l.hdr.Size / SegmentSiz
 // another goroutine may read it. It reports false, and pins nothing, if that
 // part of the log is not in memory any more.
 func (l *Log) Pin(pos uint64) bool {
-	if !l.inMemory(pos) {
+	if !l.InMemory(pos) {
 		return false
 	}
 	l.pins = append(l.pins, pos)
@@ -471,7 +475,8 @@ func (l *Log) Unpin(pos uint64) {
 	panic("writelog: Unpin of what is not pinned")
 }
 
-func (l *Log) inMemory(pos uint64) bool {
+// InMemory reports whether everything from the position in bytes on is in memory.
+func (l *Log) InMemory(pos uint64) bool {
 	return pos >= l.memStart && pos+uint64(len(l.mem)) >= l.end()
 }
 
@@ -497,7 +502,7 @@ func (l *Log) Mirror() Mirror { return Mirror{l.mem} }
 // record, if they are in memory, else nil. The slice is good until the next
 // append, or as long as its position is pinned.
 func (l *Log) Memory(pos uint64, n uint32) []byte {
-	if !l.inMemory(pos * Sector) {
+	if !l.InMemory(pos * Sector) {
 		return nil
 	}
 	return l.memAt(pos*Sector, int(n)*Sector)

@@ -106,7 +106,7 @@ func advise(im api.Image) []string {
 		add("the scrub has found %d damaged objects since it was opened, the last one %s: bring them back from a copy of the pool; lsdctl check --deep lists them all", s.Scrub.Errors, s.Scrub.Bad)
 	}
 	if s.LogError != "" {
-		add("the write log's disk has failed: unmount, and lsdctl del --force %d, then add with another --cache", im.ID)
+		add("the write log's disk has failed: unmount, and lsdctl del %d, which brings what is in memory into the store (--force if it cannot), then add with another --cache", im.ID)
 	}
 	return out
 }
