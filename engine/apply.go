@@ -1,6 +1,7 @@
 package engine
 
 import (
+	"context"
 	"fmt"
 
 	"github.com/lsd-ceph/lsd/internal/extmap"
@@ -125,24 +126,37 @@ func (im *Image) endApply() {
 	im.accepted, a.entered = h.end(), 0
 }
 
-// applyNow is beginApply, and all that follows, for one who has brought the
-// segments into memory.
-func (im *Image) applyNow(h *objectHeader) {
+// applyNow is beginApply, and all that follows. It blocks, and is for the time before
+// Start.
+func (im *Image) applyNow(ctx context.Context, h *objectHeader) error {
+	a := &im.apply
 	im.beginApply(h)
-	for im.apply.next < len(h.extents) {
+	for a.next < len(h.extents) {
+		if !im.objs.ready(segmentOf(h.extents[a.next].sector + a.done)) {
+			rest := func(fn func(uint32) bool) { h.segmentsFrom(a.next, a.done, fn) }
+			if err := im.loadSegments(ctx, rest); err != nil {
+				return err
+			}
+		}
 		im.applyPart()
 	}
 	im.endApply()
 	im.objs.charge() // where there is a reactor, evict does
+	return nil
 }
 
 // segments calls fn for the segments that the object's extents meet, in
 // ascending order, until it returns false.
-func (h *objectHeader) segments(fn func(uint32) bool) {
+func (h *objectHeader) segments(fn func(uint32) bool) { h.segmentsFrom(0, 0, fn) }
+
+// segmentsFrom is segments from the extent of that index on, without its first sectors
+// that are done.
+func (h *objectHeader) segmentsFrom(extent int, done uint64, fn func(uint32) bool) {
 	next := uint32(0)
-	for _, e := range h.extents {
-		last := segmentOf(e.sector + uint64(e.n) - 1)
-		for i := max(segmentOf(e.sector), next); i <= last; i++ {
+	for _, e := range h.extents[extent:] {
+		first, last := segmentOf(e.sector+done), segmentOf(e.sector+uint64(e.n)-1)
+		done = 0
+		for i := max(first, next); i <= last; i++ {
 			if !fn(i) {
 				return
 			}

@@ -413,3 +413,62 @@ func BenchmarkRandomReadsOfHugeImage(b *testing.B) {
 	b.ReportMetric(float64(o.im.objs.evictions), "evictions")
 	b.ReportMetric(float64(highest)/float64(o.im.objs.loaded-o.im.objs.evictions)/hugeExtents, "bytes/extent")
 }
+
+// discardedStore is a hugeStore of which an object after the checkpoint discards all.
+type discardedStore struct {
+	*hugeStore
+	key  string
+	im   *Image
+	most int // segments that were read and not yet emptied
+}
+
+func (s *discardedStore) Stat(ctx context.Context, key string) (int64, error) {
+	if key == s.key {
+		return s.Store.Stat(ctx, key)
+	}
+	return s.hugeStore.Stat(ctx, key)
+}
+
+func (s *discardedStore) Get(ctx context.Context, key string, p []byte, off int64) (int, error) {
+	n, err := s.hugeStore.Get(ctx, key, p, off)
+	if strings.Contains(key, "/m/") {
+		s.most = max(s.most, s.mapGets-int(segmentOf(s.im.apply.done)))
+	}
+	return n, err
+}
+
+// TestRecoveryOfDiscard: recovery enters a discard of all of an image as it reads the
+// map, of which it does not keep more in memory than it must.
+func TestRecoveryOfDiscard(t *testing.T) {
+	const size = 64 << 30
+	ctx := context.Background()
+	st := &discardedStore{hugeStore: newHugeStore(t, size)}
+	h := objectHeader{image: st.id, epoch: 1, seq: st.last() + 1, firstSeq: st.last() + 1, lastSeq: st.last() + 1}
+	h.extents = []objectExtentInfo{{0, size / SectorSize, true}}
+	h.header = headerSize(1, 0)
+	b := make([]byte, h.header)
+	h.encode(b)
+	st.key = dataKey(st.id, h.seq, 1)
+	if err := st.Store.Put(ctx, st.key, b); err != nil {
+		t.Fatal(err)
+	}
+	sb, _, err := loadSuperblock(ctx, st, st.id)
+	if err != nil {
+		t.Fatal(err)
+	}
+	st.im = newImage(ctx, st, sb, &OpenOptions{Parallel: 1, Config: Config{Logger: quiet}})
+	defer st.im.dropUnopened()
+	if err := st.im.loadCheckpoint(ctx, sb.Checkpoint); err != nil {
+		t.Fatal(err)
+	}
+	st.im.objs.Replaced = nil // the table of the image counts nothing
+	if _, err := st.im.replay(ctx, sb, maxObjectSeq); err != nil {
+		t.Fatal(err)
+	}
+	if st.im.accepted.object != h.seq || st.mapGets != int(segmentsOf(size/SectorSize)) {
+		t.Fatalf("recovered up to object %d, %d segments read: this tests nothing", st.im.accepted.object, st.mapGets)
+	}
+	if _, ok := st.im.objs.Next(0, size/SectorSize); ok || st.most > loadAtOnce {
+		t.Errorf("something is left: %v; %d segments were in memory at one time, for nothing", ok, st.most)
+	}
+}

@@ -28,10 +28,9 @@ func (im *Image) recoverStore(ctx context.Context, sb *superblock) error {
 // by not being there, or 0.
 func (im *Image) replay(ctx context.Context, sb *superblock, last uint64) (missing uint64, err error) {
 	return im.headers(ctx, sb, im.accepted, last, func(h *objectHeader) error {
-		if err := im.loadSegments(ctx, h.segments); err != nil {
+		if err := im.applyNow(ctx, h); err != nil {
 			return err
 		}
-		im.applyNow(h)
 		im.recoveredLog = h.log
 		return nil
 	})
@@ -112,15 +111,19 @@ func (im *Image) goesOn(at position, group []*objectHeader, h *objectHeader) err
 	return nil
 }
 
-// loadSegments brings the segments that each calls its function for into memory.
-// It blocks, and is for the time before Start.
+// loadAtOnce bounds the segments that recovery brings into memory before it enters what
+// changes them: one discard may empty thousands.
+const loadAtOnce = 256
+
+// loadSegments brings the first of the segments that each calls its function for into
+// memory. It blocks, and is for the time before Start.
 func (im *Image) loadSegments(ctx context.Context, each func(func(uint32) bool)) error {
 	var missing []uint32
 	each(func(i uint32) bool {
 		if !im.objs.ready(i) {
 			missing = append(missing, i)
 		}
-		return true
+		return len(missing) < loadAtOnce
 	})
 	spans := make([]*extmap.Span, len(missing))
 	err := inParallel(im.parallel, len(missing), func(k int) (err error) {
