@@ -293,3 +293,45 @@ func TestEndNotSettled(t *testing.T) {
 		})
 	}
 }
+
+// TestStoreOlderThanLog: the store was brought back from a copy that is older than the
+// last ownerships. The log is refused, and stays as it is.
+func TestStoreOlderThanLog(t *testing.T) {
+	st := mem.New()
+	id := newImageIn(t, st)
+	a := newHost(t, "alpha", st, 1)
+	again := func() error {
+		a.disk.Kill()
+		a.again()
+		return a.open(id, false)
+	}
+	if err := again(); err != nil {
+		t.Fatal(err)
+	}
+	a.mustWrite(1, 1)
+	a.mustDestage()
+	old := (&checkedImage{t, st, id}).copy(t)
+	for n := range uint64(3) {
+		if err := again(); err != nil {
+			t.Fatal(err)
+		}
+		a.mustWrite(2, n)
+	}
+	for _, owned := range []bool{true, false} {
+		if !owned {
+			if _, _, err := changeSuperblock(context.Background(), old.st, id, func(sb *superblock) error { sb.Owner = nil; return nil }); err != nil {
+				t.Fatal(err)
+			}
+		}
+		a.st = old.st
+		var stale *StaleLogError
+		if err := again(); !errors.As(err, &stale) {
+			t.Errorf("owned %v: %v", owned, err)
+		}
+	}
+	a.st = st
+	if err := again(); err != nil {
+		t.Fatal(err)
+	}
+	a.mustRead(2, 2)
+}

@@ -428,7 +428,7 @@ func (im *Image) examineLog(ctx context.Context, o *OpenOptions) (*writelog.Log,
 	if err != nil {
 		return nil, err
 	}
-	if sb.Owner != nil && sb.Owner.Log == h.Log {
+	if sb.Owner != nil && sb.Owner.Log == h.Log && h.Epoch <= sb.Epoch {
 		return l, nil
 	}
 	// Its ownership is over. It may go if the store has all that it holds.
@@ -446,7 +446,8 @@ func (im *Image) examineLog(ctx context.Context, o *OpenOptions) (*writelog.Log,
 	case last > have:
 		stale.Records = last - have
 		return nil, stale
-	case h.Epoch <= sb.Lost && (len(sb.Epochs) == 0 || h.Epoch < sb.Epochs[0].Epoch):
+	case h.Epoch <= sb.Lost && (len(sb.Epochs) == 0 || h.Epoch < sb.Epochs[0].Epoch),
+		h.Epoch > sb.Epoch: // the store was brought back from a copy
 		return nil, stale
 	case !sb.ended(h.Epoch):
 		if err := im.confirmEnd(ctx, sb, version, o); err != nil {
