@@ -81,6 +81,7 @@ type copiedSegment struct {
 	index  uint32
 	span   *extmap.Span
 	stored place
+	size   int // bytes that it comes to, about
 }
 
 // mapPart is one map object of a checkpoint.
@@ -248,8 +249,26 @@ func (c *checkpointer) copy(i uint32) {
 	c.im.stint.spend(stintCopy)
 	r.pending.clear(i)
 	m.Compact(segmentStart(i), segmentPages)
-	r.copied = append(r.copied, copiedSegment{index: i, span: m.Copy(segmentStart(i), segmentPages)})
-	r.size += segmentFixed + m.SpanBytes(segmentStart(i), segmentPages)
+	r.take(copiedSegment{index: i, span: m.Copy(segmentStart(i), segmentPages), size: segmentFixed + m.SpanBytes(segmentStart(i), segmentPages)})
+}
+
+// take takes a segment that is to be put.
+func (r *runningCheckpoint) take(s copiedSegment) {
+	r.copied = append(r.copied, s)
+	r.size += s.size
+}
+
+// next takes the segments of the next map object out of those that have been copied:
+// when a busy map is about to change everywhere, these may be far more than one is for.
+func (r *runningCheckpoint) next() []copiedSegment {
+	n, size := 0, 0
+	for n < len(r.copied) && size < mapObjectSize {
+		size += r.copied[n].size
+		n++
+	}
+	list := r.copied[:n:n]
+	r.copied, r.size = r.copied[n:], r.size-size
+	return list
 }
 
 // step goes on with the running checkpoint. It is called at the end of each turn,
@@ -294,17 +313,15 @@ func (c *checkpointer) takeUnchanged() {
 			continue
 		}
 		at := m.place(i)
-		r.copied = append(r.copied, copiedSegment{index: i, stored: at})
-		r.size += int(at.size)
+		r.take(copiedSegment{index: i, stored: at, size: int(at.size)})
 	}
 }
 
-// put writes the segments that have been copied as one map object.
+// put writes segments that have been copied as one map object.
 func (c *checkpointer) put() {
 	im, r := c.im, c.running
 	k := len(r.parts)
-	r.parts = append(r.parts, mapPart{segments: r.copied})
-	r.copied, r.size = nil, 0
+	r.parts = append(r.parts, mapPart{segments: r.next()})
 	r.puts++
 	segments, encoded := r.parts[k].segments, false
 	var part mapPart

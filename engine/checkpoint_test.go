@@ -3,6 +3,7 @@ package engine
 import (
 	"context"
 	"errors"
+	"math/rand/v2"
 	"strings"
 	"testing"
 	"time"
@@ -133,5 +134,50 @@ func TestRecoveryIsBounded(t *testing.T) {
 				h.mustRead(n%blocks, n+1)
 			}
 		})
+	}
+}
+
+// TestCheckpointOfBusyMap: all that a checkpoint has to write is about to change as soon
+// as it has begun, as one object with writes anywhere brings about. It does not all go into
+// one map object.
+func TestCheckpointOfBusyMap(t *testing.T) {
+	const segments = 128
+	st := mem.New()
+	id, err := Create(context.Background(), st, "disk", CreateOptions{Size: segments * segmentSectors * SectorSize})
+	if err != nil {
+		t.Fatal(err)
+	}
+	h := newHost(t, "alpha", st, 1)
+	if err := h.open(id, false); err != nil {
+		t.Fatal(err)
+	}
+	h.mustWrite(1, 1)
+	h.mustDestage()
+	m := h.im.objs
+	m.Replaced = nil // the table counts nothing of this
+	rng := rand.New(rand.NewPCG(1, 1))
+	for i := range uint32(segments) {
+		m.touch(i)
+		for s := segmentStart(i); s < segmentStart(i+1); s += blockSectors {
+			m.Insert(s, blockSectors, refOfSeq(1+rng.Uint64N(1<<20)).loc(8*int(rng.Uint64N(2048))))
+		}
+	}
+	c := &h.im.checkpoint
+	c.begin(nil)
+	for i := range uint32(segments) {
+		c.touch(i)
+	}
+	h.run(time.Minute)
+	if c.running != nil {
+		t.Fatalf("the checkpoint does not come to its end: %+v", h.im.Stats())
+	}
+	err = st.List(context.Background(), id.String()+"/m/", func(key string) error {
+		if size, err := backend.Store(st).Stat(context.Background(), key); err != nil || size > 2*mapObjectSize {
+			t.Errorf("map object %s has %d bytes, %v", key, size, err)
+		}
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
 	}
 }
