@@ -37,18 +37,21 @@ func (im *Image) reap() {
 		return
 	}
 	var batch []objectInfo
-	kept := t.dead[:0]
-	for _, n := range t.dead {
+	i, kept := 0, t.dead[:0]
+	for ; i < len(t.dead) && len(batch) < reapBatch; i++ { // no further: there may be a million
+		n := t.dead[i]
 		o := t.find(uint64(n))
 		switch {
 		case o == nil:
 			continue
-		case len(batch) < reapBatch && !x.going[n] && !x.later[n] && (uint64(n) <= last.Object || mutate.On(mutate.DeletedEarly)) && !im.super.sb.held(uint64(n), uint64(o.died)):
+		case !x.going[n] && !x.later[n] && (uint64(n) <= last.Object || mutate.On(mutate.DeletedEarly)) && !im.super.sb.held(uint64(n), uint64(o.died)):
 			batch = append(batch, *o)
 		}
 		kept = append(kept, n)
 	}
-	t.dead = kept
+	if len(kept) < i {
+		t.dead = append(kept, t.dead[i:]...)
+	}
 	if len(batch) == 0 {
 		im.reaped()
 		return

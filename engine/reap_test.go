@@ -267,3 +267,32 @@ func TestForgottenPointsMapObjectsGo(t *testing.T) {
 		t.Errorf("left over: %v", left)
 	}
 }
+
+// TestReapLooksNoFurther: of very many dead objects the reaper looks at those that it is
+// about to delete.
+func TestReapLooksNoFurther(t *testing.T) {
+	st := mem.New()
+	id := newImageIn(t, st)
+	a := newHost(t, "alpha", st, 1)
+	if err := a.open(id, false); err != nil {
+		t.Fatal(err)
+	}
+	a.mustOverwrite(8)
+	const last = 1000
+	dead := &a.im.table.dead
+	first := uint32(a.im.accepted.object) + 1
+	for n := first; n < first+last; n++ {
+		a.im.table.add(objectInfo{number: n, epoch: 1, sectors: 8, header: 1, died: n})
+	}
+	*dead = append(*dead, first+last) // whoever looks at it finds it gone
+	a.im.checkpoint.last.Object = uint64(first + last)
+	a.im.reap()
+	if !slices.Contains(*dead, first+last) {
+		t.Errorf("the reaper has looked at all of %d dead objects to delete %d", last, reapBatch*reapJobs)
+	}
+	a.run(time.Second)
+	a.im.reap()
+	if n := len(*dead); n > 0 || a.im.reaper.deleted < last {
+		t.Errorf("%d dead objects are left, %d were deleted", n, a.im.reaper.deleted)
+	}
+}
