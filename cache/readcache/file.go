@@ -68,7 +68,7 @@ func OpenFile(ctx context.Context, path string, size int64) (_ *OSFile, err erro
 	if err := foreign(f); err != nil {
 		return nil, err
 	}
-	if err := reserve(f, size); err != nil {
+	if err := reserve(f, size, unix.Fallocate); err != nil {
 		return nil, fmt.Errorf("read cache %s of %d bytes: %w", path, size, err)
 	}
 	return &OSFile{f: f, size: size}, nil
@@ -105,9 +105,10 @@ func foreign(f *os.File) error {
 	return fmt.Errorf("%s holds something that is not a read cache: choose another file, or remove it", f.Name())
 }
 
-// reserve gives f its size, and takes the space for it now: a file system that
-// runs full later does not fail the cache.
-func reserve(f *os.File, size int64) error {
+// reserve gives f its size, and takes the space for it now, by allocate, which is
+// fallocate(2): a file system that runs full later does not fail the cache. If there is
+// no room, f has none of it.
+func reserve(f *os.File, size int64, allocate func(fd int, mode uint32, off, n int64) error) error {
 	st, err := f.Stat()
 	if err != nil {
 		return err
@@ -117,9 +118,13 @@ func reserve(f *os.File, size int64) error {
 			return err
 		}
 	}
-	err = unix.Fallocate(int(f.Fd()), 0, 0, size)
-	if errors.Is(err, unix.EOPNOTSUPP) {
+	err = allocate(int(f.Fd()), 0, 0, size)
+	switch {
+	case errors.Is(err, unix.EOPNOTSUPP):
 		err = f.Truncate(size)
+	case err != nil:
+		// ext4 leaves what it has found so far: all that the disk had.
+		err = errors.Join(err, f.Truncate(min(st.Size(), size)))
 	}
 	return err
 }

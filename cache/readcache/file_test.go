@@ -9,6 +9,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 func TestOSFile(t *testing.T) {
@@ -71,6 +73,33 @@ func TestForeignFile(t *testing.T) {
 			t.Fatalf("%d zeroes: %v", size, err)
 		}
 		f.Close()
+	}
+}
+
+// TestNoRoom: a cache for which there is no room does not take what there is. ext4
+// leaves a file with what could be allocated before it had no more.
+func TestNoRoom(t *testing.T) {
+	for _, before := range []int64{0, MinSize} {
+		f, err := os.Create(filepath.Join(t.TempDir(), "cache"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer f.Close()
+		if before > 0 {
+			if err := reserve(f, before, unix.Fallocate); err != nil {
+				t.Fatal(err)
+			}
+		}
+		half := func(fd int, mode uint32, off, n int64) error {
+			return errors.Join(unix.Fallocate(fd, mode, off, n/2), unix.ENOSPC)
+		}
+		if err := reserve(f, 4*MinSize, half); !errors.Is(err, unix.ENOSPC) {
+			t.Errorf("a cache without room: %v", err)
+		}
+		var st unix.Stat_t
+		if err := unix.Fstat(int(f.Fd()), &st); err != nil || st.Size != before || st.Blocks*512 > before+BlockSize {
+			t.Errorf("the file has %d bytes and takes %d, want %d (%v)", st.Size, st.Blocks*512, before, err)
+		}
 	}
 }
 
