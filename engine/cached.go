@@ -49,7 +49,7 @@ func (im *Image) readFromObject(r *Request, s uint64, n uint32, loc uint64, info
 			im.reads.Miss(len(dst))
 		case run.Memory && im.cache.Copy(&k, first, run, int(skip)*SectorSize, dst):
 			im.reads.Hit(len(dst))
-		case run.Memory || im.cacheDev == nil || skip != 0 || m%blockSectors != 0:
+		case run.Memory || im.cacheDev == nil || skip != 0 || m%blockSectors != 0 || !r.direct(s):
 			im.reads.Hit(len(dst))
 			im.readSlow(r, s, m, loc, info, &k)
 		default:

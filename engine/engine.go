@@ -92,7 +92,7 @@ type Request struct {
 	Sector  uint64 // first sector
 	Sectors uint32 // 0 for Flush
 	// Buf holds Sectors sectors for Read and Write. It lies outside the Go heap,
-	// aligned to 512 bytes, and belongs to the image until the request is done.
+	// aligned to 4096 bytes, and belongs to the image until the request is done.
 	Buf []byte
 	// Done is told when the request has ended, on the reactor, possibly before
 	// Submit returns.

@@ -40,11 +40,10 @@ func (im *Image) readRange(r *Request, s, n uint64) {
 		if !ok {
 			return
 		}
-		dst := r.part(e.Sector, e.N)
 		if e.Loc&extmap.Fixed != 0 {
-			clear(dst)
+			clear(r.part(e.Sector, e.N))
 		} else {
-			im.readLog(r, dst, e.Loc, e.N)
+			im.readLog(r, e.Sector, e.N, e.Loc)
 		}
 		s = e.End()
 	}
@@ -55,6 +54,11 @@ func (r *Request) part(s uint64, n uint32) []byte {
 	at := (s - r.Sector) * SectorSize
 	return r.Buf[at : at+uint64(n)*SectorSize]
 }
+
+// direct reports whether the memory for what r reads from s on suits direct I/O on any
+// disk: one with blocks of 4096 bytes may ask for memory that is aligned to these, as
+// dm-crypt does.
+func (r *Request) direct(s uint64) bool { return (s-r.Sector)%blockSectors == 0 }
 
 // partDone ends one part of a read.
 func (im *Image) partDone(r *Request, err syscall.Errno) {
@@ -120,14 +124,16 @@ func (im *Image) readMapped(r *Request, s, end uint64) {
 	}
 }
 
-// readLog reads n sectors at the log position pos: from memory, else the SSD.
-func (im *Image) readLog(r *Request, dst []byte, pos uint64, n uint32) {
+// readLog reads n of r's sectors from s on, which are at the log position pos: from
+// memory, else the SSD.
+func (im *Image) readLog(r *Request, s uint64, n uint32, pos uint64) {
+	dst := r.part(s, n)
 	if m := im.log.Memory(pos, n); m != nil {
 		copy(dst, m)
 		return
 	}
 	im.log.Hold(pos)
-	if !im.log.Direct(pos, n) {
+	if !im.log.Direct(pos, n) || !r.direct(s) {
 		o := im.newSlowRead(r, 0, n, dst)
 		o.object, o.loc = false, pos
 		im.startSlow(o)

@@ -38,6 +38,7 @@ func (h *simHost) newCache() {
 		w.caches = w.caches[:n-1]
 	} else {
 		h.cache.disk = simdisk.New(readcache.MinSize, w.rng)
+		h.cache.disk.Aligned = true
 	}
 	h.cache.disk.Fail, h.cache.disk.Corrupt = h.cacheFails, h.cacheFlips
 }

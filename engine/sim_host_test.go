@@ -15,6 +15,7 @@ import (
 	"github.com/lsd-ceph/lsd/backend/faultstore"
 	"github.com/lsd-ceph/lsd/cache/writelog"
 	"github.com/lsd-ceph/lsd/internal/simdisk"
+	"github.com/lsd-ceph/lsd/internal/uring"
 )
 
 // simHost is one host: an SSD, a clock, a process that has the image open or
@@ -70,6 +71,7 @@ func (w *world) newHost() *simHost {
 // newDisk gives the host a new SSD.
 func (h *simHost) newDisk() {
 	h.disk = simdisk.New(writelog.MinSize, h.w.rng)
+	h.disk.Aligned = true
 	h.disk.Fail, h.disk.Corrupt = h.ssdFails, h.ssdFlips
 }
 
@@ -382,7 +384,7 @@ func (h *simHost) write(cell, cells uint64, op Op, fua bool) {
 	part := cells
 	if op == Write {
 		part = writelog.MaxData / SectorSize / w.plan.cell
-		r.Buf = make([]byte, cells*w.plan.cell*SectorSize)
+		r.Buf = uring.AlignedBuffer(int(cells * w.plan.cell * SectorSize))
 	}
 	for at := uint64(0); at < cells; at += part {
 		n := min(part, cells-at)
@@ -401,7 +403,7 @@ func (h *simHost) read(cell, cells uint64) *simRequest {
 	w := h.w
 	r := &simRequest{cell: cell, want: slices.Clone(h.m.current[cell : cell+cells])}
 	r.Op, r.Sector, r.Sectors = Read, w.sectorOf(cell), uint32(cells*w.plan.cell)
-	r.Buf = make([]byte, cells*w.plan.cell*SectorSize)
+	r.Buf = uring.AlignedBuffer(int(cells * w.plan.cell * SectorSize))
 	for i := 0; i < len(r.Buf); i += SectorSize {
 		r.Buf[i] = 0xee // a sector that is not filled must show
 	}
@@ -447,7 +449,7 @@ func (h *simHost) readAll(id string) []uint64 {
 		n := w.cellsFrom(c, 2048/cell)
 		c += n
 		ended := false
-		r := &Request{Op: Read, Sector: w.sectorOf(first), Sectors: uint32(n * cell), Buf: make([]byte, n*cell*SectorSize)}
+		r := &Request{Op: Read, Sector: w.sectorOf(first), Sectors: uint32(n * cell), Buf: uring.AlignedBuffer(int(n) * int(cell) * SectorSize)}
 		r.Done = doneFunc(func(r *Request) {
 			ended = true
 			if r.Err == syscall.EIO && h.readOnly {
@@ -488,7 +490,7 @@ func (h *simHost) close() {
 		closed = true
 	})
 	w.until(h, func() bool { return closed && h.im.Quiet() && h.env.idle() }, "detach")
-	r := &Request{Op: Write, Sectors: 8, Buf: make([]byte, 4096)}
+	r := &Request{Op: Write, Sectors: 8, Buf: uring.AlignedBuffer(4096)}
 	r.Done = doneFunc(func(*Request) {})
 	if h.im.Submit(r); r.Err != syscall.EIO {
 		w.fail("a write after Close: %v, want EIO", r.Err)

@@ -523,8 +523,8 @@ func (l *Log) Direct(pos uint64, n uint32) bool {
 	return pos%perBlock == 0 && n%perBlock == 0
 }
 
-// Read starts to read whole blocks from the SSD into p, whose address must suit
-// direct I/O; c receives the device's result, and then calls Verify. The caller
+// Read starts to read whole blocks from the SSD into p, which must be aligned to a
+// block; c receives the device's result, and then calls Verify. The caller
 // holds the position.
 func (l *Log) Read(p []byte, pos uint64, c aio.Completer) {
 	l.dev.ReadAt(p, l.offset(pos*Sector), c)

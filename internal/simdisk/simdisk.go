@@ -20,6 +20,7 @@ import (
 	"io"
 	"math/rand/v2"
 	"syscall"
+	"unsafe"
 
 	"github.com/lsd-ceph/lsd/internal/aio"
 )
@@ -83,6 +84,8 @@ type Disk struct {
 	Fail func(Op) bool
 	// Corrupt, if not nil, may change what an operation has read.
 	Corrupt func(o Op, p []byte)
+	// Aligned asks for memory of queued operations that is aligned to a block.
+	Aligned bool
 	// Writes, Syncs and Reads count what was done.
 	Writes, Syncs, Reads int
 }
@@ -185,15 +188,26 @@ func (d *Disk) check(p []byte, off int64) {
 
 func (d *Disk) fails(o Op) bool { return d.Fail != nil && d.Fail(o) }
 
+// memory checks that p suits direct I/O on a disk with blocks of blockSize, which may
+// ask for memory that is aligned to them.
+func (d *Device) memory(p []byte) {
+	// The address is needed only as a number.
+	if d.Aligned && uintptr(unsafe.Pointer(unsafe.SliceData(p)))%blockSize != 0 {
+		panic("simdisk: memory of an operation is not aligned")
+	}
+}
+
 // ReadAt queues a read (aio.Device).
 func (d *Device) ReadAt(p []byte, off int64, c aio.Completer) {
 	d.check(p, off)
+	d.memory(p)
 	d.queue = append(d.queue, op{Op: Op{Read, off, len(p)}, p: p, c: c})
 }
 
 // WriteAt queues a write (aio.Device).
 func (d *Device) WriteAt(p []byte, off int64, c aio.Completer) {
 	d.check(p, off)
+	d.memory(p)
 	d.queue = append(d.queue, op{Op: Op{Write, off, len(p)}, p: p, c: c})
 }
 
