@@ -40,8 +40,17 @@ const lookTimeout = 30 * time.Second
 var errEnding = errors.New("the daemon is ending: try again in a moment")
 
 // attach makes a block device for a user who waits for it. When it fails,
-// everything is as before.
-func (d *Daemon) attach(ctx context.Context, q api.AttachRequest, progress func(api.Progress)) (api.Image, error) {
+// everything is as before. It ends with the daemon: a device that the kernel is
+// starting when its server dies stays in the kernel's way until the host is rebooted.
+func (d *Daemon) attach(ctx context.Context, q api.AttachRequest, progress func(api.Progress)) (im api.Image, err error) {
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer context.AfterFunc(d.serving, func() { cancel(errEnding) })()
+	defer func() {
+		if err != nil && context.Cause(ctx) == errEnding {
+			err = errEnding
+		}
+		cancel(nil)
+	}()
 	rec, err := d.plan(ctx, q)
 	if err != nil {
 		return api.Image{}, err
@@ -296,7 +305,7 @@ func (d *Daemon) enter(a *attachment) (bool, error) {
 	a.op <- struct{}{}
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	if d.ending {
+	if d.serving.Err() != nil {
 		return false, errEnding
 	}
 	if d.attached[a.id] != nil || exists(d.records.path(a.id)) { // the latter: one that could not be read

@@ -438,6 +438,9 @@ func (a *attachment) bringUpDevice(ctx context.Context, k kernel, dk *disk, ther
 	if err != nil && !there {
 		clean, stop := context.WithTimeout(context.WithoutCancel(ctx), deviceTimeout)
 		defer stop()
+		// The kernel reads the partition table before it has started a device, and stops
+		// none that is being started. If the store does not answer, it gets errors.
+		defer time.AfterFunc(stopGrace, dk.refuse).Stop()
 		err = errors.Join(err, dev.Delete(clean, true))
 	}
 	return err

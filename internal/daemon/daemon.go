@@ -83,9 +83,11 @@ type Daemon struct {
 	kernelMu   sync.Mutex
 	kern       kernel // guarded by kernelMu; nil until it is needed
 
+	serving context.Context // ends, under mu, when the daemon is told to end: nothing new is attached
+	end     context.CancelFunc
+
 	mu       sync.Mutex
 	attached map[int]*attachment // guarded by mu; by device number
-	ending   bool                // guarded by mu: nothing new is attached
 
 	exit     chan exitRequest
 	recRetry time.Duration // first pause between attempts to take an image up
@@ -151,6 +153,7 @@ func newDaemon(cfg Config) (*Daemon, error) {
 		return nil, err
 	}
 	d.ctx, d.cancel = context.WithCancel(context.Background())
+	d.serving, d.end = context.WithCancel(d.ctx)
 	d.readCache = openReadCache(cfg.ReadCache, cfg.ReadCacheSize, d.logger)
 	return d, nil
 }
@@ -385,7 +388,7 @@ func (d *Daemon) forget(a *attachment) {
 // should know.
 func (d *Daemon) leave(q exitRequest) []string {
 	d.mu.Lock()
-	d.ending = true
+	d.end()
 	d.mu.Unlock()
 	d.logger.Info("lsdd ends", "detach", q.detach)
 	ctx, stop := context.WithTimeout(context.Background(), q.timeout)
