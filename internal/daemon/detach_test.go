@@ -113,3 +113,18 @@ func TestLogGoesOnElsewhere(t *testing.T) {
 	w.kernel.check(t, id, 8, 1)
 	w.kernel.check(t, id, 16, 2)
 }
+
+// TestQuietInTime: what the reactor says too late of an image is nobody's any more.
+func TestQuietInTime(t *testing.T) {
+	w := newWorld(t)
+	h := w.newHost()
+	id := h.add(api.AttachRequest{ID: -1})
+	dk := h.find(id).getDisk()
+	dk.reactor.Post(func() { time.Sleep(100 * time.Millisecond) })
+	ctx, stop := context.WithTimeout(context.Background(), 10*time.Millisecond)
+	defer stop()
+	if dk.awaitQuiet(ctx) {
+		t.Error("the reactor has not answered")
+	}
+	w.kernel.write(t, id, 8, 1)
+}

@@ -315,7 +315,7 @@ func (d *disk) awaitQuiet(ctx context.Context) bool {
 			d.dropDead()
 			return d.env.wait(ctx)
 		}
-		if quiet {
+		if err == nil && quiet { // else it may still be about to say so
 			return d.env.wait(ctx)
 		}
 		select {
