@@ -184,7 +184,7 @@ type StaleLogError struct {
 	Image   string
 	Epoch   uint64 // of the log
 	Now     uint64 // of the image
-	Records uint64 // that the store does not have; 0: where the epoch ended is forgotten
+	Records uint64 // that the store does not have; 0: it does not know that epoch, or where that ended
 }
 
 // Error returns one line; the caller adds the log's name and what to do.

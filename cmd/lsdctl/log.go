@@ -180,7 +180,7 @@ func logState(ctx context.Context, h writelog.Header) string {
 		return "its image is gone, or has another name now"
 	case err != nil:
 		return "its image cannot be read: " + api.OneLine(err)
-	case info.Owner != nil && info.Owner.Log == h.Log:
+	case info.Owner != nil && info.Owner.Log == h.Log && h.Epoch <= info.Epoch:
 		return "the image's own: lsdctl add goes on from it"
 	}
 	return fmt.Sprintf("of epoch %d, which is over (it is %d now): lsdctl add tells whether the store has all of it", h.Epoch, info.Epoch)
