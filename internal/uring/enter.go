@@ -44,7 +44,7 @@ func (r *Ring) Settle() (bool, error) {
 		return false, nil
 	}
 	err := r.Submit()
-	return err == nil && !r.Ready(), err
+	return err == nil && !r.Ready() && !r.overflowed(), err
 }
 
 // SubmitAndWait hands all queued operations to the kernel and waits until there

@@ -440,3 +440,28 @@ func TestArenaRelease(t *testing.T) {
 		}
 	}
 }
+
+// TestSettleOverflow: a ring is not still while there are completions that had no room
+// in their queue.
+func TestSettleOverflow(t *testing.T) {
+	r := newRing(t, Options{Entries: 4, CQEntries: 4})
+	const n = 32
+	var c result
+	for range n {
+		r.Nop(&c)
+	}
+	if err := r.Submit(); err != nil {
+		t.Fatal(err)
+	}
+	for reaped := r.Reap(); reaped < n; reaped += r.Reap() {
+		if still, err := r.Settle(); err != nil || still {
+			t.Fatalf("after %d of %d completions the ring is still: %v, %v", reaped, n, still, err)
+		}
+		if err := r.SubmitAndWait(0); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if still, err := r.Settle(); err != nil || still != r.deferTW {
+		t.Errorf("after all completions the ring is still: %v, %v", still, err)
+	}
+}
