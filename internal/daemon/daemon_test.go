@@ -336,6 +336,37 @@ func TestDamagedAnswers(t *testing.T) {
 	}
 }
 
+// TestPanicInOpen: an image that nobody can open without a panic is damaged, and the
+// others never notice.
+func TestPanicInOpen(t *testing.T) {
+	w := newWorld(t)
+	h := w.newHost()
+	id := h.add(api.AttachRequest{ID: -1})
+	other := h.add(api.AttachRequest{ID: -1, Image: "mem:vm2"})
+	w.kernel.write(t, id, 8, 1)
+	w.kernel.write(t, other, 8, 2)
+	bad := h.find(id).record().ImageID.String()
+	h.crash()
+	w.bad.Store(bad)
+	h.start()
+	h.await(id, api.StateFailed)
+	if res := w.kernel.do(t, id, engine.Read, 8, make([]byte, 4096)); res != -int32(unix.EIO) {
+		t.Errorf("read: %d", res)
+	}
+	w.kernel.check(t, other, 8, 2)
+	if _, err := h.del(id, api.DetachRequest{}); err != nil {
+		t.Error(err)
+	}
+	if _, err := h.attachReq(api.AttachRequest{ID: -1}); err == nil || !strings.Contains(err.Error(), "panic") {
+		t.Errorf("attach: %v", err)
+	}
+	if h.find(id) != nil {
+		t.Error("it is attached")
+	}
+	w.bad.Store("") // the store or the daemon has been mended
+	w.kernel.check(t, h.add(api.AttachRequest{ID: -1}), 8, 1)
+}
+
 // TestDetachGoesOn: the store goes away between the destage and the close.
 func TestDetachGoesOn(t *testing.T) {
 	w := newWorld(t)

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"runtime/debug"
 	"sync/atomic"
 	"time"
 
@@ -111,7 +112,7 @@ func openDisk(ctx context.Context, o diskOptions) (_ *disk, err error) {
 		}
 		mem = d.mem.Bytes()
 	}
-	im, err := engine.Open(ctx, o.store, o.rec.ImageID, opt)
+	im, err := openImage(ctx, &o, opt)
 	if err != nil {
 		return nil, err
 	}
@@ -126,6 +127,19 @@ func openDisk(ctx context.Context, o diskOptions) (_ *disk, err error) {
 		d.reactor.OnTurn(im.EndTurn)
 	})
 	return d, err
+}
+
+// openImage is engine.Open, of which a panic is damage of the image: one that cannot be
+// opened must not take those beside it along, at each start of the daemon anew. What it
+// had of the memory for maps is lost, which so few attempts do not feel.
+func openImage(ctx context.Context, o *diskOptions, opt engine.OpenOptions) (im *engine.Image, err error) {
+	defer func() {
+		if v := recover(); v != nil {
+			o.logger.Error("panic while the image was opened", "panic", v, "stack", string(debug.Stack()))
+			im, err = nil, fmt.Errorf("%w: panic: %v", engine.ErrCorrupt, v)
+		}
+	}()
+	return engine.Open(ctx, o.store, o.rec.ImageID, opt)
 }
 
 // emptyDisk returns a disk without an image.

@@ -297,6 +297,7 @@ type world struct {
 	hang   *faultstore.Gate // of reads of objects
 	damage atomic.Int32     // how many of the next reads of the first data object give something else
 	lost   atomic.Int32     // how many of the next changes of a superblock fail
+	bad    atomic.Value     // id, a string, of an image that who changes its superblock dies of
 	scrub  int64            // bytes a second
 	late   int32            // how many of a daemon's first recoveries of devices fail
 	log    syncBuffer
@@ -390,7 +391,12 @@ func (h *host) start() {
 }
 
 // losing is a faultstore.Cond.
-func (w *world) losing(faultstore.Op) bool { return w.lost.Add(-1) >= 0 }
+func (w *world) losing(o faultstore.Op) bool {
+	if id, _ := w.bad.Load().(string); id != "" && strings.HasPrefix(o.Key, id) {
+		panic("test")
+	}
+	return w.lost.Add(-1) >= 0
+}
 
 // damaged is a faultstore.Cond.
 func (w *world) damaged(faultstore.Op) bool { return w.damage.Add(-1) >= 0 }
