@@ -22,7 +22,7 @@ import (
 )
 
 func main() {
-	ctx, stop := signal.NotifyContext(context.Background(), unix.SIGINT, unix.SIGTERM)
+	ctx, stop := untilSignal()
 	defer stop()
 	if err := newApp(os.Stdout, os.Stderr).command().ExecuteContext(ctx); err != nil {
 		if line := api.OneLine(err); line != "" {
@@ -31,6 +31,14 @@ func main() {
 		stop()
 		os.Exit(status(err))
 	}
+}
+
+// untilSignal returns a context that ends with the first signal to end. The second one
+// ends the program: a file system that hangs keeps a command from heeding the first.
+func untilSignal() (context.Context, context.CancelFunc) {
+	ctx, stop := signal.NotifyContext(context.Background(), unix.SIGINT, unix.SIGTERM)
+	context.AfterFunc(ctx, stop)
+	return ctx, stop
 }
 
 // status returns the exit status for the error of a command.

@@ -1,15 +1,22 @@
 package main
 
 import (
+	"bufio"
 	"bytes"
 	"context"
 	"encoding/json"
+	"errors"
+	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
+	"time"
 
 	"github.com/lsd-ceph/lsd/internal/api"
+	"golang.org/x/sys/unix"
 )
 
 func TestParseDevice(t *testing.T) {
@@ -236,6 +243,43 @@ func TestHelp(t *testing.T) {
 			if s.Short == "" || s.Example == "" {
 				t.Errorf("%s has no help", s.CommandPath())
 			}
+		}
+	}
+}
+
+// TestSecondSignal: a command that cannot heed a signal ends with another one.
+func TestSecondSignal(t *testing.T) {
+	if os.Getenv("LSDCTL_HANG") != "" {
+		untilSignal()
+		fmt.Println("waiting")
+		select {}
+	}
+	ctx, stop := context.WithTimeout(context.Background(), 10*time.Second)
+	defer stop()
+	cmd := exec.CommandContext(ctx, os.Args[0], "-test.run", "^TestSecondSignal$")
+	cmd.Env = append(os.Environ(), "LSDCTL_HANG=1")
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	if !bufio.NewScanner(out).Scan() {
+		t.Fatal("it says nothing")
+	}
+	ended := make(chan error)
+	go func() { ended <- cmd.Wait() }()
+	for {
+		select {
+		case err := <-ended:
+			var exit *exec.ExitError
+			if !errors.As(err, &exit) || exit.Sys().(syscall.WaitStatus).Signal() != unix.SIGINT {
+				t.Errorf("it ended with %v", err)
+			}
+			return
+		case <-time.After(20 * time.Millisecond):
+			_ = cmd.Process.Signal(unix.SIGINT) // it may have ended
 		}
 	}
 }
