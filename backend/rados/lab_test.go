@@ -259,10 +259,14 @@ func TestFull(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	ceph(t, "osd", "set-full-ratio", "0.001") // of 20 GiB
-	enough := func() { ceph(t, "osd", "set-full-ratio", "0.95") }
-	defer enough()
-	for err == nil {
+	script := func(command string) {
+		if err := cephtest.Script(command); err != nil {
+			t.Error(err)
+		}
+	}
+	script("full")
+	defer script("room")
+	for err == nil { // the OSD learns it from the monitor
 		err = put()
 	}
 	storetest.WantError(t, "Put into a full pool", err, backend.ErrTemporary)
@@ -285,7 +289,7 @@ func TestFull(t *testing.T) {
 			t.Errorf("Delete: %v", err)
 		}
 	}
-	enough()
+	script("room")
 	for err = put(); err != nil && ctx.Err() == nil; err = put() {
 		time.Sleep(100 * time.Millisecond)
 	}

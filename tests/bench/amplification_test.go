@@ -19,6 +19,7 @@ var (
 	ampRounds = flag.Int("amp.rounds", 10, "amplification: image lengths that are written over")
 	ampWarm   = flag.Int("amp.warm", 5, "amplification: of these, before the figures are taken")
 	ampRatio  = flag.Float64("amp.ratio", engine.DefaultSpaceRatio, "amplification: space held for what lives")
+	ampMap    = flag.Int64("amp.map", engine.DefaultMapMemory>>20, "amplification: memory for the map, MiB")
 )
 
 // pattern says where a client writes.
@@ -169,22 +170,30 @@ func (o *overwriter) write(n uint64, next func(n uint64) uint64, sample func()) 
 	}
 }
 
-// amplify measures one pattern on an image of the given size, in MiB.
-func amplify(tb testing.TB, p pattern, image, object, rounds, warm int, ratio float64) amplification {
+// overwriting says what is measured: image and object sizes and the map's memory in MiB,
+// and how many image lengths are written, of which the first are warm-up.
+type overwriting struct {
+	image, object, rounds, warm int
+	ratio                       float64
+	maps                        int64
+}
+
+// amplify measures one pattern.
+func amplify(tb testing.TB, p pattern, c overwriting) amplification {
 	tb.Helper()
 	ctx := context.Background()
 	block := make([]byte, 4096)
 	random := rand.NewChaCha8([32]byte{2})
 	random.Read(block)
 	st := newCountingStore(block)
-	size := uint64(image) << 20
-	id, err := engine.Create(ctx, st, "bench", engine.CreateOptions{Size: size, ObjectSize: uint32(object) << 20})
+	size := uint64(c.image) << 20
+	id, err := engine.Create(ctx, st, "bench", engine.CreateOptions{Size: size, ObjectSize: uint32(c.object) << 20})
 	if err != nil {
 		tb.Fatal(err)
 	}
 	disk := newRAMDisk(513 << 20)
 	im, err := engine.Open(ctx, st, id, engine.OpenOptions{Log: disk, Host: "bench", URL: "mem:/bench", Parallel: 1, Config: engine.Config{
-		SpaceRatio: ratio, Logger: slog.New(slog.NewTextHandler(io.Discard, nil)),
+		SpaceRatio: c.ratio, Shared: engine.NewShared(engine.Limits{Map: c.maps << 20}), Logger: slog.New(slog.NewTextHandler(io.Discard, nil)),
 	}})
 	if err != nil {
 		tb.Fatal(err)
@@ -195,7 +204,7 @@ func amplify(tb testing.TB, p pattern, image, object, rounds, warm int, ratio fl
 	}
 	im.Start(o.l, ramDevice{disk}, make([]byte, 32<<20))
 	o.write(o.blocks, func(n uint64) uint64 { return n }, func() {}) // fill it
-	a := o.measure(rounds, warm)
+	a := o.measure(c.rounds, c.warm)
 	if o.errs > 0 {
 		tb.Fatalf("%d writes failed", o.errs)
 	}
@@ -249,7 +258,7 @@ func (a amplification) String() string {
 func BenchmarkAmplification(b *testing.B) {
 	for _, p := range patterns {
 		b.Run(p.name, func(b *testing.B) {
-			a := amplify(b, p, *ampImage, *ampObject, *ampRounds, *ampWarm, *ampRatio)
+			a := amplify(b, p, overwriting{*ampImage, *ampObject, *ampRounds, *ampWarm, *ampRatio, *ampMap})
 			b.Log(a)
 			b.ReportMetric(a.write, "put/written")
 			b.ReportMetric(a.theory, "theory")
@@ -266,7 +275,7 @@ func TestAmplification(t *testing.T) {
 	bounds := map[string]float64{"uniform": 2.4, "80/20 two zones": 1.98, "80/20 pareto": 1.5, "sequential": 1.05}
 	for _, p := range patterns {
 		t.Run(p.name, func(t *testing.T) {
-			a := amplify(t, p, 256, 1, 6, 3, engine.DefaultSpaceRatio)
+			a := amplify(t, p, overwriting{256, 1, 6, 3, engine.DefaultSpaceRatio, engine.DefaultMapMemory >> 20})
 			t.Log(a)
 			if bound, ok := bounds[p.name]; !ok || a.write > bound {
 				t.Errorf("%.3f bytes are put for each byte written, more than %.2f", a.write, bound)

@@ -250,3 +250,51 @@ func advises(im api.Image, of string) bool {
 	}
 	return false
 }
+
+// TestFullPool: while the pool is full an image keeps its lease, since renewals take no
+// room; when there is room again all that was acknowledged gets there.
+func TestFullPool(t *testing.T) {
+	if *storeKind != "rados" {
+		t.Skip("a full file system is TestStoreDown's")
+	}
+	clearKernelLog(t)
+	h := newHost(t, "fullpool")
+	url := storeURL(t) + "/disk"
+	h.create(url, "1G")
+	const lease = 10 * time.Second
+	dev := h.add(url, "--batch-age", "500ms", "--store-timeout", "2s", "--lease", lease.String())
+	plan := stampPlan{Seed: 9, Slots: 64}
+	s := startStamps(t, dev, plan)
+	s.awaitWrites(100, time.Minute)
+
+	askHost(t, "ceph full")
+	full := true
+	defer func() {
+		if full {
+			askHost(t, "ceph room")
+		}
+	}()
+	im := h.awaitStatus(dev, time.Minute, "it says that the store is full", func(im api.Image) bool {
+		return isActive(im) && im.Stats.StoreDown && strings.Contains(im.Stats.LastStoreError, "no space left")
+	})
+	if !advises(im, "store") {
+		t.Errorf("the status does not say what to do: %q", im.Advice)
+	}
+	time.Sleep(2 * lease)
+	im = h.awaitStatus(dev, time.Minute, "it is active", isActive)
+	if im.Stats.LeaseLeft <= 0 || !im.Stats.StoreDown {
+		t.Errorf("after two leases the store is down: %v, and the lease is good for %v", im.Stats.StoreDown, im.Stats.LeaseLeft)
+	}
+	askHost(t, "ceph room")
+	full = false
+	s.awaitWrites(100, time.Minute)
+	acked := s.stop()
+	h.must("flush", dev)
+	im = h.awaitStatus(dev, time.Minute, "all is well again", func(im api.Image) bool {
+		return isActive(im) && !im.Stats.StoreDown && im.Stats.Dirty == 0 && im.Stats.Waiting == 0
+	})
+	if im.Stats.ReadErrors != 0 || len(im.Advice) != 0 {
+		t.Errorf("afterwards: %+v %q", im.Stats, im.Advice)
+	}
+	h.storeHas(url, dev, plan, acked)
+}
