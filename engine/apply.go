@@ -1,7 +1,6 @@
 package engine
 
 import (
-	"context"
 	"fmt"
 
 	"github.com/lsd-ceph/lsd/internal/extmap"
@@ -9,26 +8,20 @@ import (
 	"github.com/lsd-ceph/lsd/internal/mutate"
 )
 
-// applyLoads bounds the loads of segments that an object waits for.
-const applyLoads = 16
-
 // applier enters the extents of one data object, or of a group of them, into the map,
-// in order and a few at a time, as the segments come into memory. Until the last one
-// is entered the object, or the group, is not accepted: the map is between two states
-// then, no checkpoint begins, and what its writes have in the log stays there. The
-// reactor owns it.
+// in order and a few at a time; those of segments that are not in memory are noted. Until
+// the last one is entered the object, or the group, is not accepted: the map is between
+// two states then, no checkpoint begins, and what its writes have in the log stays there.
+// The reactor owns it.
 type applier struct {
-	b          *batch        // that h was put for; nil in recovery
-	h          *objectHeader // nil: nothing is being applied
-	entered    int           // objects of a group that are entered, h not counted
-	next       int           // extent
-	done       uint64        // sectors of it
-	off        int           // offset of the next data in the object's data, in sectors
-	waiting    bool          // for a segment
-	loads      int
-	prefetched int // extents whose segments have been asked for
-	timer      Timer
-	runs       []extmap.Extent // scratch
+	b       *batch        // that h was put for; nil in recovery
+	h       *objectHeader // nil: nothing is being applied
+	entered int           // objects of a group that are entered, h not counted
+	next    int           // extent
+	done    uint64        // sectors of it
+	off     int           // offset of the next data in the object's data, in sectors
+	timer   Timer
+	runs    []extmap.Extent // scratch
 }
 
 // beginApply begins to enter a data object, the next in order.
@@ -38,26 +31,19 @@ func (im *Image) beginApply(h *objectHeader) {
 		panic("engine: objects accepted out of order")
 	}
 	im.table.add(infoOf(h))
-	a.h, a.next, a.done, a.off, a.prefetched = h, 0, 0, 0, 0
+	if h.cleaned() {
+		im.objs.bases[uint32(h.seq)] = h.base
+	}
+	a.h, a.next, a.done, a.off = h, 0, 0, 0
 }
 
-// applyPart enters what of the next extent lies in one segment, which must be in
-// memory.
+// applyPart enters what of the next extent lies in one segment.
 func (im *Image) applyPart() {
 	a := &im.apply
 	e := a.h.extents[a.next]
 	s := e.sector + a.done
 	n := min(uint64(e.n)-a.done, segmentStart(segmentOf(s)+1)-s)
-	switch {
-	case e.zero && mutate.On(mutate.DiscardUndestaged):
-	case e.zero:
-		im.unmap(s, n)
-	case a.h.cleaned():
-		im.move(a.h, s, n, a.off)
-	default:
-		im.checkpoint.touch(segmentOf(s))
-		im.objs.Insert(s, n, refOfSeq(a.h.seq).loc(a.off))
-	}
+	im.changeMap(s, n, a.off, e.zero)
 	if mutate.On(mutate.DirtyDropped) && a.b != nil {
 		im.dirty.RemoveRange(s, n, 0, 1<<62)
 	}
@@ -72,40 +58,61 @@ func (im *Image) applyPart() {
 	}
 }
 
-// unmap removes what the map has of n sectors from s, in one segment.
-func (im *Image) unmap(s, n uint64) {
-	if _, ok := im.objs.Next(s, s+n); ok {
-		im.checkpoint.touch(segmentOf(s))
-		im.objs.Remove(s, n)
+// changeMap changes n sectors from s, which lie in one segment, to what the object that is
+// being entered has at off, or to zeroes.
+func (im *Image) changeMap(s, n uint64, off int, zero bool) {
+	h, i := im.apply.h, segmentOf(s)
+	x := change{object: uint32(h.seq), at: uint32(s - segmentStart(i)), n: uint32(n), off: uint32(off)}
+	here := im.ready(i)
+	switch {
+	case zero && mutate.On(mutate.DiscardUndestaged):
+		return
+	case zero:
+		if here {
+			if _, ok := im.objs.Next(s, s+n); !ok {
+				return
+			}
+		}
+		x.off = changeZeroes
+	case h.cleaned():
+		x.off |= changeMoves
+	}
+	if here {
+		im.checkpoint.touch(i)
+		im.objs.hold(i)
+	}
+	c := im.objs.note(i, x)
+	if here {
+		im.enterChange(i, x, true)
+		c.counted = len(c.list)
 	}
 }
 
-// move makes the map refer to the cleaner's object h for those of the n sectors
-// from s that it has read; off is where their data is. Sectors that an object
-// after h.base has changed since are left as they are: their data in h is dead.
-func (im *Image) move(h *objectHeader, s, n uint64, off int) {
+// move makes the map refer to a cleaner's object for those of the n sectors from s that
+// it has read; off is where their data is. Sectors that an object after its base has
+// changed since are left as they are: their data in it is dead.
+func (im *Image) move(object uint32, s, n uint64, off int) {
 	a := &im.apply
-	a.runs = movable(im.objs.Map, h, s, n, a.runs[:0])
+	a.runs = movable(im.objs.Map, im.objs.bases[object], s, n, a.runs[:0])
 	moved := uint64(0)
 	for _, e := range a.runs {
-		im.checkpoint.touch(segmentOf(s))
-		im.objs.Insert(e.Sector, uint64(e.N), refOfSeq(h.seq).loc(off+int(e.Sector-s)))
+		im.objs.Insert(e.Sector, uint64(e.N), refOfSeq(uint64(object)).loc(off+int(e.Sector-s)))
 		moved += uint64(e.N)
 	}
-	if moved < n {
-		im.table.release(im.table.find(h.seq), uint32(n-moved), h.seq)
+	if o := im.table.find(uint64(object)); moved < n && o != nil {
+		im.lose(o, uint32(n-moved))
 	}
 }
 
-// movable appends to runs what of the n sectors from s the cleaner's object h has
+// movable appends to runs what of the n sectors from s a cleaner's object of that base has
 // read and nothing has changed since.
-func movable(m *extmap.Map, h *objectHeader, s, n uint64, runs []extmap.Extent) []extmap.Extent {
+func movable(m *extmap.Map, base, s, n uint64, runs []extmap.Extent) []extmap.Extent {
 	for at := s; at < s+n; {
 		e, ok := m.Next(at, s+n)
 		if !ok {
 			break
 		}
-		if refOf(e.Loc).seq() <= h.base || mutate.On(mutate.MovedOverNewer) {
+		if refOf(e.Loc).seq() <= base || mutate.On(mutate.MovedOverNewer) {
 			runs = append(runs, e)
 		}
 		at = e.End()
@@ -126,37 +133,23 @@ func (im *Image) endApply() {
 	im.accepted, a.entered = h.end(), 0
 }
 
-// applyNow is beginApply, and all that follows. It blocks, and is for the time before
-// Start.
-func (im *Image) applyNow(ctx context.Context, h *objectHeader) error {
-	a := &im.apply
+// applyNow is beginApply, and all that follows, for the time before Start.
+func (im *Image) applyNow(h *objectHeader) {
 	im.beginApply(h)
-	for a.next < len(h.extents) {
-		if !im.objs.ready(segmentOf(h.extents[a.next].sector + a.done)) {
-			rest := func(fn func(uint32) bool) { h.segmentsFrom(a.next, a.done, fn) }
-			if err := im.loadSegments(ctx, rest); err != nil {
-				return err
-			}
-		}
+	for im.apply.next < len(h.extents) {
 		im.applyPart()
 	}
 	im.endApply()
 	im.objs.charge() // where there is a reactor, evict does
-	return nil
 }
 
 // segments calls fn for the segments that the object's extents meet, in
 // ascending order, until it returns false.
-func (h *objectHeader) segments(fn func(uint32) bool) { h.segmentsFrom(0, 0, fn) }
-
-// segmentsFrom is segments from the extent of that index on, without its first sectors
-// that are done.
-func (h *objectHeader) segmentsFrom(extent int, done uint64, fn func(uint32) bool) {
+func (h *objectHeader) segments(fn func(uint32) bool) {
 	next := uint32(0)
-	for _, e := range h.extents[extent:] {
-		first, last := segmentOf(e.sector+done), segmentOf(e.sector+uint64(e.n)-1)
-		done = 0
-		for i := max(first, next); i <= last; i++ {
+	for _, e := range h.extents {
+		last := segmentOf(e.sector + uint64(e.n) - 1)
+		for i := max(segmentOf(e.sector), next); i <= last; i++ {
 			if !fn(i) {
 				return
 			}
@@ -167,12 +160,15 @@ func (h *objectHeader) segmentsFrom(extent int, done uint64, fn func(uint32) boo
 
 // replaced is told by the object map of data that it does not refer to any more.
 func (im *Image) replaced(loc uint64, n uint32) {
+	if !im.counting {
+		return
+	}
 	o := im.table.find(refOf(loc).seq())
 	if o == nil || o.live < n {
 		im.mapWrong(loc)
 		return
 	}
-	im.table.release(o, n, im.apply.h.seq)
+	im.lose(o, n)
 }
 
 // mapWrong is called when the map refers to what no object has, which a
@@ -193,7 +189,7 @@ func (im *Image) mapWrong(loc uint64) {
 // before the object was there, and does not know of it.
 func (im *Image) advance() {
 	a := &im.apply
-	for im.leased() && !a.waiting {
+	for im.leased() {
 		if a.b == nil {
 			if !im.mayAccept() {
 				break
@@ -239,51 +235,9 @@ func (im *Image) applySome() bool {
 			return false
 		}
 		im.stint.spend(1)
-		im.prefetch()
-		i := segmentOf(a.h.extents[a.next].sector + a.done)
-		if !im.objs.ready(i) {
-			a.waiting = true
-			im.withSegment(i, im.applyGoesOn)
-			return false
-		}
 		im.applyPart()
 	}
 	return true
-}
-
-// prefetch asks for the segments of the extents to come.
-func (im *Image) prefetch() {
-	a := &im.apply
-	for a.prefetched < len(a.h.extents) && a.loads < applyLoads {
-		e := a.h.extents[a.prefetched]
-		a.prefetched++
-		if e.zero && e.n > segmentSectors {
-			continue // as many segments as it meets: one after the other
-		}
-		if i := segmentOf(e.sector); !im.objs.ready(i) {
-			a.loads++
-			im.withSegment(i, func(error) { a.loads-- })
-		}
-	}
-}
-
-// applyGoesOn is told that the segment that advance waits for is there. One that
-// cannot be had ends the image's progress: what the object overwrites cannot be
-// accounted for.
-func (im *Image) applyGoesOn(err error) {
-	a := &im.apply
-	a.waiting = false
-	if err == nil {
-		im.advance()
-		return
-	}
-	if im.state == Fenced || im.state == Released {
-		return
-	}
-	im.logger.Error("part of the map cannot be read: what is written stays in the log until it can", "err", err)
-	im.storeFailed(useOther, err)
-	a.waiting = true
-	im.env.AfterFunc(im.cfg.RetryMax, func() { a.waiting = false; im.advance() })
 }
 
 // applied does what becomes possible when a batch's object has been accepted.

@@ -1,6 +1,7 @@
 package engine
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -9,11 +10,13 @@ import (
 	"github.com/google/uuid"
 	"github.com/lsd-ceph/lsd/backend"
 	"github.com/lsd-ceph/lsd/internal/extmap"
+	"github.com/lsd-ceph/lsd/internal/invariants"
 	"github.com/lsd-ceph/lsd/internal/mutate"
 )
 
 const (
-	checkpointPuts = 4 // map objects that are being put at one time
+	checkpointPuts  = 4  // map objects that are being put at one time
+	checkpointLoads = 16 // segments that are being loaded for one
 	// mapObjectSize is about the size of a map object, bytes. Several segments
 	// share one, so that a checkpoint of many small changes is few objects.
 	mapObjectSize = 4 << 20
@@ -26,12 +29,12 @@ const (
 // reactor owns it.
 //
 // A checkpoint writes the segments that have changed, packed into map objects, and
-// a manifest that says where every segment is. The segments are copied a few at a
-// time, and encoded and put by workers; one that is about to change before its
-// turn is copied at once, which costs little: its pages are copied when they change
-// (extmap.Map.Copy). The superblock names a checkpoint before anything of it
-// is written, and those that were replaced until they are removed, so that a crash
-// leaves nothing that the next start does not know of.
+// a manifest that says where every segment is. The segments are brought into memory and
+// copied a few at a time, and encoded and put by workers; one in memory that is about to
+// change before its turn is copied at once, which costs little: its pages are copied when
+// they change (extmap.Map.Copy). Once it is put, a segment is stored there. The superblock
+// names a checkpoint before anything of it is written, and those that were replaced until
+// they are removed, so that a crash leaves nothing that the next start does not know of.
 type checkpointer struct {
 	im    *Image
 	last  *checkpointRef // the last one published, or nil
@@ -64,10 +67,11 @@ type runningCheckpoint struct {
 	objects []objectInfo
 	pending bitset   // to be copied
 	order   []uint32 // the same, in order
+	loads   int      // of those
 	rewrite []uint32 // unchanged segments that leave their map object
 	copied  []copiedSegment
 	size    int // bytes that the copies come to, about
-	parts   []mapPart
+	parts   int // map objects that were begun
 	puts    int
 	named   bool // the superblock says that it is being written
 	final   bool // all segments are there; the manifest is being put
@@ -98,12 +102,11 @@ type leftSegment struct {
 	err error
 }
 
-// touch says that a segment of the map is about to change.
+// touch says that a segment of the map that is in memory is about to change.
 func (c *checkpointer) touch(i uint32) {
 	if c.running != nil && c.running.pending.has(i) && !mutate.On(mutate.CheckpointMixed) {
 		c.copy(i)
 	}
-	c.im.objs.touch(i)
 }
 
 // since returns the number of objects accepted since the last checkpoint.
@@ -138,7 +141,7 @@ func (c *checkpointer) maybe() {
 
 // atRest begins a checkpoint of an image that has become idle, if that is worth it, and
 // reports whether it has: what has died since the last one can go only after the next,
-// which nothing else would begin.
+// and so can the memory of the map's changes; nothing else would begin one.
 func (c *checkpointer) atRest() bool {
 	if !c.idle() || c.since() == 0 || !c.im.leased() {
 		return false
@@ -150,29 +153,34 @@ func (c *checkpointer) atRest() bool {
 			dead += int(o.sectors) * SectorSize
 		}
 	}
-	if dead < restGain*c.im.manifestSize() {
+	if dead < restGain*c.im.manifestSize() && c.im.objs.changeBytes < restChanges {
 		return false
 	}
 	c.begin(nil)
 	return true
 }
 
-// restGain is how much space a checkpoint of an idle image must free, at least, for
-// each byte of its manifest.
-const restGain = 16
+const (
+	// restGain is how much space a checkpoint of an idle image must free for each byte of
+	// its manifest to be worth it.
+	restGain = 16
+	// restChanges is from how many bytes of memory on the changes of an idle image's map
+	// are worth one.
+	restChanges = 256 << 10
+)
 
-// memoryShort reports whether changed segments take so much memory that they
-// should become clean.
+// memoryShort reports whether the changes of the map take so much memory that they
+// should be written.
 func (c *checkpointer) memoryShort() bool {
 	m := c.im.objs
-	return m.dirtySegments > 0 && (m.dirtyBytes() > m.budget.Limit()/4 || m.budget.over() > 0 && m.dirtyBytes() > m.budget.share()/16)
+	return m.changeBytes > m.budget.share()/4
 }
 
 // behind reports whether so many objects may not be accepted until the running
 // checkpoint is published.
 func (c *checkpointer) behind(objects int) bool {
 	m := c.im.objs
-	return c.running != nil && (c.since()+uint64(objects) > uint64(c.im.cfg.CheckpointEvery) || m.budget.over() > 0 && m.dirtyBytes() > m.budget.share()/4)
+	return c.running != nil && (c.since()+uint64(objects) > uint64(c.im.cfg.CheckpointEvery) || m.changeBytes > m.budget.share()/2)
 }
 
 // now writes a checkpoint of the map as it is, unless there is one; fn is told
@@ -208,8 +216,7 @@ func (c *checkpointer) begin(waiters []func(error)) {
 		at: im.accepted, added: im.table.added, ref: checkpointRef{im.accepted.object, im.super.sb.Epoch},
 		objects: im.table.snapshot(), waiters: waiters,
 	}
-	r.pending, m.dirty, m.writing = m.dirty, newBitset(segmentsOf(im.sectors)), slices.Clone(m.dirty)
-	m.dirtySegments = 0
+	r.pending = slices.Clone(m.changed)
 	r.pending.each(func(i uint32) { r.order = append(r.order, i) })
 	r.rewrite = c.mostlyDead(r.pending)
 	c.running = r
@@ -280,26 +287,67 @@ func (c *checkpointer) step() {
 		return
 	}
 	for n := 0; (n == 0 || !c.im.stint.over()) && r.size < mapObjectSize && r.puts < checkpointPuts && len(r.order) > 0; {
+		if r.loads == checkpointLoads {
+			break // there is a step when one of them has come
+		}
 		i := r.order[0]
 		r.order = r.order[1:]
-		if r.pending.has(i) {
-			c.copy(i)
-			n++
+		switch {
+		case !r.pending.has(i):
+			continue
+		case c.im.ready(i):
+			if r.pending.has(i) { // it was in memory before
+				c.copy(i)
+			}
+		default:
+			c.load(i)
 		}
+		n++
 	}
 	if len(r.order) == 0 {
 		c.takeUnchanged()
 	}
-	rest := len(r.order) + len(r.rewrite)
+	rest := len(r.order) + r.loads + len(r.rewrite)
 	switch {
 	case !r.named || r.puts >= checkpointPuts:
 	case r.size >= mapObjectSize || rest == 0 && len(r.copied) > 0:
 		c.put()
-	case rest > 0:
+	case rest > r.loads && r.loads < checkpointLoads:
 		c.im.env.AfterFunc(0, func() {}) // there is another turn, and an end of it
+	case rest > 0:
 	case r.puts == 0:
 		c.finish()
 	}
+}
+
+// load brings segment i, which is pending, into memory: it is copied when it comes. One
+// that cannot be had now is tried again: without it there is no checkpoint.
+func (c *checkpointer) load(i uint32) {
+	im, r := c.im, c.running
+	r.loads++
+	im.withSegment(i, func(err error) {
+		if c.running != r {
+			return
+		}
+		r.loads--
+		if err == nil {
+			if r.pending.has(i) {
+				c.copy(i)
+			}
+			c.step()
+			return
+		}
+		im.logger.Error("part of the map cannot be read: there is no checkpoint until it can", "err", err)
+		im.storeFailed(useOther, err)
+		r.loads++
+		im.env.AfterFunc(im.cfg.RetryMax, func() {
+			if c.running == r {
+				r.loads--
+				r.order = append(r.order, i)
+				c.step()
+			}
+		})
+	})
 }
 
 // takeUnchanged takes segments that are to be moved.
@@ -308,7 +356,7 @@ func (c *checkpointer) takeUnchanged() {
 	for n := 0; (n == 0 || !c.im.stint.over()) && r.size < mapObjectSize && len(r.rewrite) > 0; n++ {
 		i := r.rewrite[0]
 		r.rewrite = r.rewrite[1:]
-		if m.resident.has(i) && m.clean(i) {
+		if m.resident.has(i) && !m.changed.has(i) {
 			c.copy(i)
 			continue
 		}
@@ -320,10 +368,10 @@ func (c *checkpointer) takeUnchanged() {
 // put writes segments that have been copied as one map object.
 func (c *checkpointer) put() {
 	im, r := c.im, c.running
-	k := len(r.parts)
-	r.parts = append(r.parts, mapPart{segments: r.next()})
+	k := uint32(r.parts)
+	r.parts++
 	r.puts++
-	segments, encoded := r.parts[k].segments, false
+	segments, encoded := r.next(), false
 	var part mapPart
 	var b []byte
 	c.work(func(ctx context.Context) error {
@@ -334,10 +382,10 @@ func (c *checkpointer) put() {
 		if len(b) == 0 {
 			return nil
 		}
-		return putOwn(ctx, im.store, mapKey(im.id, r.ref, uint32(k)), b)
+		return putOwn(ctx, im.store, mapKey(im.id, r.ref, k), b)
 	}, func() {
-		r.parts[k] = part
 		r.puts--
+		c.stored(k, part)
 		c.leave(part.left)
 		c.step()
 	})
@@ -443,7 +491,7 @@ func (c *checkpointer) finish() {
 	var b []byte
 	c.work(func(ctx context.Context) error {
 		if b == nil {
-			m.maps, m.segments = r.place(maps, stored)
+			m.maps, m.segments = withoutRemoved(maps, stored)
 			b = m.encode()
 		}
 		return putManifest(ctx, im.store, m, b)
@@ -457,11 +505,43 @@ func (c *checkpointer) finish() {
 	})
 }
 
-// place returns the map objects and the places of all segments once the
-// checkpoint's own are among them. Map objects that have been removed are left
-// out.
-func (r *runningCheckpoint) place(maps []mapObject, stored []storedSegment) ([]mapObject, []storedSegment) {
-	now := make([]mapObject, 0, len(maps)+len(r.parts))
+// stored says that part k of the running checkpoint is in the store: its segments are
+// stored there from here on. The checkpoint before has them where they were, so nothing is
+// removed until this one is published.
+func (c *checkpointer) stored(k uint32, p mapPart) {
+	m, r := c.im.objs, c.running
+	object := uint32(len(m.maps))
+	if p.size > 0 {
+		m.maps = append(m.maps, mapObject{at: r.ref, part: k, size: uint32(p.size)})
+	}
+	for j, s := range p.segments {
+		m.settle(s.index, r.at.object)
+		for int(s.index) >= len(m.stored) {
+			m.stored = append(m.stored, storedSegment{})
+		}
+		old := &m.stored[s.index]
+		if old.size > 0 {
+			o := &m.maps[old.object]
+			if o.live -= old.size; o.live == 0 {
+				o.died = uint32(r.ref.Object)
+			}
+		}
+		if *old = p.places[j]; old.size > 0 {
+			old.object = object
+			m.maps[object].live += old.size
+		} else {
+			*old = storedSegment{}
+		}
+	}
+	if p.size > 0 && m.maps[object].live == 0 {
+		m.maps[object].died = uint32(r.ref.Object)
+	}
+}
+
+// withoutRemoved returns the map objects and the places of all segments, without the map
+// objects that have been removed.
+func withoutRemoved(maps []mapObject, stored []storedSegment) ([]mapObject, []storedSegment) {
+	now := make([]mapObject, 0, len(maps))
 	index := make([]uint32, len(maps))
 	for i, o := range maps {
 		if o.size > 0 {
@@ -475,34 +555,20 @@ func (r *runningCheckpoint) place(maps []mapObject, stored []storedSegment) ([]m
 			p.object = index[p.object]
 		}
 	}
-	for k, p := range r.parts {
-		object := uint32(len(now))
-		if p.size > 0 {
-			now = append(now, mapObject{at: r.ref, part: uint32(k), size: uint32(p.size)})
-		}
-		for j, s := range p.segments {
-			for int(s.index) >= len(places) {
-				places = append(places, storedSegment{})
-			}
-			old := &places[s.index]
-			if old.size > 0 {
-				now[old.object].live -= old.size
-			}
-			*old = p.places[j]
-			if old.size > 0 {
-				old.object = object
-				now[object].live += old.size
-			} else {
-				*old = storedSegment{}
-			}
-		}
-	}
-	for i := range now {
-		if o := &now[i]; o.live == 0 && o.died == 0 {
-			o.died = uint32(r.ref.Object)
-		}
-	}
 	return now, places
+}
+
+// release says that the map of the running checkpoint refers to n sectors of the object
+// number less, by one that is in it.
+func (r *runningCheckpoint) release(number, n, by uint32) {
+	i, ok := slices.BinarySearchFunc(r.objects, number, func(o objectInfo, number uint32) int { return cmp.Compare(o.number, number) })
+	if !ok || r.objects[i].live < n {
+		if invariants.Enabled {
+			panic(fmt.Sprintf("engine: a checkpoint has no %d live sectors of object %d", n, number))
+		}
+		return // as mapWrong
+	}
+	r.objects[i].lose(n, by)
 }
 
 // putManifest writes an encoded manifest. The first part, which says how long all
@@ -527,7 +593,11 @@ func (c *checkpointer) published(m *manifest) {
 	}
 	c.last, c.added, c.parts, c.running = &r.ref, r.added, m.parts(), nil
 	im.objs.maps, im.objs.stored = m.maps, m.segments
-	im.objs.writing = newBitset(segmentsOf(im.sectors))
+	for n := range im.objs.bases {
+		if uint64(n) <= r.at.object {
+			delete(im.objs.bases, n)
+		}
+	}
 	// What was empty before it was written, or is now, needs no place in memory.
 	im.objs.evict()
 	c.removeDead()

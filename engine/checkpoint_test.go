@@ -157,7 +157,9 @@ func TestCheckpointOfBusyMap(t *testing.T) {
 	m.Replaced = nil // the table counts nothing of this
 	rng := rand.New(rand.NewPCG(1, 1))
 	for i := range uint32(segments) {
-		m.touch(i)
+		m.hold(i)
+		changes := m.note(i, change{object: uint32(h.im.accepted.object), n: 1})
+		changes.counted = len(changes.list)
 		for s := segmentStart(i); s < segmentStart(i+1); s += blockSectors {
 			m.Insert(s, blockSectors, refOfSeq(1+rng.Uint64N(1<<20)).loc(8*int(rng.Uint64N(2048))))
 		}

@@ -461,7 +461,7 @@ func (t tailObject) enter(m *extmap.Map, e objectExtentInfo, s, n uint64, off in
 	case e.zero:
 		m.Remove(s, n)
 	case t.cleaned():
-		for _, r := range movable(m, t.objectHeader, s, n, nil) {
+		for _, r := range movable(m, t.base, s, n, nil) {
 			m.Insert(r.Sector, uint64(r.N), ref.loc(off+int(r.Sector-s)))
 		}
 	default:

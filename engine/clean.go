@@ -460,7 +460,7 @@ func (c *cleaner) look(err error) {
 		i := segmentOf(s)
 		n := min(uint64(e.n)-r.done, segmentStart(i+1)-s)
 		if !e.zero {
-			if !im.objs.ready(i) {
+			if !im.ready(i) {
 				c.await(i)
 				return
 			}

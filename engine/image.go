@@ -50,8 +50,12 @@ type Image struct {
 	objs  *pagedMap   // what is in accepted objects
 	table objectTable
 	apply applier
-	tail  tail
-	pace  pacer
+	// The change of the map that is being entered: its object, and whether the table is
+	// told what it takes from others.
+	entering uint32
+	counting bool
+	tail     tail
+	pace     pacer
 
 	unreleased   bool      // the ownership before was not given up
 	unused       uuid.UUID // the id for a log made anew
@@ -347,7 +351,7 @@ func (im *Image) note(e writelog.Extent) {
 // shows reports whether something other than zeroes may be read in [s, end), which
 // lies in one page: only there a hole needs an entry.
 func (im *Image) shows(s, end uint64) bool {
-	if !im.objs.ready(segmentOf(s)) {
+	if !im.ready(segmentOf(s)) {
 		return true
 	}
 	_, ok := im.dirty.Next(s, end)

@@ -53,6 +53,11 @@ func (im *Image) checkLive() {
 	for i := range segmentsOf(im.sectors) {
 		whole = whole && im.objs.here(i)
 	}
+	for i, c := range im.objs.changes {
+		if im.objs.resident.has(i) && c.counted != len(c.list) {
+			panic(fmt.Sprintf("engine: of %d changes of segment %d, which is in memory, %d are counted", len(c.list), i, c.counted))
+		}
+	}
 	for _, o := range im.table.list {
 		if n := live[o.number]; n > o.live || whole && n != o.live || o.gone && n > 0 {
 			panic(fmt.Sprintf("engine: object %d has %d live sectors, its entry says %d", o.number, n, o.live))

@@ -112,7 +112,11 @@ func (m *manifest) encode() []byte {
 	le.PutUint32(b[88:], uint32(len(m.maps)))
 	le.PutUint32(b[92:], uint32(held))
 	for _, o := range m.objects {
-		for _, v := range [...]uint32{o.number, o.epoch, o.sectors, o.live, o.died, o.born, uint32(o.header)} {
+		died := o.died
+		if o.live > 0 {
+			died = 0
+		}
+		for _, v := range [...]uint32{o.number, o.epoch, o.sectors, o.live, died, o.born, uint32(o.header)} {
 			b = le.AppendUint32(b, v)
 		}
 	}

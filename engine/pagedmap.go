@@ -19,20 +19,22 @@ type pagedMap struct {
 	maps   []mapObject     // of the last checkpoint
 	stored []storedSegment // by index; beyond its end, segments are empty
 
-	resident bitset // the segment is in memory, though something of it is stored
+	resident bitset // the segment is in memory, with all its changes
 	used     bitset // it was looked at since the clock's hand passed
-	dirty    bitset // changed since the last checkpoint began
-	writing  bitset // changed before, and in the checkpoint that is being written
 	ring     []uint32
 	hand     int
 	loads    map[uint32]*segmentLoad
 
-	dirtySegments int
-	budget        *Budget
-	member        *member // of the budget; nil while no reactor has the map
-	charged       int64   // what the budget has been charged
-	evictions     uint64
-	loaded        uint64
+	changes     map[uint32]*segmentChanges // by segment
+	changed     bitset                     // those that have some
+	changeBytes int64                      // what they take
+	bases       map[uint32]uint64          // of the cleaner's objects among them
+
+	budget    *Budget
+	member    *member // of the budget; nil while no reactor has the map
+	charged   int64   // what the budget has been charged
+	evictions uint64
+	loaded    uint64
 }
 
 // segmentLoad is a load of a segment that is under way.
@@ -45,8 +47,8 @@ func newPagedMap(sectors uint64, b *Budget) *pagedMap {
 	n := segmentsOf(sectors)
 	return &pagedMap{
 		Map:      extmap.New(sectors),
-		resident: newBitset(n), used: newBitset(n), dirty: newBitset(n), writing: newBitset(n),
-		loads: map[uint32]*segmentLoad{}, budget: b,
+		resident: newBitset(n), used: newBitset(n), changed: newBitset(n),
+		loads: map[uint32]*segmentLoad{}, changes: map[uint32]*segmentChanges{}, bases: map[uint32]uint64{}, budget: b,
 	}
 }
 
@@ -72,8 +74,10 @@ func (p *pagedMap) place(i uint32) place {
 	return place{o, s.offset, s.size}
 }
 
-// here reports whether segment i is in memory.
-func (p *pagedMap) here(i uint32) bool { return p.resident.has(i) || p.segment(i).size == 0 }
+// here reports whether segment i is in memory, or empty.
+func (p *pagedMap) here(i uint32) bool {
+	return p.resident.has(i) || p.segment(i).size == 0 && !p.changed.has(i)
+}
 
 // ready reports whether segment i is in memory, and notes that it is used.
 func (p *pagedMap) ready(i uint32) bool {
@@ -84,11 +88,14 @@ func (p *pagedMap) ready(i uint32) bool {
 	return p.here(i)
 }
 
-// enter puts the extents of segment i, which was not in memory, into the map.
+// enter puts the extents of segment i, which was not in memory, into the map: span, or
+// none if it is nil.
 func (p *pagedMap) enter(i uint32, span *extmap.Span) {
-	p.Attach(span)
+	if span != nil {
+		p.Attach(span)
+		p.loaded++
+	}
 	p.hold(i)
-	p.loaded++
 }
 
 // hold makes segment i one of those in memory.
@@ -100,21 +107,9 @@ func (p *pagedMap) hold(i uint32) {
 	p.used.set(i)
 }
 
-// touch says that segment i, which is in memory, is about to change.
-func (p *pagedMap) touch(i uint32) {
-	p.hold(i)
-	if !p.dirty.has(i) {
-		p.dirty.set(i)
-		p.dirtySegments++
-	}
-}
-
-// clean reports whether segment i is as it is stored.
-func (p *pagedMap) clean(i uint32) bool { return !p.dirty.has(i) && !p.writing.has(i) }
-
 // charge tells the budget what the map takes now.
 func (p *pagedMap) charge() {
-	now := int64(p.Bytes())
+	now := int64(p.Bytes()) + p.changeBytes
 	p.budget.used.Add(now - p.charged)
 	p.charged = now
 	if p.member != nil {
@@ -138,7 +133,7 @@ func (p *pagedMap) leave() {
 	p.budget, p.member, p.charged = &Budget{limit: math.MaxInt64}, nil, 0
 }
 
-// evict has clean segments taken out of memory that have not been used lately,
+// evict has segments taken out of memory that have not been used lately,
 // of any image, until the budget is kept or none is left. Other images give when
 // their reactors come to it; if these do not, or the map is not on a reactor, the map
 // gives what it has itself.
@@ -179,7 +174,7 @@ func (p *pagedMap) pass(m *member) {
 }
 
 // sweep moves the clock's hand on to the end of the ring, or until the budget is
-// kept, and takes clean segments out of memory that were not used since it came by.
+// kept, and takes segments out of memory that were not used since it came by.
 // It reports whether the end was reached.
 func (p *pagedMap) sweep() (end bool) {
 	for p.hand < len(p.ring) {
@@ -188,8 +183,6 @@ func (p *pagedMap) sweep() (end bool) {
 		}
 		i := p.ring[p.hand]
 		switch {
-		case !p.clean(i):
-			p.hand++
 		case p.used.has(i):
 			p.used.clear(i)
 			p.hand++
@@ -201,7 +194,7 @@ func (p *pagedMap) sweep() (end bool) {
 	return true
 }
 
-// drop takes the clean segment i, at the clock's hand, out of memory.
+// drop takes segment i, at the clock's hand, out of memory.
 func (p *pagedMap) drop(i uint32) {
 	last := len(p.ring) - 1
 	p.ring[p.hand] = p.ring[last]
@@ -210,15 +203,6 @@ func (p *pagedMap) drop(i uint32) {
 	p.Detach(segmentStart(i), segmentPages)
 	p.charge()
 	p.evictions++
-}
-
-// dirtyBytes returns about how much memory cannot be given back before the next
-// checkpoint.
-func (p *pagedMap) dirtyBytes() int64 {
-	if len(p.ring) == 0 {
-		return 0
-	}
-	return p.charged / int64(len(p.ring)) * int64(p.dirtySegments)
 }
 
 // bitset is a set of segments.
@@ -268,7 +252,7 @@ func readSegmentBytes(ctx context.Context, st backend.Store, id uuid.UUID, at pl
 // withSegment calls fn on the reactor when segment i is in memory, at once if it
 // is there already, or with the error for which it cannot be had.
 func (im *Image) withSegment(i uint32, fn func(error)) {
-	if im.objs.ready(i) {
+	if im.ready(i) {
 		fn(nil)
 		return
 	}
@@ -285,6 +269,10 @@ func (im *Image) withSegment(i uint32, fn func(error)) {
 
 // loadSegment starts, or repeats, a load.
 func (im *Image) loadSegment(i uint32, l *segmentLoad) {
+	if im.ready(i) { // a checkpoint has found it empty meanwhile
+		im.segmentLoaded(i, l, nil)
+		return
+	}
 	at := im.objs.place(i)
 	var span *extmap.Span
 	var err error
@@ -293,11 +281,10 @@ func (im *Image) loadSegment(i uint32, l *segmentLoad) {
 		defer stop()
 		span, err = readSegment(ctx, im.store, im.id, at, i, im.sectors)
 	}, func() {
-		if err != nil && im.objs.place(i) != at {
-			im.loadSegment(i, l) // a checkpoint has moved it meanwhile
-			return
-		}
-		if retryable(err) && im.state != Fenced && im.state != Released {
+		switch {
+		case im.objs.segment(i).size == 0 || im.objs.place(i) != at:
+			im.loadSegment(i, l) // a checkpoint has stored it anew meanwhile
+		case retryable(err) && im.state != Fenced && im.state != Released:
 			im.storeFailed(useOther, err)
 			wait := im.backoff(l.tries)
 			l.tries++
@@ -306,19 +293,24 @@ func (im *Image) loadSegment(i uint32, l *segmentLoad) {
 				im.jobs--
 				im.loadSegment(i, l)
 			})
-			return
-		}
-		if err == nil {
+		case err != nil:
+			im.segmentLoaded(i, l, err)
+		default:
 			im.storeWorks(useOther)
-			im.objs.enter(i, span)
+			im.enterSegment(i, span)
+			im.segmentLoaded(i, l, nil)
 		}
-		delete(im.objs.loads, i)
-		for _, fn := range l.waiters {
-			fn(err)
-		}
-		// Only now: those who waited have used the segment, or changed it.
-		im.objs.evict()
 	})
+}
+
+// segmentLoaded ends a load.
+func (im *Image) segmentLoaded(i uint32, l *segmentLoad, err error) {
+	delete(im.objs.loads, i)
+	for _, fn := range l.waiters {
+		fn(err)
+	}
+	// Only now: those who waited have used the segment.
+	im.objs.evict()
 }
 
 // retryable reports whether a read from the store that has failed may go through

@@ -75,7 +75,7 @@ func (im *Image) readObjects(r *Request, s, end uint64) {
 	for s < end {
 		i := segmentOf(s)
 		to := min(segmentStart(i+1), end)
-		if im.objs.ready(i) {
+		if im.ready(i) {
 			im.readMapped(r, s, to)
 		} else {
 			im.readUnloaded(r, i, s, to)

@@ -94,7 +94,7 @@ func (im *Image) readAhead(st *stream) {
 	st.window = min(max(4*st.window, minAhead), maxAhead)
 	for end = min(st.next+st.window, im.sectors); st.ahead < end; {
 		i := segmentOf(st.ahead)
-		if !im.objs.ready(i) {
+		if !im.ready(i) {
 			im.withSegment(i, func(error) {})
 			return
 		}

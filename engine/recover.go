@@ -8,7 +8,6 @@ import (
 
 	"github.com/lsd-ceph/lsd/backend"
 	"github.com/lsd-ceph/lsd/cache/writelog"
-	"github.com/lsd-ceph/lsd/internal/extmap"
 	"github.com/lsd-ceph/lsd/internal/mutate"
 )
 
@@ -28,9 +27,7 @@ func (im *Image) recoverStore(ctx context.Context, sb *superblock) error {
 // by not being there, or 0.
 func (im *Image) replay(ctx context.Context, sb *superblock, last uint64) (missing uint64, err error) {
 	return im.headers(ctx, sb, im.accepted, last, func(h *objectHeader) error {
-		if err := im.applyNow(ctx, h); err != nil {
-			return err
-		}
+		im.applyNow(h)
 		im.recoveredLog = h.log
 		return nil
 	})
@@ -111,32 +108,17 @@ func (im *Image) goesOn(at position, group []*objectHeader, h *objectHeader) err
 	return nil
 }
 
-// loadAtOnce bounds the segments that recovery brings into memory before it enters what
-// changes them: one discard may empty thousands.
-const loadAtOnce = 256
-
-// loadSegments brings the first of the segments that each calls its function for into
-// memory. It blocks, and is for the time before Start.
-func (im *Image) loadSegments(ctx context.Context, each func(func(uint32) bool)) error {
-	var missing []uint32
-	each(func(i uint32) bool {
-		if !im.objs.ready(i) {
-			missing = append(missing, i)
-		}
-		return len(missing) < loadAtOnce
-	})
-	spans := make([]*extmap.Span, len(missing))
-	err := inParallel(im.parallel, len(missing), func(k int) (err error) {
-		spans[k], err = readSegment(ctx, im.store, im.id, im.objs.place(missing[k]), missing[k], im.sectors)
-		return err
-	})
-	if err != nil {
-		return err
+// loadSegmentNow brings segment i into memory. It blocks, and is for the time before
+// Start.
+func (im *Image) loadSegmentNow(ctx context.Context, i uint32) error {
+	if im.ready(i) {
+		return nil
 	}
-	for k, i := range missing {
-		im.objs.enter(i, spans[k])
+	span, err := readSegment(ctx, im.store, im.id, im.objs.place(i), i, im.sectors)
+	if err == nil {
+		im.enterSegment(i, span)
 	}
-	return nil
+	return err
 }
 
 // inParallel calls fn for 0 to n-1, up to limit at a time, and returns the first

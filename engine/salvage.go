@@ -172,7 +172,7 @@ func (c *copier) copyAll(ctx context.Context, id uuid.UUID) error {
 // copySegment copies what a segment of the image holds.
 func (c *copier) copySegment(ctx context.Context, i uint32) error {
 	im := c.im
-	if err := im.loadSegments(ctx, func(fn func(uint32) bool) { fn(i) }); err != nil {
+	if err := im.loadSegmentNow(ctx, i); err != nil {
 		return err
 	}
 	start := segmentStart(i)

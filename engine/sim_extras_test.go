@@ -158,7 +158,7 @@ func (w *world) needs(r *Request, s *simStuck) bool {
 	for at, end := r.Sector, r.Sector+uint64(r.Sectors); at < end; {
 		i := segmentOf(at)
 		to := min(end, segmentStart(i+1))
-		if !im.objs.here(i) {
+		if !im.ready(i) {
 			if p := im.objs.place(i).object; s.kind != "/m/" || s.hits(faultstore.Get, mapKey(im.id, p.at, p.part)) {
 				return true // what the segment refers to is not known
 			}
@@ -184,10 +184,10 @@ func (w *world) letGoBeside(s *simStuck) {
 	h := w.owner
 	done := false
 	h.im.Destage(func(error) { done = true })
-	// Where the map cannot be read it cannot be changed.
-	w.until(h, func() bool { return done || h.im.apply.waiting && s.hitsAny(faultstore.Get) }, "destage while some objects are stuck")
+	// Where the map cannot be read there is no checkpoint.
+	w.until(h, func() bool { return done || h.im.checkpoint.behind(1) && s.hitsAny(faultstore.Get) }, "destage while some objects are stuck")
 	w.until(h, func() bool { return len(h.out) == 0 || s.hitsAny(faultstore.Get) }, "requests while some objects are stuck")
-	if !done || len(h.out) > 0 || w.rng.IntN(2) == 0 {
+	if !done || len(h.out) > 0 || w.rng.IntN(2) == 0 || s.hitsAny(faultstore.Get) && s.kind == "/m/" {
 		return
 	}
 	w.count(countStuckDetaches, s != nil)

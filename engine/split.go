@@ -34,7 +34,7 @@ func (im *Image) kindAt(s uint64) dataKind {
 	if _, ok := im.dirty.Next(s, s+1); ok {
 		return 0
 	}
-	if !im.objs.ready(segmentOf(s)) {
+	if !im.ready(segmentOf(s)) {
 		return lasting
 	}
 	e, ok := im.objs.Next(s, s+1)

@@ -8,7 +8,7 @@ type objectInfo struct {
 	epoch   uint32
 	sectors uint32 // of data
 	live    uint32 // sectors of data that the map refers to
-	died    uint32 // number of the object with which live became 0, as long as it is
+	died    uint32 // the greatest number of an object that has taken from live: the one with which it became 0, once it is
 	born    uint32 // number of the object that first held its newest data
 	header  uint16 // bytes before the data, in units of objectAlign
 	gone    bool   // has been deleted: the entry goes soon
@@ -59,13 +59,18 @@ func (t *objectTable) add(o objectInfo) {
 	t.alive++
 }
 
-// release says that the map has ceased to refer to n sectors of the object's
-// data, when the object now was entered.
-func (t *objectTable) release(o *objectInfo, n uint32, now uint64) {
+// lose says that the map has ceased to refer to n sectors of the object's data, by the
+// object of that number. These come in any order.
+func (o *objectInfo) lose(n, by uint32) {
 	o.live -= n
+	o.died = max(o.died, by)
+}
+
+// release is lose for an object of the table.
+func (t *objectTable) release(o *objectInfo, n, by uint32) {
+	o.lose(n, by)
 	t.live -= uint64(n)
 	if o.live == 0 {
-		o.died = uint32(now)
 		t.space -= uint64(o.sectors)
 		t.alive--
 		t.dead = append(t.dead, o.number)

@@ -67,6 +67,9 @@ const (
 	DeletedEarly Bug = "deleted-early"
 	// CheckpointMixed writes a checkpoint that holds changes made after it began.
 	CheckpointMixed Bug = "checkpoint-mixed"
+	// ChangesLost forgets what has changed in a segment since a checkpoint began, once that
+	// has stored it.
+	ChangesLost Bug = "changes-lost"
 	// HalfCounted counts an object of a group without the rest of it.
 	HalfCounted Bug = "half-counted"
 	// DeadKept leaves dead data objects in the store.
@@ -87,7 +90,7 @@ func All() []Bug {
 		FlushEarly, FUAPlain, AckOutOfOrder, SyncCoversInFlight, AcceptOutOfOrder, PutForgotten,
 		ObjectUnverified, HeaderUnverified, LogReadUnverified, TornRecord, ProofIgnored, RecoveryStopsEarly,
 		CutOffKept, LogOverwritten, TrimEarly, DirtyDropped, DiscardUnrecorded, DiscardUndestaged,
-		LeaseIgnored, LeaseStretched, LateForgotten, LeaseNotAwaited, EpochIgnored, EpochUnrecorded, StaleLogDropped, DeletedEarly, CheckpointMixed,
+		LeaseIgnored, LeaseStretched, LateForgotten, LeaseNotAwaited, EpochIgnored, EpochUnrecorded, StaleLogDropped, DeletedEarly, CheckpointMixed, ChangesLost,
 		HalfCounted, DeadKept, MovedOverNewer, CacheUnverified, CacheImageIgnored, CacheFailedKept,
 	}
 }

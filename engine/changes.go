@@ -1,0 +1,126 @@
+package engine
+
+import (
+	"github.com/lsd-ceph/lsd/internal/extmap"
+	"github.com/lsd-ceph/lsd/internal/mutate"
+)
+
+// change is what a data object changes in a segment of the map.
+type change struct {
+	object uint32 // its number
+	at     uint32 // first sector, from the segment's start
+	n      uint32 // sectors
+	off    uint32 // where their data is in the object's, in sectors; and the bits below
+}
+
+const (
+	changeZeroes = 1 << 31 // there is no data: the sectors read as zeroes
+	changeMoves  = 1 << 30 // the object is a cleaner's
+
+	changeBytes = 16 // of memory for a change
+	changeList  = 96 // of memory for a list of them
+)
+
+// segmentChanges are the changes of a segment since the checkpoint that has stored it,
+// in order. A segment in memory is what is stored with all of them; so it can be dropped
+// at any time, and be had again. The table is told once of each what it takes from other
+// objects: of the first counted it has been.
+type segmentChanges struct {
+	list    []change
+	counted int
+}
+
+// note appends a change of segment i, which in memory is not changed by that.
+func (p *pagedMap) note(i uint32, x change) *segmentChanges {
+	c := p.changes[i]
+	if c == nil {
+		c = new(segmentChanges)
+		p.changes[i] = c
+		p.changed.set(i)
+		p.changeBytes += changeList
+	}
+	before := cap(c.list)
+	c.list = append(c.list, x)
+	p.changeBytes += int64(cap(c.list)-before) * changeBytes
+	return c
+}
+
+// settle forgets the changes of segment i up to an object: what is stored has them.
+func (p *pagedMap) settle(i uint32, object uint64) {
+	c := p.changes[i]
+	if c == nil {
+		return
+	}
+	k := 0
+	for k < len(c.list) && uint64(c.list[k].object) <= object {
+		k++
+	}
+	if mutate.On(mutate.ChangesLost) {
+		k, c.counted = len(c.list), len(c.list)
+	}
+	if k > c.counted {
+		panic("engine: a segment was stored with changes that are not counted")
+	}
+	p.changeBytes -= int64(cap(c.list)) * changeBytes
+	if k == len(c.list) {
+		delete(p.changes, i)
+		p.changed.clear(i)
+		p.changeBytes -= changeList
+		return
+	}
+	c.list, c.counted = append([]change(nil), c.list[k:]...), c.counted-k
+	p.changeBytes += int64(cap(c.list)) * changeBytes
+}
+
+// ready reports whether segment i is in memory, which it is from here on if nothing of it
+// is stored.
+func (im *Image) ready(i uint32) bool {
+	if !im.objs.ready(i) && im.objs.segment(i).size == 0 {
+		im.enterSegment(i, nil)
+	}
+	return im.objs.ready(i)
+}
+
+// enterSegment puts segment i, which was not in memory, there: span, as it is stored, nil
+// if it is empty, and what has changed since.
+func (im *Image) enterSegment(i uint32, span *extmap.Span) {
+	im.objs.enter(i, span)
+	c, k := im.objs.changes[i], im.checkpoint.running
+	if c == nil {
+		return
+	}
+	for n, x := range c.list {
+		if k != nil && uint64(x.object) > k.at.object && k.pending.has(i) {
+			im.checkpoint.copy(i) // as it is now; else it waits for its turn
+		}
+		im.enterChange(i, x, n >= c.counted)
+	}
+	c.counted = len(c.list)
+}
+
+// enterChange enters a change in segment i, which is in memory as it was before; count
+// says that the table is not yet told of it.
+func (im *Image) enterChange(i uint32, x change, count bool) {
+	s, n := segmentStart(i)+uint64(x.at), uint64(x.n)
+	im.entering, im.counting = x.object, count
+	switch off := int(x.off &^ (changeZeroes | changeMoves)); {
+	case x.off&changeZeroes != 0:
+		im.objs.Remove(s, n)
+	case x.off&changeMoves != 0:
+		im.move(x.object, s, n, off)
+	default:
+		im.objs.Insert(s, n, refOfSeq(uint64(x.object)).loc(off))
+	}
+}
+
+// lose says that the map has ceased to refer to n sectors of an object's data, by what
+// is being entered. A checkpoint that is being written counts what is in it as well.
+func (im *Image) lose(o *objectInfo, n uint32) {
+	if !im.counting {
+		return
+	}
+	im.table.release(o, n, im.entering)
+	if r := im.checkpoint.running; r != nil && uint64(im.entering) <= r.at.object {
+		r.release(o.number, n, im.entering)
+	}
+}
