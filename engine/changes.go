@@ -72,6 +72,17 @@ func (p *pagedMap) settle(i uint32, object uint64) {
 	p.changeBytes += int64(cap(c.list)) * changeBytes
 }
 
+// uncounted returns how many bytes the changes replace that the table is not told of, at
+// most.
+func (p *pagedMap) uncounted() (bytes int) {
+	for _, c := range p.changes {
+		for _, x := range c.list[c.counted:] {
+			bytes += int(x.n) * SectorSize
+		}
+	}
+	return bytes
+}
+
 // ready reports whether segment i is in memory, which it is from here on if nothing of it
 // is stored.
 func (im *Image) ready(i uint32) bool {

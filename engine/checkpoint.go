@@ -153,7 +153,7 @@ func (c *checkpointer) atRest() bool {
 			dead += int(o.sectors) * SectorSize
 		}
 	}
-	if dead < restGain*c.im.manifestSize() && c.im.objs.changeBytes < restChanges {
+	if m := c.im.objs; m.changeBytes < restChanges && dead+m.uncounted() < restGain*c.im.manifestSize() {
 		return false
 	}
 	c.begin(nil)

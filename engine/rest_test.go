@@ -91,3 +91,37 @@ func TestRestReclaims(t *testing.T) {
 		t.Error("it makes checkpoints that free nothing")
 	}
 }
+
+// TestRestReclaimsUncounted: so it is where the map is not in memory, which does not say
+// then what has died.
+func TestRestReclaimsUncounted(t *testing.T) {
+	st := mem.New()
+	id := newImageIn(t, st)
+	h := newHost(t, "alpha", st, 1)
+	if err := h.open(id, false); err != nil {
+		t.Fatal(err)
+	}
+	write := func(n uint64) {
+		for b := range uint64(200) {
+			h.mustWrite(b, n)
+		}
+		h.mustDestage()
+	}
+	write(1)
+	h.mustClose()
+	h.again()
+	if err := h.open(id, false); err != nil {
+		t.Fatal(err)
+	}
+	write(2)
+	if h.im.objs.resident.has(0) {
+		t.Fatal("the map is in memory: this tests nothing")
+	}
+	for range 3 {
+		h.im.Rest()
+		h.run(time.Second)
+	}
+	if left := objectsOf(t, st, id, "d"); left != 1 {
+		t.Errorf("%d data objects are left, want the last one", left)
+	}
+}
