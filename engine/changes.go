@@ -83,6 +83,17 @@ func (p *pagedMap) uncounted() (bytes int) {
 	return bytes
 }
 
+// countsRecovered reports whether the table is told of all changes that were recovered.
+// Until it is, an object that an owner before has deleted may live by the table.
+func (im *Image) countsRecovered() bool {
+	for _, c := range im.objs.changes {
+		if c.counted < len(c.list) && uint64(c.list[c.counted].object) <= im.recoveredTo {
+			return false
+		}
+	}
+	return true
+}
+
 // ready reports whether segment i is in memory, which it is from here on if nothing of it
 // is stored.
 func (im *Image) ready(i uint32) bool {

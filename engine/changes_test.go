@@ -3,6 +3,7 @@ package engine
 import (
 	"slices"
 	"testing"
+	"time"
 
 	"github.com/lsd-ceph/lsd/backend/mem"
 )
@@ -74,5 +75,64 @@ func TestChangesComeBack(t *testing.T) {
 		same("after a recovery")
 		h.mustClose()
 		mustBeClean(t, st)
+	}
+}
+
+// TestDeadBeforeRecovery: an object that an owner before has deleted, for an object after
+// the last checkpoint had taken the last of it, lives by the table of the next one until
+// the map has been told so. Neither the scrub nor the cleaner takes it for one that is lost.
+func TestDeadBeforeRecovery(t *testing.T) {
+	st := mem.New()
+	id := newImageIn(t, st)
+	h := newHost(t, "alpha", st, 1)
+	if err := h.open(id, false); err != nil {
+		t.Fatal(err)
+	}
+	write := func(n uint64) {
+		for b := range uint64(100) {
+			h.mustWrite(b, n)
+		}
+		h.mustDestage()
+	}
+	write(1)
+	h.im.checkpoint.now(func(error) {})
+	h.run(time.Second)
+	write(2)
+	h.run(time.Second)
+	if n := objectsOf(t, st, id, "d"); n != 1 || h.im.checkpoint.last == nil {
+		t.Fatalf("%d data objects are left: this tests nothing", n)
+	}
+	h.disk.Kill()
+	h.again()
+	h.shared = NewShared(Limits{})
+	h.shared.Scrub.Set(1 << 20)
+	if err := h.open(id, false); err != nil {
+		t.Fatal(err)
+	}
+	gone := h.im.table.find(1)
+	if gone == nil || gone.live == 0 {
+		t.Fatalf("the table knows already: %+v", h.im.table.list)
+	}
+	h.im.clean.begin([]objectInfo{*gone})
+	h.run(time.Hour)
+	if s := h.im.Stats().Scrub; s.Errors != 0 || s.Passes != 1 {
+		t.Errorf("%+v, of an image that is whole", s)
+	}
+	if len(h.im.clean.bad) > 0 {
+		t.Errorf("the cleaner takes %v for damaged", h.im.clean.bad)
+	}
+	h.mustRead(1, 2)
+	h.run(time.Second)
+	if o := h.im.table.find(1); o != nil {
+		t.Errorf("its entry stays: %+v", *o)
+	}
+	// What is lost now is found.
+	o := h.im.table.list[len(h.im.table.list)-1]
+	if err := st.Delete(t.Context(), dataKey(id, uint64(o.number), uint64(o.epoch))); err != nil {
+		t.Fatal(err)
+	}
+	h.run(25 * time.Hour)
+	if s := h.im.Stats().Scrub; s.Errors != 1 {
+		t.Errorf("%+v, of an image of which an object is lost", s)
 	}
 }

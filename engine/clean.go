@@ -393,6 +393,10 @@ func (c *cleaner) skip(err error) {
 	if x := im.table.find(uint64(o.number)); errors.Is(err, backend.ErrNotFound) && (x == nil || x.live == 0) {
 		err = nil // it has died meanwhile
 	}
+	if errors.Is(err, backend.ErrNotFound) && !im.countsRecovered() {
+		err = nil // or had before the image was opened
+		c.leave(o.number)
+	}
 	if err != nil {
 		im.logger.Error("an object cannot be cleaned: it keeps its space", "object", dataKey(im.id, uint64(o.number), uint64(o.epoch)), "err", err)
 		c.bad[o.number] = true
@@ -406,17 +410,22 @@ func (c *cleaner) putOff(err error) {
 	r, im := c.running, c.im
 	o := r.victims[r.next]
 	im.logger.Warn("an object cannot be read to be cleaned: it keeps its space until it can", "object", dataKey(im.id, uint64(o.number), uint64(o.epoch)), "err", err)
-	if c.later == nil {
-		c.later = make(map[uint32]time.Duration)
-	}
-	c.later[o.number] = im.env.Now() + cleanLater
-	c.timer.Reset(cleanLater)
+	c.leave(o.number)
 	r.tries, r.load = 0, nil
 	r.next++
 	if r.failed++; r.failed == cleanFailures {
 		r.victims = r.victims[:r.next]
 	}
 	c.nextVictim()
+}
+
+// leave leaves an object alone for a while.
+func (c *cleaner) leave(number uint32) {
+	if c.later == nil {
+		c.later = make(map[uint32]time.Duration)
+	}
+	c.later[number] = c.im.env.Now() + cleanLater
+	c.timer.Reset(cleanLater)
 }
 
 // watch is called at each renewal of the lease. It puts off a victim that waits for a part of the map

@@ -62,6 +62,7 @@ type Image struct {
 	spent        uuid.UUID // a log of this host from which the store has everything
 	recoveredLog uuid.UUID // whose positions the last recovered object gives
 	recovered    uint64    // objects after the last checkpoint, when it was opened
+	recoveredTo  uint64    // the last object accepted, then
 	accepted     position  // of the last data object in the map
 	sealed       position  // of the last batch that was sealed
 	open         *batch    // the batch being filled
@@ -156,7 +157,7 @@ func (im *Image) Start(env Env, dev aio.Device, mem []byte) {
 	if im.readOnly {
 		return
 	}
-	im.recovered = im.checkpoint.since()
+	im.recovered, im.recoveredTo = im.checkpoint.since(), im.accepted.object
 	im.log.Start(dev, im, mem, im.cfg.LogDepth)
 	im.ageTimer = env.AfterFunc(im.cfg.BatchAge, im.sealByAge)
 	im.pump = env.AfterFunc(0, im.pumpNow)

@@ -297,8 +297,13 @@ func (im *Image) loadSegment(i uint32, l *segmentLoad) {
 			im.segmentLoaded(i, l, err)
 		default:
 			im.storeWorks(useOther)
+			dead := len(im.table.dead)
 			im.enterSegment(i, span)
+			more := len(im.table.dead) > dead
 			im.segmentLoaded(i, l, nil)
+			if more && !im.readOnly {
+				im.reap() // the table did not know of them
+			}
 		}
 	})
 }

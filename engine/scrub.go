@@ -199,10 +199,10 @@ func (x *scrubber) done(h *objectHeader, n int, err error) {
 }
 
 // damaged reports an object that is damaged or missing, unless it was deleted while
-// it was being read.
+// it was being read, or may have been before the image was opened.
 func (x *scrubber) damaged(err error) {
 	o := x.object
-	if now := x.im.table.find(uint64(o.number)); errors.Is(err, backend.ErrNotFound) && (now == nil || now.live == 0) {
+	if now := x.im.table.find(uint64(o.number)); errors.Is(err, backend.ErrNotFound) && (now == nil || now.live == 0 || !x.im.countsRecovered()) {
 		return
 	}
 	x.errors++
