@@ -171,16 +171,19 @@ const (
 
 // memoryShort reports whether the changes of the map take so much memory that they
 // should be written.
-func (c *checkpointer) memoryShort() bool {
-	m := c.im.objs
-	return m.changeBytes > m.budget.share()/4
-}
+func (c *checkpointer) memoryShort() bool { return c.changesExceed(4) }
 
 // behind reports whether so many objects may not be accepted until the running
 // checkpoint is published.
 func (c *checkpointer) behind(objects int) bool {
+	return c.running != nil && (c.since()+uint64(objects) > uint64(c.im.cfg.CheckpointEvery) || c.changesExceed(2))
+}
+
+// changesExceed reports whether the changes of the map take more than that part of the
+// budget, or, while memory is short, of the image's even share.
+func (c *checkpointer) changesExceed(part int64) bool {
 	m := c.im.objs
-	return c.running != nil && (c.since()+uint64(objects) > uint64(c.im.cfg.CheckpointEvery) || m.changeBytes > m.budget.share()/2)
+	return m.changeBytes > m.budget.Limit()/part || m.budget.over() > 0 && m.changeBytes > m.budget.share()/part
 }
 
 // now writes a checkpoint of the map as it is, unless there is one; fn is told
