@@ -62,7 +62,8 @@ func TestStoreDown(t *testing.T) {
 	h := newHost(t, "outage")
 	url := store + "/disk"
 	h.create(url, "1G")
-	dev := h.add(url, "--batch-age", "500ms", "--store-timeout", "2s")
+	// Before the outage all puts are to be in time, of a guest that is emulated as well.
+	dev := h.add(url, "--batch-age", "500ms", "--store-timeout", "8s")
 	plan := stampPlan{Seed: 6, Slots: 64}
 	s := startStamps(t, dev, plan)
 	s.awaitWrites(200, time.Minute)
