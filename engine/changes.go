@@ -1,6 +1,8 @@
 package engine
 
 import (
+	"math"
+
 	"github.com/lsd-ceph/lsd/internal/extmap"
 	"github.com/lsd-ceph/lsd/internal/mutate"
 )
@@ -28,6 +30,7 @@ const (
 type segmentChanges struct {
 	list    []change
 	counted int
+	entered int // of them, while the segment is being brought into memory
 }
 
 // note appends a change of segment i, which in memory is not changed by that.
@@ -45,8 +48,15 @@ func (p *pagedMap) note(i uint32, x change) *segmentChanges {
 	return c
 }
 
-// settle forgets the changes of segment i up to an object: what is stored has them.
+// settle forgets the changes of segment i up to an object: what is stored has them. A load
+// that is under way begins anew.
 func (p *pagedMap) settle(i uint32, object uint64) {
+	if l := p.loads[i]; l != nil {
+		if l.stale = true; l.entering {
+			l.entering = false
+			p.Detach(segmentStart(i), segmentPages)
+		}
+	}
 	c := p.changes[i]
 	if c == nil {
 		return
@@ -94,33 +104,52 @@ func (im *Image) countsRecovered() bool {
 	return true
 }
 
+// fewChanges is how many changes are entered at once where nothing is stored that must be
+// read first.
+const fewChanges = 16
+
 // ready reports whether segment i is in memory, which it is from here on if nothing of it
-// is stored.
+// is stored and it has few changes.
 func (im *Image) ready(i uint32) bool {
-	if !im.objs.ready(i) && im.objs.segment(i).size == 0 {
-		im.enterSegment(i, nil)
+	m := im.objs
+	if m.ready(i) {
+		return true
 	}
-	return im.objs.ready(i)
+	if m.segment(i).size > 0 || m.loads[i] != nil || len(m.changes[i].list) > fewChanges {
+		return false
+	}
+	im.enterSegment(i, nil)
+	return true
 }
 
 // enterSegment puts segment i, which was not in memory, there: span, as it is stored, nil
-// if it is empty, and what has changed since.
+// if it is empty, and all that has changed since.
 func (im *Image) enterSegment(i uint32, span *extmap.Span) {
-	im.objs.enter(i, span)
-	c, k := im.objs.changes[i], im.checkpoint.running
-	if c == nil {
-		return
-	}
-	for n, x := range c.list {
-		if k != nil && uint64(x.object) > k.at.object && k.pending.has(i) {
-			im.checkpoint.copy(i) // as it is now; else it waits for its turn
-		}
-		im.enterChange(i, x, n >= c.counted)
-	}
-	c.counted = len(c.list)
+	im.objs.attach(i, span)
+	im.enterChanges(i, math.MaxInt)
 }
 
-// enterChange enters a change in segment i, which is in memory as it was before; count
+// enterChanges enters up to n of the changes of segment i, of which what is stored is
+// attached, and reports whether that was the last of them: then it is in memory.
+func (im *Image) enterChanges(i uint32, n int) bool {
+	if c := im.objs.changes[i]; c != nil {
+		for ; c.entered < len(c.list); n-- {
+			if n == 0 {
+				return false
+			}
+			x := c.list[c.entered]
+			im.stint.spend(1)
+			im.checkpoint.pass(i, x)
+			im.enterChange(i, x, c.entered >= c.counted)
+			c.entered++
+			c.counted = max(c.counted, c.entered)
+		}
+	}
+	im.objs.hold(i)
+	return true
+}
+
+// enterChange enters a change in segment i, of which the map has what was before; count
 // says that the table is not yet told of it.
 func (im *Image) enterChange(i uint32, x change, count bool) {
 	s, n := segmentStart(i)+uint64(x.at), uint64(x.n)

@@ -5,6 +5,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/lsd-ceph/lsd/backend"
+	"github.com/lsd-ceph/lsd/backend/faultstore"
 	"github.com/lsd-ceph/lsd/backend/mem"
 )
 
@@ -12,12 +14,11 @@ import (
 func (h *host) dropSegment(i uint32) {
 	h.t.Helper()
 	m := h.im.objs
-	m.hand = slices.Index(m.ring, i)
-	if m.hand < 0 {
+	k := slices.Index(m.ring, i)
+	if k < 0 {
 		h.t.Fatalf("segment %d is not in memory", i)
 	}
-	m.drop(i)
-	m.hand = 0
+	m.drop(k)
 	if h.im.objs.here(i) {
 		h.t.Fatalf("segment %d is in memory still", i)
 	}
@@ -135,4 +136,151 @@ func TestDeadBeforeRecovery(t *testing.T) {
 	if s := h.im.Stats().Scrub; s.Errors != 1 {
 		t.Errorf("%+v, of an image of which an object is lost", s)
 	}
+}
+
+// TestCopiesAreBounded: while the store takes no part of the map, but is read and takes
+// data, copies for the checkpoint take no more than their part of the memory; what has no
+// copy is loaded again when the store takes it, and the checkpoint is the map as it was.
+func TestCopiesAreBounded(t *testing.T) {
+	const segments, segment = 64, segmentSectors / 8
+	st := faultstore.New(mem.New())
+	id, err := Create(t.Context(), st, "disk", CreateOptions{Size: segments * segment * 4096})
+	if err != nil {
+		t.Fatal(err)
+	}
+	h := newHost(t, "alpha", st, 1)
+	h.shared = NewShared(Limits{Map: 24 << 10})
+	if err := h.open(id, false); err != nil {
+		t.Fatal(err)
+	}
+	round := func(n uint64, blocks ...uint64) {
+		t.Helper()
+		for i := range uint64(segments) {
+			for _, b := range blocks {
+				h.mustWrite(i*segment+2*b, n*segments+i)
+			}
+		}
+		h.mustDestage()
+	}
+	for b := range uint64(16) {
+		round(1, b)
+		h.im.checkpoint.now(func(error) {})
+		h.run(time.Second)
+	}
+	if h.im.checkpoint.last == nil || h.im.objs.segment(segments-1).size == 0 {
+		t.Fatal("nothing is stored")
+	}
+
+	refused := faultstore.All(faultstore.Method(faultstore.Put), faultstore.Key("*/m/*"))
+	st.Inject(faultstore.If(refused, faultstore.Fault{Before: backend.ErrTemporary}))
+	round(2, 1, 2)
+	h.im.checkpoint.now(func(error) {})
+	h.run(time.Second)
+	last := h.im.checkpoint.last
+	round(3, 2, 3)
+	most, late := int64(0), 0
+	for range 2 {
+		for i := range uint64(segments) {
+			h.mustRead(i*segment, segments+i)
+			h.mustRead(i*segment+4, 3*segments+i)
+			most = max(most, h.im.objs.copyBytes)
+			if r := h.im.checkpoint.running; r == nil || h.im.checkpoint.last != last {
+				t.Fatal("no checkpoint is running: this tests nothing")
+			} else if k := uint32(i); r.pending.has(k) && h.im.objs.resident.has(k) && h.im.checkpoint.late(k) {
+				late++
+			}
+		}
+	}
+	if limit := h.shared.Map.Limit()/copiesPart + 1024; most == 0 || most > limit || late == 0 {
+		t.Errorf("copies take up to %d bytes, of at most %d; %d times a segment in memory was late", most, limit, late)
+	}
+
+	st.Inject()
+	h.run(time.Minute)
+	if r := h.im.checkpoint.running; r != nil || h.im.checkpoint.last == last || h.im.objs.copyBytes != 0 {
+		t.Fatalf("the checkpoint does not end; copies take %d bytes", h.im.objs.copyBytes)
+	}
+	same := func() {
+		t.Helper()
+		for i := range uint64(segments) {
+			for b, n := range []uint64{1, 2, 3, 3, 1, 1} {
+				h.mustRead(i*segment+2*uint64(b), n*segments+i)
+			}
+		}
+	}
+	same()
+	h.disk.Kill()
+	h.im.Abandon()
+	h.again()
+	if err := h.open(id, false); err != nil {
+		t.Fatal(err)
+	}
+	same()
+	h.mustClose()
+	mustBeClean(t, st)
+}
+
+// TestEnteredInStints: a segment with very many changes comes into memory over many turns,
+// and is right, also when a checkpoint stores it anew meanwhile.
+func TestEnteredInStints(t *testing.T) {
+	const writes, blocks = 3000, 100
+	st := mem.New()
+	id, err := Create(t.Context(), st, "disk", CreateOptions{Size: 64 << 20, ObjectSize: MinObjectSize})
+	if err != nil {
+		t.Fatal(err)
+	}
+	h := newHost(t, "alpha", st, 1)
+	if err := h.open(id, false); err != nil {
+		t.Fatal(err)
+	}
+	h.im.cfg.CheckpointEvery = 1 << 20
+	for n := range uint64(writes) {
+		h.mustWrite(n*7%blocks, n)
+		if n%8 == 7 {
+			h.mustDestage()
+		}
+	}
+	c := h.im.objs.changes[0]
+	if c == nil || len(c.list) < writes {
+		t.Fatal("the changes are not there: this tests nothing")
+	}
+	// enters has the segment loaded, and calls also in the midst of it.
+	enters := func(least int, also func()) {
+		t.Helper()
+		h.dropSegment(0)
+		ended, turns := false, 0
+		h.im.withSegment(0, func(err error) { ended = err == nil })
+		for ; !ended && turns < writes; turns++ {
+			before := c.entered
+			h.im.stint.renew()
+			h.env.fire()
+			if n := c.entered - before; n > stintBase {
+				t.Errorf("%d changes are entered in a turn, want %d at most", n, stintBase)
+			}
+			if turns == writes/stintBase/2 {
+				also()
+			}
+		}
+		if turns < least {
+			t.Errorf("the segment came in %d turns", turns)
+		}
+		if !ended {
+			t.Error("the segment does not come")
+		}
+	}
+	same := func() {
+		t.Helper()
+		for n := uint64(writes - blocks); n < writes; n++ {
+			h.mustRead(n*7%blocks, n)
+		}
+	}
+	enters(writes/stintBase, func() {})
+	same()
+	enters(0, func() {
+		h.im.checkpoint.now(func(error) {})
+		h.run(0)
+	})
+	same()
+	h.mustClose()
+	mustBeClean(t, st)
 }

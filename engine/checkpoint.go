@@ -17,9 +17,15 @@ import (
 const (
 	checkpointPuts  = 4  // map objects that are being put at one time
 	checkpointLoads = 16 // segments that are being loaded for one
-	// mapObjectSize is about the size of a map object, bytes. Several segments
+	// mapObjectSize is about the most that a map object has, bytes. Several segments
 	// share one, so that a checkpoint of many small changes is few objects.
 	mapObjectSize = 4 << 20
+	// mapObjectPart is the part of the map's memory that it has at most: those that are
+	// being put, and what they are made from, are beside that memory.
+	mapObjectPart = 64
+	// copiesPart is the part of the map's memory that copies may take which are made before
+	// their turn.
+	copiesPart = 4
 	// rewriteBytes bounds what a checkpoint moves out of map objects that have
 	// become mostly dead.
 	rewriteBytes = 16 << 20
@@ -65,10 +71,10 @@ type runningCheckpoint struct {
 	added   uint64 // table.added when it began
 	ref     checkpointRef
 	objects []objectInfo
-	pending bitset   // to be copied
-	order   []uint32 // the same, in order
-	loads   int      // of those
-	rewrite []uint32 // unchanged segments that leave their map object
+	pending bitset          // to be copied
+	order   []uint32        // the same, in order
+	loading map[uint32]bool // those whose turn it is, and that are being loaded
+	rewrite []uint32        // unchanged segments that leave their map object
 	copied  []copiedSegment
 	size    int // bytes that the copies come to, about
 	parts   int // map objects that were begun
@@ -104,9 +110,35 @@ type leftSegment struct {
 
 // touch says that a segment of the map that is in memory is about to change.
 func (c *checkpointer) touch(i uint32) {
-	if c.running != nil && c.running.pending.has(i) && !mutate.On(mutate.CheckpointMixed) {
+	if r := c.running; r != nil && r.pending.has(i) && !c.late(i) && !c.crowded() && !mutate.On(mutate.CheckpointMixed) {
 		c.copy(i)
 	}
+}
+
+// pass says that the next change to be entered in segment i, which is being brought into
+// memory, is x. Where the running checkpoint ends it copies the segment.
+func (c *checkpointer) pass(i uint32, x change) {
+	r := c.running
+	if r == nil || uint64(x.object) <= r.at.object || !r.pending.has(i) || c.crowded() && !r.loading[i] {
+		return
+	}
+	if e := c.im.objs.changes[i]; e.entered == 0 || uint64(e.list[e.entered-1].object) <= r.at.object {
+		c.copy(i)
+	}
+}
+
+// crowded reports whether the copies take so much memory that segments which are about to
+// change are not copied. They are late then: they are loaded again when it is their turn.
+func (c *checkpointer) crowded() bool {
+	m := c.im.objs
+	return m.copyBytes >= m.budget.Limit()/copiesPart
+}
+
+// late reports whether segment i, which is pending, has changed since the running
+// checkpoint began.
+func (c *checkpointer) late(i uint32) bool {
+	list := c.im.objs.changes[i].list
+	return uint64(list[len(list)-1].object) > c.running.at.object && !mutate.On(mutate.CheckpointMixed) && !mutate.On(mutate.LateCopied)
 }
 
 // since returns the number of objects accepted since the last checkpoint.
@@ -217,7 +249,7 @@ func (c *checkpointer) begin(waiters []func(error)) {
 	m := im.objs
 	r := &runningCheckpoint{
 		at: im.accepted, added: im.table.added, ref: checkpointRef{im.accepted.object, im.super.sb.Epoch},
-		objects: im.table.snapshot(), waiters: waiters,
+		objects: im.table.snapshot(), waiters: waiters, loading: map[uint32]bool{},
 	}
 	r.pending = slices.Clone(m.changed)
 	r.pending.each(func(i uint32) { r.order = append(r.order, i) })
@@ -259,7 +291,9 @@ func (c *checkpointer) copy(i uint32) {
 	c.im.stint.spend(stintCopy)
 	r.pending.clear(i)
 	m.Compact(segmentStart(i), segmentPages)
-	r.take(copiedSegment{index: i, span: m.Copy(segmentStart(i), segmentPages), size: segmentFixed + m.SpanBytes(segmentStart(i), segmentPages)})
+	s := copiedSegment{index: i, span: m.Copy(segmentStart(i), segmentPages), size: segmentFixed + m.SpanBytes(segmentStart(i), segmentPages)}
+	m.copyBytes += int64(s.size)
+	r.take(s)
 }
 
 // take takes a segment that is to be put.
@@ -270,15 +304,24 @@ func (r *runningCheckpoint) take(s copiedSegment) {
 
 // next takes the segments of the next map object out of those that have been copied:
 // when a busy map is about to change everywhere, these may be far more than one is for.
-func (r *runningCheckpoint) next() []copiedSegment {
+func (c *checkpointer) next() []copiedSegment {
+	r := c.running
 	n, size := 0, 0
-	for n < len(r.copied) && size < mapObjectSize {
+	for n < len(r.copied) && size < c.full() {
 		size += r.copied[n].size
+		if r.copied[n].span != nil {
+			c.im.objs.copyBytes -= int64(r.copied[n].size)
+		}
 		n++
 	}
 	list := r.copied[:n:n]
 	r.copied, r.size = r.copied[n:], r.size-size
 	return list
+}
+
+// full returns how many bytes of segments make a map object.
+func (c *checkpointer) full() int {
+	return int(min(mapObjectSize, c.im.objs.budget.Limit()/mapObjectPart))
 }
 
 // step goes on with the running checkpoint. It is called at the end of each turn,
@@ -289,33 +332,26 @@ func (c *checkpointer) step() {
 	if r == nil || r.final || c.im.state == Fenced || c.im.state == Released {
 		return
 	}
-	for n := 0; (n == 0 || !c.im.stint.over()) && r.size < mapObjectSize && r.puts < checkpointPuts && len(r.order) > 0; {
-		if r.loads == checkpointLoads {
+	for n := 0; (n == 0 || !c.im.stint.over()) && r.size < c.full() && r.puts < checkpointPuts && len(r.order) > 0; {
+		if len(r.loading) == checkpointLoads {
 			break // there is a step when one of them has come
 		}
 		i := r.order[0]
 		r.order = r.order[1:]
-		switch {
-		case !r.pending.has(i):
-			continue
-		case c.im.ready(i):
-			if r.pending.has(i) { // it was in memory before
-				c.copy(i)
-			}
-		default:
-			c.load(i)
+		if r.pending.has(i) {
+			c.turn(i)
+			n++
 		}
-		n++
 	}
 	if len(r.order) == 0 {
 		c.takeUnchanged()
 	}
-	rest := len(r.order) + r.loads + len(r.rewrite)
+	rest := len(r.order) + len(r.loading) + len(r.rewrite)
 	switch {
 	case !r.named || r.puts >= checkpointPuts:
-	case r.size >= mapObjectSize || rest == 0 && len(r.copied) > 0:
+	case r.size >= c.full() || rest == 0 && len(r.copied) > 0:
 		c.put()
-	case rest > r.loads && r.loads < checkpointLoads:
+	case rest > len(r.loading) && len(r.loading) < checkpointLoads:
 		c.im.env.AfterFunc(0, func() {}) // there is another turn, and an end of it
 	case rest > 0:
 	case r.puts == 0:
@@ -323,40 +359,54 @@ func (c *checkpointer) step() {
 	}
 }
 
-// load brings segment i, which is pending, into memory: it is copied when it comes. One
-// that cannot be had now is tried again: without it there is no checkpoint.
-func (c *checkpointer) load(i uint32) {
-	im, r := c.im, c.running
-	r.loads++
-	im.withSegment(i, func(err error) {
-		if c.running != r {
-			return
-		}
-		r.loads--
-		if err == nil {
-			if r.pending.has(i) {
-				c.copy(i)
-			}
-			c.step()
-			return
-		}
-		im.logger.Error("part of the map cannot be read: there is no checkpoint until it can", "err", err)
-		im.storeFailed(useOther, err)
-		r.loads++
-		im.env.AfterFunc(im.cfg.RetryMax, func() {
+// turn copies segment i, whose turn it is, as it was when the checkpoint began, or has it
+// brought into memory for that.
+func (c *checkpointer) turn(i uint32) {
+	r := c.running
+	r.loading[i] = true
+	ready := c.im.ready(i)
+	switch {
+	case !r.pending.has(i): // copied as it came into memory
+	case ready && !c.late(i):
+		c.copy(i)
+	default:
+		c.im.awaitLoad(i, true, func(err error) {
 			if c.running == r {
-				r.loads--
-				r.order = append(r.order, i)
-				c.step()
+				c.loaded(i, err)
 			}
 		})
+		return
+	}
+	delete(r.loading, i)
+}
+
+// loaded goes on with segment i when a load of it has ended. One that cannot be had now is
+// tried again: without it there is no checkpoint.
+func (c *checkpointer) loaded(i uint32, err error) {
+	im, r := c.im, c.running
+	if err == nil {
+		delete(r.loading, i)
+		if r.pending.has(i) {
+			c.turn(i) // late, if the load was begun by another, and came by without a copy
+		}
+		c.step()
+		return
+	}
+	im.logger.Error("part of the map cannot be read: there is no checkpoint until it can", "err", err)
+	im.storeFailed(useOther, err)
+	im.env.AfterFunc(im.cfg.RetryMax, func() {
+		if c.running == r {
+			delete(r.loading, i)
+			r.order = append(r.order, i)
+			c.step()
+		}
 	})
 }
 
 // takeUnchanged takes segments that are to be moved.
 func (c *checkpointer) takeUnchanged() {
 	r, m := c.running, c.im.objs
-	for n := 0; (n == 0 || !c.im.stint.over()) && r.size < mapObjectSize && len(r.rewrite) > 0; n++ {
+	for n := 0; (n == 0 || !c.im.stint.over()) && r.size < c.full() && len(r.rewrite) > 0; n++ {
 		i := r.rewrite[0]
 		r.rewrite = r.rewrite[1:]
 		if m.resident.has(i) && !m.changed.has(i) {
@@ -374,7 +424,7 @@ func (c *checkpointer) put() {
 	k := uint32(r.parts)
 	r.parts++
 	r.puts++
-	segments, encoded := r.next(), false
+	segments, encoded := c.next(), false
 	var part mapPart
 	var b []byte
 	c.work(func(ctx context.Context) error {

@@ -37,17 +37,19 @@ func (im *Image) checkInvariants() {
 // map is in memory.
 func (im *Image) checkLive() {
 	live := map[uint32]uint32{}
-	for s := uint64(0); ; {
-		e, ok := im.objs.Next(s, im.sectors)
-		if !ok {
-			break
+	for _, i := range im.objs.ring {
+		for s, end := segmentStart(i), min(segmentStart(i+1), im.sectors); ; {
+			e, ok := im.objs.Next(s, end)
+			if !ok {
+				break
+			}
+			o := im.table.find(refOf(e.Loc).seq())
+			if o == nil || uint32(offsetOf(e.Loc))+e.N > o.sectors {
+				panic(fmt.Sprintf("engine: sector %d is mapped to what object %d does not have", e.Sector, refOf(e.Loc).seq()))
+			}
+			live[o.number] += e.N
+			s = e.End()
 		}
-		o := im.table.find(refOf(e.Loc).seq())
-		if o == nil || uint32(offsetOf(e.Loc))+e.N > o.sectors {
-			panic(fmt.Sprintf("engine: sector %d is mapped to what object %d does not have", e.Sector, refOf(e.Loc).seq()))
-		}
-		live[o.number] += e.N
-		s = e.End()
 	}
 	whole := true
 	for i := range segmentsOf(im.sectors) {

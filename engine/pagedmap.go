@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"math"
 	"math/bits"
+	"slices"
 
 	"github.com/google/uuid"
 	"github.com/lsd-ceph/lsd/backend"
@@ -28,6 +29,7 @@ type pagedMap struct {
 	changes     map[uint32]*segmentChanges // by segment
 	changed     bitset                     // those that have some
 	changeBytes int64                      // what they take
+	copyBytes   int64                      // what the copies take that the running checkpoint has yet to put
 	bases       map[uint32]uint64          // of the cleaner's objects among them
 
 	budget    *Budget
@@ -39,8 +41,11 @@ type pagedMap struct {
 
 // segmentLoad is a load of a segment that is under way.
 type segmentLoad struct {
-	waiters []func(error)
-	tries   int
+	waiters  []func(error)
+	tries    int
+	again    bool // also if the segment is in memory
+	stale    bool // a checkpoint has stored the segment anew meanwhile
+	entering bool // the map has part of it
 }
 
 func newPagedMap(sectors uint64, b *Budget) *pagedMap {
@@ -66,9 +71,12 @@ type place struct {
 	offset, size uint32 // bytes
 }
 
-// place returns where segment i, which is not empty, is stored.
+// place returns where segment i is stored, or none if it is empty.
 func (p *pagedMap) place(i uint32) place {
-	s := p.stored[i]
+	s := p.segment(i)
+	if s.size == 0 {
+		return place{}
+	}
 	o := p.maps[s.object]
 	o.live, o.died = 0, 0 // these change
 	return place{o, s.offset, s.size}
@@ -88,14 +96,16 @@ func (p *pagedMap) ready(i uint32) bool {
 	return p.here(i)
 }
 
-// enter puts the extents of segment i, which was not in memory, into the map: span, or
-// none if it is nil.
-func (p *pagedMap) enter(i uint32, span *extmap.Span) {
+// attach puts the extents of segment i, which is not in memory, into the map as they are
+// stored: span, or none if it is nil. Its changes are to follow.
+func (p *pagedMap) attach(i uint32, span *extmap.Span) {
 	if span != nil {
 		p.Attach(span)
 		p.loaded++
 	}
-	p.hold(i)
+	if c := p.changes[i]; c != nil {
+		c.entered = 0
+	}
 }
 
 // hold makes segment i one of those in memory.
@@ -109,7 +119,7 @@ func (p *pagedMap) hold(i uint32) {
 
 // charge tells the budget what the map takes now.
 func (p *pagedMap) charge() {
-	now := int64(p.Bytes()) + p.changeBytes
+	now := int64(p.Bytes()) + p.changeBytes + p.copyBytes
 	p.budget.used.Add(now - p.charged)
 	p.charged = now
 	if p.member != nil {
@@ -187,17 +197,17 @@ func (p *pagedMap) sweep() (end bool) {
 			p.used.clear(i)
 			p.hand++
 		default:
-			p.drop(i)
+			p.drop(p.hand)
 		}
 	}
 	p.hand = 0
 	return true
 }
 
-// drop takes segment i, at the clock's hand, out of memory.
-func (p *pagedMap) drop(i uint32) {
-	last := len(p.ring) - 1
-	p.ring[p.hand] = p.ring[last]
+// drop takes the segment at k in the ring out of memory.
+func (p *pagedMap) drop(k int) {
+	i, last := p.ring[k], len(p.ring)-1
+	p.ring[k] = p.ring[last]
 	p.ring = p.ring[:last]
 	p.resident.clear(i)
 	p.Detach(segmentStart(i), segmentPages)
@@ -256,24 +266,32 @@ func (im *Image) withSegment(i uint32, fn func(error)) {
 		fn(nil)
 		return
 	}
+	im.awaitLoad(i, false, fn)
+}
+
+// awaitLoad calls fn, not at once, when a load of segment i has ended; again says that it
+// is to be loaded if it is in memory as well.
+func (im *Image) awaitLoad(i uint32, again bool, fn func(error)) {
 	l := im.objs.loads[i]
-	if l == nil {
+	begin := l == nil
+	if begin {
 		l = new(segmentLoad)
 		im.objs.loads[i] = l
-		l.waiters = append(l.waiters, fn)
-		im.loadSegment(i, l)
-		return
 	}
-	l.waiters = append(l.waiters, fn)
+	l.waiters, l.again = append(l.waiters, fn), l.again || again
+	if begin {
+		im.loadSegment(i, l)
+	}
 }
 
 // loadSegment starts, or repeats, a load.
 func (im *Image) loadSegment(i uint32, l *segmentLoad) {
-	if im.ready(i) { // a checkpoint has found it empty meanwhile
-		im.segmentLoaded(i, l, nil)
+	l.stale = false
+	at := im.objs.place(i)
+	if at.size == 0 {
+		im.afterTurn(func() { im.segmentRead(i, l, nil) })
 		return
 	}
-	at := im.objs.place(i)
 	var span *extmap.Span
 	var err error
 	im.spawn(func() {
@@ -282,8 +300,8 @@ func (im *Image) loadSegment(i uint32, l *segmentLoad) {
 		span, err = readSegment(ctx, im.store, im.id, at, i, im.sectors)
 	}, func() {
 		switch {
-		case im.objs.segment(i).size == 0 || im.objs.place(i) != at:
-			im.loadSegment(i, l) // a checkpoint has stored it anew meanwhile
+		case l.stale:
+			im.loadSegment(i, l)
 		case retryable(err) && im.state != Fenced && im.state != Released:
 			im.storeFailed(useOther, err)
 			wait := im.backoff(l.tries)
@@ -297,15 +315,56 @@ func (im *Image) loadSegment(i uint32, l *segmentLoad) {
 			im.segmentLoaded(i, l, err)
 		default:
 			im.storeWorks(useOther)
-			dead := len(im.table.dead)
-			im.enterSegment(i, span)
-			more := len(im.table.dead) > dead
-			im.segmentLoaded(i, l, nil)
-			if more && !im.readOnly {
-				im.reap() // the table did not know of them
-			}
+			im.segmentRead(i, l, span)
 		}
 	})
+}
+
+// afterTurn calls fn in a turn after this one.
+func (im *Image) afterTurn(fn func()) {
+	im.jobs++
+	im.env.AfterFunc(0, func() {
+		im.jobs--
+		fn()
+	})
+}
+
+// segmentRead goes on with a load when there is what is stored: span, nil if that is
+// nothing.
+func (im *Image) segmentRead(i uint32, l *segmentLoad, span *extmap.Span) {
+	m := im.objs
+	switch {
+	case l.stale:
+		im.loadSegment(i, l)
+		return
+	case m.resident.has(i) && !l.again: // it was empty, and has been written
+		im.segmentLoaded(i, l, nil)
+		return
+	case m.resident.has(i):
+		m.drop(slices.Index(m.ring, i))
+	}
+	m.attach(i, span)
+	l.entering = true
+	im.enterSome(i, l)
+}
+
+// enterSome enters what a turn has room for of the changes of segment i, which is being
+// loaded, and not too few: a client may wait for it. A zone that was written over and over
+// before a crash may have a million.
+func (im *Image) enterSome(i uint32, l *segmentLoad) {
+	if l.stale {
+		im.loadSegment(i, l)
+		return
+	}
+	dead := len(im.table.dead)
+	if !im.enterChanges(i, max(im.stint.left, stintBase)) {
+		im.afterTurn(func() { im.enterSome(i, l) })
+	} else {
+		im.segmentLoaded(i, l, nil)
+	}
+	if len(im.table.dead) > dead && !im.readOnly {
+		im.reap() // the table did not know of them
+	}
 }
 
 // segmentLoaded ends a load.

@@ -8,6 +8,7 @@ import (
 
 	"github.com/lsd-ceph/lsd/backend"
 	"github.com/lsd-ceph/lsd/cache/writelog"
+	"github.com/lsd-ceph/lsd/internal/extmap"
 	"github.com/lsd-ceph/lsd/internal/mutate"
 )
 
@@ -114,11 +115,15 @@ func (im *Image) loadSegmentNow(ctx context.Context, i uint32) error {
 	if im.ready(i) {
 		return nil
 	}
-	span, err := readSegment(ctx, im.store, im.id, im.objs.place(i), i, im.sectors)
-	if err == nil {
-		im.enterSegment(i, span)
+	var span *extmap.Span
+	if im.objs.segment(i).size > 0 {
+		var err error
+		if span, err = readSegment(ctx, im.store, im.id, im.objs.place(i), i, im.sectors); err != nil {
+			return err
+		}
 	}
-	return err
+	im.enterSegment(i, span)
+	return nil
 }
 
 // inParallel calls fn for 0 to n-1, up to limit at a time, and returns the first

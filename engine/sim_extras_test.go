@@ -159,7 +159,7 @@ func (w *world) needs(r *Request, s *simStuck) bool {
 		i := segmentOf(at)
 		to := min(end, segmentStart(i+1))
 		if !im.ready(i) {
-			if p := im.objs.place(i).object; s.kind != "/m/" || s.hits(faultstore.Get, mapKey(im.id, p.at, p.part)) {
+			if p := im.objs.place(i); s.kind != "/m/" || p.size > 0 && s.hits(faultstore.Get, mapKey(im.id, p.object.at, p.object.part)) {
 				return true // what the segment refers to is not known
 			}
 			at = to

@@ -67,6 +67,9 @@ const (
 	DeletedEarly Bug = "deleted-early"
 	// CheckpointMixed writes a checkpoint that holds changes made after it began.
 	CheckpointMixed Bug = "checkpoint-mixed"
+	// LateCopied takes a segment into a checkpoint as it is when its turn comes, although it
+	// has changed since the checkpoint began.
+	LateCopied Bug = "late-copied"
 	// ChangesLost forgets what has changed in a segment since a checkpoint began, once that
 	// has stored it.
 	ChangesLost Bug = "changes-lost"
@@ -90,7 +93,7 @@ func All() []Bug {
 		FlushEarly, FUAPlain, AckOutOfOrder, SyncCoversInFlight, AcceptOutOfOrder, PutForgotten,
 		ObjectUnverified, HeaderUnverified, LogReadUnverified, TornRecord, ProofIgnored, RecoveryStopsEarly,
 		CutOffKept, LogOverwritten, TrimEarly, DirtyDropped, DiscardUnrecorded, DiscardUndestaged,
-		LeaseIgnored, LeaseStretched, LateForgotten, LeaseNotAwaited, EpochIgnored, EpochUnrecorded, StaleLogDropped, DeletedEarly, CheckpointMixed, ChangesLost,
+		LeaseIgnored, LeaseStretched, LateForgotten, LeaseNotAwaited, EpochIgnored, EpochUnrecorded, StaleLogDropped, DeletedEarly, CheckpointMixed, LateCopied, ChangesLost,
 		HalfCounted, DeadKept, MovedOverNewer, CacheUnverified, CacheImageIgnored, CacheFailedKept,
 	}
 }
