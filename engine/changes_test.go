@@ -284,3 +284,51 @@ func TestEnteredInStints(t *testing.T) {
 	h.mustClose()
 	mustBeClean(t, st)
 }
+
+// TestCleanerGoesOnWithoutMemory: each segment that the cleaner has had loaded goes again
+// at once, and entering its changes is all that a turn has time for. It comes to its end
+// nevertheless.
+func TestCleanerGoesOnWithoutMemory(t *testing.T) {
+	st := mem.New()
+	id := newImageIn(t, st)
+	h := newHost(t, "alpha", st, 1)
+	h.shared = NewShared(Limits{})
+	if err := h.open(id, false); err != nil {
+		t.Fatal(err)
+	}
+	h.im.cfg.CheckpointEvery = 1 << 20
+	for b := range uint64(100) {
+		h.mustWrite(2*b, b)
+	}
+	h.mustDestage()
+	h.im.checkpoint.now(func(error) {})
+	h.run(time.Second)
+	for n := range uint64(3) {
+		for b := range uint64(2 * stintBase) {
+			h.mustWrite(2*(3*b+n), 1000+n)
+		}
+		h.mustDestage()
+	}
+	h.im.checkpoint.running = &runningCheckpoint{final: true, pending: newBitset(1)} // there is no other one
+	h.shared.Map.limit = 1
+	h.im.objs.evict()
+	victim := h.im.table.find(1)
+	if victim == nil || victim.live == 0 || h.im.objs.resident.has(0) || len(h.im.objs.changes[0].list) != 6*stintBase {
+		t.Fatalf("victim %+v, changes %+v: this tests nothing", victim, h.im.objs.changes[0])
+	}
+	h.im.clean.begin([]objectInfo{*victim})
+	loaded := h.im.objs.loaded
+	for turns := 0; h.im.clean.running != nil && h.im.clean.running.extent < 6*stintBase; turns++ {
+		if turns == 10000 {
+			t.Fatalf("after %d turns and %d loads the cleaner has looked at %d extents", turns, h.im.objs.loaded-loaded, h.im.clean.running.extent)
+		}
+		if !h.disk.Step() && !h.env.runJob() && !h.env.tellDone() {
+			h.env.fire()
+		}
+		h.im.EndTurn()
+	}
+	h.im.checkpoint.running = nil
+	for b := range uint64(6 * stintBase) {
+		h.mustRead(2*b, 1000+b%3)
+	}
+}

@@ -321,7 +321,7 @@ func (c *checkpointer) next() []copiedSegment {
 
 // full returns how many bytes of segments make a map object.
 func (c *checkpointer) full() int {
-	return int(min(mapObjectSize, c.im.objs.budget.Limit()/mapObjectPart))
+	return int(min(mapObjectSize, c.im.objs.budget.Limit()/mapObjectPart+1))
 }
 
 // step goes on with the running checkpoint. It is called at the end of each turn,

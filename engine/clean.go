@@ -458,8 +458,9 @@ func (c *cleaner) look(err error) {
 		return
 	}
 	h := r.header
-	for r.extent < len(h.extents) {
-		if im.stint.over() {
+	for n := 0; r.extent < len(h.extents); n++ {
+		// At least one: a segment that was just loaded may not be there in the next turn.
+		if n > 0 && im.stint.over() {
 			im.env.AfterFunc(0, func() { c.look(nil) })
 			return
 		}
