@@ -129,10 +129,7 @@ func (c *checkpointer) pass(i uint32, x change) {
 
 // crowded reports whether the copies take so much memory that segments which are about to
 // change are not copied. They are late then: they are loaded again when it is their turn.
-func (c *checkpointer) crowded() bool {
-	m := c.im.objs
-	return m.copyBytes >= m.budget.Limit()/copiesPart
-}
+func (c *checkpointer) crowded() bool { return c.im.objs.exceed(c.im.objs.copyBytes, copiesPart) }
 
 // late reports whether segment i, which is pending, has changed since the running
 // checkpoint began.
@@ -203,19 +200,13 @@ const (
 
 // memoryShort reports whether the changes of the map take so much memory that they
 // should be written.
-func (c *checkpointer) memoryShort() bool { return c.changesExceed(4) }
+func (c *checkpointer) memoryShort() bool { return c.im.objs.exceed(c.im.objs.changeBytes, 4) }
 
 // behind reports whether so many objects may not be accepted until the running
 // checkpoint is published.
 func (c *checkpointer) behind(objects int) bool {
-	return c.running != nil && (c.since()+uint64(objects) > uint64(c.im.cfg.CheckpointEvery) || c.changesExceed(2))
-}
-
-// changesExceed reports whether the changes of the map take more than that part of the
-// budget, or, while memory is short, of the image's even share.
-func (c *checkpointer) changesExceed(part int64) bool {
 	m := c.im.objs
-	return m.changeBytes > m.budget.Limit()/part || m.budget.over() > 0 && m.changeBytes > m.budget.share()/part
+	return c.running != nil && (c.since()+uint64(objects) > uint64(c.im.cfg.CheckpointEvery) || m.exceed(m.changeBytes, 2))
 }
 
 // now writes a checkpoint of the map as it is, unless there is one; fn is told

@@ -127,6 +127,12 @@ func (p *pagedMap) charge() {
 	}
 }
 
+// exceed reports whether so many bytes are more than that part of the budget, or, while
+// memory is short, of the image's even share.
+func (p *pagedMap) exceed(bytes, part int64) bool {
+	return bytes > p.budget.Limit()/part || p.budget.over() > 0 && bytes > p.budget.share()/part
+}
+
 // join makes the map one of those that give memory back when another one needs it:
 // ask, which any goroutine may call, has give called on the reactor.
 func (p *pagedMap) join(ask func()) {
