@@ -77,7 +77,7 @@ type runningCheckpoint struct {
 	rewrite []uint32        // unchanged segments that leave their map object
 	copied  []copiedSegment
 	size    int // bytes that the copies come to, about
-	parts   int // map objects that were begun
+	parts   int // map objects whose put was begun
 	puts    int
 	named   bool // the superblock says that it is being written
 	final   bool // all segments are there; the manifest is being put
@@ -409,30 +409,39 @@ func (c *checkpointer) takeUnchanged() {
 	}
 }
 
-// put writes segments that have been copied as one map object.
+// put writes segments that have been copied as one map object, which gets its number when
+// it is known that there is something in it: where as many numbers in a row as may be under
+// way have no object, nobody looks further for what a crash has left.
 func (c *checkpointer) put() {
 	im, r := c.im, c.running
-	k := uint32(r.parts)
-	r.parts++
 	r.puts++
-	segments, encoded := c.next(), false
+	segments := c.next()
 	var part mapPart
 	var b []byte
-	c.work(func(ctx context.Context) error {
-		if !encoded {
-			part, b = encodeMapObject(ctx, im.store, im.id, segments)
-			encoded = true
-		}
-		if len(b) == 0 {
-			return nil
-		}
-		return putOwn(ctx, im.store, mapKey(im.id, r.ref, k), b)
+	im.spawn(func() {
+		ctx, stop := context.WithTimeout(im.ctx, im.cfg.StoreTimeout)
+		defer stop()
+		part, b = encodeMapObject(ctx, im.store, im.id, segments)
 	}, func() {
-		r.puts--
-		c.stored(k, part)
-		c.leave(part.left)
-		c.step()
+		switch {
+		case c.running != r:
+			return
+		case len(b) == 0:
+			c.partDone(0, part)
+			return
+		}
+		k := uint32(r.parts)
+		r.parts++
+		c.work(func(ctx context.Context) error { return putOwn(ctx, im.store, mapKey(im.id, r.ref, k), b) }, func() { c.partDone(k, part) })
 	})
+	c.step()
+}
+
+// partDone goes on when part k is in the store, or has turned out to be empty.
+func (c *checkpointer) partDone(k uint32, part mapPart) {
+	c.running.puts--
+	c.stored(k, part)
+	c.leave(part.left)
 	c.step()
 }
 
