@@ -77,6 +77,7 @@ type cleaning struct {
 	// The victim that is being looked through.
 	header *objectHeader
 	extent int
+	off    int          // where the extent's data is in it, in sectors
 	done   uint64       // sectors of the extent
 	live   []movedPiece // of it, in the order of its data
 	from   []int        // where their data is in the victim, in sectors
@@ -340,7 +341,7 @@ func (c *cleaner) nextVictim() {
 // store. If that fails, or is late, it is read again.
 func (c *cleaner) lookThrough(h *objectHeader) {
 	r, im := c.running, c.im
-	r.header, r.extent, r.done, r.live, r.from = h, 0, 0, nil, nil
+	r.header, r.extent, r.off, r.done, r.live, r.from = h, 0, 0, 0, nil, nil
 	if k := r.next + 1; k < len(r.victims) {
 		o := r.victims[k]
 		var ahead *objectHeader
@@ -474,11 +475,18 @@ func (c *cleaner) look(err error) {
 				c.await(i)
 				return
 			}
-			c.lookAt(s, s+n)
+			if !c.lookAt(s, s+n, r.off+int(r.done)) {
+				c.skip(fmt.Errorf("%w: the map looks for the data of some of its sectors where it has other data", ErrCorrupt))
+				return
+			}
 		}
-		if r.done += n; r.done == uint64(e.n) {
-			r.extent, r.done = r.extent+1, 0
+		if r.done += n; r.done < uint64(e.n) {
+			continue
 		}
+		if !e.zero {
+			r.off += int(e.n)
+		}
+		r.extent, r.done = r.extent+1, 0
 	}
 	c.fetch()
 }
@@ -496,19 +504,23 @@ func (c *cleaner) await(i uint32) {
 	r.load = im.objs.loads[i]
 }
 
-// lookAt notes what of [s, end) lives in the victim: the map refers to it, and
-// nothing newer is in the log.
-func (c *cleaner) lookAt(s, end uint64) {
+// lookAt notes what of [s, end), whose data is at off in the victim, lives there: the map
+// refers to it, and nothing newer is in the log. It reports false if the map looks for it
+// somewhere else in the victim: what is read there must not be given a right place.
+func (c *cleaner) lookAt(s, end uint64, off int) bool {
 	r, im := c.running, c.im
-	ref := refOfSeq(r.header.seq)
+	ref, start := refOfSeq(r.header.seq), s
 	for s < end {
 		x, ok := im.objs.Next(s, end)
 		if !ok {
-			return
+			return true
 		}
 		s = x.End()
 		if refOf(x.Loc) != ref {
 			continue
+		}
+		if offsetOf(x.Loc) != off+int(x.Sector-start) {
+			return false
 		}
 		for at := x.Sector; at < s; {
 			d, ok := im.dirty.Next(at, s)
@@ -526,6 +538,7 @@ func (c *cleaner) lookAt(s, end uint64) {
 			at = d.End()
 		}
 	}
+	return true
 }
 
 // fetch reads the live data of the victim.
