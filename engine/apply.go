@@ -99,8 +99,8 @@ func (im *Image) move(object uint32, s, n uint64, off int) {
 		im.objs.Insert(e.Sector, uint64(e.N), refOfSeq(uint64(object)).loc(off+int(e.Sector-s)))
 		moved += uint64(e.N)
 	}
-	if o := im.table.find(uint64(object)); moved < n && o != nil {
-		im.lose(o, uint32(n-moved))
+	if moved < n {
+		im.replaced(refOfSeq(uint64(object)).loc(off), uint32(n-moved))
 	}
 }
 
@@ -158,7 +158,8 @@ func (h *objectHeader) segments(fn func(uint32) bool) {
 	}
 }
 
-// replaced is told by the object map of data that it does not refer to any more.
+// replaced is told by the object map, or by move, of data that the map does not refer to
+// any more, or never will.
 func (im *Image) replaced(loc uint64, n uint32) {
 	if !im.counting {
 		return
