@@ -208,6 +208,21 @@ func (m *manifest) decodeMaps(b []byte, n int) (rest []byte, err error) {
 }
 
 func (m *manifest) decodeSegments(b []byte, n int, sectors uint64) error {
+	live := make([]uint64, len(m.maps))
+	if err := m.decodePlaces(b, n, sectors, live); err != nil {
+		return err
+	}
+	for i, o := range m.maps {
+		if uint64(o.live) != live[i] { // it would be removed too early, or never
+			return fmt.Errorf("%w: the entry of map object %d is not that of its segments", ErrCorrupt, i)
+		}
+	}
+	return nil
+}
+
+// decodePlaces decodes where the segments are, and adds up in live what the map objects
+// have of them.
+func (m *manifest) decodePlaces(b []byte, n int, sectors uint64, live []uint64) error {
 	if n == 0 {
 		return nil
 	}
@@ -223,6 +238,7 @@ func (m *manifest) decodeSegments(b []byte, n int, sectors uint64) error {
 			return fmt.Errorf("%w: the entry of map segment %d is out of range", ErrCorrupt, i)
 		}
 		next = i + 1
+		live[s.object] += uint64(s.size)
 		m.segments[i], b = s, b[manifestSegment:]
 	}
 	return nil
