@@ -119,6 +119,7 @@ func (im *Image) ready(i uint32) bool {
 		return false
 	}
 	im.enterSegment(i, nil)
+	m.grown = true
 	return true
 }
 

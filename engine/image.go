@@ -237,6 +237,10 @@ func (im *Image) finish(r *Request, err syscall.Errno) {
 // acknowledges what is due. The reactor calls it at the end of each turn, right
 // before it hands what the turn has queued to the kernel.
 func (im *Image) EndTurn() {
+	if im.objs.grown {
+		im.objs.grown = false
+		im.objs.evict()
+	}
 	if im.readOnly {
 		return
 	}

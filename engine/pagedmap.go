@@ -25,6 +25,7 @@ type pagedMap struct {
 	ring     []uint32
 	hand     int
 	loads    map[uint32]*segmentLoad
+	grown    bool // by what nothing was loaded for, so that the budget does not know
 
 	changes     map[uint32]*segmentChanges // by segment
 	changed     bitset                     // those that have some
