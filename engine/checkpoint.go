@@ -439,9 +439,36 @@ func (c *checkpointer) put() {
 
 // partDone goes on when part k is in the store, or has turned out to be empty.
 func (c *checkpointer) partDone(k uint32, part mapPart) {
-	c.running.puts--
-	c.stored(k, part)
+	m, r := c.im.objs, c.running
+	object := uint32(len(m.maps))
+	if part.size > 0 {
+		m.maps = append(m.maps, mapObject{at: r.ref, part: k, size: uint32(part.size)})
+	}
 	c.leave(part.left)
+	c.storeSome(object, part)
+}
+
+// storeSome goes on with what partDone does for the segments of a part, of which there may
+// be many thousands.
+func (c *checkpointer) storeSome(object uint32, part mapPart) {
+	r := c.running
+	for n := 0; len(part.segments) > 0; n++ {
+		if n > 0 && c.im.stint.over() {
+			c.im.env.AfterFunc(0, func() {
+				if c.running == r {
+					c.storeSome(object, part)
+				}
+			})
+			return
+		}
+		c.im.stint.spend(1)
+		c.stored(object, part.segments[0].index, part.places[0])
+		part.segments, part.places = part.segments[1:], part.places[1:]
+	}
+	if o := c.im.objs.maps; part.size > 0 && o[object].live == 0 {
+		o[object].died = uint32(r.ref.Object)
+	}
+	r.puts--
 	c.step()
 }
 
@@ -558,36 +585,26 @@ func (c *checkpointer) finish() {
 	})
 }
 
-// stored says that part k of the running checkpoint is in the store: its segments are
-// stored there from here on. The checkpoint before has them where they were, so nothing is
-// removed until this one is published.
-func (c *checkpointer) stored(k uint32, p mapPart) {
+// stored says that segment i is in a map object of the running checkpoint, at a place in
+// it: it is stored there from here on. The checkpoint before has it where it was, so nothing
+// is removed until this one is published.
+func (c *checkpointer) stored(object, i uint32, at storedSegment) {
 	m, r := c.im.objs, c.running
-	object := uint32(len(m.maps))
-	if p.size > 0 {
-		m.maps = append(m.maps, mapObject{at: r.ref, part: k, size: uint32(p.size)})
+	m.settle(i, r.at.object)
+	for int(i) >= len(m.stored) {
+		m.stored = append(m.stored, storedSegment{})
 	}
-	for j, s := range p.segments {
-		m.settle(s.index, r.at.object)
-		for int(s.index) >= len(m.stored) {
-			m.stored = append(m.stored, storedSegment{})
-		}
-		old := &m.stored[s.index]
-		if old.size > 0 {
-			o := &m.maps[old.object]
-			if o.live -= old.size; o.live == 0 {
-				o.died = uint32(r.ref.Object)
-			}
-		}
-		if *old = p.places[j]; old.size > 0 {
-			old.object = object
-			m.maps[object].live += old.size
-		} else {
-			*old = storedSegment{}
+	old := &m.stored[i]
+	if old.size > 0 {
+		o := &m.maps[old.object]
+		if o.live -= old.size; o.live == 0 {
+			o.died = uint32(r.ref.Object)
 		}
 	}
-	if p.size > 0 && m.maps[object].live == 0 {
-		m.maps[object].died = uint32(r.ref.Object)
+	*old = storedSegment{}
+	if at.size > 0 {
+		*old = storedSegment{object, at.offset, at.size}
+		m.maps[object].live += at.size
 	}
 }
 

@@ -67,3 +67,51 @@ func TestEmptyPartsLeaveNoGap(t *testing.T) {
 	h.mustClose()
 	mustBeClean(t, st)
 }
+
+// TestStoredInStints: a map object may have many thousands of segments. When it is in the
+// store, each turn says so of a few of them only.
+func TestStoredInStints(t *testing.T) {
+	const segments = 500
+	st := mem.New()
+	id, err := Create(context.Background(), st, "disk", CreateOptions{Size: segments * segmentSectors * SectorSize})
+	if err != nil {
+		t.Fatal(err)
+	}
+	h := newHost(t, "alpha", st, 1)
+	if err := h.open(id, false); err != nil {
+		t.Fatal(err)
+	}
+	for i := range uint64(segments) {
+		h.mustWrite(i*segmentSectors/8, i+1)
+	}
+	h.mustDestage()
+	ended, before := false, len(h.im.objs.changes)
+	if before != segments {
+		t.Fatalf("%d segments have changed: this tests nothing", before)
+	}
+	h.im.checkpoint.now(func(err error) { ended = err == nil })
+	for !ended {
+		h.im.EndTurn()
+		if !h.env.runJob() && !h.env.tellDone() && !h.disk.Step() && !h.env.fire() {
+			t.Fatal("the checkpoint does not end")
+		}
+		now := len(h.im.objs.changes)
+		if before-now > stintBase {
+			t.Errorf("a turn says of %d segments that they are stored", before-now)
+		}
+		before = now
+	}
+	if n := objectsOf(t, st, id, "m"); n != 1 || before != 0 {
+		t.Errorf("%d map objects, %d segments are not stored", n, before)
+	}
+	h.disk.Kill()
+	h.again()
+	if err := h.open(id, false); err != nil {
+		t.Fatal(err)
+	}
+	for i := range uint64(segments) {
+		h.mustRead(i*segmentSectors/8, i+1)
+	}
+	h.mustClose()
+	mustBeClean(t, st)
+}
