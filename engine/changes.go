@@ -96,6 +96,9 @@ func (p *pagedMap) uncounted() (bytes int) {
 // countsRecovered reports whether the table is told of all changes that were recovered.
 // Until it is, an object that an owner before has deleted may live by the table.
 func (im *Image) countsRecovered() bool {
+	if last := im.checkpoint.last; last != nil && last.Object >= im.recoveredTo {
+		return true
+	}
 	for _, c := range im.objs.changes {
 		if c.counted < len(c.list) && uint64(c.list[c.counted].object) <= im.recoveredTo {
 			return false
