@@ -149,12 +149,11 @@ func (c *checkpointer) since() uint64 {
 
 // due reports whether so much has been accepted since the last checkpoint that there
 // should be one: some part of the image, so that its cost stays small beside that of
-// the objects, or so much that recovery keeps its bound, counted in objects, of which
-// half are taken to be full.
+// the objects, or so many objects that recovery keeps its bound.
 func (c *checkpointer) due() bool {
 	t, object := &c.im.table, c.im.object
 	most := uint64(max(c.im.cfg.CheckpointEvery/2, 1))
-	return c.since() >= most || t.added-c.added >= min(max(t.space/16, leastCheckpoint*object), max(most/2, 1)*object)
+	return c.since() >= most || t.added-c.added >= max(t.space/16, leastCheckpoint*object)
 }
 
 // leastCheckpoint is how many objects' worth of data lies between two checkpoints of an
