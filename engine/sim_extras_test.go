@@ -184,8 +184,10 @@ func (w *world) letGoBeside(s *simStuck) {
 	h := w.owner
 	done := false
 	h.im.Destage(func(error) { done = true })
-	// Where the map cannot be read there is no checkpoint.
-	w.until(h, func() bool { return done || h.im.checkpoint.behind(1) && s.hitsAny(faultstore.Get) }, "destage while some objects are stuck")
+	// Where the map cannot be read there is no checkpoint, and the next batch, which may
+	// be several objects, waits for one.
+	waits := func() bool { return len(h.im.queue) > 0 && h.im.checkpoint.behind(h.im.queue[0].objects) }
+	w.until(h, func() bool { return done || waits() && s.hitsAny(faultstore.Get) }, "destage while some objects are stuck")
 	w.until(h, func() bool { return len(h.out) == 0 || s.hitsAny(faultstore.Get) }, "requests while some objects are stuck")
 	if !done || len(h.out) > 0 || w.rng.IntN(2) == 0 || s.hitsAny(faultstore.Get) && s.kind == "/m/" {
 		return
