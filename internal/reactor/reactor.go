@@ -309,8 +309,8 @@ func (r *Reactor) runTimers() {
 		return
 	}
 	now := r.tick()
-	// A timer that a function sets to fire at once fires in the next turn.
-	for n := len(r.timers); n > 0 && len(r.timers) != 0 && r.timers[0].when <= now; n-- {
+	r.ticks++ // a timer that a function sets to fire at once fires in the next turn
+	for len(r.timers) != 0 && r.timers[0].when <= now {
 		t := r.timers[0]
 		r.timers.remove(t)
 		t.fn()

@@ -283,6 +283,33 @@ func TestTimerRepeats(t *testing.T) {
 	<-done
 }
 
+// TestTimerOncePerTurn: a timer that is set to fire at once by its own function fires in
+// the next turn, however many other timers there are.
+func TestTimerOncePerTurn(t *testing.T) {
+	r := newReactor(t, Config{})
+	done := make(chan struct{})
+	fired, turn, last := 0, 0, -1
+	call(t, r, func() {
+		r.OnTurn(func() { turn++ })
+		for range 20 {
+			r.AfterFunc(time.Hour, func() {})
+		}
+		var tm *Timer
+		tm = r.AfterFunc(0, func() {
+			if turn == last {
+				t.Errorf("it fires again in turn %d", turn)
+			}
+			last = turn
+			if fired++; fired == 100 {
+				close(done)
+				return
+			}
+			tm.Reset(0)
+		})
+	})
+	<-done
+}
+
 func TestTurnHook(t *testing.T) {
 	r := newReactor(t, Config{})
 	var posted, seen, turns int
