@@ -231,11 +231,10 @@ func (im *Image) mayAccept() bool {
 func (im *Image) applySome() bool {
 	a := &im.apply
 	for a.next < len(a.h.extents) {
-		if im.stint.over() {
+		if !im.stint.accept() {
 			a.timer.Reset(0)
 			return false
 		}
-		im.stint.spend(1)
 		im.applyPart()
 	}
 	return true

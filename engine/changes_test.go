@@ -332,3 +332,75 @@ func TestCleanerGoesOnWithoutMemory(t *testing.T) {
 		h.mustRead(2*b, 1000+b%3)
 	}
 }
+
+// TestObjectsAreAcceptedBesideLoads: clients read where the map is not in memory, and what
+// is entered for them takes all that a turn has time for, turn after turn. An object is
+// accepted nevertheless.
+func TestObjectsAreAcceptedBesideLoads(t *testing.T) {
+	const segments, segment, changes, writes = 64, segmentSectors / 8, stintBase, 300
+	st := faultstore.New(mem.New())
+	id, err := Create(t.Context(), st, "disk", CreateOptions{Size: segments * segment * 4096})
+	if err != nil {
+		t.Fatal(err)
+	}
+	h := newHost(t, "alpha", st, 1)
+	if err := h.open(id, false); err != nil {
+		t.Fatal(err)
+	}
+	h.im.cfg.CheckpointEvery = 1 << 20
+	for i := range uint64(segments) {
+		h.mustWrite(i*segment, 1)
+	}
+	h.mustDestage()
+	h.im.checkpoint.now(func(error) {})
+	h.run(time.Second)
+	for n := range uint64(segments * changes) {
+		h.mustWrite(n%segments*segment+2*(n/segments), 2)
+	}
+	h.mustDestage()
+
+	reading, next := 0, uint64(0)
+	turn := func() {
+		for i := range uint32(segments) {
+			if h.im.objs.resident.has(i) {
+				h.dropSegment(i) // others need the memory
+			}
+		}
+		for ; reading < segments; reading++ {
+			next++
+			r := &Request{Op: Read, Sector: next % segments * segmentSectors, Sectors: 8, Buf: make([]byte, 4096)}
+			r.Done = doneFunc(func(*Request) { reading-- })
+			h.im.Submit(r)
+		}
+		for h.disk.Step() || h.env.runJob() {
+		}
+		for n := len(h.env.done); n > 0; n-- {
+			h.env.tellDone()
+		}
+		for n := len(h.env.timers); n > 0 && h.env.fireDue(); n-- {
+		}
+		h.im.EndTurn()
+		h.env.now += time.Millisecond
+	}
+	refused := faultstore.All(faultstore.Method(faultstore.Put), faultstore.Key("*/d/*"))
+	st.Inject(faultstore.If(refused, faultstore.Fault{Before: backend.ErrTemporary}))
+	for n := range uint64(writes) {
+		r := &Request{Op: Write, Sector: (n%segments*segment + 2*(changes+n/segments)) * 8, Sectors: 8, Buf: make([]byte, 4096)}
+		r.Done = doneFunc(func(*Request) {})
+		fill(r.Buf, 3, r.Sector)
+		h.im.Submit(r)
+	}
+	accepted := false
+	h.im.Destage(func(error) { accepted = true })
+	for range 100 {
+		turn()
+	}
+	st.Inject()
+	turns := 0
+	for ; !accepted && turns < 10000; turns++ {
+		turn()
+	}
+	if turns > 100 { // some of them until it is put
+		t.Errorf("an object of %d extents is accepted in %d turns", writes, turns)
+	}
+}

@@ -20,6 +20,7 @@ const (
 // it.
 type stint struct {
 	left     int // in this turn; below 0 if the last thing begun took more
+	kept     int // what an object that is being accepted may have of it in any case
 	requests int // in this turn
 }
 
@@ -29,7 +30,20 @@ func (s *stint) over() bool { return s.left <= 0 }
 // spend counts n units of work done.
 func (s *stint) spend(n int) { s.left -= n }
 
+// accept counts a unit of work done to accept an object, and reports whether it may be
+// done in this turn. Half of a turn is kept for that: what clients have loaded may take
+// more than there is, and writes would wait for as long as others read.
+func (s *stint) accept() bool {
+	if s.over() && s.kept <= 0 {
+		return false
+	}
+	s.spend(1)
+	s.kept--
+	return true
+}
+
 // renew begins the next turn's.
 func (s *stint) renew() {
 	s.left, s.requests = stintBase+stintPerRequest*s.requests, 0
+	s.kept = s.left / 2
 }
