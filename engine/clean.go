@@ -184,13 +184,15 @@ func (c *cleaner) choose() {
 	}
 }
 
-// weighSome goes on with the search and reports whether it has come to its end.
+// weighSome goes on with the search, by some objects at least, and reports whether it has
+// come to its end.
 func (c *cleaner) weighSome(s *search) bool {
 	im := c.im
 	list := im.table.list
-	for i := im.table.index(uint64(s.next)); i < len(list); i++ {
+	first := im.table.index(uint64(s.next))
+	for i := first; i < len(list); i++ {
 		if i%stintObjects == 0 {
-			if s.next = list[i].number; im.stint.over() {
+			if s.next = list[i].number; i > first && im.stint.over() {
 				return false
 			}
 			im.stint.spend(1)

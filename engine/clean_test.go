@@ -323,6 +323,28 @@ func TestCleaningBesideStuckReads(t *testing.T) {
 	}
 }
 
+// TestVictimsAreFoundInBusyTurns: the search for victims comes to its end also if other
+// things take all that each turn has time for.
+func TestVictimsAreFoundInBusyTurns(t *testing.T) {
+	im, _ := newStill(t)
+	const objects = 1000
+	for n := range uint32(objects) {
+		im.table.add(objectInfo{number: n + 1, sectors: 16, live: 8})
+	}
+	im.accepted.object = objects
+	im.stint.left = 0
+	s := &search{list: victimList{limit: 1 << 20}}
+	turns := 1
+	for ; !im.clean.weighSome(s); turns++ {
+		if turns > objects {
+			t.Fatalf("in %d turns it has come to object %d", turns, s.next)
+		}
+	}
+	if n := len(s.list.best); n != maxVictims {
+		t.Errorf("%d victims after %d turns", n, turns)
+	}
+}
+
 // TestDamageIsNotMoved: what lives of a damaged object is not moved with a new checksum
 // that makes it look right: it stays where it is, and is an I/O error.
 func TestDamageIsNotMoved(t *testing.T) {
