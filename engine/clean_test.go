@@ -323,6 +323,56 @@ func TestCleaningBesideStuckReads(t *testing.T) {
 	}
 }
 
+// TestVictimWaitsWhileEntered: a part of the map that could not be read for a while, and
+// that is being entered now, is waited for.
+func TestVictimWaitsWhileEntered(t *testing.T) {
+	st := faultstore.New(mem.New())
+	h := newHost(t, "alpha", st, 1)
+	if err := h.open(newImageIn(t, st), false); err != nil {
+		t.Fatal(err)
+	}
+	h.im.cfg.CheckpointEvery = 1 << 20
+	for b := range uint64(100) {
+		h.mustWrite(2*b, b)
+	}
+	h.mustDestage()
+	h.im.checkpoint.now(func(error) {})
+	h.run(time.Second)
+	for b := range uint64(4 * stintBase) {
+		h.mustWrite(2*b, 1000)
+	}
+	h.mustDestage()
+	h.dropSegment(0)
+
+	failed := 0
+	refused := faultstore.All(faultstore.Method(faultstore.Get), faultstore.Key("*/m/*"))
+	st.Inject(faultstore.If(func(op faultstore.Op) bool {
+		fails := failed < cleanTries && refused(op)
+		if fails {
+			failed++
+		}
+		return fails
+	}, faultstore.Fault{Before: backend.ErrTemporary}))
+	victim := *h.im.table.find(1)
+	h.im.clean.begin([]objectInfo{victim})
+	for l := h.im.objs.loads[0]; l == nil || !l.entering; l = h.im.objs.loads[0] {
+		if !h.disk.Step() && !h.env.runJob() && !h.env.tellDone() {
+			h.env.fire()
+		}
+	}
+	if failed != cleanTries || h.im.clean.running.load == nil {
+		t.Fatalf("%d reads have failed: this tests nothing", failed)
+	}
+	if h.im.clean.running.stuck() {
+		t.Error("it is taken to be stuck")
+	}
+	h.im.clean.watch()
+	if h.im.clean.later[victim.number] != 0 {
+		t.Error("it is put off")
+	}
+	h.run(time.Second)
+}
+
 // TestVictimsAreFoundInBusyTurns: the search for victims comes to its end also if other
 // things take all that each turn has time for.
 func TestVictimsAreFoundInBusyTurns(t *testing.T) {

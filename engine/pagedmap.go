@@ -322,6 +322,7 @@ func (im *Image) loadSegment(i uint32, l *segmentLoad) {
 			im.segmentLoaded(i, l, err)
 		default:
 			im.storeWorks(useOther)
+			l.tries = 0
 			im.segmentRead(i, l, span)
 		}
 	})
