@@ -68,6 +68,9 @@ func (p *pagedMap) settle(i uint32, object uint64) {
 	if mutate.On(mutate.ChangesLost) {
 		k, c.counted = len(c.list), len(c.list)
 	}
+	if k == 0 {
+		return
+	}
 	if k > c.counted {
 		panic("engine: a segment was stored with changes that are not counted")
 	}
