@@ -42,9 +42,11 @@ func (p *pagedMap) note(i uint32, x change) *segmentChanges {
 		p.changed.set(i)
 		p.changeBytes += changeList
 	}
-	before := cap(c.list)
+	if n := len(c.list); n == cap(c.list) { // by less than append, which may take twice what is needed
+		c.list = append(make([]change, 0, n+n/8+4), c.list...)
+		p.changeBytes += int64(cap(c.list)-n) * changeBytes
+	}
 	c.list = append(c.list, x)
-	p.changeBytes += int64(cap(c.list)-before) * changeBytes
 	return c
 }
 

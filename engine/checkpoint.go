@@ -153,7 +153,7 @@ func (c *checkpointer) since() uint64 {
 func (c *checkpointer) due() bool {
 	t, object := &c.im.table, c.im.object
 	most := uint64(max(c.im.cfg.CheckpointEvery/2, 1))
-	return c.since() >= most || t.added-c.added >= max(t.space/10, leastCheckpoint*object)
+	return c.since() >= most || t.added-c.added >= max(t.space/12, leastCheckpoint*object)
 }
 
 // leastCheckpoint is how many objects' worth of data lies between two checkpoints of an

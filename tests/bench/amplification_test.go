@@ -233,6 +233,7 @@ func (o *overwriter) measure(rounds, warm int) (a amplification) {
 		a.space += r
 		a.spacePeak = max(a.spacePeak, r)
 		a.table += float64(s.DataBytes) / float64(s.LiveBytes)
+		a.mapBytes = max(a.mapBytes, float64(s.MapBytes)/float64(o.blocks))
 		samples++
 	})
 	written := float64(o.written-began) * 4096
@@ -245,12 +246,12 @@ func (o *overwriter) measure(rounds, warm int) (a amplification) {
 	a.space /= float64(samples)
 	a.table /= float64(samples)
 	a.theory = o.pattern.theory(a.space)
-	a.deleted, a.mapBytes = s.Deleted, float64(s.MapBytes)/float64(o.blocks)
+	a.deleted = s.Deleted
 	return a
 }
 
 func (a amplification) String() string {
-	return fmt.Sprintf("WA %.3f (theory %.3f; all rounds %.3f; moved %.3f, headers and dedup %.4f, map %.4f), space %.3f (peak %.3f, table %.3f), %d objects deleted, %.2f bytes of memory a block",
+	return fmt.Sprintf("WA %.3f (theory %.3f; all rounds %.3f; moved %.3f, headers and dedup %.4f, map %.4f), space %.3f (peak %.3f, table %.3f), %d objects deleted, at most %.2f bytes of memory a block",
 		a.write, a.theory, a.writeAll, a.cleaned, a.header, a.maps, a.space, a.spacePeak, a.table, a.deleted, a.mapBytes)
 }
 
