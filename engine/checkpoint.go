@@ -129,7 +129,10 @@ func (c *checkpointer) pass(i uint32, x change) {
 
 // crowded reports whether the copies take so much memory that segments which are about to
 // change are not copied. They are late then: they are loaded again when it is their turn.
-func (c *checkpointer) crowded() bool { return c.im.objs.exceed(c.im.objs.copyBytes, copiesPart) }
+func (c *checkpointer) crowded() bool {
+	m := c.im.objs
+	return m.exceed(m.copyBytes, m.copiesPart)
+}
 
 // late reports whether segment i, which is pending, has changed since the running
 // checkpoint began.

@@ -31,6 +31,7 @@ type pagedMap struct {
 	changed     bitset                     // those that have some
 	changeBytes int64                      // what they take
 	copyBytes   int64                      // what the copies take that the running checkpoint has yet to put
+	copiesPart  int64                      // the part of the budget that they may take; tests change it
 	bases       map[uint32]uint64          // of the cleaner's objects among them
 
 	budget    *Budget
@@ -54,7 +55,7 @@ func newPagedMap(sectors uint64, b *Budget) *pagedMap {
 	return &pagedMap{
 		Map:      extmap.New(sectors),
 		resident: newBitset(n), used: newBitset(n), changed: newBitset(n),
-		loads: map[uint32]*segmentLoad{}, changes: map[uint32]*segmentChanges{}, bases: map[uint32]uint64{}, budget: b,
+		loads: map[uint32]*segmentLoad{}, changes: map[uint32]*segmentChanges{}, bases: map[uint32]uint64{}, budget: b, copiesPart: copiesPart,
 	}
 }
 

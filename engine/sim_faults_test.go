@@ -40,6 +40,7 @@ type simPlan struct {
 	skew       int64   // greatest rate error of a host's clock, in parts of 1024
 	spaceRatio float64
 	mapMemory  int64
+	copiesPart int64 // of it, for copies of a checkpoint: in half of the worlds only one
 	// destageMemory is Limits.Destage.
 	destageMemory int64
 	cache         simCachePlan
@@ -77,6 +78,7 @@ func newPlan(rng *rand.Rand) simPlan {
 	}
 	p.spaceRatio = []float64{1.05, 1.3, 2}[rng.IntN(3)]
 	p.mapMemory = []int64{1 << 10, 64 << 10, 1 << 20}[rng.IntN(3)]
+	p.copiesPart = []int64{copiesPart, 1 << 40}[p.steps%2]
 	p.destageMemory = []int64{1, 4 * MinObjectSize, 0}[p.steps%3]
 	p.config = Config{
 		BatchAge: time.Duration(1+rng.IntN(5)) * time.Second, CheckpointEvery: 1 + rng.IntN(12), SpaceRatio: p.spaceRatio, LogDepth: 1 + rng.IntN(8),
