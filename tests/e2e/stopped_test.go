@@ -44,13 +44,14 @@ func (h *host) freeze() (thaw func()) {
 func (h *host) freezeOutside(store string) (thaw func()) {
 	h.t.Helper()
 	dir, isFile := strings.CutPrefix(store, "file://")
-	for range 50 {
+	for try := range 50 {
 		thaw = h.freeze()
 		if !isFile || !holdsLock(h.t, h.pid(), filepath.Join(dir, "locks")) {
 			return thaw
 		}
 		thaw()
-		time.Sleep(30 * time.Millisecond)
+		// Longer and longer: a slow disk takes more than a second to make it durable.
+		time.Sleep(time.Duration(30+10*try) * time.Millisecond)
 	}
 	h.t.Fatal("the daemon holds a lock of the store all the time")
 	return nil
