@@ -55,7 +55,7 @@ func TestObjectsShareMemory(t *testing.T) {
 	for i, name := range []string{"alpha", "beta", "gamma"} {
 		h := newHost(t, name, st, uint64(i))
 		h.shared = shared
-		id, err := Create(context.Background(), st, name, CreateOptions{Size: 64 << 20, ObjectSize: MinObjectSize})
+		id, err := Create(context.Background(), st, name, smallImage())
 		if err == nil {
 			err = h.open(id, false)
 		}
@@ -236,15 +236,7 @@ func TestReadOnlyImageLeavesTheBudget(t *testing.T) {
 func TestChargedWhatReadsBring(t *testing.T) {
 	const segments, apart = 200, 4 << 30 / 4096 // blocks
 	st := mem.New()
-	id, err := Create(context.Background(), st, "disk", CreateOptions{Size: segments * apart * 4096})
-	if err != nil {
-		t.Fatal(err)
-	}
-	h := newHost(t, "alpha", st, 1)
-	h.shared = NewShared(Limits{Map: 128 << 10})
-	if err := h.open(id, false); err != nil {
-		t.Fatal(err)
-	}
+	h, _ := attached(t, st, CreateOptions{Size: segments * apart * 4096}, NewShared(Limits{Map: 128 << 10}))
 	h.im.cfg.CheckpointEvery = 1 << 20
 	for i := range uint64(segments) {
 		h.mustWrite(i*apart, 1)

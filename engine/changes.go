@@ -112,18 +112,14 @@ func (im *Image) countsRecovered() bool {
 	return true
 }
 
-// fewChanges is how many changes are entered at once where nothing is stored that must be
-// read first.
-const fewChanges = 16
-
 // ready reports whether segment i is in memory, which it is from here on if nothing of it
-// is stored and it has few changes.
+// is stored and it has no more changes than any turn has room for.
 func (im *Image) ready(i uint32) bool {
 	m := im.objs
 	if m.ready(i) {
 		return true
 	}
-	if m.segment(i).size > 0 || m.loads[i] != nil || len(m.changes[i].list) > fewChanges {
+	if m.segment(i).size > 0 || m.loads[i] != nil || len(m.changes[i].list) > stintBase {
 		return false
 	}
 	im.enterSegment(i, nil)

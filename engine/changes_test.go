@@ -24,6 +24,18 @@ func (h *host) dropSegment(i uint32) {
 	}
 }
 
+// storeScattered writes 100 blocks, each of them an extent of its own, and has the map
+// stored.
+func (h *host) storeScattered() {
+	h.t.Helper()
+	for b := range uint64(100) {
+		h.mustWrite(2*b, b)
+	}
+	h.mustDestage()
+	h.im.checkpoint.now(func(error) {})
+	h.run(time.Second)
+}
+
 // TestChangesComeBack: a segment that has changed since the last checkpoint can be dropped
 // at any time, and is had again as it was, also if nothing of it was ever stored; the
 // table is told once what its changes take from other objects, and after a recovery as
@@ -31,11 +43,7 @@ func (h *host) dropSegment(i uint32) {
 func TestChangesComeBack(t *testing.T) {
 	for _, stored := range []bool{false, true} {
 		st := mem.New()
-		id := newImageIn(t, st)
-		h := newHost(t, "alpha", st, 1)
-		if err := h.open(id, false); err != nil {
-			t.Fatal(err)
-		}
+		h, id := attached(t, st, smallImage(), nil)
 		h.mustWrite(1, 1)
 		h.mustWrite(2, 2)
 		h.mustDestage()
@@ -84,11 +92,7 @@ func TestChangesComeBack(t *testing.T) {
 // the map has been told so. Neither the scrub nor the cleaner takes it for one that is lost.
 func TestDeadBeforeRecovery(t *testing.T) {
 	st := mem.New()
-	id := newImageIn(t, st)
-	h := newHost(t, "alpha", st, 1)
-	if err := h.open(id, false); err != nil {
-		t.Fatal(err)
-	}
+	h, id := attached(t, st, smallImage(), nil)
 	write := func(n uint64) {
 		for b := range uint64(100) {
 			h.mustWrite(b, n)
@@ -144,15 +148,7 @@ func TestDeadBeforeRecovery(t *testing.T) {
 func TestCopiesAreBounded(t *testing.T) {
 	const segments, segment = 64, segmentSectors / 8
 	st := faultstore.New(mem.New())
-	id, err := Create(t.Context(), st, "disk", CreateOptions{Size: segments * segment * 4096})
-	if err != nil {
-		t.Fatal(err)
-	}
-	h := newHost(t, "alpha", st, 1)
-	h.shared = NewShared(Limits{Map: 24 << 10})
-	if err := h.open(id, false); err != nil {
-		t.Fatal(err)
-	}
+	h, id := attached(t, st, CreateOptions{Size: segments * segment * 4096}, NewShared(Limits{Map: 24 << 10}))
 	round := func(n uint64, blocks ...uint64) {
 		t.Helper()
 		for i := range uint64(segments) {
@@ -225,14 +221,7 @@ func TestCopiesAreBounded(t *testing.T) {
 func TestEnteredInStints(t *testing.T) {
 	const writes, blocks = 3000, 100
 	st := mem.New()
-	id, err := Create(t.Context(), st, "disk", CreateOptions{Size: 64 << 20, ObjectSize: MinObjectSize})
-	if err != nil {
-		t.Fatal(err)
-	}
-	h := newHost(t, "alpha", st, 1)
-	if err := h.open(id, false); err != nil {
-		t.Fatal(err)
-	}
+	h, _ := attached(t, st, smallImage(), nil)
 	h.im.cfg.CheckpointEvery = 1 << 20
 	for n := range uint64(writes) {
 		h.mustWrite(n*7%blocks, n)
@@ -290,19 +279,9 @@ func TestEnteredInStints(t *testing.T) {
 // nevertheless.
 func TestCleanerGoesOnWithoutMemory(t *testing.T) {
 	st := mem.New()
-	id := newImageIn(t, st)
-	h := newHost(t, "alpha", st, 1)
-	h.shared = NewShared(Limits{})
-	if err := h.open(id, false); err != nil {
-		t.Fatal(err)
-	}
+	h, _ := attached(t, st, smallImage(), NewShared(Limits{}))
 	h.im.cfg.CheckpointEvery = 1 << 20
-	for b := range uint64(100) {
-		h.mustWrite(2*b, b)
-	}
-	h.mustDestage()
-	h.im.checkpoint.now(func(error) {})
-	h.run(time.Second)
+	h.storeScattered()
 	for n := range uint64(3) {
 		for b := range uint64(2 * stintBase) {
 			h.mustWrite(2*(3*b+n), 1000+n)
@@ -339,14 +318,7 @@ func TestCleanerGoesOnWithoutMemory(t *testing.T) {
 func TestObjectsAreAcceptedBesideLoads(t *testing.T) {
 	const segments, segment, changes, writes = 64, segmentSectors / 8, stintBase, 300
 	st := faultstore.New(mem.New())
-	id, err := Create(t.Context(), st, "disk", CreateOptions{Size: segments * segment * 4096})
-	if err != nil {
-		t.Fatal(err)
-	}
-	h := newHost(t, "alpha", st, 1)
-	if err := h.open(id, false); err != nil {
-		t.Fatal(err)
-	}
+	h, _ := attached(t, st, CreateOptions{Size: segments * segment * 4096}, nil)
 	h.im.cfg.CheckpointEvery = 1 << 20
 	for i := range uint64(segments) {
 		h.mustWrite(i*segment, 1)

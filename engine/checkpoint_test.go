@@ -25,14 +25,7 @@ func TestCheckpointsAreIncremental(t *testing.T) {
 		return faultstore.Fault{}
 	})
 	const segments, segment = 64, segmentSectors / 8
-	id, err := Create(context.Background(), st, "disk", CreateOptions{Size: segments * segment * 4096, ObjectSize: MinObjectSize})
-	if err != nil {
-		t.Fatal(err)
-	}
-	h := newHost(t, "alpha", st, 1)
-	if err := h.open(id, false); err != nil {
-		t.Fatal(err)
-	}
+	h, id := attached(t, st, CreateOptions{Size: segments * segment * 4096, ObjectSize: MinObjectSize}, nil)
 	checkpoint := func() (bytes int) {
 		t.Helper()
 		h.mustDestage()
@@ -96,11 +89,7 @@ func TestRecoveryIsBounded(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			inner := mem.New()
 			st := faultstore.New(inner)
-			id := newImageIn(t, st)
-			h := newHost(t, "alpha", st, 1)
-			if err := h.open(id, false); err != nil {
-				t.Fatal(err)
-			}
+			h, id := attached(t, st, smallImage(), nil)
 			if pattern != "" {
 				refused := faultstore.All(faultstore.Method(faultstore.Put), faultstore.Key(pattern))
 				st.Inject(faultstore.If(refused, faultstore.Fault{Before: backend.ErrTemporary}))
@@ -143,14 +132,7 @@ func TestRecoveryIsBounded(t *testing.T) {
 func TestCheckpointOfBusyMap(t *testing.T) {
 	const segments = 128
 	st := mem.New()
-	id, err := Create(context.Background(), st, "disk", CreateOptions{Size: segments * segmentSectors * SectorSize})
-	if err != nil {
-		t.Fatal(err)
-	}
-	h := newHost(t, "alpha", st, 1)
-	if err := h.open(id, false); err != nil {
-		t.Fatal(err)
-	}
+	h, id := attached(t, st, CreateOptions{Size: segments * segmentSectors * SectorSize}, nil)
 	h.mustWrite(1, 1)
 	h.mustDestage()
 	m := h.im.objs
@@ -173,7 +155,7 @@ func TestCheckpointOfBusyMap(t *testing.T) {
 	if c.running != nil {
 		t.Fatalf("the checkpoint does not come to its end: %+v", h.im.Stats())
 	}
-	err = st.List(context.Background(), id.String()+"/m/", func(key string) error {
+	err := st.List(context.Background(), id.String()+"/m/", func(key string) error {
 		if size, err := backend.Store(st).Stat(context.Background(), key); err != nil || size > 2*mapObjectSize {
 			t.Errorf("map object %s has %d bytes, %v", key, size, err)
 		}
@@ -190,14 +172,7 @@ func TestCheckpointOfBusyMap(t *testing.T) {
 func TestEmptyPartsLeaveNoGap(t *testing.T) {
 	const segments = 2 * checkpointPuts
 	st := faultstore.New(mem.New())
-	id, err := Create(context.Background(), st, "disk", CreateOptions{Size: segments * segmentSectors * SectorSize, ObjectSize: MinObjectSize})
-	if err != nil {
-		t.Fatal(err)
-	}
-	h := newHost(t, "alpha", st, 1)
-	if err := h.open(id, false); err != nil {
-		t.Fatal(err)
-	}
+	h, id := attached(t, st, CreateOptions{Size: segments * segmentSectors * SectorSize, ObjectSize: MinObjectSize}, nil)
 	last := uint64(segments - 1)
 	for i := range uint64(segments) {
 		h.mustWrite(i*segmentSectors/8, 1)
@@ -247,14 +222,7 @@ func TestEmptyPartsLeaveNoGap(t *testing.T) {
 func TestStoredInStints(t *testing.T) {
 	const segments = 500
 	st := mem.New()
-	id, err := Create(context.Background(), st, "disk", CreateOptions{Size: segments * segmentSectors * SectorSize})
-	if err != nil {
-		t.Fatal(err)
-	}
-	h := newHost(t, "alpha", st, 1)
-	if err := h.open(id, false); err != nil {
-		t.Fatal(err)
-	}
+	h, id := attached(t, st, CreateOptions{Size: segments * segmentSectors * SectorSize}, nil)
 	for i := range uint64(segments) {
 		h.mustWrite(i*segmentSectors/8, i+1)
 	}

@@ -139,14 +139,7 @@ func TestUnreadableVictims(t *testing.T) {
 
 func unreadableVictims(t *testing.T, unreadable func(imageKey) bool, want int) {
 	st := faultstore.New(mem.New())
-	id, err := Create(context.Background(), st, "disk", CreateOptions{Size: 256 << 20, ObjectSize: MinObjectSize})
-	if err != nil {
-		t.Fatal(err)
-	}
-	h := newHost(t, "alpha", st, 1)
-	if err := h.open(id, false); err != nil {
-		t.Fatal(err)
-	}
+	h, id := attached(t, st, CreateOptions{Size: 256 << 20, ObjectSize: MinObjectSize}, nil)
 	// Of each object an eighth is in another segment than the rest, and lives on.
 	const objects, hot, cold, segment = 16, 224, 32, segmentSectors / 8
 	n := uint64(0)
@@ -238,7 +231,7 @@ func TestCleaningBesideDeadStore(t *testing.T) {
 	down := false
 	begin := func(name string, seed uint64, dies bool) (*host, func(int)) {
 		st := faultstore.New(mem.New())
-		id, err := Create(context.Background(), st, "disk", CreateOptions{Size: 64 << 20, ObjectSize: MinObjectSize})
+		id, err := Create(context.Background(), st, "disk", smallImage())
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -332,12 +325,7 @@ func TestVictimWaitsWhileEntered(t *testing.T) {
 		t.Fatal(err)
 	}
 	h.im.cfg.CheckpointEvery = 1 << 20
-	for b := range uint64(100) {
-		h.mustWrite(2*b, b)
-	}
-	h.mustDestage()
-	h.im.checkpoint.now(func(error) {})
-	h.run(time.Second)
+	h.storeScattered()
 	for b := range uint64(4 * stintBase) {
 		h.mustWrite(2*b, 1000)
 	}
@@ -399,11 +387,7 @@ func TestVictimsAreFoundInBusyTurns(t *testing.T) {
 // that makes it look right: it stays where it is, and is an I/O error.
 func TestDamageIsNotMoved(t *testing.T) {
 	st := mem.New()
-	id := newImageIn(t, st)
-	h := newHost(t, "alpha", st, 1)
-	if err := h.open(id, false); err != nil {
-		t.Fatal(err)
-	}
+	h, id := attached(t, st, smallImage(), nil)
 	const blocks = 1000
 	for n := range uint64(blocks) {
 		h.mustWrite(n, n+1)

@@ -69,6 +69,22 @@ func (h *host) again() {
 	h.env = &simEnv{rng: h.env.rng, disk: h.disk, now: h.env.now}
 }
 
+// attached returns a host that has opened a new image, "disk" of a store, and the image's
+// id. What it shares with other images may be nil.
+func attached(t *testing.T, st backend.Store, o CreateOptions, shared *Shared) (*host, uuid.UUID) {
+	t.Helper()
+	id, err := Create(t.Context(), st, "disk", o)
+	if err != nil {
+		t.Fatal(err)
+	}
+	h := newHost(t, "alpha", st, 1)
+	h.shared = shared
+	if err := h.open(id, false); err != nil {
+		t.Fatal(err)
+	}
+	return h, id
+}
+
 func (h *host) open(id uuid.UUID, force bool) error {
 	im, err := Open(context.Background(), h.st, id, OpenOptions{
 		Log: h.disk, URL: "mem:/disk", Host: h.name, Force: force, Clock: h, Lease: 10 * time.Second,
@@ -177,9 +193,12 @@ func objectsOf(t *testing.T, st backend.Store, id uuid.UUID, kind string) (n int
 	return n
 }
 
+// smallImage is an image of one segment of the map, with the smallest objects.
+func smallImage() CreateOptions { return CreateOptions{Size: 64 << 20, ObjectSize: MinObjectSize} }
+
 func newImageIn(t *testing.T, st backend.Store) uuid.UUID {
 	t.Helper()
-	id, err := Create(context.Background(), st, "disk", CreateOptions{Size: 64 << 20, ObjectSize: MinObjectSize})
+	id, err := Create(context.Background(), st, "disk", smallImage())
 	if err != nil {
 		t.Fatal(err)
 	}

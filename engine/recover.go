@@ -116,9 +116,9 @@ func (im *Image) loadSegmentNow(ctx context.Context, i uint32) error {
 		return nil
 	}
 	var span *extmap.Span
-	if im.objs.segment(i).size > 0 {
+	if at := im.objs.place(i); at.size > 0 {
 		var err error
-		if span, err = readSegment(ctx, im.store, im.id, im.objs.place(i), i, im.sectors); err != nil {
+		if span, err = readSegment(ctx, im.store, im.id, at, i, im.sectors); err != nil {
 			return err
 		}
 	}

@@ -11,11 +11,7 @@ import (
 // not idle keeps it.
 func TestRest(t *testing.T) {
 	st := mem.New()
-	id := newImageIn(t, st)
-	h := newHost(t, "alpha", st, 1)
-	if err := h.open(id, false); err != nil {
-		t.Fatal(err)
-	}
+	h, id := attached(t, st, smallImage(), nil)
 	n := uint64(0)
 	for range 20 {
 		for range 50 {
@@ -58,11 +54,7 @@ func TestRest(t *testing.T) {
 // store for as long as the image is idle, however few objects these are.
 func TestRestReclaims(t *testing.T) {
 	st := mem.New()
-	id := newImageIn(t, st)
-	h := newHost(t, "alpha", st, 1)
-	if err := h.open(id, false); err != nil {
-		t.Fatal(err)
-	}
+	h, id := attached(t, st, smallImage(), nil)
 	for round := range uint64(3) { // fewer than would make a checkpoint due
 		for b := range uint64(100) {
 			h.mustWrite(b, round)
@@ -96,11 +88,7 @@ func TestRestReclaims(t *testing.T) {
 // then what has died.
 func TestRestReclaimsUncounted(t *testing.T) {
 	st := mem.New()
-	id := newImageIn(t, st)
-	h := newHost(t, "alpha", st, 1)
-	if err := h.open(id, false); err != nil {
-		t.Fatal(err)
-	}
+	h, id := attached(t, st, smallImage(), nil)
 	write := func(n uint64) {
 		for b := range uint64(200) {
 			h.mustWrite(b, n)

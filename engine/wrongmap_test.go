@@ -14,11 +14,7 @@ import (
 func TestCleanerWrongMap(t *testing.T) {
 	for _, by := range []uint64{8, 16, 1 << 10} {
 		st := mem.New()
-		id := newImageIn(t, st)
-		h := newHost(t, "alpha", st, 1)
-		if err := h.open(id, false); err != nil {
-			t.Fatal(err)
-		}
+		h, id := attached(t, st, smallImage(), nil)
 		for b := range uint64(3) {
 			h.mustWrite(2*b, b+1)
 		}
@@ -47,11 +43,7 @@ func TestWrongMapCounts(t *testing.T) {
 		t.Skip("a wrong map is a panic")
 	}
 	st := mem.New()
-	id := newImageIn(t, st)
-	h := newHost(t, "alpha", st, 1)
-	if err := h.open(id, false); err != nil {
-		t.Fatal(err)
-	}
+	h, id := attached(t, st, smallImage(), nil)
 	h.mustWrite(0, 1)
 	h.mustWrite(2, 1)
 	h.mustDestage()
@@ -89,11 +81,7 @@ func TestWrongMapCounts(t *testing.T) {
 func TestWrongMapLive(t *testing.T) {
 	for _, by := range []int{-1, 1, -segmentFixed} {
 		st := mem.New()
-		id := newImageIn(t, st)
-		h := newHost(t, "alpha", st, 1)
-		if err := h.open(id, false); err != nil {
-			t.Fatal(err)
-		}
+		h, id := attached(t, st, smallImage(), nil)
 		h.mustWrite(0, 1)
 		h.mustClose()
 		(&checkedImage{t, st, id}).rewrite(func(m *manifest) {
