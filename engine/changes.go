@@ -2,6 +2,7 @@ package engine
 
 import (
 	"math"
+	"slices"
 
 	"github.com/lsd-ceph/lsd/internal/extmap"
 	"github.com/lsd-ceph/lsd/internal/mutate"
@@ -50,6 +51,17 @@ func (p *pagedMap) note(i uint32, x change) *segmentChanges {
 	return c
 }
 
+// upTo returns the changes up to an object. Another goroutine may read them.
+func (c *segmentChanges) upTo(object uint64) []change {
+	k, _ := slices.BinarySearchFunc(c.list, object, func(x change, object uint64) int {
+		if uint64(x.object) <= object {
+			return -1
+		}
+		return 1
+	})
+	return c.list[:k:k]
+}
+
 // settle forgets the changes of segment i up to an object: what is stored has them. A load
 // that is under way begins anew.
 func (p *pagedMap) settle(i uint32, object uint64) {
@@ -63,10 +75,7 @@ func (p *pagedMap) settle(i uint32, object uint64) {
 	if c == nil {
 		return
 	}
-	k := 0
-	for k < len(c.list) && uint64(c.list[k].object) <= object {
-		k++
-	}
+	k := len(c.upTo(object))
 	if mutate.On(mutate.ChangesLost) {
 		k, c.counted = len(c.list), len(c.list)
 	}
@@ -119,7 +128,7 @@ func (im *Image) ready(i uint32) bool {
 	if m.ready(i) {
 		return true
 	}
-	if m.segment(i).size > 0 || m.loads[i] != nil || len(m.changes[i].list) > stintBase {
+	if !m.empty(i) || m.loads[i] != nil || len(m.changes[i].list) > stintBase {
 		return false
 	}
 	im.enterSegment(i, nil)

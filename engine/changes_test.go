@@ -31,9 +31,7 @@ func (h *host) storeScattered() {
 	for b := range uint64(100) {
 		h.mustWrite(2*b, b)
 	}
-	h.mustDestage()
-	h.im.checkpoint.now(func(error) {})
-	h.run(time.Second)
+	h.mustCheckpoint()
 }
 
 // TestChangesComeBack: a segment that has changed since the last checkpoint can be dropped
@@ -54,7 +52,7 @@ func TestChangesComeBack(t *testing.T) {
 				}
 			})
 			h.run(0)
-			if h.im.objs.segment(0).size == 0 {
+			if h.im.objs.segment(kindWhole, 0).size == 0 {
 				t.Fatal("nothing is stored")
 			}
 		}
@@ -163,7 +161,7 @@ func TestCopiesAreBounded(t *testing.T) {
 		h.im.checkpoint.now(func(error) {})
 		h.run(time.Second)
 	}
-	if h.im.checkpoint.last == nil || h.im.objs.segment(segments-1).size == 0 {
+	if h.im.checkpoint.last == nil || h.im.objs.segment(kindWhole, segments-1).size == 0 {
 		t.Fatal("nothing is stored")
 	}
 
@@ -323,9 +321,7 @@ func TestObjectsAreAcceptedBesideLoads(t *testing.T) {
 	for i := range uint64(segments) {
 		h.mustWrite(i*segment, 1)
 	}
-	h.mustDestage()
-	h.im.checkpoint.now(func(error) {})
-	h.run(time.Second)
+	h.mustCheckpoint()
 	for n := range uint64(segments * changes) {
 		h.mustWrite(n%segments*segment+2*(n/segments), 2)
 	}

@@ -388,7 +388,7 @@ func (c *checker) judge(ctx context.Context, last bool) (again bool, err error) 
 // describe tells what was looked at.
 func (c *checker) describe() {
 	r, sb := c.reach, c.reach.sb
-	c.rep.Epoch, c.rep.Objects, c.rep.Segments = sb.Epoch, r.head.objects(), r.head.m.held()
+	c.rep.Epoch, c.rep.Objects, c.rep.Segments = sb.Epoch, r.head.objects(), r.head.m.filled()
 	c.rep.Points, c.rep.Read = len(sb.Points), c.done
 	if sb.Owner != nil {
 		c.rep.AttachedBy = sb.Owner.Host

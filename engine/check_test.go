@@ -97,6 +97,18 @@ func (h *host) mustDestage() {
 	}
 }
 
+// mustCheckpoint destages everything, and has a checkpoint of it.
+func (h *host) mustCheckpoint() {
+	h.t.Helper()
+	h.mustDestage()
+	err := errors.New("it has not ended")
+	h.im.checkpoint.now(func(e error) { err = e })
+	h.run(time.Second)
+	if err != nil {
+		h.t.Fatalf("%s: checkpoint: %v", h.name, err)
+	}
+}
+
 func (h *host) mustClose() {
 	h.t.Helper()
 	err := errors.New("not ended")
@@ -207,8 +219,8 @@ func (c *checkedImage) rewrite(change func(*manifest)) {
 // checksums right.
 func (c *checkedImage) remap(move func(loc uint64) uint64) {
 	m := c.reach().head.m
-	s := m.segments[0]
-	span, err := readSegment(context.Background(), c.st, c.id, place{m.maps[s.object], s.offset, s.size}, 0, 256<<20/SectorSize)
+	s := m.segment(kindWhole, 0)
+	span, err := readSegment(context.Background(), c.st, c.id, m.places(0), 0, 256<<20/SectorSize)
 	if err != nil {
 		c.t.Fatal(err)
 	}
@@ -221,12 +233,12 @@ func (c *checkedImage) remap(move func(loc uint64) uint64) {
 		}
 		n.Insert(x.Sector, uint64(x.N), loc)
 	}
-	b := encodeSegment(nil, c.id, 0, n)
+	b := encodeSegment(nil, c.id, segmentHead{}, extentsOf(n, 0))
 	c.put(mapKey(c.id, m.ref(), 99), b)
 	c.rewrite(func(m *manifest) {
 		m.maps[s.object].live -= s.size
 		m.maps = append(m.maps, mapObject{at: m.ref(), part: 99, size: uint32(len(b)), live: uint32(len(b))})
-		m.segments[0] = storedSegment{uint32(len(m.maps) - 1), 0, uint32(len(b))}
+		m.set(kindWhole, 0, storedSegment{uint32(len(m.maps) - 1), 0, uint32(len(b))})
 	})
 }
 
@@ -351,7 +363,8 @@ func TestCheckDamage(t *testing.T) {
 		t.Fatal("the image needs all objects of the point")
 	}
 	kept := dataKey(whole.id, tail[only].seq, tail[only].epoch)
-	segments := mapKey(whole.id, r.head.m.maps[r.head.m.segments[0].object].at, r.head.m.maps[r.head.m.segments[0].object].part)
+	first := r.head.m.place(kindWhole, 0)
+	segments := mapKey(whole.id, first.object.at, first.object.part)
 	short := func(key string) string { return strings.ReplaceAll(key, whole.id.String(), "ID") }
 	for _, x := range []struct {
 		name   string
@@ -376,8 +389,7 @@ func TestCheckDamage(t *testing.T) {
 		{"map object missing", func(c *checkedImage) { c.remove(segments) }, short(segments) + ": ", false, false},
 		{"map object cut", func(c *checkedImage) { c.corrupt(segments, cutLast) }, short(segments) + ": ", false, false},
 		{"map object flipped", func(c *checkedImage) {
-			at := r.head.m.segments[0].offset
-			c.corrupt(segments, func(b []byte) int { b[at+50] ^= 1; return len(b) })
+			c.corrupt(segments, func(b []byte) int { b[first.offset+50] ^= 1; return len(b) })
 		}, short(segments) + ": map segment 0", false, false},
 		{"point's manifest missing", func(c *checkedImage) { c.remove(point) }, short(point) + ": not found", false, false},
 		{"point's object missing", func(c *checkedImage) { c.remove(kept) }, short(kept) + ": not found (the state kept for log", false, false},

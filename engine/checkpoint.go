@@ -29,12 +29,12 @@ type checkpointer struct {
 	parts int            // that its manifest has, at most
 
 	running  *runningCheckpoint
-	damaged  map[uint32]place // segments that could not be read to be moved, and where
-	old      []oldManifest    // replaced, and not removed so far
-	removing bool             // what nothing needs any more is being removed
-	unheld   bool             // there may be more of that since the removal began
-	removals []func(error)    // want to know when the removal has ended
-	waiters  []func(error)    // want a checkpoint that begins from now on
+	damaged  map[segmentPart]place // what could not be read to be moved, and where
+	old      []oldManifest         // replaced, and not removed so far
+	removing bool                  // what nothing needs any more is being removed
+	unheld   bool                  // there may be more of that since the removal began
+	removals []func(error)         // want to know when the removal has ended
+	waiters  []func(error)         // want a checkpoint that begins from now on
 }
 
 // idle reports whether a checkpoint may begin.
@@ -49,13 +49,15 @@ type runningCheckpoint struct {
 	pending bitset          // to be copied
 	order   []uint32        // the same, in order
 	loading map[uint32]bool // those whose turn it is, and that are being loaded
-	rewrite []uint32        // unchanged segments that leave their map object
+	rewrite []segmentPart   // unchanged ones that leave their map object
 	copied  []copiedSegment
-	size    int // bytes that the copies come to, about
-	parts   int // map objects whose put was begun
-	puts    int
-	named   bool // the superblock says that it is being written
-	final   bool // all segments are there; the manifest is being put
+	size    int       // bytes of memory that the copies are made from, about
+	encoded []mapPart // for the next map object
+	bytes   int       // that these have
+	parts   int       // map objects whose put was begun
+	works   int       // encodings and puts that are under way
+	named   bool      // the superblock says that it is being written
+	final   bool      // all segments are there; the manifest is being put
 	waiters []func(error)
 	tries   int
 }
@@ -225,11 +227,11 @@ func (c *checkpointer) finish() {
 	m := &manifest{image: im.id, epoch: r.ref.Epoch, at: r.at, log: im.logID, objects: r.objects}
 	// A removal may end meanwhile. What it has removed is then named as dead once more,
 	// until the next checkpoint.
-	maps, stored := slices.Clone(im.objs.maps), im.objs.stored
+	now := storedMap{slices.Clone(im.objs.maps), im.objs.segments}
 	var b []byte
 	c.work(func(ctx context.Context) error {
 		if b == nil {
-			m.maps, m.segments = withoutRemoved(maps, stored)
+			m.storedMap = now.withoutRemoved()
 			b = m.encode()
 		}
 		return putManifest(ctx, im.store, m, b)
@@ -241,26 +243,6 @@ func (c *checkpointer) finish() {
 			sb.Checkpoint, sb.Intent = &r.ref, nil
 		}, func() { c.published(m) })
 	})
-}
-
-// withoutRemoved returns the map objects and the places of all segments, without the map
-// objects that have been removed.
-func withoutRemoved(maps []mapObject, stored []storedSegment) ([]mapObject, []storedSegment) {
-	now := make([]mapObject, 0, len(maps))
-	index := make([]uint32, len(maps))
-	for i, o := range maps {
-		if o.size > 0 {
-			index[i] = uint32(len(now))
-			now = append(now, o)
-		}
-	}
-	places := slices.Clone(stored)
-	for i := range places {
-		if p := &places[i]; p.size > 0 {
-			p.object = index[p.object]
-		}
-	}
-	return now, places
 }
 
 // release says that the map of the running checkpoint refers to n sectors of the object
@@ -297,7 +279,7 @@ func (c *checkpointer) published(m *manifest) {
 		c.old = append(c.old, oldManifest{*c.last, c.parts})
 	}
 	c.last, c.added, c.parts, c.running = &r.ref, r.added, m.parts(), nil
-	im.objs.maps, im.objs.stored = m.maps, m.segments
+	im.objs.storedMap = m.storedMap
 	for n := range im.objs.bases {
 		if uint64(n) <= r.at.object {
 			delete(im.objs.bases, n)

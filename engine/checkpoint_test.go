@@ -177,9 +177,7 @@ func TestEmptyPartsLeaveNoGap(t *testing.T) {
 	for i := range uint64(segments) {
 		h.mustWrite(i*segmentSectors/8, 1)
 	}
-	h.mustDestage()
-	h.im.checkpoint.now(func(error) {})
-	h.run(time.Second)
+	h.mustCheckpoint()
 	for i := range last {
 		if err, ended, _ := h.do(Discard, i*segmentSectors/8, 0, 0); err != 0 || !ended {
 			t.Fatal(err, ended)

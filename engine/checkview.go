@@ -157,7 +157,8 @@ func (x *viewCheck) run(ctx context.Context) error {
 func (c *checker) plan() {
 	n, known := 0, maps.Clone(c.sound)
 	for _, v := range c.reach.views {
-		n += v.m.mapBytes()
+		_, bytes := v.m.held()
+		n += bytes
 		for i := range v.objects() {
 			o := v.info(i)
 			if i < len(v.m.objects) && o.live == 0 && !c.reach.sb.held(uint64(o.number), uint64(o.died)) {
@@ -171,15 +172,6 @@ func (c *checker) plan() {
 		}
 	}
 	c.toRead(n)
-}
-
-// mapBytes returns the size of the map's segments.
-func (m *manifest) mapBytes() int {
-	n := 0
-	for _, s := range m.segments {
-		n += int(s.size)
-	}
-	return n
 }
 
 // mapObjects checks that the map objects are there and have their sizes.
@@ -312,43 +304,42 @@ func readBlocks(ctx context.Context, st backend.Store, key string, h *objectHead
 func (x *viewCheck) goThroughMap(ctx context.Context) error {
 	var list []uint32
 	for i := range segmentsOf(x.c.im.sectors) {
-		if x.stored(i).size > 0 || x.touched.has(i) {
+		if !x.v.m.empty(i) || x.touched.has(i) {
 			list = append(list, i)
 		}
 	}
 	if x.counted { // it was not foreseen
-		x.c.toRead(x.v.m.mapBytes())
+		_, bytes := x.v.m.held()
+		x.c.toRead(bytes)
 	}
 	return x.c.each(ctx, len(list), func(ctx context.Context, k int) error { return x.segment(ctx, list[k]) })
-}
-
-func (x *viewCheck) stored(i uint32) storedSegment {
-	if int(i) < len(x.v.m.segments) {
-		return x.v.m.segments[i]
-	}
-	return storedSegment{}
 }
 
 // segment checks one segment of the map.
 func (x *viewCheck) segment(ctx context.Context, i uint32) error {
 	c := x.c
 	span := extmap.NewSpan(segmentStart(i), segmentPages)
-	if s := x.stored(i); s.size > 0 {
-		o := x.v.m.maps[s.object]
+	if at := x.v.m.places(i); at[kindWhole].size > 0 {
 		var err error
-		span, err = readSegment(ctx, c.st, c.id, place{o, s.offset, s.size}, i, c.im.sectors)
+		var wrong *segmentError
+		span, err = readSegment(ctx, c.st, c.id, at, i, c.im.sectors)
 		switch {
-		case damaged(err):
+		case errors.As(err, &wrong) && damaged(err):
 			if !x.counted {
 				x.holes.Store(true)
-				c.add(Finding{Object: mapKey(c.id, o.at, o.part), Problem: c.of(x.v, err.Error()), Action: fmt.Sprintf("%s, of the image's bytes %d to %d", fromCopy, segmentStart(i)*SectorSize, min(segmentStart(i+1), c.im.sectors)*SectorSize-1), vanished: errors.Is(err, backend.ErrNotFound)})
+				c.add(Finding{Object: wrong.key, Problem: c.of(x.v, err.Error()), Action: fmt.Sprintf("%s, of the image's bytes %d to %d", fromCopy, segmentStart(i)*SectorSize, min(segmentStart(i+1), c.im.sectors)*SectorSize-1), vanished: errors.Is(err, backend.ErrNotFound)})
 			}
 			return nil
 		case err != nil:
 			return err
 		}
-		c.read(int(s.size))
-		x.compare(i, mapKey(c.id, o.at, o.part), span)
+		newest := at[kindWhole]
+		for _, p := range at {
+			if c.read(int(p.size)); p.size > 0 {
+				newest = p
+			}
+		}
+		x.compare(i, mapKey(c.id, newest.object.at, newest.object.part), span)
 	}
 	if !x.counted {
 		x.count(i, span)

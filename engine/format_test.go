@@ -140,14 +140,17 @@ func TestSegmentRoundTrip(t *testing.T) {
 	}
 	got := extmap.New(m.Sectors())
 	for i := range uint32(4) {
-		b := encodeSegment(nil, id, i, m.Copy(segmentStart(i), segmentPages))
-		span, err := decodeSegment(b, id, i, m.Sectors())
-		if err != nil {
-			t.Fatalf("segment %d: %v", i, err)
+		want := segmentHead{segmentPart{index: i}, 7}
+		b := encodeSegment(nil, id, want, extentsOf(m.Copy(segmentStart(i), segmentPages), segmentStart(i)))
+		span := extmap.NewSpan(segmentStart(i), segmentPages)
+		if head, err := decodeSegment(b, id, segmentPart{index: i}, m.Sectors(), enterInto(span)); err != nil || head != want {
+			t.Fatalf("segment %d: %+v, %v", i, head, err)
 		}
 		got.Attach(span)
-		if _, err := decodeSegment(b, id, i+1, m.Sectors()); err == nil {
-			t.Errorf("segment %d passes for another", i)
+		for _, p := range []segmentPart{{i + 1, kindWhole}, {i, kindDelta}} {
+			if _, err := decodeSegment(b, id, p, m.Sectors(), func(segmentExtent) {}); err == nil {
+				t.Errorf("segment %d passes for a %v", i, p)
+			}
 		}
 	}
 	for s := uint64(0); ; {
@@ -170,7 +173,7 @@ func TestSegmentSize(t *testing.T) {
 	for i := range uint64(segmentSectors / 8) {
 		m.Insert(i*8, 8, refOfSeq(1+rng.Uint64N(1<<17)).loc(rng.IntN(2048)*8))
 	}
-	b := encodeSegment(nil, uuid.New(), 0, m.Copy(0, segmentPages))
+	b := encodeSegment(nil, uuid.New(), segmentHead{}, extentsOf(m.Copy(0, segmentPages), 0))
 	if limit := segmentSectors / 8 * 8; len(b) > limit {
 		t.Errorf("%d bytes, more than %d", len(b), limit)
 	}
@@ -181,12 +184,29 @@ func FuzzSegment(f *testing.F) {
 	m := extmap.New(fuzzSectors)
 	m.Insert(8, 8, refOfSeq(9).loc(64))
 	m.Insert(80, 3, refOfSeq(7).loc(5))
-	f.Add(encodeSegment(nil, id, 0, m.Copy(0, segmentPages)), true)
+	span := m.Copy(0, segmentPages)
+	delta := segmentHead{segmentPart{kind: kindDelta}, 3}
+	f.Add(encodeSegment(nil, id, segmentHead{}, extentsOf(span, 0)), true)
+	f.Add(encodeSegment(nil, id, delta, within(span, 0, []sectorRange{{0, 12}, {80, 100}, {1000, 1001}})), true)
 	f.Fuzz(func(t *testing.T, b []byte, fix bool) {
 		if fix {
 			fixSum(b)
 		}
-		span, err := decodeSegment(b, id, 0, fuzzSectors)
+		span := extmap.NewSpan(0, segmentPages)
+		end := uint64(0)
+		enter := func(e segmentExtent) {
+			if e.Sector < end || e.End() > fuzzSectors || e.N == 0 {
+				t.Fatalf("extent %+v passed, after sector %d", e, end)
+			}
+			end = e.End()
+			enterInto(span)(e)
+		}
+		_, err := decodeSegment(b, id, segmentPart{}, fuzzSectors, enter)
+		if err != nil {
+			end = 0
+			span = extmap.NewSpan(0, segmentPages)
+			_, err = decodeSegment(b, id, delta.segmentPart, fuzzSectors, enter)
+		}
 		if err != nil {
 			return
 		}
@@ -213,8 +233,10 @@ func testManifest() manifest {
 			{number: 5, epoch: 1, header: 1, sectors: 64, died: 6, born: 5},
 			{number: 7, epoch: 2, header: 1, sectors: 8, live: 8, born: 2},
 		},
-		maps:     []mapObject{{at: checkpointRef{3, 1}, part: 1, size: 1000, live: 500}, {at: checkpointRef{7, 2}, size: 100, live: 100}},
-		segments: []storedSegment{{1, 0, 100}, {}, {0, 500, 500}},
+		storedMap: storedMap{
+			maps:     []mapObject{{at: checkpointRef{3, 1}, part: 1, size: 1000, live: 600}, {at: checkpointRef{7, 2}, size: 100, live: 100}},
+			segments: [segmentKinds][]storedSegment{{{1, 0, 100}, {}, {0, 500, 500}}, {{0, 0, 100}}},
+		},
 	}
 }
 

@@ -68,7 +68,7 @@ func newHugeStore(tb testing.TB, size uint64) *hugeStore {
 			m.maps = append(m.maps, mapObject{at: ref, part: i / hugePart})
 		}
 		o := &m.maps[i/hugePart]
-		m.segments = append(m.segments, storedSegment{object: i / hugePart, offset: o.size, size: hugeSegment})
+		m.set(kindWhole, i, storedSegment{object: i / hugePart, offset: o.size, size: hugeSegment})
 		o.size, o.live = o.size+hugeSegment, o.live+hugeSegment
 	}
 	st.manifest = m.encode()
@@ -111,7 +111,7 @@ func (s *hugeStore) segment(i uint32) []byte {
 		span.Insert(at, 8, ref.loc(off*8))
 		at += 8
 	}
-	return encodeSegment(nil, s.id, i, span)
+	return encodeSegment(nil, s.id, segmentHead{segmentPart: segmentPart{index: i}}, extentsOf(span, segmentStart(i)))
 }
 
 // Get implements backend.Store.

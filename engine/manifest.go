@@ -11,11 +11,12 @@ import (
 // The format of a checkpoint's manifest; docs/formats.md gives it byte for byte.
 const (
 	manifestMagic   = "LSDCKPT\x00"
-	manifestVersion = 2
+	manifestVersion = 3
 	manifestFixed   = 128
 	manifestObject  = 28
 	manifestMap     = 24
 	manifestSegment = 16
+	manifestKind    = 31 // bit of a segment's index that says that it is a delta
 
 	// manifestPart is the size of the objects that a large manifest is cut into,
 	// and maxManifest bounds all of it.
@@ -35,8 +36,8 @@ const (
 func largestManifest(size, object uint64) uint64 {
 	segments := uint64(segmentsOf(size / SectorSize))
 	objects := fragments*((size+object-1)/object) + spareObjects
-	// A segment may be alone in its map object, and another one be dead.
-	return manifestFixed + objects*manifestObject + segments*(2*manifestMap+manifestSegment)
+	// A segment may be alone in its map object, and its delta as well.
+	return manifestFixed + objects*manifestObject + segments*2*(manifestMap+manifestSegment)
 }
 
 // leastObjectSize returns the least size of data objects, in whole MiB, with which
@@ -49,55 +50,28 @@ func leastObjectSize(size uint64) uint32 {
 	return uint32(object)
 }
 
-// storedSegment says where the current state of a map segment is. Size 0 means
-// that the segment is empty.
-type storedSegment struct {
-	object uint32 // index into the map objects
-	offset uint32 // bytes
-	size   uint32 // bytes
-}
-
-// mapObject is an object that holds map segments.
-type mapObject struct {
-	at   checkpointRef // that wrote it
-	part uint32
-	size uint32 // bytes
-	live uint32 // bytes of segments that are current
-	died uint32 // object of the checkpoint with which live became 0
-}
-
 // manifest is what a checkpoint's manifest holds.
 type manifest struct {
-	image    uuid.UUID
-	epoch    uint64
-	at       position
-	log      uuid.UUID
-	objects  []objectInfo // ascending
-	maps     []mapObject
-	segments []storedSegment // by index, up to the last one that is not empty
+	image   uuid.UUID
+	epoch   uint64
+	at      position
+	log     uuid.UUID
+	objects []objectInfo // ascending
+	storedMap
 }
 
 func (m *manifest) ref() checkpointRef { return checkpointRef{m.at.object, m.epoch} }
 
-// held returns how many segments are not empty.
-func (m *manifest) held() int {
-	n := 0
-	for _, s := range m.segments {
-		if s.size > 0 {
-			n++
-		}
-	}
-	return n
-}
-
 // size returns the bytes of the encoded manifest.
 func (m *manifest) size() int {
-	return manifestFixed + len(m.objects)*manifestObject + len(m.maps)*manifestMap + m.held()*manifestSegment
+	held, _ := m.held()
+	return manifestFixed + len(m.objects)*manifestObject + len(m.maps)*manifestMap + held*manifestSegment
 }
 
 func (m *manifest) encode() []byte {
 	le := binary.LittleEndian
-	held, size := m.held(), m.size()
+	held, _ := m.held()
+	size := m.size()
 	b := make([]byte, manifestFixed, size)
 	copy(b, manifestMagic)
 	le.PutUint32(b[8:], manifestVersion)
@@ -125,10 +99,12 @@ func (m *manifest) encode() []byte {
 			b = le.AppendUint32(b, v)
 		}
 	}
-	for i, s := range m.segments {
-		if s.size > 0 {
-			for _, v := range [...]uint32{uint32(i), s.object, s.offset, s.size} {
-				b = le.AppendUint32(b, v)
+	for i := range m.segments[kindWhole] {
+		for kind := range segmentKinds {
+			if s := m.segment(kind, uint32(i)); s.size > 0 {
+				for _, v := range [...]uint32{uint32(i) | uint32(kind)<<manifestKind, s.object, s.offset, s.size} {
+					b = le.AppendUint32(b, v)
+				}
 			}
 		}
 	}
@@ -227,19 +203,22 @@ func (m *manifest) decodePlaces(b []byte, n int, sectors uint64, live []uint64) 
 		return nil
 	}
 	le := binary.LittleEndian
-	bound := segmentsOf(sectors)
-	m.segments = make([]storedSegment, min(le.Uint32(b[(n-1)*manifestSegment:]), bound-1)+1)
-	next := uint32(0)
+	if last := le.Uint32(b[(n-1)*manifestSegment:]) &^ (1 << manifestKind); last < segmentsOf(sectors) {
+		m.segments[kindWhole] = make([]storedSegment, 0, last+1)
+	}
+	next := uint32(0) // entry: index, and above that kind
 	for range n {
-		i := le.Uint32(b)
+		i, kind := le.Uint32(b)&^(1<<manifestKind), segmentKind(le.Uint32(b)>>manifestKind)
 		s := storedSegment{le.Uint32(b[4:]), le.Uint32(b[8:]), le.Uint32(b[12:])}
-		if i < next || int(i) >= len(m.segments) || uint64(s.object) >= uint64(len(m.maps)) || s.size < segmentFixed || s.size > maxSegmentBytes ||
+		if entry := 2*i + uint32(kind); entry < next || i >= segmentsOf(sectors) || kind == kindDelta && m.empty(i) ||
+			uint64(s.object) >= uint64(len(m.maps)) || s.size < segmentFixed || s.size > maxSegmentBytes ||
 			uint64(s.offset)+uint64(s.size) > uint64(m.maps[s.object].size) {
 			return fmt.Errorf("%w: the entry of map segment %d is out of range", ErrCorrupt, i)
 		}
-		next = i + 1
+		next = 2*i + uint32(kind) + 1
 		live[s.object] += uint64(s.size)
-		m.segments[i], b = s, b[manifestSegment:]
+		m.set(kind, i, s)
+		b = b[manifestSegment:]
 	}
 	return nil
 }

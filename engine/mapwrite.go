@@ -2,10 +2,7 @@ package engine
 
 import (
 	"context"
-	"fmt"
 
-	"github.com/google/uuid"
-	"github.com/lsd-ceph/lsd/backend"
 	"github.com/lsd-ceph/lsd/internal/extmap"
 	"github.com/lsd-ceph/lsd/internal/mutate"
 )
@@ -27,26 +24,35 @@ const (
 	rewriteBytes = 16 << 20
 )
 
-// copiedSegment is a segment on its way into a map object: copied from the map, or,
-// if it is unchanged and not in memory, to be read from where it is stored.
+// copiedSegment is a segment, or a delta, on its way into a map object: copied from the map,
+// or, if it is unchanged and not in memory, to be read from where it is stored.
 type copiedSegment struct {
-	index  uint32
-	span   *extmap.Span
-	stored place
-	size   int // bytes that it comes to, about
+	segmentPart              // a delta only if it is unchanged
+	span        *extmap.Span // the segment as it was when the checkpoint began, or nil
+	changes     []change     // of it until then, since it was stored; none if it is unchanged
+	stored      places
+	size        int // bytes of memory, about
 }
 
-// mapPart is one map object of a checkpoint.
+// writtenSegment is where a segment, or a delta, has been written.
+type writtenSegment struct {
+	segmentPart
+	at    storedSegment // object is not set; size is 0 if the segment has become empty
+	moved bool          // it is what was stored elsewhere
+}
+
+// mapPart is what of a map object has been encoded: those of some segments that could be
+// had.
 type mapPart struct {
-	segments []copiedSegment
-	places   []storedSegment // in the order of segments; object is not set
-	size     int
+	b        []byte
+	segments []writtenSegment // in order
 	left     []leftSegment
 }
 
-// leftSegment is a segment that could not be read, and so stays where it is.
+// leftSegment is what could not be read, and so stays where it is.
 type leftSegment struct {
-	copiedSegment
+	segmentPart
+	at  place
 	err error
 }
 
@@ -83,9 +89,9 @@ func (c *checkpointer) late(i uint32) bool {
 	return uint64(list[len(list)-1].object) > c.running.at.object && !mutate.On(mutate.CheckpointMixed) && !mutate.On(mutate.LateCopied)
 }
 
-// mostlyDead returns segments, none of them among those pending, that should leave
-// their map objects so that these can go: less than half of each is current.
-func (c *checkpointer) mostlyDead(pending bitset) (list []uint32) {
+// mostlyDead returns segments and deltas, none of them of segments that are pending, that
+// should leave their map objects so that these can go: less than half of each is current.
+func (c *checkpointer) mostlyDead(pending bitset) (list []segmentPart) {
 	m := c.im.objs
 	sparse := make(map[uint32]bool)
 	left := uint32(rewriteBytes)
@@ -98,9 +104,12 @@ func (c *checkpointer) mostlyDead(pending bitset) (list []uint32) {
 	if len(sparse) == 0 {
 		return nil
 	}
-	for i, s := range m.stored {
-		if s.size > 0 && sparse[s.object] && !pending.has(uint32(i)) && c.damaged[uint32(i)] != m.place(uint32(i)) {
-			list = append(list, uint32(i))
+	for i := range uint32(len(m.segments[kindWhole])) {
+		for kind := range segmentKinds {
+			s, p := m.segment(kind, i), segmentPart{i, kind}
+			if s.size > 0 && sparse[s.object] && !pending.has(i) && c.damaged[p] != m.place(kind, i) {
+				list = append(list, p)
+			}
 		}
 	}
 	return list
@@ -108,13 +117,19 @@ func (c *checkpointer) mostlyDead(pending bitset) (list []uint32) {
 
 // copy takes segment i of the running checkpoint as it is now.
 func (c *checkpointer) copy(i uint32) {
-	r, m := c.running, c.im.objs
-	c.im.stint.spend(stintCopy)
+	r := c.running
 	r.pending.clear(i)
-	m.Compact(segmentStart(i), segmentPages)
-	s := copiedSegment{index: i, span: m.Copy(segmentStart(i), segmentPages), size: segmentFixed + m.SpanBytes(segmentStart(i), segmentPages)}
+	c.takeCopy(segmentPart{index: i}, c.im.objs.changes[i].upTo(r.at.object))
+}
+
+// takeCopy takes a segment of which the map has what is to be put, or its delta.
+func (c *checkpointer) takeCopy(p segmentPart, changes []change) {
+	m, start := c.im.objs, segmentStart(p.index)
+	c.im.stint.spend(stintCopy)
+	m.Compact(start, segmentPages)
+	s := copiedSegment{segmentPart: p, span: m.Copy(start, segmentPages), changes: changes, stored: m.places(p.index), size: segmentFixed + m.SpanBytes(start, segmentPages)}
 	m.copyBytes += int64(s.size)
-	r.take(s)
+	c.running.take(s)
 }
 
 // take takes a segment that is to be put.
@@ -123,8 +138,8 @@ func (r *runningCheckpoint) take(s copiedSegment) {
 	r.size += s.size
 }
 
-// next takes the segments of the next map object out of those that have been copied:
-// when a busy map is about to change everywhere, these may be far more than one is for.
+// next takes segments to be encoded together out of those that have been copied: when a
+// busy map is about to change everywhere, these may be far more than are for one map object.
 func (c *checkpointer) next() []copiedSegment {
 	r := c.running
 	n, size := 0, 0
@@ -140,7 +155,7 @@ func (c *checkpointer) next() []copiedSegment {
 	return list
 }
 
-// full returns how many bytes of segments make a map object.
+// full returns how many bytes make a map object, and are encoded at one time.
 func (c *checkpointer) full() int {
 	return int(min(mapObjectSize, c.im.objs.budget.Limit()/mapObjectPart+1))
 }
@@ -153,7 +168,7 @@ func (c *checkpointer) step() {
 	if r == nil || r.final || c.im.state == Fenced || c.im.state == Released {
 		return
 	}
-	for n := 0; (n == 0 || !c.im.stint.over()) && r.size < c.full() && r.puts < checkpointPuts && len(r.order) > 0; {
+	for n := 0; (n == 0 || !c.im.stint.over()) && r.size < c.full() && r.works < checkpointPuts && len(r.order) > 0; {
 		if len(r.loading) == checkpointLoads {
 			break // there is a step when one of them has come
 		}
@@ -169,13 +184,15 @@ func (c *checkpointer) step() {
 	}
 	rest := len(r.order) + len(r.loading) + len(r.rewrite)
 	switch {
-	case !r.named || r.puts >= checkpointPuts:
+	case !r.named || r.works >= checkpointPuts:
 	case r.size >= c.full() || rest == 0 && len(r.copied) > 0:
-		c.put()
+		c.encode()
 	case rest > len(r.loading) && len(r.loading) < checkpointLoads:
 		c.im.env.AfterFunc(0, func() {}) // there is another turn, and an end of it
-	case rest > 0:
-	case r.puts == 0:
+	case rest > 0 || r.works > 0:
+	case len(r.encoded) > 0:
+		c.put()
+	default:
 		c.finish()
 	}
 }
@@ -224,81 +241,118 @@ func (c *checkpointer) loaded(i uint32, err error) {
 	})
 }
 
-// takeUnchanged takes segments that are to be moved.
+// takeUnchanged takes segments and deltas that are to be moved.
 func (c *checkpointer) takeUnchanged() {
 	r, m := c.running, c.im.objs
 	for n := 0; (n == 0 || !c.im.stint.over()) && r.size < c.full() && len(r.rewrite) > 0; n++ {
-		i := r.rewrite[0]
+		p := r.rewrite[0]
 		r.rewrite = r.rewrite[1:]
-		if m.resident.has(i) && !m.changed.has(i) {
-			c.copy(i)
-			continue
+		switch {
+		case m.resident.has(p.index) && !m.changed.has(p.index):
+			c.takeCopy(p, nil)
+			if p.kind == kindWhole && len(r.rewrite) > 0 && r.rewrite[0].index == p.index {
+				r.rewrite = r.rewrite[1:] // the delta: the copy has it
+			}
+		default:
+			r.take(copiedSegment{segmentPart: p, stored: m.places(p.index), size: int(m.segment(p.kind, p.index).size)})
 		}
-		at := m.place(i)
-		r.take(copiedSegment{index: i, stored: at, size: int(at.size)})
 	}
 }
 
-// put writes segments that have been copied as one map object, which gets its number when
-// it is known that there is something in it: where as many numbers in a row as may be under
-// way have no object, nobody looks further for what a crash has left.
-func (c *checkpointer) put() {
+// encode has a worker encode segments that have been copied. A map object is put when
+// enough of it has been encoded: of a large map that has changed a little everywhere that is
+// what many segments come to.
+func (c *checkpointer) encode() {
 	im, r := c.im, c.running
-	r.puts++
+	r.works++
 	segments := c.next()
-	var part mapPart
-	var b []byte
+	e := mapEncoder{st: im.store, id: im.id, sectors: im.sectors, deltaFrom: im.objs.deltaFrom}
 	im.spawn(func() {
 		ctx, stop := context.WithTimeout(im.ctx, im.cfg.StoreTimeout)
 		defer stop()
-		part, b = encodeMapObject(ctx, im.store, im.id, segments)
+		e.encode(ctx, segments)
 	}, func() {
-		switch {
-		case c.running != r:
-			return
-		case len(b) == 0:
-			c.partDone(0, part)
+		if c.running != r {
 			return
 		}
-		k := uint32(r.parts)
-		r.parts++
-		c.work(func(ctx context.Context) error { return putOwn(ctx, im.store, mapKey(im.id, r.ref, k), b) }, func() { c.partDone(k, part) })
+		r.works--
+		c.leave(e.left)
+		r.encoded = append(r.encoded, e.mapPart)
+		if r.bytes += len(e.b); r.bytes >= c.full() {
+			c.put()
+		}
+		c.step()
 	})
 	c.step()
 }
 
-// partDone goes on when part k is in the store, or has turned out to be empty.
-func (c *checkpointer) partDone(k uint32, part mapPart) {
-	m, r := c.im.objs, c.running
-	object := uint32(len(m.maps))
-	if part.size > 0 {
-		m.maps = append(m.maps, mapObject{at: r.ref, part: k, size: uint32(part.size)})
+// put puts what has been encoded as one map object, which gets its number when it is known
+// that there is something in it: where as many numbers in a row as may be under way have no
+// object, nobody looks further for what a crash has left.
+func (c *checkpointer) put() {
+	im, r := c.im, c.running
+	parts, size := r.encoded, r.bytes
+	r.encoded, r.bytes = nil, 0
+	r.works++
+	if size == 0 {
+		c.partDone(0, 0, parts)
+		return
 	}
-	c.leave(part.left)
-	c.storeSome(object, part)
+	k := uint32(r.parts)
+	r.parts++
+	var b []byte
+	c.work(func(ctx context.Context) error {
+		if b == nil {
+			b = make([]byte, 0, size)
+			for _, p := range parts {
+				b = append(b, p.b...)
+			}
+		}
+		return putOwn(ctx, im.store, mapKey(im.id, r.ref, k), b)
+	}, func() { c.partDone(k, size, parts) })
 }
 
-// storeSome goes on with what partDone does for the segments of a part, of which there may
-// be many thousands.
-func (c *checkpointer) storeSome(object uint32, part mapPart) {
+// partDone goes on when the map object k, of that size, is in the store, or has turned out
+// to be empty.
+func (c *checkpointer) partDone(k uint32, size int, parts []mapPart) {
+	m, r := c.im.objs, c.running
+	object, at := len(m.maps), uint32(0)
+	if size > 0 {
+		m.maps = append(m.maps, mapObject{at: r.ref, part: k, size: uint32(size)})
+	}
+	for _, p := range parts {
+		for i := range p.segments {
+			p.segments[i].at.object = uint32(object)
+			p.segments[i].at.offset += at
+		}
+		at += uint32(len(p.b))
+	}
+	c.storeSome(parts)
+}
+
+// storeSome says of the segments of a map object, of which there may be many thousands, that
+// they are stored.
+func (c *checkpointer) storeSome(parts []mapPart) {
 	r := c.running
-	for n := 0; len(part.segments) > 0; n++ {
+	for n := 0; len(parts) > 0; n++ {
+		p := &parts[0]
+		if len(p.segments) == 0 {
+			parts = parts[1:]
+			continue
+		}
 		if n > 0 && c.im.stint.over() {
 			c.im.env.AfterFunc(0, func() {
 				if c.running == r {
-					c.storeSome(object, part)
+					c.storeSome(parts)
 				}
 			})
 			return
 		}
 		c.im.stint.spend(1)
-		c.stored(object, part.segments[0].index, part.places[0])
-		part.segments, part.places = part.segments[1:], part.places[1:]
+		c.stored(p.segments[0])
+		p.segments = p.segments[1:]
 	}
-	if o := c.im.objs.maps; part.size > 0 && o[object].live == 0 {
-		o[object].died = uint32(r.ref.Object)
-	}
-	r.puts--
+	r.works--
 	c.step()
 }
 
@@ -311,66 +365,37 @@ func (c *checkpointer) leave(left []leftSegment) {
 			continue // the next checkpoint tries again
 		}
 		if c.damaged == nil {
-			c.damaged = make(map[uint32]place)
+			c.damaged = make(map[segmentPart]place)
 		}
-		c.damaged[s.index] = s.stored
+		c.damaged[s.segmentPart] = s.at
 		c.im.logger.Error("part of the map cannot be read: it stays where it is", "err", s.err)
 	}
 }
 
-// encodeMapObject returns a map object with those of the given segments that can be
-// had, and where in it they are.
-func encodeMapObject(ctx context.Context, st backend.Store, id uuid.UUID, segments []copiedSegment) (p mapPart, b []byte) {
-	for _, s := range segments {
-		at := len(b)
-		if s.span != nil {
-			b = encodeSegment(b, id, s.index, s.span)
-		} else {
-			raw, err := readUnchanged(ctx, st, id, s)
-			if err != nil {
-				p.left = append(p.left, leftSegment{s, err})
-				continue
-			}
-			b = append(b, raw...)
-		}
-		p.segments = append(p.segments, s)
-		p.places = append(p.places, storedSegment{offset: uint32(at), size: uint32(len(b) - at)})
+// stored says that a segment, or a delta, is in a map object of the running checkpoint: it
+// is stored there from here on. The checkpoint before has it where it was, so nothing is
+// removed until this one is published.
+func (c *checkpointer) stored(w writtenSegment) {
+	c.im.objs.settle(w.index, c.running.at.object)
+	c.place(w.segmentPart, w.at)
+	if w.kind == kindWhole && !w.moved && !mutate.On(mutate.DeltaKept) {
+		c.place(segmentPart{w.index, kindDelta}, storedSegment{})
 	}
-	p.size = len(b)
-	return p, b
 }
 
-// readUnchanged reads a segment from where it is stored.
-func readUnchanged(ctx context.Context, st backend.Store, id uuid.UUID, s copiedSegment) ([]byte, error) {
-	b, err := readSegmentBytes(ctx, st, id, s.stored)
-	if err == nil {
-		err = checkObject(b, segmentMagic, segmentVersion, segmentFixed, id)
-	}
-	if err != nil {
-		return nil, fmt.Errorf("map segment %d at byte %d of object %s: %w", s.index, s.stored.offset, mapKey(id, s.stored.object.at, s.stored.object.part), err)
-	}
-	return b, nil
-}
-
-// stored says that segment i is in a map object of the running checkpoint, at a place in
-// it: it is stored there from here on. The checkpoint before has it where it was, so nothing
-// is removed until this one is published.
-func (c *checkpointer) stored(object, i uint32, at storedSegment) {
-	m, r := c.im.objs, c.running
-	m.settle(i, r.at.object)
-	for int(i) >= len(m.stored) {
-		m.stored = append(m.stored, storedSegment{})
-	}
-	old := &m.stored[i]
-	if old.size > 0 {
+// place makes s the place of a segment, or of a delta.
+func (c *checkpointer) place(p segmentPart, s storedSegment) {
+	m := c.im.objs
+	if old := m.segment(p.kind, p.index); old.size > 0 {
 		o := &m.maps[old.object]
 		if o.live -= old.size; o.live == 0 {
-			o.died = uint32(r.ref.Object)
+			o.died = uint32(c.running.ref.Object)
 		}
 	}
-	*old = storedSegment{}
-	if at.size > 0 {
-		*old = storedSegment{object, at.offset, at.size}
-		m.maps[object].live += at.size
+	if s.size == 0 {
+		s = storedSegment{}
+	} else {
+		m.maps[s.object].live += s.size
 	}
+	m.set(p.kind, p.index, s)
 }

@@ -3,12 +3,10 @@ package engine
 import (
 	"context"
 	"errors"
-	"fmt"
 	"math"
 	"math/bits"
 	"slices"
 
-	"github.com/google/uuid"
 	"github.com/lsd-ceph/lsd/backend"
 	"github.com/lsd-ceph/lsd/internal/extmap"
 )
@@ -17,8 +15,7 @@ import (
 // in the store, as the last checkpoint wrote them. The reactor owns it.
 type pagedMap struct {
 	*extmap.Map
-	maps   []mapObject     // of the last checkpoint
-	stored []storedSegment // by index; beyond its end, segments are empty
+	storedMap // as the last checkpoint has left it, and the running one has gone on
 
 	resident bitset // the segment is in memory, with all its changes
 	used     bitset // it was looked at since the clock's hand passed
@@ -32,6 +29,7 @@ type pagedMap struct {
 	changeBytes int64                      // what they take
 	copyBytes   int64                      // what the copies take that the running checkpoint has yet to put
 	copiesPart  int64                      // the part of the budget that they may take; tests change it
+	deltaFrom   int                        // see there; tests change it
 	bases       map[uint32]uint64          // of the cleaner's objects among them
 
 	budget    *Budget
@@ -55,38 +53,13 @@ func newPagedMap(sectors uint64, b *Budget) *pagedMap {
 	return &pagedMap{
 		Map:      extmap.New(sectors),
 		resident: newBitset(n), used: newBitset(n), changed: newBitset(n),
-		loads: map[uint32]*segmentLoad{}, changes: map[uint32]*segmentChanges{}, bases: map[uint32]uint64{}, budget: b, copiesPart: copiesPart,
+		loads: map[uint32]*segmentLoad{}, changes: map[uint32]*segmentChanges{}, bases: map[uint32]uint64{}, budget: b, copiesPart: copiesPart, deltaFrom: deltaFrom,
 	}
-}
-
-// segment returns where segment i is stored.
-func (p *pagedMap) segment(i uint32) storedSegment {
-	if int(i) < len(p.stored) {
-		return p.stored[i]
-	}
-	return storedSegment{}
-}
-
-// place is where a segment is stored.
-type place struct {
-	object       mapObject
-	offset, size uint32 // bytes
-}
-
-// place returns where segment i is stored, or none if it is empty.
-func (p *pagedMap) place(i uint32) place {
-	s := p.segment(i)
-	if s.size == 0 {
-		return place{}
-	}
-	o := p.maps[s.object]
-	o.live, o.died = 0, 0 // these change
-	return place{o, s.offset, s.size}
 }
 
 // here reports whether segment i is in memory, or empty.
 func (p *pagedMap) here(i uint32) bool {
-	return p.resident.has(i) || p.segment(i).size == 0 && !p.changed.has(i)
+	return p.resident.has(i) || p.empty(i) && !p.changed.has(i)
 }
 
 // ready reports whether segment i is in memory, and notes that it is used.
@@ -241,32 +214,6 @@ func (b bitset) each(fn func(uint32)) {
 	}
 }
 
-// readSegment reads and decodes a segment. Any goroutine may call it.
-func readSegment(ctx context.Context, st backend.Store, id uuid.UUID, at place, index uint32, sectors uint64) (*extmap.Span, error) {
-	b, err := readSegmentBytes(ctx, st, id, at)
-	if err != nil {
-		return nil, fmt.Errorf("map segment %d: %w", index, err)
-	}
-	span, err := decodeSegment(b, id, index, sectors)
-	if err != nil {
-		return nil, fmt.Errorf("map segment %d at byte %d of object %s: %w", index, at.offset, mapKey(id, at.object.at, at.object.part), err)
-	}
-	return span, nil
-}
-
-func readSegmentBytes(ctx context.Context, st backend.Store, id uuid.UUID, at place) ([]byte, error) {
-	key := mapKey(id, at.object.at, at.object.part)
-	b := make([]byte, at.size)
-	n, err := st.Get(ctx, key, b, int64(at.offset))
-	if err != nil {
-		return nil, err
-	}
-	if n != len(b) {
-		return nil, fmt.Errorf("object %s: %w: it ends after %d bytes, it should have %d at least", key, ErrCorrupt, int(at.offset)+n, int(at.offset)+len(b))
-	}
-	return b, nil
-}
-
 // withSegment calls fn on the reactor when segment i is in memory, at once if it
 // is there already, or with the error for which it cannot be had.
 func (im *Image) withSegment(i uint32, fn func(error)) {
@@ -295,11 +242,11 @@ func (im *Image) awaitLoad(i uint32, again bool, fn func(error)) {
 // loadSegment starts, or repeats, a load.
 func (im *Image) loadSegment(i uint32, l *segmentLoad) {
 	l.stale = false
-	at := im.objs.place(i)
-	if at.size == 0 {
+	if im.objs.empty(i) {
 		im.afterTurn(func() { im.segmentRead(i, l, nil) })
 		return
 	}
+	at := im.objs.places(i)
 	var span *extmap.Span
 	var err error
 	im.spawn(func() {

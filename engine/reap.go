@@ -154,7 +154,8 @@ func (im *Image) manifestParts() int { return 2 + 2*im.manifestSize()/manifestPa
 
 // manifestSize returns how many bytes a manifest takes now, at most.
 func (im *Image) manifestSize() int {
-	return manifestFixed + len(im.table.list)*manifestObject + len(im.objs.maps)*manifestMap + len(im.objs.stored)*manifestSegment
+	m := im.objs
+	return manifestFixed + len(im.table.list)*manifestObject + len(m.maps)*manifestMap + (len(m.segments[kindWhole])+len(m.segments[kindDelta]))*manifestSegment
 }
 
 // leftoverGrace is the time after which nothing that a dead or fenced owner has

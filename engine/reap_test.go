@@ -60,9 +60,7 @@ func TestDeadMapObjectGoesAfterCrash(t *testing.T) {
 	removal := faultstore.All(faultstore.Method(faultstore.Delete), faultstore.Key("*/m/*"))
 	st.Inject(faultstore.If(removal, faultstore.Fault{Before: backend.ErrTemporary}))
 	h.mustWrite(1, 9)
-	h.mustDestage()
-	h.im.checkpoint.now(func(error) {})
-	h.run(0)
+	h.mustCheckpoint()
 	if !h.im.checkpoint.removing {
 		t.Fatal("nothing is being removed: this tests nothing")
 	}
@@ -165,9 +163,7 @@ func damagedSegmentStays(t *testing.T, inMemory bool) {
 			h.mustWrite(i*segment+2*n, i+1)
 		}
 	}
-	h.mustDestage()
-	h.im.checkpoint.now(func(error) {})
-	h.run(0)
+	h.mustCheckpoint()
 	if !inMemory {
 		h.mustClose()
 	}
@@ -193,7 +189,7 @@ func damagedSegmentStays(t *testing.T, inMemory bool) {
 	h.mustRead(6*segment, 7)
 	h.mustClose()
 	moved := func(i uint32) bool {
-		o := h.im.objs.place(i).object
+		o := h.im.objs.place(kindWhole, i).object
 		return o.at != m.at || o.part != m.part
 	}
 	if !moved(6) || moved(7) != inMemory {

@@ -116,9 +116,9 @@ func (im *Image) loadSegmentNow(ctx context.Context, i uint32) error {
 		return nil
 	}
 	var span *extmap.Span
-	if at := im.objs.place(i); at.size > 0 {
+	if !im.objs.empty(i) {
 		var err error
-		if span, err = readSegment(ctx, im.store, im.id, at, i, im.sectors); err != nil {
+		if span, err = readSegment(ctx, im.store, im.id, im.objs.places(i), i, im.sectors); err != nil {
 			return err
 		}
 	}
@@ -281,7 +281,7 @@ func (im *Image) loadCheckpoint(ctx context.Context, c *checkpointRef) error {
 		return err
 	}
 	im.table.load(m.objects)
-	im.objs.maps, im.objs.stored = m.maps, m.segments
+	im.objs.storedMap = m.storedMap
 	last := *c
 	im.checkpoint.last = &last
 	im.accepted, im.recoveredLog = m.at, m.log

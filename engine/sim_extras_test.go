@@ -159,7 +159,10 @@ func (w *world) needs(r *Request, s *simStuck) bool {
 		i := segmentOf(at)
 		to := min(end, segmentStart(i+1))
 		if !im.ready(i) {
-			if p := im.objs.place(i); s.kind != "/m/" || p.size > 0 && s.hits(faultstore.Get, mapKey(im.id, p.object.at, p.object.part)) {
+			stored := im.objs.places(i)
+			if s.kind != "/m/" || slices.ContainsFunc(stored[:], func(p place) bool {
+				return p.size > 0 && s.hits(faultstore.Get, mapKey(im.id, p.object.at, p.object.part))
+			}) {
 				return true // what the segment refers to is not known
 			}
 			at = to

@@ -41,6 +41,7 @@ type simPlan struct {
 	spaceRatio float64
 	mapMemory  int64
 	copiesPart int64 // of it, for copies of a checkpoint: in half of the worlds only one
+	deltaFrom  int   // in two of three worlds there are deltas of any segment
 	// destageMemory is Limits.Destage.
 	destageMemory int64
 	cache         simCachePlan
@@ -78,6 +79,7 @@ func newPlan(rng *rand.Rand) simPlan {
 	}
 	p.spaceRatio = []float64{1.05, 1.3, 2}[rng.IntN(3)]
 	p.mapMemory = []int64{1 << 10, 64 << 10, 1 << 20}[rng.IntN(3)]
+	p.deltaFrom = []int{1, 1, deltaFrom}[p.steps%3]
 	p.copiesPart = []int64{copiesPart, 1 << 40}[p.steps%2]
 	p.destageMemory = []int64{1, 4 * MinObjectSize, 0}[p.steps%3]
 	p.config = Config{

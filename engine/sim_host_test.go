@@ -192,7 +192,7 @@ func (h *simHost) open(id uuid.UUID, force bool) (err error) {
 		return err
 	}
 	h.im = im
-	im.objs.copiesPart = w.plan.copiesPart
+	im.objs.copiesPart, im.objs.deltaFrom = w.plan.copiesPart, w.plan.deltaFrom
 	h.env.now = h.Now()
 	if h.readOnly {
 		h.im.Start(h.env, nil, nil)

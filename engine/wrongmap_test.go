@@ -46,9 +46,7 @@ func TestWrongMapCounts(t *testing.T) {
 	h, id := attached(t, st, smallImage(), nil)
 	h.mustWrite(0, 1)
 	h.mustWrite(2, 1)
-	h.mustDestage()
-	h.im.checkpoint.now(func(error) {})
-	h.run(time.Second)
+	h.mustCheckpoint()
 	// Object 3 moves what object 2 has overwritten meanwhile.
 	h.mustWrite(0, 2)
 	h.mustWrite(2, 2)

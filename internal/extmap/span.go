@@ -32,6 +32,23 @@ func (x *Span) Insert(s, n, loc uint64) {
 	}
 }
 
+// Remove unmaps the n sectors from s.
+func (x *Span) Remove(s, n uint64) {
+	for n > 0 {
+		off := int(s & (PageSectors - 1))
+		k := min(n, uint64(PageSectors-off))
+		if p := &x.pages[s>>pageShift-x.first]; *p != nil {
+			if (*p).shared() {
+				*p = (*p).clone()
+			}
+			if (*p).replace(off, off+int(k), 0, nil); (*p).empty() {
+				*p = nil
+			}
+		}
+		s, n = s+k, n-k
+	}
+}
+
 // Next returns the first extent that meets [s, end of the span), cut to it, and
 // true; or false when nothing there is mapped.
 func (x *Span) Next(s uint64) (Extent, bool) {

@@ -73,6 +73,11 @@ const (
 	// ChangesLost forgets what has changed in a segment since a checkpoint began, once that
 	// has stored it.
 	ChangesLost Bug = "changes-lost"
+	// DeltaForgotten writes what has changed in a segment since the checkpoint before, and
+	// not since the segment was written whole.
+	DeltaForgotten Bug = "delta-forgotten"
+	// DeltaKept reads what had changed in a segment before it was written whole again.
+	DeltaKept Bug = "delta-kept"
 	// HalfCounted counts an object of a group without the rest of it.
 	HalfCounted Bug = "half-counted"
 	// DeadKept leaves dead data objects in the store.
@@ -93,7 +98,7 @@ func All() []Bug {
 		FlushEarly, FUAPlain, AckOutOfOrder, SyncCoversInFlight, AcceptOutOfOrder, PutForgotten,
 		ObjectUnverified, HeaderUnverified, LogReadUnverified, TornRecord, ProofIgnored, RecoveryStopsEarly,
 		CutOffKept, LogOverwritten, TrimEarly, DirtyDropped, DiscardUnrecorded, DiscardUndestaged,
-		LeaseIgnored, LeaseStretched, LateForgotten, LeaseNotAwaited, EpochIgnored, EpochUnrecorded, StaleLogDropped, DeletedEarly, CheckpointMixed, LateCopied, ChangesLost,
+		LeaseIgnored, LeaseStretched, LateForgotten, LeaseNotAwaited, EpochIgnored, EpochUnrecorded, StaleLogDropped, DeletedEarly, CheckpointMixed, LateCopied, ChangesLost, DeltaForgotten, DeltaKept,
 		HalfCounted, DeadKept, MovedOverNewer, CacheUnverified, CacheImageIgnored, CacheFailedKept,
 	}
 }

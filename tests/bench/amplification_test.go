@@ -20,6 +20,7 @@ var (
 	ampWarm   = flag.Int("amp.warm", 5, "amplification: of these, before the figures are taken")
 	ampRatio  = flag.Float64("amp.ratio", engine.DefaultSpaceRatio, "amplification: space held for what lives")
 	ampMap    = flag.Int64("amp.map", engine.DefaultMapMemory>>20, "amplification: memory for the map, MiB")
+	ampEvery  = flag.Int("amp.every", 0, "amplification: data objects that a recovery may have to replay; 0: the default")
 )
 
 // pattern says where a client writes.
@@ -176,6 +177,7 @@ type overwriting struct {
 	image, object, rounds, warm int
 	ratio                       float64
 	maps                        int64
+	every                       int
 }
 
 // amplify measures one pattern.
@@ -193,7 +195,7 @@ func amplify(tb testing.TB, p pattern, c overwriting) amplification {
 	}
 	disk := newRAMDisk(513 << 20)
 	im, err := engine.Open(ctx, st, id, engine.OpenOptions{Log: disk, Host: "bench", URL: "mem:/bench", Parallel: 1, Config: engine.Config{
-		SpaceRatio: c.ratio, Shared: engine.NewShared(engine.Limits{Map: c.maps << 20}), Logger: slog.New(slog.NewTextHandler(io.Discard, nil)),
+		SpaceRatio: c.ratio, CheckpointEvery: c.every, Shared: engine.NewShared(engine.Limits{Map: c.maps << 20}), Logger: slog.New(slog.NewTextHandler(io.Discard, nil)),
 	}})
 	if err != nil {
 		tb.Fatal(err)
@@ -259,7 +261,7 @@ func (a amplification) String() string {
 func BenchmarkAmplification(b *testing.B) {
 	for _, p := range patterns {
 		b.Run(p.name, func(b *testing.B) {
-			a := amplify(b, p, overwriting{*ampImage, *ampObject, *ampRounds, *ampWarm, *ampRatio, *ampMap})
+			a := amplify(b, p, overwriting{*ampImage, *ampObject, *ampRounds, *ampWarm, *ampRatio, *ampMap, *ampEvery})
 			b.Log(a)
 			b.ReportMetric(a.write, "put/written")
 			b.ReportMetric(a.theory, "theory")
@@ -276,7 +278,7 @@ func TestAmplification(t *testing.T) {
 	bounds := map[string]float64{"uniform": 2.4, "80/20 two zones": 1.98, "80/20 pareto": 1.5, "sequential": 1.05}
 	for _, p := range patterns {
 		t.Run(p.name, func(t *testing.T) {
-			a := amplify(t, p, overwriting{256, 1, 6, 3, engine.DefaultSpaceRatio, engine.DefaultMapMemory >> 20})
+			a := amplify(t, p, overwriting{256, 1, 6, 3, engine.DefaultSpaceRatio, engine.DefaultMapMemory >> 20, 0})
 			t.Log(a)
 			if bound, ok := bounds[p.name]; !ok || a.write > bound {
 				t.Errorf("%.3f bytes are put for each byte written, more than %.2f", a.write, bound)

@@ -1,0 +1,92 @@
+package engine
+
+import (
+	"context"
+
+	"github.com/google/uuid"
+	"github.com/lsd-ceph/lsd/backend"
+)
+
+// mapEncoder encodes segments for a map object. One goroutine uses it.
+type mapEncoder struct {
+	st        backend.Store
+	id        uuid.UUID
+	sectors   uint64 // of the image
+	deltaFrom int
+	mapPart
+}
+
+// encode adds segments, in order.
+func (e *mapEncoder) encode(ctx context.Context, list []copiedSegment) {
+	for _, s := range list {
+		switch {
+		case len(s.changes) > 0 && e.addDelta(ctx, s):
+		case len(s.changes) > 0 || s.span != nil && s.kind == kindWhole:
+			e.addWhole(s)
+		default:
+			e.move(ctx, s)
+		}
+	}
+}
+
+// addWhole adds all of a segment of which there is a copy.
+func (e *mapEncoder) addWhole(s copiedSegment) {
+	p, from := segmentPart{index: s.index}, len(e.b)
+	e.b = encodeSegment(e.b, e.id, segmentHead{segmentPart: p}, extentsOf(s.span, segmentStart(s.index)))
+	e.written(p, from, false)
+}
+
+// move adds what is unchanged as it is stored. Where that is damaged the copy of it will do;
+// without one it stays where it is.
+func (e *mapEncoder) move(ctx context.Context, s copiedSegment) {
+	at := s.stored[s.kind]
+	b, err := readPartBytes(ctx, e.st, e.id, at)
+	if err == nil {
+		_, err = decodeSegment(b, e.id, s.segmentPart, e.sectors, func(segmentExtent) {})
+	}
+	switch {
+	case err == nil:
+		from := len(e.b)
+		e.b = append(e.b, b...)
+		e.written(s.segmentPart, from, true)
+	case s.span != nil:
+		e.addWhole(s)
+	default:
+		e.left = append(e.left, leftSegment{s.segmentPart, at, &segmentError{s.segmentPart, mapKey(e.id, at.object.at, at.object.part), at.offset, err}})
+	}
+}
+
+// addDelta adds the delta of a segment that has changed, and reports true, unless the segment
+// is to be written whole.
+func (e *mapEncoder) addDelta(ctx context.Context, s copiedSegment) bool {
+	base, whole := segmentStart(s.index), int(s.stored[kindWhole].size)
+	if _, ok := s.span.Next(base); !ok || whole == 0 || whole < e.deltaFrom {
+		return false
+	}
+	var old []sectorRange
+	var head segmentHead
+	p := segmentPart{s.index, kindDelta}
+	if at := s.stored[kindDelta]; at.size > 0 {
+		var err error
+		head, err = readPart(ctx, e.st, e.id, at, p, e.sectors, func(x segmentExtent) {
+			old = append(old, sectorRange{uint32(x.Sector - base), uint32(x.End() - base)})
+		})
+		if err != nil {
+			return false // all of it is at hand
+		}
+	}
+	d := newDelta(s.changes, old, head.repeated)
+	from := len(e.b)
+	e.b = encodeSegment(e.b, e.id, segmentHead{p, d.repeated}, within(s.span, base, d.ranges))
+	if !d.pays(len(e.b)-from, whole) {
+		e.b = e.b[:from]
+		return false
+	}
+	e.written(p, from, false)
+	return true
+}
+
+// written notes that what has been added from a byte on is all of p.
+func (e *mapEncoder) written(p segmentPart, from int, moved bool) {
+	e.segments = append(e.segments, writtenSegment{p, storedSegment{offset: uint32(from), size: uint32(len(e.b) - from)}, moved})
+}

@@ -1,0 +1,76 @@
+package engine
+
+import (
+	"context"
+	"fmt"
+
+	"github.com/google/uuid"
+	"github.com/lsd-ceph/lsd/backend"
+	"github.com/lsd-ceph/lsd/internal/extmap"
+)
+
+// segmentError says where something of the map is that could not be read.
+type segmentError struct {
+	part segmentPart
+	key  string // of its map object
+	at   uint32 // bytes
+	err  error
+}
+
+func (e *segmentError) Error() string {
+	return fmt.Sprintf("%v at byte %d of object %s: %v", e.part, e.at, e.key, e.err)
+}
+
+func (e *segmentError) Unwrap() error { return e.err }
+
+// readSegment reads a segment from where it is stored: all of it, and then what has changed
+// since. An error is a *segmentError. Any goroutine may call it.
+func readSegment(ctx context.Context, st backend.Store, id uuid.UUID, at places, index uint32, sectors uint64) (*extmap.Span, error) {
+	span := extmap.NewSpan(segmentStart(index), segmentPages)
+	for kind := range segmentKinds {
+		if at[kind].size == 0 {
+			continue
+		}
+		if _, err := readPart(ctx, st, id, at[kind], segmentPart{index, kind}, sectors, enterInto(span)); err != nil {
+			return nil, err
+		}
+	}
+	return span, nil
+}
+
+// enterInto returns a function that enters extents, and holes, in span.
+func enterInto(span *extmap.Span) func(segmentExtent) {
+	return func(e segmentExtent) {
+		if e.hole {
+			span.Remove(e.Sector, uint64(e.N))
+		} else {
+			span.Insert(e.Sector, uint64(e.N), e.Loc)
+		}
+	}
+}
+
+// readPart reads and decodes a segment or a delta. An error is a *segmentError.
+func readPart(ctx context.Context, st backend.Store, id uuid.UUID, at place, p segmentPart, sectors uint64, fn func(segmentExtent)) (segmentHead, error) {
+	b, err := readPartBytes(ctx, st, id, at)
+	var head segmentHead
+	if err == nil {
+		head, err = decodeSegment(b, id, p, sectors, fn)
+	}
+	if err != nil {
+		return segmentHead{}, &segmentError{p, mapKey(id, at.object.at, at.object.part), at.offset, err}
+	}
+	return head, nil
+}
+
+func readPartBytes(ctx context.Context, st backend.Store, id uuid.UUID, at place) ([]byte, error) {
+	key := mapKey(id, at.object.at, at.object.part)
+	b := make([]byte, at.size)
+	n, err := st.Get(ctx, key, b, int64(at.offset))
+	if err != nil {
+		return nil, err
+	}
+	if n != len(b) {
+		return nil, fmt.Errorf("object %s: %w: it ends after %d bytes, it should have %d at least", key, ErrCorrupt, int(at.offset)+n, int(at.offset)+len(b))
+	}
+	return b, nil
+}
