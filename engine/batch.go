@@ -13,7 +13,7 @@ import (
 // them: see split. The reactor owns it; while building, a worker reads its extents,
 // which do not change any more by then.
 type batch struct {
-	object   uint64 // number of its first object, given when sealed
+	object   uint64 // number of its first object, given when sealed; it may rise until it is being built
 	objects  int    // how many it has, given when sealed
 	firstSeq uint64
 	lastSeq  uint64
@@ -49,6 +49,9 @@ type builtObject struct {
 
 // last returns the number of the batch's last object.
 func (b *batch) last() uint64 { return b.object + uint64(b.objects) - 1 }
+
+// at returns the position after the batch.
+func (b *batch) at() position { return position{b.last(), b.lastSeq, b.end} }
 
 // cleaned reports whether the cleaner has made the batch.
 func (b *batch) cleaned() bool { return b.base != 0 }

@@ -295,9 +295,9 @@ func TestCleanerGoesOnWithoutMemory(t *testing.T) {
 	}
 	h.im.clean.begin([]objectInfo{*victim})
 	loaded := h.im.objs.loaded
-	for turns := 0; h.im.clean.running != nil && h.im.clean.running.extent < 6*stintBase; turns++ {
+	for turns := 0; h.im.clean.running != nil && h.im.clean.running.looking != nil; turns++ {
 		if turns == 10000 {
-			t.Fatalf("after %d turns and %d loads the cleaner has looked at %d extents", turns, h.im.objs.loaded-loaded, h.im.clean.running.extent)
+			t.Fatalf("after %d turns and %d loads the cleaner has looked at %d extents", turns, h.im.objs.loaded-loaded, h.im.clean.running.looking.extent)
 		}
 		if !h.disk.Step() && !h.env.runJob() && !h.env.tellDone() {
 			h.env.fire()

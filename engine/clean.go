@@ -2,16 +2,12 @@ package engine
 
 import (
 	"cmp"
-	"context"
 	"errors"
-	"fmt"
 	"maps"
 	"math"
 	"slices"
 	"sort"
 	"time"
-
-	"github.com/lsd-ceph/lsd/backend"
 )
 
 const (
@@ -20,6 +16,9 @@ const (
 	cleanObjects = 4
 	// cleanSlack is how many objects of dead data an image may have in any case.
 	cleanSlack = 2
+	// cleanLag is the part of the live data by which the space may exceed the ratio before
+	// clients' objects wait.
+	cleanLag = 16
 	// cleanGap is the dead data that is read along rather than left out.
 	cleanGap = 64 << 10 // bytes
 	// cleanFull is the share of live data, in percent, from which on an object is
@@ -58,6 +57,7 @@ type cleaner struct {
 	later   map[uint32]time.Duration // those that cannot be read now, and when to try again
 	timer   Timer
 	moved   uint64 // bytes, since the image was opened
+	vain    bool   // the last cleaning has freed no more than it has moved
 	// Sectors of the objects that points need, or that cannot be read, and what lives
 	// of them, when victims were last chosen.
 	heldSpace, heldLive uint64
@@ -69,26 +69,23 @@ type cleaning struct {
 	victims []objectInfo
 	next    int // victim
 	pieces  []movedPiece
-	objects int  // sealed and not yet accepted
-	place   bool // it has one of Shared's
+	objects int    // sealed and not yet accepted
+	moved   uint64 // sectors in all that were sealed
+	place   bool   // it has one of Shared's
+	writing bool   // all victims have been read
 
-	ahead *objectHeader // of the victim to come, or nil
-
-	// The victim that is being looked through.
-	header *objectHeader
-	extent int
-	off    int          // where the extent's data is in it, in sectors
-	done   uint64       // sectors of the extent
-	live   []movedPiece // of it, in the order of its data
-	from   []int        // where their data is in the victim, in sectors
-	tries  int          // in a row, of a read, that have failed
-	load   *segmentLoad // that is waited for, or nil
-	failed int          // victims in a row that could not be read
+	ahead    []*victim // whose headers are being read, or have been
+	looking  *victim   // is being looked through, or nil
+	fetching int       // victims whose data is being read
+	failing  int       // reads of victims whose last try has failed
+	failed   int       // victims in a row that could not be read
 }
 
 // stuck reports whether what the cleaning waits for has failed, so that it is not known
 // whether it ever comes.
-func (r *cleaning) stuck() bool { return r.tries > 0 || r.load != nil && r.load.tries > 0 }
+func (r *cleaning) stuck() bool {
+	return r.failing > 0 || r.looking != nil && r.looking.load != nil && r.looking.load.tries > 0
+}
 
 // movedPiece is a run of sectors and its data.
 type movedPiece struct {
@@ -147,15 +144,22 @@ func (c *cleaner) begin(victims []objectInfo) {
 		return
 	}
 	c.running = &cleaning{base: im.accepted.object, victims: victims, place: true}
-	c.nextVictim()
+	c.goOn()
 }
 
-// lags reports whether so much is dead that the clients' objects should wait until
-// the cleaner has read what it is about to move. What it writes has its place
-// behind them. They do not wait while it is not known whether it can be read.
+// lags reports whether so much is dead that the clients' objects should wait for the
+// cleaner: else, where clients write faster than the store takes it for ever, what it frees
+// would be little beside what they put meanwhile. They do not wait while it is not known
+// whether what it wants to move can be read, nor after a cleaning that has freed nothing.
 func (c *cleaner) lags() bool {
-	t, r := &c.im.table, c.running
-	return r != nil && r.objects == 0 && !r.stuck() && c.im.state == Active && c.debt() > int64(t.live)/8+2*cleanSlack*int64(c.im.object)
+	r := c.running
+	works := c.search != nil || r != nil && !r.stuck()
+	return works && !c.vain && c.im.state == Active && c.exceeds()
+}
+
+// exceeds reports whether more is dead than the cleaner lets come to be while it can help it.
+func (c *cleaner) exceeds() bool {
+	return c.debt() > int64(c.im.table.live)/cleanLag+2*cleanSlack*int64(c.im.object)
 }
 
 // search goes through the image's objects for the best victims, as many at a time
@@ -175,12 +179,15 @@ func (c *cleaner) choose() {
 	switch {
 	case c.im.state != Active:
 		c.search = nil
+		c.im.pumpNow() // objects may have waited for it
 	case !c.weighSome(s):
 		c.im.env.AfterFunc(0, c.choose)
 	default:
 		c.search = nil
 		c.heldSpace, c.heldLive = s.heldSpace, s.heldLive
-		c.begin(c.chosen(s))
+		if c.begin(c.chosen(s)); c.running == nil {
+			c.im.pumpNow() // objects may have waited for it
+		}
 	}
 }
 
@@ -301,11 +308,25 @@ func (c *cleaner) ends() bool {
 
 // end ends the cleaning and lets another image have its place.
 func (c *cleaner) end() {
-	if c.running != nil {
+	if r := c.running; r != nil {
 		c.yield()
+		c.vain = c.freed() <= r.moved
 		c.running = nil
-		c.im.pumpNow() // objects may have waited for it
+		if r.moved > 0 {
+			c.maybe() // before objects go on that would wait for the next one
+		}
 	}
+	c.im.pumpNow() // they may have waited for this one, or for a search
+}
+
+// freed returns how many sectors of the victims' objects can go by now.
+func (c *cleaner) freed() (sectors uint64) {
+	for _, v := range c.running.victims {
+		if o := c.im.table.find(uint64(v.number)); o == nil || o.live == 0 {
+			sectors += uint64(v.sectors)
+		}
+	}
+	return sectors
 }
 
 // yield lets another image have the cleaning's place.
@@ -316,123 +337,8 @@ func (c *cleaner) yield() {
 	}
 }
 
-// nextVictim reads the header of the next victim, or goes on to the writing.
-func (c *cleaner) nextVictim() {
-	r, im := c.running, c.im
-	if c.ends() {
-		return
-	}
-	if r.next == len(r.victims) {
-		c.write()
-		return
-	}
-	o := r.victims[r.next]
-	if h := r.ahead; h != nil && h.seq == uint64(o.number) {
-		c.lookThrough(h)
-		return
-	}
-	var h *objectHeader
-	c.read(func(ctx context.Context) (err error) {
-		h, err = im.readHeader(ctx, o)
-		return err
-	}, func() { c.lookThrough(h) })
-}
-
-// lookThrough begins to look through the next victim, whose header is h, and reads that
-// of the one after it meanwhile: victims are read one by one, and each waits for the
-// store. If that fails, or is late, it is read again.
-func (c *cleaner) lookThrough(h *objectHeader) {
-	r, im := c.running, c.im
-	r.header, r.extent, r.off, r.done, r.live, r.from = h, 0, 0, 0, nil, nil
-	if k := r.next + 1; k < len(r.victims) {
-		o := r.victims[k]
-		var ahead *objectHeader
-		im.spawn(func() {
-			ctx, stop := context.WithTimeout(im.ctx, im.cfg.StoreTimeout)
-			defer stop()
-			ahead, _ = im.readHeader(ctx, o)
-		}, func() { r.ahead = ahead })
-	}
-	c.look(nil)
-}
-
-// read runs a reading step on a worker, until it goes through, and then calls fn.
-// A victim that cannot be read, now or for good, is left out.
-func (c *cleaner) read(work func(context.Context) error, fn func()) {
-	r, im := c.running, c.im
-	var err error
-	im.spawn(func() {
-		ctx, stop := context.WithTimeout(im.ctx, im.cfg.StoreTimeout)
-		defer stop()
-		err = work(ctx)
-	}, func() {
-		switch {
-		case c.running != r || c.ends():
-		case retryable(err):
-			im.countStoreError(err)
-			if r.tries++; r.tries == cleanTries {
-				c.putOff(err)
-				return
-			}
-			im.pumpNow() // objects do not wait for this any more
-			im.env.AfterFunc(im.backoff(r.tries), func() {
-				if c.running == r && !c.ends() {
-					c.read(work, fn)
-				}
-			})
-		case err != nil:
-			c.skip(err)
-		default:
-			r.tries = 0
-			fn()
-		}
-	})
-}
-
-// skip leaves out the victim that is being looked through.
-func (c *cleaner) skip(err error) {
-	r, im := c.running, c.im
-	o := r.victims[r.next]
-	if x := im.table.find(uint64(o.number)); errors.Is(err, backend.ErrNotFound) && (x == nil || x.live == 0) {
-		err = nil // it has died meanwhile
-	}
-	if errors.Is(err, backend.ErrNotFound) && !im.countsRecovered() {
-		err = nil // or had before the image was opened
-		c.leave(o.number)
-	}
-	if err != nil {
-		im.logger.Error("an object cannot be cleaned: it keeps its space", "object", dataKey(im.id, uint64(o.number), uint64(o.epoch)), "err", err)
-		c.bad[o.number] = true
-	}
-	r.next++
-	c.nextVictim()
-}
-
-// putOff leaves out the victim that is being looked through: it cannot be read now.
-func (c *cleaner) putOff(err error) {
-	r, im := c.running, c.im
-	o := r.victims[r.next]
-	im.logger.Warn("an object cannot be read to be cleaned: it keeps its space until it can", "object", dataKey(im.id, uint64(o.number), uint64(o.epoch)), "err", err)
-	c.leave(o.number)
-	r.tries, r.load = 0, nil
-	r.next++
-	if r.failed++; r.failed == cleanFailures {
-		r.victims = r.victims[:r.next]
-	}
-	c.nextVictim()
-}
-
-// leave leaves an object alone for a while.
-func (c *cleaner) leave(number uint32) {
-	if c.later == nil {
-		c.later = make(map[uint32]time.Duration)
-	}
-	c.later[number] = c.im.env.Now() + cleanLater
-	c.timer.Reset(cleanLater)
-}
-
-// watch is called at each renewal of the lease. It puts off a victim that waits for a part of the map
-// that cannot be read, and keeps no place from images whose stores work while this one's
+// watch is called at each renewal of the lease. It puts off a victim that waits for a part of
+// the map that cannot be read, and keeps no place from images whose stores work while this one's
 // does not. One that had to wait for its store begins.
 func (c *cleaner) watch() {
 	r := c.running
@@ -442,138 +348,13 @@ func (c *cleaner) watch() {
 		}
 		return
 	}
-	if r.load != nil && r.load.tries >= cleanTries && !c.ends() {
-		c.putOff(errors.New("part of the map cannot be read"))
+	if v := r.looking; v != nil && v.load != nil && v.load.tries >= cleanTries && !c.ends() {
+		v.load = nil
+		c.putOff(v, errors.New("part of the map cannot be read"))
 	}
 	if c.running != nil && c.im.stats.failing != 0 {
 		c.yield()
 	}
-}
-
-// look asks the map what of the victim lives, a few extents in a turn.
-func (c *cleaner) look(err error) {
-	r, im := c.running, c.im
-	if r == nil || c.ends() {
-		return
-	}
-	if err != nil {
-		c.skip(err)
-		return
-	}
-	h := r.header
-	for n := 0; r.extent < len(h.extents); n++ {
-		// At least one: a segment that was just loaded may not be there in the next turn.
-		if n > 0 && im.stint.over() {
-			im.env.AfterFunc(0, func() { c.look(nil) })
-			return
-		}
-		im.stint.spend(1)
-		e := h.extents[r.extent]
-		s := e.sector + r.done
-		i := segmentOf(s)
-		n := min(uint64(e.n)-r.done, segmentStart(i+1)-s)
-		if !e.zero {
-			if !im.ready(i) {
-				c.await(i)
-				return
-			}
-			if !c.lookAt(s, s+n, r.off+int(r.done)) {
-				c.skip(fmt.Errorf("%w: the map looks for the data of some of its sectors where it has other data", ErrCorrupt))
-				return
-			}
-		}
-		if r.done += n; r.done < uint64(e.n) {
-			continue
-		}
-		if !e.zero {
-			r.off += int(e.n)
-		}
-		r.extent, r.done = r.extent+1, 0
-	}
-	c.fetch()
-}
-
-// await goes on with the victim when segment i is in memory.
-func (c *cleaner) await(i uint32) {
-	r, im := c.running, c.im
-	h := r.header
-	im.withSegment(i, func(err error) {
-		if c.running == r && r.load != nil && r.header == h { // it was not put off
-			r.load = nil
-			c.look(err)
-		}
-	})
-	r.load = im.objs.loads[i]
-}
-
-// lookAt notes what of [s, end), whose data is at off in the victim, lives there: the map
-// refers to it, and nothing newer is in the log. It reports false if the map looks for it
-// somewhere else in the victim: what is read there must not be given a right place.
-func (c *cleaner) lookAt(s, end uint64, off int) bool {
-	r, im := c.running, c.im
-	ref, start := refOfSeq(r.header.seq), s
-	for s < end {
-		x, ok := im.objs.Next(s, end)
-		if !ok {
-			return true
-		}
-		s = x.End()
-		if refOf(x.Loc) != ref {
-			continue
-		}
-		if offsetOf(x.Loc) != off+int(x.Sector-start) {
-			return false
-		}
-		for at := x.Sector; at < s; {
-			d, ok := im.dirty.Next(at, s)
-			stop := s
-			if ok {
-				stop = d.Sector
-			}
-			if at < stop {
-				r.live = append(r.live, movedPiece{sector: at, n: uint32(stop - at), born: r.victims[r.next].born})
-				r.from = append(r.from, offsetOf(x.Loc)+int(at-x.Sector))
-			}
-			if !ok {
-				break
-			}
-			at = d.End()
-		}
-	}
-	return true
-}
-
-// fetch reads the live data of the victim.
-func (c *cleaner) fetch() {
-	r, im := c.running, c.im
-	o := r.victims[r.next]
-	live, from := r.live, r.from
-	c.read(func(ctx context.Context) error { return im.readPieces(ctx, o, live, from) }, func() {
-		r.pieces = append(r.pieces, live...)
-		r.failed = 0
-		r.next++
-		c.nextVictim()
-	})
-}
-
-// readPieces reads pieces of an object, given in the order of their places, and
-// verifies them. Workers call it.
-func (im *Image) readPieces(ctx context.Context, o objectInfo, pieces []movedPiece, from []int) error {
-	for i := 0; i < len(pieces); {
-		first, end := from[i], from[i]+int(pieces[i].n)
-		j := i + 1
-		for ; j < len(pieces) && (from[j]-end)*SectorSize <= cleanGap; j++ {
-			end = from[j] + int(pieces[j].n)
-		}
-		buf := make([]byte, (end-first)*SectorSize)
-		if err := im.readObject(ctx, o, first, buf); err != nil {
-			return err
-		}
-		for ; i < j; i++ {
-			pieces[i].data = buf[(from[i]-first)*SectorSize:][:int(pieces[i].n)*SectorSize]
-		}
-	}
-	return nil
 }
 
 // write puts what was read into new objects. There may be many thousand pieces: a
@@ -617,6 +398,7 @@ func (c *cleaner) seal() {
 		}
 		im.sealCleaned(pieces[:n:n], r.base)
 		r.objects++
+		r.moved += uint64(sectors)
 		c.moved += uint64(sectors) * SectorSize
 		pieces = pieces[n:]
 	}
@@ -633,18 +415,36 @@ func (c *cleaner) accepted() {
 	}
 }
 
-// sealCleaned gives an object of moved data its place in the order of objects.
+// sealCleaned gives an object of moved data its place in the order of objects: before the
+// batches of which nothing is built, for a full log has very many of them.
 func (im *Image) sealCleaned(pieces []movedPiece, base uint64) {
-	at := &im.sealed
-	at.object++
-	if at.object > maxObjectSeq {
+	if im.sealed.object++; im.sealed.object > maxObjectSeq {
 		panic("engine: the image has used up its object numbers")
 	}
+	k := len(im.queue)
+	for k > 0 && im.queue[k-1].state == batchSealed && !im.queue[k-1].cleaned() {
+		k--
+	}
+	at := im.accepted
+	switch {
+	case k > 0:
+		at = im.queue[k-1].at()
+	case im.apply.b != nil:
+		at = im.apply.b.at()
+	}
 	b := &batch{
-		object: at.object, objects: 1, firstSeq: at.seq + 1, lastSeq: at.seq, start: at.logEnd, end: at.logEnd,
+		object: at.object + 1, objects: 1, firstSeq: at.seq + 1, lastSeq: at.seq, start: at.logEnd, end: at.logEnd,
 		began: im.env.Now(), state: batchSealed, moved: pieces, base: base,
 	}
-	im.queue = append(im.queue, b)
+	im.queue = slices.Insert(im.queue, k, b)
+	for _, later := range im.queue[k+1:] {
+		later.object++
+	}
+	for i := range im.waiters {
+		if w := &im.waiters[i]; w.object >= b.object {
+			w.object++
+		}
+	}
 }
 
 // buildMoved makes the object of a batch of moved data.
@@ -669,22 +469,4 @@ func (b *batch) buildMoved(h *objectHeader, buffer func(int) []byte) []byte {
 	}
 	h.encode(buf)
 	return buf
-}
-
-// readHeader reads the header of a data object that the table has.
-func (im *Image) readHeader(ctx context.Context, o objectInfo) (*objectHeader, error) {
-	key := dataKey(im.id, uint64(o.number), uint64(o.epoch))
-	b := make([]byte, o.headerBytes())
-	n, err := im.store.Get(ctx, key, b, 0)
-	if err != nil {
-		return nil, err
-	}
-	h, err := decodeObjectHeader(b[:n], im.sectors)
-	if err == nil && (h.image != im.id || h.seq != uint64(o.number) || h.epoch != uint64(o.epoch) || h.data != int(o.sectors)*SectorSize) {
-		err = fmt.Errorf("%w: it is another object than its name says", ErrCorrupt)
-	}
-	if err != nil {
-		return nil, fmt.Errorf("object %s: %w", key, err)
-	}
-	return h, nil
 }

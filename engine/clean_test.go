@@ -348,7 +348,7 @@ func TestVictimWaitsWhileEntered(t *testing.T) {
 			h.env.fire()
 		}
 	}
-	if failed != cleanTries || h.im.clean.running.load == nil {
+	if failed != cleanTries || h.im.clean.running.looking.load == nil {
 		t.Fatalf("%d reads have failed: this tests nothing", failed)
 	}
 	if h.im.clean.running.stuck() {

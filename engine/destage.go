@@ -28,7 +28,7 @@ func (im *Image) sealAt(seq, end uint64) {
 	if b.last() > maxObjectSeq {
 		panic("engine: the image has used up its object numbers")
 	}
-	im.sealed = position{b.last(), seq, end}
+	im.sealed = b.at()
 	im.queue = append(im.queue, b)
 	if mutate.On(mutate.TrimEarly) && im.env != nil {
 		im.log.Trim(end)
@@ -51,16 +51,18 @@ func (im *Image) pumpNow() {
 	}
 	last := im.accepted.object + uint64(im.window)
 	next := time.Duration(0)
-	lags := im.clean.lags()
-	for _, b := range im.queue[:min(len(im.queue), maxPuts)] {
+	queue := im.queue
+	if im.clean.lags() { // only the cleaner's goes on, and what is before that
+		for len(queue) > 0 && !queue[len(queue)-1].cleaned() {
+			queue = queue[:len(queue)-1]
+		}
+	}
+	for _, b := range queue[:min(len(queue), maxPuts)] {
 		if b.last() > last {
 			break // the next owner looks no further for what this one may have put
 		}
 		if b.state != batchSealed && b.state != batchBuilt {
 			continue
-		}
-		if lags && b.state == batchBuilt {
-			break
 		}
 		if wait := b.notBefore - im.env.Now(); wait > 0 {
 			if next == 0 || wait < next {

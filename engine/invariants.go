@@ -76,7 +76,7 @@ func (im *Image) checkQueue() {
 		if b.object != at.object+1 || b.firstSeq != at.seq+1 || b.start != at.logEnd || b.end < b.start {
 			panic(fmt.Sprintf("engine: batch %d does not go on where the one before it ends", b.object))
 		}
-		at = position{b.last(), b.lastSeq, b.end}
+		at = b.at()
 	}
 	if memory != im.memory {
 		panic(fmt.Sprintf("engine: the queue has %d bytes for objects, the image %d", memory, im.memory))

@@ -2,11 +2,13 @@ package engine
 
 import (
 	"context"
+	"fmt"
 	"math"
 	"math/rand/v2"
 	"testing"
 	"time"
 
+	"github.com/google/uuid"
 	"github.com/lsd-ceph/lsd/backend/mem"
 	"github.com/lsd-ceph/lsd/cache/writelog"
 	"github.com/lsd-ceph/lsd/internal/simdisk"
@@ -25,6 +27,26 @@ type flood struct {
 }
 
 const floodSectors = 32 // 16 KiB a write
+
+func newFlood(t *testing.T, st *mem.Store, id uuid.UUID, log int64, config Config) *flood {
+	t.Helper()
+	rng := rand.New(rand.NewPCG(1, 2))
+	disk := simdisk.New(log, rng)
+	env := &simEnv{rng: rng, disk: disk}
+	im, err := Open(context.Background(), st, id, OpenOptions{Log: disk, Config: config})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return &flood{im: im, env: env, rng: rng, began: map[*Request]time.Duration{}}
+}
+
+// begin attaches the image and submits the first writes, that many.
+func (f *flood) begin(writes int) {
+	f.im.Start(f.env, f.env.disk.Device(), make([]byte, 2*writelog.SegmentSize))
+	for range writes {
+		f.submit(&Request{Op: Write, Sectors: floodSectors, Buf: make([]byte, floodSectors*SectorSize), Done: f})
+	}
+}
 
 func (f *flood) RequestDone(r *Request) {
 	if f.began[r] > time.Second { // the first ones wait for the lease
@@ -71,22 +93,11 @@ func (f *flood) run(d time.Duration) {
 // takes about 5 MB/s.
 func overload(t *testing.T, paceFrom float64) *flood {
 	st := mem.New()
-	id := newImageIn(t, st)
-	rng := rand.New(rand.NewPCG(1, 2))
-	disk := simdisk.New(writelog.MinSize, rng)
-	env := &simEnv{rng: rng, disk: disk}
-	im, err := Open(context.Background(), st, id, OpenOptions{Log: disk, Config: Config{PaceFrom: paceFrom, SpaceRatio: MaxSpaceRatio, Logger: quiet}})
-	if err != nil {
-		t.Fatal(err)
-	}
-	env.delay = func() time.Duration { return 400 * time.Millisecond } // until it is run, and until it is told
-	f := &flood{im: im, env: env, rng: rng, began: map[*Request]time.Duration{}}
-	im.Start(env, disk.Device(), make([]byte, 2*writelog.SegmentSize))
-	for range 8 {
-		f.submit(&Request{Op: Write, Sectors: floodSectors, Buf: make([]byte, floodSectors*SectorSize), Done: f})
-	}
+	f := newFlood(t, st, newImageIn(t, st), writelog.MinSize, Config{PaceFrom: paceFrom, SpaceRatio: MaxSpaceRatio, Logger: quiet})
+	f.env.delay = func() time.Duration { return 400 * time.Millisecond } // until it is run, and until it is told
+	f.begin(8)
 	f.run(30 * time.Second)
-	im.Abandon()
+	f.im.Abandon()
 	return f
 }
 
@@ -111,3 +122,50 @@ func TestBackPressure(t *testing.T) {
 
 // filled returns how much of the log was in use at most.
 func (f *flood) filled() float64 { return float64(f.fullest) / float64(f.im.log.Size()) }
+
+// TestSpaceUnderOverload: where writes come faster than the store takes them for ever, and
+// the log is full of them, the image's objects take little more than they may, and writes go
+// on; also if most of what lives in the store has been written again in the log.
+func TestSpaceUnderOverload(t *testing.T) {
+	for _, x := range []struct {
+		objects uint64 // of the image
+		log     int64
+		most    float64 // space, for each byte that lives
+	}{
+		{256, writelog.MinSize, 1.45},
+		{64, 2 * writelog.MinSize, 1.8},
+	} {
+		t.Run(fmt.Sprintf("%d objects, log of %d MiB", x.objects, x.log>>20), func(t *testing.T) {
+			const object = 1 << 20
+			st := mem.New()
+			id, err := Create(context.Background(), st, "disk", CreateOptions{Size: x.objects * object, ObjectSize: object})
+			if err != nil {
+				t.Fatal(err)
+			}
+			f := newFlood(t, st, id, x.log, Config{Logger: quiet})
+			f.env.delay = func() time.Duration { return 20 * time.Millisecond } // until it is run, and until it is told
+			f.begin(64)
+			most, full, least, steps := 0.0, 0, math.MaxInt, 0
+			for range 80 {
+				before := f.ended
+				f.run(500 * time.Millisecond)
+				if m := &f.im.table; m.live > f.im.sectors*9/10 {
+					steps++
+					most = max(most, float64(m.space)/float64(m.live))
+					least = min(least, f.ended-before)
+					if f.im.log.Used() > f.im.log.Size()/2 {
+						full++
+					}
+				}
+			}
+			f.im.Abandon()
+			t.Logf("%d writes, %d in half a second at least; space %.3f at most", f.ended, least, most)
+			if full < steps*9/10 || steps < 20 {
+				t.Fatalf("the log was full in %d of %d steps: this tests nothing", full, steps)
+			}
+			if most > x.most || least < 100 {
+				t.Errorf("space is %.3f at most, want %.2f; %d writes have ended in half a second", most, x.most, least)
+			}
+		})
+	}
+}

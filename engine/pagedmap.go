@@ -261,6 +261,7 @@ func (im *Image) loadSegment(i uint32, l *segmentLoad) {
 			im.storeFailed(useOther, err)
 			wait := im.backoff(l.tries)
 			l.tries++
+			im.pumpNow() // objects that wait for the cleaner do not if that waits for this
 			im.jobs++
 			im.env.AfterFunc(wait, func() {
 				im.jobs--
