@@ -241,19 +241,23 @@ func (c *checkpointer) loaded(i uint32, err error) {
 	})
 }
 
-// takeUnchanged takes segments and deltas that are to be moved.
+// takeUnchanged takes segments and deltas that are to be moved. Those of one segment are
+// taken together: did it come into memory between the two, its delta, if that cannot be read,
+// would be replaced by all of it, and that again by the whole that is moved.
 func (c *checkpointer) takeUnchanged() {
 	r, m := c.running, c.im.objs
 	for n := 0; (n == 0 || !c.im.stint.over()) && r.size < c.full() && len(r.rewrite) > 0; n++ {
-		p := r.rewrite[0]
-		r.rewrite = r.rewrite[1:]
-		switch {
-		case m.resident.has(p.index) && !m.changed.has(p.index):
-			c.takeCopy(p, nil)
-			if p.kind == kindWhole && len(r.rewrite) > 0 && r.rewrite[0].index == p.index {
-				r.rewrite = r.rewrite[1:] // the delta: the copy has it
-			}
-		default:
+		k, p := 1, r.rewrite[0]
+		if len(r.rewrite) > 1 && r.rewrite[1].index == p.index {
+			k = 2
+		}
+		list := r.rewrite[:k]
+		r.rewrite = r.rewrite[k:]
+		if m.resident.has(p.index) && !m.changed.has(p.index) {
+			c.takeCopy(p, nil) // if p is the whole, it has the delta as well
+			continue
+		}
+		for _, p := range list {
 			r.take(copiedSegment{segmentPart: p, stored: m.places(p.index), size: int(m.segment(p.kind, p.index).size)})
 		}
 	}

@@ -1,0 +1,76 @@
+package engine
+
+import (
+	"testing"
+	"time"
+
+	"github.com/lsd-ceph/lsd/backend"
+	"github.com/lsd-ceph/lsd/backend/faultstore"
+	"github.com/lsd-ceph/lsd/backend/mem"
+)
+
+// TestMovedWholeKeepsItsDelta: a segment that comes into memory after a checkpoint has
+// begun to move what is stored whole is what it was, whether its delta can be read or not,
+// and in whichever order the map objects get into the store.
+func TestMovedWholeKeepsItsDelta(t *testing.T) {
+	const segment = segmentSectors / 8
+	st := faultstore.New(mem.New())
+	h, id := attached(t, st, CreateOptions{Size: 4 * segment * 4096, ObjectSize: MinObjectSize}, NewShared(Limits{Map: 1 << 20}))
+	h.im.objs.deltaFrom = 1
+	write := func(i, n, value uint64) {
+		for b := range n {
+			h.mustWrite(i*segment+2*b, value)
+		}
+	}
+	// The whole of segment 0 comes to be alone in its map object, and so does its delta.
+	write(0, 300, 1)
+	write(1, 700, 1)
+	h.mustCheckpoint()
+	h.mustWrite(0, 2)
+	write(2, 100, 1)
+	h.mustCheckpoint()
+	write(1, 700, 2)
+	write(2, 100, 2)
+	h.mustCheckpoint()
+	at := h.im.objs.places(0)
+	for kind, p := range at {
+		if o := h.im.objs.maps[h.im.objs.segment(segmentKind(kind), 0).object]; p.size == 0 || o.live != p.size || o.live >= o.size/2 {
+			t.Fatalf("%v: %+v: this tests nothing", segmentKind(kind), o)
+		}
+	}
+	if h.im.objs.resident.has(0) {
+		h.dropSegment(0)
+	}
+
+	h.shared.Map.limit = 64 << 10 // so that the whole is enough for a map object
+	h.mustWrite(3*segment, 1)
+	h.mustDestage()
+	h.run(time.Second)
+	st.Inject(faultstore.If(faultstore.Method(faultstore.Swap), faultstore.Fault{Before: backend.ErrTemporary}))
+	h.im.checkpoint.now(func(error) {})
+	if r := h.im.checkpoint.running; r == nil || r.named || len(r.copied) < 2 {
+		t.Fatalf("%+v: this tests nothing", r)
+	}
+	h.mustRead(0, 2)
+	if !h.im.objs.resident.has(0) {
+		t.Fatal("segment 0 is not in memory: this tests nothing")
+	}
+	delta := mapKey(id, at[kindDelta].object.at, at[kindDelta].object.part)
+	first := mapKey(id, h.im.checkpoint.running.ref, 0)
+	st.Inject(
+		faultstore.If(faultstore.All(faultstore.Method(faultstore.Get), faultstore.Key(delta)), faultstore.Fault{Before: backend.ErrTemporary}),
+		faultstore.If(faultstore.All(faultstore.Method(faultstore.Put), faultstore.Key(first), faultstore.First(1)), faultstore.Fault{Before: backend.ErrTemporary}),
+	)
+	h.run(time.Minute)
+	if h.im.checkpoint.running != nil {
+		t.Fatal("the checkpoint does not end")
+	}
+	st.Inject()
+	if h.im.objs.resident.has(0) {
+		h.dropSegment(0)
+	}
+	h.mustRead(0, 2)
+	h.mustRead(2, 1)
+	h.mustClose()
+	mustBeClean(t, st)
+}
