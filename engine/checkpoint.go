@@ -50,6 +50,7 @@ type runningCheckpoint struct {
 	order   []uint32        // the same, in order
 	loading map[uint32]bool // those whose turn it is, and that are being loaded
 	rewrite []segmentPart   // unchanged ones that leave their map object
+	whole   map[uint32]bool // changed ones that leave it, and so have no delta
 	copied  []copiedSegment
 	size    int       // bytes of memory that the copies are made from, about
 	encoded []mapPart // for the next map object
@@ -173,7 +174,7 @@ func (c *checkpointer) begin(waiters []func(error)) {
 	}
 	r.pending = slices.Clone(m.changed)
 	r.pending.each(func(i uint32) { r.order = append(r.order, i) })
-	r.rewrite = c.mostlyDead(r.pending)
+	r.rewrite, r.whole = c.mostlyDead(r.pending)
 	c.running = r
 	im.changeSuper(func(sb *superblock) { sb.Intent = &r.ref }, func() {
 		r.named = true

@@ -74,3 +74,48 @@ func TestMovedWholeKeepsItsDelta(t *testing.T) {
 	h.mustClose()
 	mustBeClean(t, st)
 }
+
+// TestDeltasKeepNoDeadMapObjects: segments that change a little before each checkpoint, and
+// all over seldom and one at a time, do not keep a map object each.
+func TestDeltasKeepNoDeadMapObjects(t *testing.T) {
+	const segments, segment, blocks = 32, segmentSectors / 8, 100
+	inner := mem.New()
+	h, id := attached(t, inner, CreateOptions{Size: segments * segment * 4096, ObjectSize: MinObjectSize}, nil)
+	h.im.objs.deltaFrom = 1
+	write := func(i, n, value uint64) {
+		for b := range n {
+			h.mustWrite(i*segment+2*b, value)
+		}
+	}
+	for i := range uint64(segments) {
+		write(i, blocks, 1)
+	}
+	h.mustCheckpoint()
+	for k := range uint64(segments) {
+		for i := range uint64(segments) {
+			write(i, 1, 2+k)
+		}
+		write(k, blocks, 2+k)
+		h.mustCheckpoint()
+	}
+	live, size := 0, 0
+	for _, o := range h.im.objs.maps {
+		live += int(o.live)
+		if o.live > 0 {
+			size += int(o.size)
+		}
+	}
+	if n := objectsOf(t, inner, id, "m"); size > 3*live {
+		t.Errorf("%d map objects of %d bytes are kept for %d bytes of segments", n, size, live)
+	}
+	h.mustClose()
+	mustBeClean(t, inner)
+	h.again()
+	if err := h.open(id, false); err != nil {
+		t.Fatal(err)
+	}
+	for i := range uint64(segments) {
+		h.mustRead(i*segment, segments+1)
+		h.mustRead(i*segment+2, 2+i)
+	}
+}

@@ -29,7 +29,7 @@ const (
 type copiedSegment struct {
 	segmentPart              // a delta only if it is unchanged
 	span        *extmap.Span // the segment as it was when the checkpoint began, or nil
-	changes     []change     // of it until then, since it was stored; none if it is unchanged
+	changes     []change     // of it until then, since it was stored; none if there is to be no delta of them
 	stored      places
 	size        int // bytes of memory, about
 }
@@ -91,7 +91,9 @@ func (c *checkpointer) late(i uint32) bool {
 
 // mostlyDead returns segments and deltas, none of them of segments that are pending, that
 // should leave their map objects so that these can go: less than half of each is current.
-func (c *checkpointer) mostlyDead(pending bitset) (list []segmentPart) {
+// Of those that are pending it returns which are to be written whole for that: what always
+// changes a little would keep its map object for ever.
+func (c *checkpointer) mostlyDead(pending bitset) (list []segmentPart, whole map[uint32]bool) {
 	m := c.im.objs
 	sparse := make(map[uint32]bool)
 	left := uint32(rewriteBytes)
@@ -102,24 +104,35 @@ func (c *checkpointer) mostlyDead(pending bitset) (list []segmentPart) {
 		}
 	}
 	if len(sparse) == 0 {
-		return nil
+		return nil, nil
 	}
+	whole = make(map[uint32]bool)
 	for i := range uint32(len(m.segments[kindWhole])) {
 		for kind := range segmentKinds {
 			s, p := m.segment(kind, i), segmentPart{i, kind}
-			if s.size > 0 && sparse[s.object] && !pending.has(i) && c.damaged[p] != m.place(kind, i) {
+			switch {
+			case s.size == 0 || !sparse[s.object]:
+			case pending.has(i):
+				if kind == kindWhole {
+					whole[i] = true
+				}
+			case c.damaged[p] != m.place(kind, i):
 				list = append(list, p)
 			}
 		}
 	}
-	return list
+	return list, whole
 }
 
 // copy takes segment i of the running checkpoint as it is now.
 func (c *checkpointer) copy(i uint32) {
 	r := c.running
 	r.pending.clear(i)
-	c.takeCopy(segmentPart{index: i}, c.im.objs.changes[i].upTo(r.at.object))
+	var changes []change
+	if !r.whole[i] {
+		changes = c.im.objs.changes[i].upTo(r.at.object)
+	}
+	c.takeCopy(segmentPart{index: i}, changes)
 }
 
 // takeCopy takes a segment of which the map has what is to be put, or its delta.
