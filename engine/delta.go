@@ -17,6 +17,7 @@ import (
 // reads the whole and one delta; when what has been repeated since the whole was written
 // comes to as much as the whole, that is written again. This is the rent-or-buy problem: at
 // no time has more than twice been put of what would have been, had the future been known.
+// When little is left of the segment it is written whole as well: see shrunk.
 
 // deltaFrom is the size of a stored segment, bytes, from which there are deltas of it.
 const deltaFrom = 4 << 10
@@ -76,6 +77,22 @@ func within(span *extmap.Span, base uint64, ranges []sectorRange) iter.Seq[segme
 		}
 	}
 }
+
+// shrunk reports whether a span, of a segment that begins at sector base, would take so
+// little that what is stored whole, which takes that many bytes, is not to be kept: it would
+// be read with every delta, and for as long as nothing else changes.
+func shrunk(span *extmap.Span, base uint64, whole int) bool {
+	n := 0
+	for range extentsOf(span, base) {
+		if n += extentBytes; n >= whole/4 {
+			return false
+		}
+	}
+	return true
+}
+
+// extentBytes is about the most that an extent takes in a stored segment.
+const extentBytes = 16
 
 // deltaOf is what is to be written as the delta of a segment.
 type deltaOf struct {

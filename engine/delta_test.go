@@ -239,3 +239,24 @@ func TestDamagedDeltaMoves(t *testing.T) {
 		}
 	}
 }
+
+// TestDeltaOfWhatHasShrunk: a segment of which little is left, because it was written over
+// in one piece, is written whole: what is stored of it would stay, and be read, for ever.
+func TestDeltaOfWhatHasShrunk(t *testing.T) {
+	s := newStoredAlone(t)
+	for b := range uint64(segmentSectors / 8) {
+		s.change(b*8, 8, false)
+	}
+	whole := s.checkpoint()
+	for at := uint64(0); at < segmentSectors; at += 2048 {
+		s.change(at, 2048, false)
+	}
+	s.checkpoint()
+	stored := 0
+	for _, p := range s.stored {
+		stored += int(p.size)
+	}
+	if stored > whole/20 {
+		t.Errorf("%d bytes are stored of 64 extents, where there were %d of %d", stored, whole, segmentSectors/8)
+	}
+}

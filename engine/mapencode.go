@@ -60,7 +60,7 @@ func (e *mapEncoder) move(ctx context.Context, s copiedSegment) {
 // is to be written whole.
 func (e *mapEncoder) addDelta(ctx context.Context, s copiedSegment) bool {
 	base, whole := segmentStart(s.index), int(s.stored[kindWhole].size)
-	if _, ok := s.span.Next(base); !ok || whole == 0 || whole < e.deltaFrom {
+	if whole == 0 || whole < e.deltaFrom || shrunk(s.span, base, whole) {
 		return false
 	}
 	var old []sectorRange
