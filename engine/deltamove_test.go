@@ -119,3 +119,33 @@ func TestDeltasKeepNoDeadMapObjects(t *testing.T) {
 		h.mustRead(i*segment+2, 2+i)
 	}
 }
+
+// TestCopiesCountTheirChanges: what a checkpoint has copied counts the changes that it keeps
+// in memory when the list has gone on to another place.
+func TestCopiesCountTheirChanges(t *testing.T) {
+	const writes = 2000
+	st := faultstore.New(mem.New())
+	h, _ := attached(t, st, smallImage(), nil)
+	h.im.cfg.CheckpointEvery = 1 << 20
+	for n := range uint64(writes) {
+		h.mustWrite(n*7%100, n)
+		if n%8 == 7 {
+			h.mustDestage()
+		}
+	}
+	st.Inject(faultstore.If(faultstore.Method(faultstore.Swap), faultstore.Fault{Before: backend.ErrTemporary}))
+	h.im.checkpoint.now(func(error) {})
+	h.run(0)
+	r, m := h.im.checkpoint.running, h.im.objs
+	if r == nil || r.named || len(r.copied) != 1 || len(r.copied[0].changes) < 500 {
+		t.Fatal("this tests nothing")
+	}
+	if n := int64(len(r.copied[0].changes)) * changeBytes; m.copyBytes < n {
+		t.Errorf("copies are said to take %d bytes, and keep %d of changes", m.copyBytes, n)
+	}
+	st.Inject()
+	h.run(time.Minute)
+	if m.copyBytes != 0 || h.im.checkpoint.running != nil {
+		t.Errorf("copies take %d bytes in the end", m.copyBytes)
+	}
+}

@@ -135,12 +135,13 @@ func (c *checkpointer) copy(i uint32) {
 	c.takeCopy(segmentPart{index: i}, changes)
 }
 
-// takeCopy takes a segment of which the map has what is to be put, or its delta.
+// takeCopy takes a segment of which the map has what is to be put, or its delta. The changes
+// are counted twice, as long as the segment's list has not gone on to another place.
 func (c *checkpointer) takeCopy(p segmentPart, changes []change) {
 	m, start := c.im.objs, segmentStart(p.index)
 	c.im.stint.spend(stintCopy)
 	m.Compact(start, segmentPages)
-	s := copiedSegment{segmentPart: p, span: m.Copy(start, segmentPages), changes: changes, stored: m.places(p.index), size: segmentFixed + m.SpanBytes(start, segmentPages)}
+	s := copiedSegment{segmentPart: p, span: m.Copy(start, segmentPages), changes: changes, stored: m.places(p.index), size: segmentFixed + m.SpanBytes(start, segmentPages) + len(changes)*changeBytes}
 	m.copyBytes += int64(s.size)
 	c.running.take(s)
 }
