@@ -143,8 +143,12 @@ func TestCopiesCountTheirChanges(t *testing.T) {
 	if n := int64(len(r.copied[0].changes)) * changeBytes; m.copyBytes < n {
 		t.Errorf("copies are said to take %d bytes, and keep %d of changes", m.copyBytes, n)
 	}
+	copied := r.copied
 	st.Inject()
 	h.run(time.Minute)
+	if copied[0].span != nil || copied[0].changes != nil {
+		t.Error("what has been encoded is kept beside what has not")
+	}
 	if m.copyBytes != 0 || h.im.checkpoint.running != nil {
 		t.Errorf("copies take %d bytes in the end", m.copyBytes)
 	}

@@ -294,6 +294,7 @@ func (c *checkpointer) encode() {
 			return
 		}
 		r.works--
+		clear(segments) // what is yet to be encoded is in the same array
 		c.leave(e.left)
 		r.encoded = append(r.encoded, e.mapPart)
 		if r.bytes += len(e.b); r.bytes >= c.full() {
