@@ -366,3 +366,19 @@ func TestSurvivors(t *testing.T) {
 		}
 	}
 }
+
+// TestManifestOfDeltas: the limit holds when each segment and each delta is alone in its map
+// object, and so are the deltas that a checkpoint has replaced.
+func TestManifestOfDeltas(t *testing.T) {
+	const segments, size = 1000, 1000 * segmentSectors * SectorSize
+	m := &manifest{}
+	for i := range uint32(segments) {
+		m.maps = append(m.maps, mapObject{}, mapObject{}, mapObject{})
+		m.set(kindWhole, i, storedSegment{3 * i, 0, segmentFixed})
+		m.set(kindDelta, i, storedSegment{3*i + 1, 0, segmentFixed})
+	}
+	m.objects = make([]objectInfo, fragments*segments+spareObjects)
+	if n, most := m.size(), largestManifest(size, segmentSectors*SectorSize); uint64(n) > most {
+		t.Errorf("a manifest of %d bytes, where %d are the most", n, most)
+	}
+}

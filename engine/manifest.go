@@ -36,8 +36,9 @@ const (
 func largestManifest(size, object uint64) uint64 {
 	segments := uint64(segmentsOf(size / SectorSize))
 	objects := fragments*((size+object-1)/object) + spareObjects
-	// A segment may be alone in its map object, and its delta as well.
-	return manifestFixed + objects*manifestObject + segments*2*(manifestMap+manifestSegment)
+	// A segment may be alone in its map object, and its delta as well; and so may have been the
+	// delta before, which is dead.
+	return manifestFixed + objects*manifestObject + segments*(3*manifestMap+2*manifestSegment)
 }
 
 // leastObjectSize returns the least size of data objects, in whole MiB, with which
