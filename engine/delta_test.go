@@ -6,6 +6,7 @@ import (
 	"math/rand/v2"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/google/uuid"
 	"github.com/lsd-ceph/lsd/backend/faultstore"
@@ -46,7 +47,7 @@ func (s *storedAlone) change(at, n uint64, hole bool) {
 func (s *storedAlone) checkpoint() int {
 	s.t.Helper()
 	ctx := context.Background()
-	e := mapEncoder{st: s.st, id: s.id, sectors: segmentSectors, deltaFrom: deltaFrom}
+	e := mapEncoder{st: s.st, id: s.id, sectors: segmentSectors, deltaFrom: deltaFrom, timeout: time.Minute}
 	e.encode(ctx, []copiedSegment{{span: s.m.Copy(0, segmentPages), changes: s.changes, stored: s.stored}})
 	s.changes = nil
 	w := e.segments[0]
@@ -228,7 +229,7 @@ func TestDamagedDeltaMoves(t *testing.T) {
 		{s.m.Copy(0, segmentPages), []segmentPart{{0, kindWhole}}, 0},
 		{nil, nil, 1},
 	} {
-		e := mapEncoder{st: s.st, id: s.id, sectors: segmentSectors}
+		e := mapEncoder{st: s.st, id: s.id, sectors: segmentSectors, timeout: time.Minute}
 		e.encode(context.Background(), []copiedSegment{{segmentPart: p, span: x.span, stored: s.stored}})
 		var got []segmentPart
 		for _, w := range e.segments {

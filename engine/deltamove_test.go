@@ -153,3 +153,33 @@ func TestCopiesCountTheirChanges(t *testing.T) {
 		t.Errorf("copies take %d bytes in the end", m.copyBytes)
 	}
 }
+
+// TestManyDeltasInTime: the time that an operation on the store may take is not that of all
+// which are read for a map object: these may be thousands.
+func TestManyDeltasInTime(t *testing.T) {
+	const segments, segment, timeout = 60, segmentSectors / 8, 500 * time.Millisecond
+	st := faultstore.New(mem.New())
+	h, _ := attached(t, st, CreateOptions{Size: segments * segment * 4096, ObjectSize: MinObjectSize}, nil)
+	h.im.objs.deltaFrom, h.im.cfg.StoreTimeout = 1, timeout
+	for n := range uint64(50) {
+		for i := range uint64(segments) {
+			h.mustWrite(i*segment+2*n, 1)
+		}
+	}
+	h.mustCheckpoint()
+	for n := range uint64(2) {
+		for i := range uint64(segments) {
+			h.mustWrite(i*segment, 2+n)
+		}
+		if n == 1 {
+			slow := faultstore.All(faultstore.Method(faultstore.Get), faultstore.Key("*/m/*"))
+			st.Inject(faultstore.If(slow, faultstore.Fault{Delay: 2 * timeout / segments}))
+		}
+		h.mustCheckpoint()
+	}
+	for i := range uint32(segments) {
+		if h.im.objs.segment(kindDelta, i).size == 0 {
+			t.Fatalf("segment %d was written whole: its delta was not awaited", i)
+		}
+	}
+}

@@ -2,6 +2,7 @@ package engine
 
 import (
 	"context"
+	"time"
 
 	"github.com/google/uuid"
 	"github.com/lsd-ceph/lsd/backend"
@@ -13,6 +14,8 @@ type mapEncoder struct {
 	id        uuid.UUID
 	sectors   uint64 // of the image
 	deltaFrom int
+	timeout   time.Duration // of each read
+	late      error         // of a read that took as long
 	mapPart
 }
 
@@ -40,7 +43,7 @@ func (e *mapEncoder) addWhole(s copiedSegment) {
 // without one it stays where it is.
 func (e *mapEncoder) move(ctx context.Context, s copiedSegment) {
 	at := s.stored[s.kind]
-	b, err := readPartBytes(ctx, e.st, e.id, at)
+	b, err := e.read(ctx, at)
 	if err == nil {
 		_, err = decodeSegment(b, e.id, s.segmentPart, e.sectors, func(segmentExtent) {})
 	}
@@ -67,10 +70,12 @@ func (e *mapEncoder) addDelta(ctx context.Context, s copiedSegment) bool {
 	var head segmentHead
 	p := segmentPart{s.index, kindDelta}
 	if at := s.stored[kindDelta]; at.size > 0 {
-		var err error
-		head, err = readPart(ctx, e.st, e.id, at, p, e.sectors, func(x segmentExtent) {
-			old = append(old, sectorRange{uint32(x.Sector - base), uint32(x.End() - base)})
-		})
+		b, err := e.read(ctx, at)
+		if err == nil {
+			head, err = decodeSegment(b, e.id, p, e.sectors, func(x segmentExtent) {
+				old = append(old, sectorRange{uint32(x.Sector - base), uint32(x.End() - base)})
+			})
+		}
 		if err != nil {
 			return false // all of it is at hand
 		}
@@ -84,6 +89,21 @@ func (e *mapEncoder) addDelta(ctx context.Context, s copiedSegment) bool {
 	}
 	e.written(p, from, false)
 	return true
+}
+
+// read reads what is stored at a place. There may be thousands to be read, so each has the
+// time of an operation; but after one that took all of it, no more are tried.
+func (e *mapEncoder) read(ctx context.Context, at place) ([]byte, error) {
+	if e.late != nil {
+		return nil, e.late
+	}
+	ctx, stop := context.WithTimeout(ctx, e.timeout)
+	defer stop()
+	b, err := readPartBytes(ctx, e.st, e.id, at)
+	if err != nil && ctx.Err() != nil {
+		e.late = err
+	}
+	return b, err
 }
 
 // written notes that what has been added from a byte on is all of p.

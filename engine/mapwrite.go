@@ -284,12 +284,8 @@ func (c *checkpointer) encode() {
 	im, r := c.im, c.running
 	r.works++
 	segments := c.next()
-	e := mapEncoder{st: im.store, id: im.id, sectors: im.sectors, deltaFrom: im.objs.deltaFrom}
-	im.spawn(func() {
-		ctx, stop := context.WithTimeout(im.ctx, im.cfg.StoreTimeout)
-		defer stop()
-		e.encode(ctx, segments)
-	}, func() {
+	e := mapEncoder{st: im.store, id: im.id, sectors: im.sectors, deltaFrom: im.objs.deltaFrom, timeout: im.cfg.StoreTimeout}
+	im.spawn(func() { e.encode(im.ctx, segments) }, func() {
 		if c.running != r {
 			return
 		}

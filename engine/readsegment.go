@@ -31,7 +31,7 @@ func readSegment(ctx context.Context, st backend.Store, id uuid.UUID, at places,
 		if at[kind].size == 0 {
 			continue
 		}
-		if _, err := readPart(ctx, st, id, at[kind], segmentPart{index, kind}, sectors, enterInto(span)); err != nil {
+		if err := readPart(ctx, st, id, at[kind], segmentPart{index, kind}, sectors, enterInto(span)); err != nil {
 			return nil, err
 		}
 	}
@@ -50,16 +50,15 @@ func enterInto(span *extmap.Span) func(segmentExtent) {
 }
 
 // readPart reads and decodes a segment or a delta. An error is a *segmentError.
-func readPart(ctx context.Context, st backend.Store, id uuid.UUID, at place, p segmentPart, sectors uint64, fn func(segmentExtent)) (segmentHead, error) {
+func readPart(ctx context.Context, st backend.Store, id uuid.UUID, at place, p segmentPart, sectors uint64, fn func(segmentExtent)) error {
 	b, err := readPartBytes(ctx, st, id, at)
-	var head segmentHead
 	if err == nil {
-		head, err = decodeSegment(b, id, p, sectors, fn)
+		_, err = decodeSegment(b, id, p, sectors, fn)
 	}
 	if err != nil {
-		return segmentHead{}, &segmentError{p, mapKey(id, at.object.at, at.object.part), at.offset, err}
+		return &segmentError{p, mapKey(id, at.object.at, at.object.part), at.offset, err}
 	}
-	return head, nil
+	return nil
 }
 
 func readPartBytes(ctx context.Context, st backend.Store, id uuid.UUID, at place) ([]byte, error) {
