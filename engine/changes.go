@@ -31,6 +31,7 @@ const (
 type segmentChanges struct {
 	list    []change
 	counted int
+	lent    int // of them, that a checkpoint's copy has, in the same array
 	entered int // of them, while the segment is being brought into memory
 }
 
@@ -46,6 +47,8 @@ func (p *pagedMap) note(i uint32, x change) *segmentChanges {
 	if n := len(c.list); n == cap(c.list) { // by less than append, which may take twice what is needed
 		c.list = append(make([]change, 0, n+n/8+4), c.list...)
 		p.changeBytes += int64(cap(c.list)-n) * changeBytes
+		p.copyBytes += int64(c.lent) * changeBytes // the copy has the old array for itself
+		c.lent = 0
 	}
 	c.list = append(c.list, x)
 	return c

@@ -281,6 +281,9 @@ func (c *checkpointer) published(m *manifest) {
 	}
 	c.last, c.added, c.parts, c.running = &r.ref, r.added, m.parts(), nil
 	im.objs.storedMap = m.storedMap
+	if invariants.Enabled && im.objs.copyBytes != 0 {
+		panic(fmt.Sprintf("engine: a checkpoint has ended, its copies are said to take %d bytes", im.objs.copyBytes))
+	}
 	for n := range im.objs.bases {
 		if uint64(n) <= r.at.object {
 			delete(im.objs.bases, n)

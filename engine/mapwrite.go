@@ -135,14 +135,16 @@ func (c *checkpointer) copy(i uint32) {
 	c.takeCopy(segmentPart{index: i}, changes)
 }
 
-// takeCopy takes a segment of which the map has what is to be put, or its delta. The changes
-// are counted twice, as long as the segment's list has not gone on to another place.
+// takeCopy takes a segment of which the map has what is to be put, or its delta.
 func (c *checkpointer) takeCopy(p segmentPart, changes []change) {
 	m, start := c.im.objs, segmentStart(p.index)
 	c.im.stint.spend(stintCopy)
 	m.Compact(start, segmentPages)
-	s := copiedSegment{segmentPart: p, span: m.Copy(start, segmentPages), changes: changes, stored: m.places(p.index), size: segmentFixed + m.SpanBytes(start, segmentPages) + len(changes)*changeBytes}
+	s := copiedSegment{segmentPart: p, span: m.Copy(start, segmentPages), changes: changes, stored: m.places(p.index), size: segmentFixed + m.SpanBytes(start, segmentPages)}
 	m.copyBytes += int64(s.size)
+	if len(changes) > 0 {
+		m.changes[p.index].lent = len(changes)
+	}
 	c.running.take(s)
 }
 
@@ -159,14 +161,28 @@ func (c *checkpointer) next() []copiedSegment {
 	n, size := 0, 0
 	for n < len(r.copied) && size < c.full() {
 		size += r.copied[n].size
-		if r.copied[n].span != nil {
-			c.im.objs.copyBytes -= int64(r.copied[n].size)
-		}
+		c.uncharge(&r.copied[n])
 		n++
 	}
 	list := r.copied[:n:n]
 	r.copied, r.size = r.copied[n:], r.size-size
 	return list
+}
+
+// uncharge says that a copy is about to be encoded.
+func (c *checkpointer) uncharge(s *copiedSegment) {
+	m := c.im.objs
+	if s.span == nil {
+		return
+	}
+	m.copyBytes -= int64(s.size)
+	switch changes := m.changes[s.index]; {
+	case len(s.changes) == 0:
+	case changes.lent > 0:
+		changes.lent = 0
+	default: // since the list went on to another array
+		m.copyBytes -= int64(len(s.changes)) * changeBytes
+	}
 }
 
 // full returns how many bytes make a map object, and are encoded at one time.
