@@ -58,6 +58,7 @@ type cleaner struct {
 	timer   Timer
 	moved   uint64 // bytes, since the image was opened
 	vain    bool   // the last cleaning has freed no more than it has moved
+	credit  int64  // sectors of clients' objects that go on while others wait for the cleaner
 	// Sectors of the objects that points need, or that cannot be read, and what lives
 	// of them, when victims were last chosen.
 	heldSpace, heldLive uint64
@@ -151,6 +152,7 @@ func (c *cleaner) begin(victims []objectInfo) {
 // cleaner: else, where clients write faster than the store takes it for ever, what it frees
 // would be little beside what they put meanwhile. They do not wait while it is not known
 // whether what it wants to move can be read, nor after a cleaning that has freed nothing.
+// As much of them as half of what the last one has gained goes on in any case.
 func (c *cleaner) lags() bool {
 	r := c.running
 	works := c.search != nil || r != nil && !r.stuck()
@@ -310,7 +312,11 @@ func (c *cleaner) ends() bool {
 func (c *cleaner) end() {
 	if r := c.running; r != nil {
 		c.yield()
-		c.vain = c.freed() <= r.moved
+		gain := int64(c.freed()) - int64(r.moved)
+		c.vain = gain <= 0
+		// They put less than was gained: so the debt falls, and writes go on meanwhile,
+		// however large it is.
+		c.credit = min(c.credit, 0) + max(gain, 0)/2
 		c.running = nil
 		if r.moved > 0 {
 			c.maybe() // before objects go on that would wait for the next one

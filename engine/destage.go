@@ -51,13 +51,13 @@ func (im *Image) pumpNow() {
 	}
 	last := im.accepted.object + uint64(im.window)
 	next := time.Duration(0)
-	queue := im.queue
-	if im.clean.lags() { // only the cleaner's goes on, and what is before that
-		for len(queue) > 0 && !queue[len(queue)-1].cleaned() {
-			queue = queue[:len(queue)-1]
+	free := len(im.queue) // batches that do not wait for the cleaner
+	if im.clean.lags() {  // its own do not, nor what is before them
+		for free > 0 && !im.queue[free-1].cleaned() {
+			free--
 		}
 	}
-	for _, b := range queue[:min(len(queue), maxPuts)] {
+	for i, b := range im.queue[:min(len(im.queue), maxPuts)] {
 		if b.last() > last {
 			break // the next owner looks no further for what this one may have put
 		}
@@ -75,7 +75,11 @@ func (im *Image) pumpNow() {
 			im.put(b)
 		case !im.readable(b):
 			im.unread = true
+		case i >= free && im.clean.credit <= 0:
 		case im.takeMemory(b):
+			if i >= free {
+				im.clean.credit -= int64(b.sectors)
+			}
 			im.build(b)
 		}
 	}

@@ -169,3 +169,37 @@ func TestSpaceUnderOverload(t *testing.T) {
 		})
 	}
 }
+
+// TestDebtIsPaidBesideWrites: where far more is dead than may be, as after a point has gone,
+// the space falls, and writes go on meanwhile.
+func TestDebtIsPaidBesideWrites(t *testing.T) {
+	const object = 1 << 20
+	st := mem.New()
+	id, err := Create(context.Background(), st, "disk", CreateOptions{Size: 128 * object, ObjectSize: object})
+	if err != nil {
+		t.Fatal(err)
+	}
+	f := newFlood(t, st, id, writelog.MinSize, Config{SpaceRatio: 4, Logger: quiet})
+	f.env.delay = func() time.Duration { return 20 * time.Millisecond } // until it is run, and until it is told
+	f.begin(64)
+	f.run(20 * time.Second)
+	space := func() float64 { return float64(f.im.table.space) / float64(f.im.table.live) }
+	before := space()
+	f.im.cfg.SpaceRatio = DefaultSpaceRatio
+	least, paid := math.MaxInt, 0
+	for range 40 {
+		ended := f.ended
+		f.run(time.Second)
+		if f.im.clean.exceeds() {
+			least, paid = min(least, f.ended-ended), paid+1
+		}
+	}
+	f.im.Abandon()
+	t.Logf("space %.3f before, %.3f after; %d writes in a second at least", before, space(), least)
+	if before < 3 || paid < 10 {
+		t.Fatal("little is dead: this tests nothing")
+	}
+	if least < 100 || space() > 1.6 {
+		t.Errorf("space is %.3f in the end, and %d writes have ended in a second", space(), least)
+	}
+}
