@@ -18,7 +18,7 @@ type Shared struct {
 	destage destageMemory
 	buffers sync.Pool // of *[]byte, for them
 	// cleaning has a place for each cleaning that may run at one time.
-	cleaning chan struct{}
+	cleaning cleaningPlaces
 	// scans has a place for each write log that may be read at one time.
 	scans chan struct{}
 }
@@ -51,7 +51,7 @@ func NewShared(l Limits) *Shared {
 	if l.Destage == 0 {
 		l.Destage = DefaultDestageMemory
 	}
-	return &Shared{Map: Budget{limit: l.Map}, destage: destageMemory{limit: l.Destage}, cleaning: make(chan struct{}, maxCleanings), scans: make(chan struct{}, maxScans)}
+	return &Shared{Map: Budget{limit: l.Map}, destage: destageMemory{limit: l.Destage}, cleaning: cleaningPlaces{free: maxCleanings}, scans: make(chan struct{}, maxScans)}
 }
 
 // destageMemory bounds the memory of data objects that are built and put. Each image
@@ -204,17 +204,73 @@ func (b *Budget) Used() int64 { return b.used.Load() }
 // over returns by how many bytes the budget is exceeded, or 0.
 func (b *Budget) over() int64 { return max(b.used.Load()-b.limit, 0) }
 
-// startCleaning takes a place for a cleaning and reports whether there was one.
-func (s *Shared) startCleaning() bool {
-	select {
-	case s.cleaning <- struct{}{}:
-		return true
-	default:
-		return false
+// cleaningPlaces bounds the cleanings that run at one time. An image that finds no place
+// is told when it is its turn: one that cleans all the time would else have its place
+// again before another one asks.
+type cleaningPlaces struct {
+	mu      sync.Mutex
+	free    int             // guarded by mu
+	waiting []*cleaningTurn // the first of them have what is free; guarded by mu
+}
+
+// cleaningTurn is an image's, which has one cleaning at a time.
+type cleaningTurn struct {
+	come func() // tells the image that it has come; any goroutine may call it
+}
+
+func (t *cleaningTurn) tell() {
+	if t != nil {
+		t.come()
 	}
 }
 
-func (s *Shared) endCleaning() { <-s.cleaning }
+// take takes a place and reports whether there was one. If not, the image waits for it.
+func (p *cleaningPlaces) take(t *cleaningTurn) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	i := slices.Index(p.waiting, t)
+	if i < 0 {
+		i, p.waiting = len(p.waiting), append(p.waiting, t)
+	}
+	if i >= p.free {
+		return false
+	}
+	p.free--
+	p.waiting = slices.Delete(p.waiting, i, i+1)
+	return true
+}
+
+// give gives a place back.
+func (p *cleaningPlaces) give() {
+	p.mu.Lock()
+	p.free++
+	next := p.last()
+	p.mu.Unlock()
+	next.tell()
+}
+
+// leave says that the image does not wait any more.
+func (p *cleaningPlaces) leave(t *cleaningTurn) {
+	p.mu.Lock()
+	var next *cleaningTurn
+	if i := slices.Index(p.waiting, t); i >= 0 {
+		p.waiting = slices.Delete(p.waiting, i, i+1)
+		if i < p.free {
+			next = p.last()
+		}
+	}
+	p.mu.Unlock()
+	next.tell()
+}
+
+// last returns the last of the turns that have come, if that is because of a place that has
+// just become free, or of one before it that is gone. The caller holds mu.
+func (p *cleaningPlaces) last() *cleaningTurn {
+	if p.free == 0 || p.free > len(p.waiting) {
+		return nil
+	}
+	return p.waiting[p.free-1]
+}
 
 // startScan waits for a place to read a write log, at most as long as ctx lasts.
 func (s *Shared) startScan(ctx context.Context) error {

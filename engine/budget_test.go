@@ -258,3 +258,32 @@ func TestChargedWhatReadsBring(t *testing.T) {
 		h.mustRead(i*apart, 1)
 	}
 }
+
+// TestCleaningPlaces: who has waited longest is told of a place, and no other takes it.
+func TestCleaningPlaces(t *testing.T) {
+	p := cleaningPlaces{free: 2}
+	told := ""
+	turn := func(name string) *cleaningTurn { return &cleaningTurn{come: func() { told += name }} }
+	a, b, c, d, e := turn("a"), turn("b"), turn("c"), turn("d"), turn("e")
+	for i, step := range []struct {
+		do   func() bool
+		ok   bool
+		told string // in all
+	}{
+		{func() bool { return p.take(a) }, true, ""},
+		{func() bool { return p.take(b) }, true, ""},
+		{func() bool { return p.take(c) }, false, ""},
+		{func() bool { return p.take(d) }, false, ""},
+		{func() bool { return p.take(e) }, false, ""},
+		{func() bool { p.give(); return p.take(a) }, false, "c"},
+		{func() bool { return p.take(d) }, false, "c"},
+		{func() bool { p.leave(c); return p.take(e) }, false, "cd"},
+		{func() bool { p.give(); return p.take(e) }, true, "cde"},
+		{func() bool { p.leave(b); return p.take(d) }, true, "cde"},
+		{func() bool { p.leave(a); p.give(); p.give(); return p.free == 2 && len(p.waiting) == 0 }, true, "cde"},
+	} {
+		if ok := step.do(); ok != step.ok || told != step.told {
+			t.Fatalf("step %d: %t, told %q; want %t, %q", i, ok, told, step.ok, step.told)
+		}
+	}
+}

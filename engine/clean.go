@@ -56,6 +56,9 @@ type cleaner struct {
 	bad     map[uint32]bool          // victims that are damaged
 	later   map[uint32]time.Duration // those that cannot be read now, and when to try again
 	timer   Timer
+	turn    cleaningTurn
+	waits   bool   // for its turn
+	held    bool   // clients' objects wait for that as well: until the next renewal
 	moved   uint64 // bytes, since the image was opened
 	vain    bool   // the last cleaning has freed no more than it has moved
 	credit  int64  // sectors of clients' objects that go on while others wait for the cleaner
@@ -114,7 +117,11 @@ func (c *cleaner) scattered() bool {
 func (c *cleaner) maybe() {
 	im := c.im
 	c.takeUp()
-	if c.running != nil || c.search != nil || im.state != Active || !im.leased() || im.stats.failing != 0 || im.usedUp() || c.debt() <= 0 && !c.scattered() {
+	if c.running != nil || c.search != nil || c.waits {
+		return
+	}
+	if im.state != Active || !im.leased() || im.stats.failing != 0 || im.usedUp() || c.debt() <= 0 && !c.scattered() {
+		c.leaveTurn()
 		return
 	}
 	c.search = c.newSearch()
@@ -138,24 +145,41 @@ func (c *cleaner) takeUp() {
 func (c *cleaner) begin(victims []objectInfo) {
 	im := c.im
 	if len(victims) == 0 || !im.leased() {
+		c.leaveTurn()
 		return
 	}
-	if !im.shared.startCleaning() {
-		c.timer.Reset(im.cfg.RetryMin)
+	if !im.shared.cleaning.take(&c.turn) {
+		c.waits, c.held = true, true
 		return
 	}
+	c.held = false
 	c.running = &cleaning{base: im.accepted.object, victims: victims, place: true}
 	c.goOn()
+}
+
+// turnComes says that there is a place for a cleaning. Its victims are chosen anew.
+func (c *cleaner) turnComes() {
+	c.waits = false
+	if c.maybe(); c.search == nil && c.running == nil {
+		c.im.pumpNow() // objects may have waited for it
+	}
+}
+
+// leaveTurn gives the turn to others.
+func (c *cleaner) leaveTurn() {
+	c.waits, c.held = false, false
+	c.im.shared.cleaning.leave(&c.turn)
 }
 
 // lags reports whether so much is dead that the clients' objects should wait for the
 // cleaner: else, where clients write faster than the store takes it for ever, what it frees
 // would be little beside what they put meanwhile. They do not wait while it is not known
 // whether what it wants to move can be read, nor after a cleaning that has freed nothing.
-// As much of them as half of what the last one has gained goes on in any case.
+// As much of them as half of what the last one has gained goes on in any case. They wait for
+// the cleaner's turn as well, but not for long: it may be another store that keeps it.
 func (c *cleaner) lags() bool {
 	r := c.running
-	works := c.search != nil || r != nil && !r.stuck()
+	works := c.search != nil || c.waits && c.held || r != nil && !r.stuck()
 	return works && !c.vain && c.im.state == Active && c.exceeds()
 }
 
@@ -322,6 +346,9 @@ func (c *cleaner) end() {
 			c.maybe() // before objects go on that would wait for the next one
 		}
 	}
+	if c.im.state != Active {
+		c.leaveTurn()
+	}
 	c.im.pumpNow() // they may have waited for this one, or for a search
 }
 
@@ -339,7 +366,7 @@ func (c *cleaner) freed() (sectors uint64) {
 func (c *cleaner) yield() {
 	if c.running.place {
 		c.running.place = false
-		c.im.shared.endCleaning()
+		c.im.shared.cleaning.give()
 	}
 }
 
@@ -348,6 +375,10 @@ func (c *cleaner) yield() {
 // does not. One that had to wait for its store begins.
 func (c *cleaner) watch() {
 	r := c.running
+	if c.held {
+		c.held = false // others' stores may be slow
+		c.im.pumpNow()
+	}
 	if r == nil {
 		if c.debt() > 0 {
 			c.maybe()

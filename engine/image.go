@@ -164,6 +164,8 @@ func (im *Image) Start(env Env, dev aio.Device, mem []byte) {
 	im.apply.timer = env.AfterFunc(0, im.advance)
 	im.pace.timer = env.AfterFunc(0, func() { im.unblock = true })
 	im.clean.timer = env.AfterFunc(0, im.clean.maybe)
+	comes := im.clean.turnComes
+	im.clean.turn.come = func() { env.Post(comes) }
 	im.startScrub()
 	im.startSuper()
 	im.startLeftovers()

@@ -203,3 +203,48 @@ func TestDebtIsPaidBesideWrites(t *testing.T) {
 		t.Errorf("space is %.3f in the end, and %d writes have ended in a second", space(), least)
 	}
 }
+
+// TestCleaningsTakeTurns: images that are overloaded, and more of them than may be cleaned at
+// one time, all keep their space, and all go on.
+func TestCleaningsTakeTurns(t *testing.T) {
+	const object, images = 1 << 20, maxCleanings + 2
+	shared := NewShared(Limits{})
+	var all []*flood
+	for i := range images {
+		st := mem.New()
+		id, err := Create(context.Background(), st, "disk", CreateOptions{Size: 64 * object, ObjectSize: object})
+		if err != nil {
+			t.Fatal(err)
+		}
+		f := newFlood(t, st, id, writelog.MinSize, Config{Logger: quiet, Shared: shared})
+		f.env.delay = func() time.Duration { return 20 * time.Millisecond } // until it is run, and until it is told
+		f.begin(60 + i)
+		all = append(all, f)
+	}
+	run := func(d time.Duration) {
+		for range d / (2 * time.Millisecond) {
+			for _, f := range all {
+				f.run(2 * time.Millisecond)
+			}
+		}
+	}
+	run(12 * time.Second)
+	before := make([]int, images)
+	for i, f := range all {
+		before[i] = f.ended
+	}
+	run(2 * time.Second)
+	for i, f := range all {
+		space, writes := float64(f.im.table.space)/float64(f.im.table.live), f.ended-before[i]
+		t.Logf("image %d: space %.3f, %d MiB moved, %d writes", i, space, f.im.clean.moved>>20, writes)
+		if space > 2 || writes < 200 {
+			t.Errorf("image %d: space is %.3f, %d writes have ended in 2 s", i, space, writes)
+		}
+	}
+	for _, f := range all {
+		f.im.Abandon()
+	}
+	if p := &shared.cleaning; p.free != maxCleanings || len(p.waiting) > 0 {
+		t.Errorf("%d places are free and %d images wait when all have ended", p.free, len(p.waiting))
+	}
+}
