@@ -295,14 +295,18 @@ func TestCleanerGoesOnWithoutMemory(t *testing.T) {
 	}
 	h.im.clean.begin([]objectInfo{*victim})
 	loaded := h.im.objs.loaded
-	for turns := 0; h.im.clean.running != nil && h.im.clean.running.looking != nil; turns++ {
+	r := h.im.clean.running
+	for turns := 0; len(r.ahead) > 0 || r.looking != nil; turns++ {
 		if turns == 10000 {
-			t.Fatalf("after %d turns and %d loads the cleaner has looked at %d extents", turns, h.im.objs.loaded-loaded, h.im.clean.running.looking.extent)
+			t.Fatalf("after %d turns and %d loads the cleaner looks at %+v", turns, h.im.objs.loaded-loaded, r.looking)
 		}
 		if !h.disk.Step() && !h.env.runJob() && !h.env.tellDone() {
 			h.env.fire()
 		}
 		h.im.EndTurn()
+	}
+	if r.fetching != 1 || h.im.objs.loaded == loaded {
+		t.Errorf("after %d loads the victim has not been looked through", h.im.objs.loaded-loaded)
 	}
 	h.im.checkpoint.running = nil
 	for b := range uint64(6 * stintBase) {
