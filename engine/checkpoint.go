@@ -196,12 +196,7 @@ func putOwn(ctx context.Context, st backend.Store, key string, b []byte) error {
 // calls fn.
 func (c *checkpointer) work(work func(context.Context) error, fn func()) {
 	im, r := c.im, c.running
-	var err error
-	im.spawn(func() {
-		ctx, stop := context.WithTimeout(im.ctx, im.cfg.StoreTimeout)
-		defer stop()
-		err = work(ctx)
-	}, func() {
+	im.askStore(work, func(err error) {
 		switch {
 		case im.state == Fenced || im.state == Released:
 		case err != nil:

@@ -45,8 +45,8 @@ const (
 // into as many as there are, and by place inside each: so cold data leaves the hot
 // behind, and what was written here and there is in sequence again.
 //
-// The new objects take their places in the order of objects as others do, but hold
-// no records. Each says up to which object the map had been followed when its data
+// The new objects take their places in the order of objects before the batches of which
+// nothing is built, so that a full log does not keep them waiting. They hold no records. Each says up to which object the map had been followed when its data
 // was read: where a later one has changed the map, what it holds is not entered.
 // Recovery repeats that from the headers alone.
 type cleaner struct {

@@ -639,6 +639,17 @@ func (im *Image) spawn(work, done func()) {
 	})
 }
 
+// askStore runs work, which is operations on the store, on a worker, with the time that one
+// may take, and done on the reactor.
+func (im *Image) askStore(work func(context.Context) error, done func(error)) {
+	var err error
+	im.spawn(func() {
+		ctx, stop := context.WithTimeout(im.ctx, im.cfg.StoreTimeout)
+		defer stop()
+		err = work(ctx)
+	}, func() { done(err) })
+}
+
 // Quiet reports whether nothing of the image is running any more, so that its
 // memory and files may go. An image that was closed, abandoned or fenced comes
 // to this by itself.

@@ -179,13 +179,11 @@ func (im *Image) updateSuper() {
 	}
 	began := im.env.Now()
 	var version backend.Version
-	var err error
 	s.running = true
-	im.spawn(func() {
-		ctx, stop := context.WithTimeout(im.ctx, im.cfg.StoreTimeout)
-		defer stop()
+	im.askStore(func(ctx context.Context) (err error) {
 		version, err = im.store.Swap(ctx, SuperblockKey(im.id), s.version, next.encode())
-	}, func() {
+		return err
+	}, func(err error) {
 		s.running = false
 		switch {
 		case im.state == Fenced || im.state == Released:
@@ -245,13 +243,11 @@ func (im *Image) reloadSuper() {
 	s := &im.super
 	var sb *superblock
 	var version backend.Version
-	var err error
 	s.running = true
-	im.spawn(func() {
-		ctx, stop := context.WithTimeout(im.ctx, im.cfg.StoreTimeout)
-		defer stop()
+	im.askStore(func(ctx context.Context) (err error) {
 		sb, version, err = loadSuperblock(ctx, im.store, im.id)
-	}, func() {
+		return err
+	}, func(err error) {
 		s.running = false
 		switch {
 		case im.state == Fenced || im.state == Released:

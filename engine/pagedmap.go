@@ -248,12 +248,10 @@ func (im *Image) loadSegment(i uint32, l *segmentLoad) {
 	}
 	at := im.objs.places(i)
 	var span *extmap.Span
-	var err error
-	im.spawn(func() {
-		ctx, stop := context.WithTimeout(im.ctx, im.cfg.StoreTimeout)
-		defer stop()
+	im.askStore(func(ctx context.Context) (err error) {
 		span, err = readSegment(ctx, im.store, im.id, at, i, im.sectors)
-	}, func() {
+		return err
+	}, func(err error) {
 		switch {
 		case l.stale:
 			im.loadSegment(i, l)

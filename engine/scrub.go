@@ -159,16 +159,13 @@ func (x *scrubber) read() {
 		n = min(h.data-at, scrubRead)
 	}
 	buf := x.buf[:min(n, len(x.buf))]
-	var err error
-	im.spawn(func() {
-		ctx, stop := context.WithTimeout(im.ctx, im.cfg.StoreTimeout)
-		defer stop()
+	im.askStore(func(ctx context.Context) (err error) {
 		if h == nil {
 			h, err = im.readHeader(ctx, o)
-			return
+			return err
 		}
-		err = readBlocks(ctx, im.store, dataKey(im.id, uint64(o.number), uint64(o.epoch)), h, at, buf)
-	}, func() { x.done(h, n, err) })
+		return readBlocks(ctx, im.store, dataKey(im.id, uint64(o.number), uint64(o.epoch)), h, at, buf)
+	}, func(err error) { x.done(h, n, err) })
 }
 
 // done takes the result of a read of n bytes.

@@ -72,12 +72,7 @@ func (c *cleaner) goOn() {
 // fn. A victim that cannot be read, now or for good, is left out.
 func (c *cleaner) read(v *victim, work func(context.Context) error, fn func()) {
 	r, im := c.running, c.im
-	var err error
-	im.spawn(func() {
-		ctx, stop := context.WithTimeout(im.ctx, im.cfg.StoreTimeout)
-		defer stop()
-		err = work(ctx)
-	}, func() {
+	im.askStore(work, func(err error) {
 		if c.running != r || c.ends() {
 			return
 		}
