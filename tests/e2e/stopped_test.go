@@ -13,6 +13,8 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/lsd-ceph/lsd/internal/api"
 )
 
@@ -44,33 +46,40 @@ func (h *host) freeze() (thaw func()) {
 func (h *host) freezeOutside(store string) (thaw func()) {
 	h.t.Helper()
 	dir, isFile := strings.CutPrefix(store, "file://")
+	held := ""
 	for try := range 50 {
 		thaw = h.freeze()
-		if !isFile || !holdsLock(h.t, h.pid(), filepath.Join(dir, "locks")) {
+		if !isFile {
+			return thaw
+		}
+		if held = heldLock(h.t, h.pid(), filepath.Join(dir, "locks")); held == "" {
 			return thaw
 		}
 		thaw()
 		// Longer and longer: a slow disk takes more than a second to make it durable.
 		time.Sleep(time.Duration(30+10*try) * time.Millisecond)
 	}
-	h.t.Fatal("the daemon holds a lock of the store all the time")
+	h.t.Fatalf("the daemon holds a lock of the store all the time, at last %s", held)
 	return nil
 }
 
-// holdsLock reports whether the process has a file of the directory locked.
-func holdsLock(t testing.TB, pid int, dir string) bool {
+// heldLock returns the path of a file of the directory that the process has locked, or
+// nothing. A file is known by its device and inode: the daemon has files on other
+// devices locked all the time, and they may have the same inodes.
+func heldLock(t testing.TB, pid int, dir string) string {
 	t.Helper()
 	files, err := os.ReadDir(dir)
 	if err != nil {
 		t.Fatal(err)
 	}
-	ours := map[string]bool{}
+	ours := map[string]string{}
 	for _, f := range files {
-		var st syscall.Stat_t
-		if err := syscall.Stat(filepath.Join(dir, f.Name()), &st); err != nil {
+		path := filepath.Join(dir, f.Name())
+		var st unix.Stat_t
+		if err := unix.Stat(path, &st); err != nil {
 			t.Fatal(err)
 		}
-		ours[strconv.FormatUint(st.Ino, 10)] = true
+		ours[fmt.Sprintf("%02x:%02x:%d", unix.Major(st.Dev), unix.Minor(st.Dev), st.Ino)] = path
 	}
 	b, err := os.ReadFile("/proc/locks")
 	if err != nil {
@@ -78,11 +87,11 @@ func holdsLock(t testing.TB, pid int, dir string) bool {
 	}
 	for line := range strings.Lines(string(b)) { // 1: FLOCK ADVISORY WRITE 708 fe:00:262143 0 EOF
 		f := strings.Fields(line)
-		if len(f) > 5 && f[1] == "FLOCK" && f[4] == strconv.Itoa(pid) && ours[f[5][strings.LastIndexByte(f[5], ':')+1:]] {
-			return true
+		if len(f) > 5 && f[1] == "FLOCK" && f[4] == strconv.Itoa(pid) && ours[f[5]] != "" {
+			return ours[f[5]]
 		}
 	}
-	return false
+	return ""
 }
 
 // settled returns what has been acknowledged once nothing more is.
@@ -224,6 +233,9 @@ func TestStoppedLock(t *testing.T) {
 		b, _ := os.ReadFile(fmt.Sprintf("/proc/%d/stat", holder.cmd.Process.Pid))
 		return strings.Contains(string(b), ") T ")
 	})
+	if heldLock(t, holder.cmd.Process.Pid, filepath.Join(strings.TrimPrefix(store, "file://"), "locks")) == "" {
+		t.Fatal("the locks that it has are not found: TestStoppedOwner would miss them, too")
+	}
 	who := fmt.Sprintf(`which process %d \(.*\) holds: it is stopped: end it`, holder.cmd.Process.Pid)
 	first.awaitStatus(dev, time.Minute, "the lease is over, and it says why", func(im api.Image) bool {
 		return isActive(im) && im.Stats.LeaseLeft == 0 && regexp.MustCompile(who).MatchString(im.Stats.LastStoreError)
