@@ -241,7 +241,7 @@ func (b *batch) build(h objectHeader, src logSource, buffer func(int) []byte) ([
 		*o.header = h
 		o.header.seq, o.header.joined = b.object+uint64(i), i < b.objects-1
 		o.header.extents, o.header.data = layout(o.pieces)
-		o.header.header = headerSize(len(o.header.extents), o.header.data)
+		o.header.pack()
 		size += o.header.header + o.header.data
 	}
 	buf := buffer(size)

@@ -77,9 +77,12 @@ func (c *checkpointer) since() uint64 {
 // the objects, or so many objects that recovery keeps its bound.
 func (c *checkpointer) due() bool {
 	t, object := &c.im.table, c.im.object
-	most := uint64(max(c.im.cfg.CheckpointEvery/2, 1))
-	return c.since() >= most || t.added-c.added >= max(t.space/spacePerCheckpoint, leastCheckpoint*object)
+	return c.since() >= c.most() || t.added-c.added >= max(t.space/spacePerCheckpoint, leastCheckpoint*object)
 }
+
+// most returns how many objects may be accepted before a checkpoint begins. The rest of
+// CheckpointEvery is for what comes while it is written.
+func (c *checkpointer) most() uint64 { return uint64(max(c.im.cfg.CheckpointEvery*3/4, 1)) }
 
 const (
 	// spacePerCheckpoint is the part of the image's space after which there is one: the

@@ -498,7 +498,7 @@ func (b *batch) buildMoved(h *objectHeader, buffer func(int) []byte) []byte {
 		}
 		h.extents = append(h.extents, objectExtentInfo{sector: p.sector, n: p.n})
 	}
-	h.header = headerSize(len(h.extents), h.data)
+	h.pack()
 	buf := buffer(h.header + h.data)
 	at := h.header
 	for _, p := range b.moved {

@@ -20,7 +20,7 @@ import (
 // When little is left of the segment it is written whole as well: see shrunk.
 
 // deltaFrom is the size of a stored segment, bytes, from which there are deltas of it.
-const deltaFrom = 4 << 10
+const deltaFrom = 2 << 10
 
 // sectorRange is a range of the sectors of a segment, counted from its start.
 type sectorRange struct{ from, to uint32 }

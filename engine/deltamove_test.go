@@ -165,10 +165,10 @@ func TestManyDeltasInTime(t *testing.T) {
 	const segments, segment, timeout = 60, segmentSectors / 8, 500 * time.Millisecond
 	st := faultstore.New(mem.New())
 	h, _ := attached(t, st, CreateOptions{Size: segments * segment * 4096, ObjectSize: MinObjectSize}, nil)
-	h.im.objs.deltaFrom, h.im.cfg.StoreTimeout = 1, timeout
-	for n := range uint64(50) {
+	h.im.objs.deltaFrom, h.im.cfg.StoreTimeout, h.im.cfg.CheckpointEvery = 1, timeout, 1<<20
+	for n := range uint64(200) {
 		for i := range uint64(segments) {
-			h.mustWrite(i*segment+2*n, 1)
+			h.mustWrite(i*segment+2*(n*21%200), 1) // in no order, so that their places take some room
 		}
 	}
 	h.mustCheckpoint()

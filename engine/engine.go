@@ -157,7 +157,7 @@ type Config struct {
 	BatchAge time.Duration
 	// CheckpointEvery bounds the data objects that may be accepted since the last
 	// checkpoint of the map: recovery reads the headers of these, and of those that
-	// were being put. Default 1024.
+	// were being put. Default 2048.
 	CheckpointEvery int
 	// SpaceRatio is how much space the data objects may take in the store for what
 	// lives of them, before the cleaner begins to reclaim it: 1.05 to 10. Default 1.3.
@@ -200,7 +200,7 @@ func (c Config) withDefaults() Config {
 	set(&c.RetryMin, 100*time.Millisecond)
 	set(&c.RetryMax, 5*time.Second)
 	if c.CheckpointEvery == 0 {
-		c.CheckpointEvery = 1024
+		c.CheckpointEvery = 2048
 	}
 	if c.SpaceRatio == 0 {
 		c.SpaceRatio = DefaultSpaceRatio

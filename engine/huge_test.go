@@ -2,13 +2,13 @@ package engine
 
 import (
 	"context"
-	"encoding/binary"
 	"fmt"
 	"hash/crc32"
 	"math/rand/v2"
 	"os"
 	"runtime"
 	"runtime/debug"
+	"slices"
 	"strconv"
 	"strings"
 	"testing"
@@ -28,23 +28,23 @@ import (
 // goroutine.
 type hugeStore struct {
 	*mem.Store
-	id       uuid.UUID
-	sectors  uint64
-	objects  uint32 // data objects
-	stride   uint32 // between their numbers: however few, the numbers are far apart
-	manifest []byte
-	template []byte // a data object's header
-	since    uint32 // data objects after the checkpoint
-	block    []byte
-	mapGets  int
-	others   int
+	id          uuid.UUID
+	sectors     uint64
+	objects     uint32 // data objects
+	stride      uint32 // between their numbers: however few, the numbers are far apart
+	manifest    []byte
+	sums        []uint32 // of a data object's blocks
+	since       uint32   // data objects after the checkpoint
+	segmentSize uint32   // bytes of a segment
+	part        uint32   // segments in a map object
+	block       []byte
+	mapGets     int
+	others      int
 }
 
 const (
-	hugeExtents = 256 // of a segment
-	hugeSegment = segmentFixed + 7*hugeExtents
-	hugePart    = mapObjectSize / hugeSegment // segments in a map object
-	hugeBlocks  = 2048                        // of a data object
+	hugeExtents = 256  // of a segment
+	hugeBlocks  = 2048 // of a data object
 )
 
 func newHugeStore(tb testing.TB, size uint64) *hugeStore {
@@ -59,20 +59,22 @@ func newHugeStore(tb testing.TB, size uint64) *hugeStore {
 	st.stride = max(1<<17/st.objects, 1)
 	ref := checkpointRef{Object: st.last(), Epoch: 1}
 	m := &manifest{image: st.id, epoch: 1, at: position{ref.Object, ref.Object, 0}, log: uuid.New()}
-	header := headerSize(hugeBlocks, hugeBlocks*objectBlock) / objectAlign
+	st.sums = slices.Repeat([]uint32{crc32.Checksum(st.block, castagnoli)}, hugeBlocks)
+	header := st.header(1).header / objectAlign
 	for n := uint32(1); n <= st.objects; n++ {
 		m.objects = append(m.objects, objectInfo{number: n * st.stride, epoch: 1, born: n, header: uint16(header), sectors: hugeBlocks * 8, live: hugeBlocks * 8})
 	}
+	st.segmentSize = uint32(len(st.segment(0)))
+	st.part = mapObjectSize / st.segmentSize
 	for i := range segments {
-		if i%hugePart == 0 {
-			m.maps = append(m.maps, mapObject{at: ref, part: i / hugePart})
+		if i%st.part == 0 {
+			m.maps = append(m.maps, mapObject{at: ref, part: i / st.part})
 		}
-		o := &m.maps[i/hugePart]
-		m.set(kindWhole, i, storedSegment{object: i / hugePart, offset: o.size, size: hugeSegment})
-		o.size, o.live = o.size+hugeSegment, o.live+hugeSegment
+		o := &m.maps[i/st.part]
+		m.set(kindWhole, i, storedSegment{object: i / st.part, offset: o.size, size: st.segmentSize})
+		o.size, o.live = o.size+st.segmentSize, o.live+st.segmentSize
 	}
 	st.manifest = m.encode()
-	st.makeTemplate()
 	_, _, err = changeSuperblock(ctx, st, st.id, func(sb *superblock) error {
 		sb.Epoch, sb.Checkpoint, sb.Epochs = 1, &ref, []epochStart{{Epoch: 1, Object: 1, Seq: 1}}
 		return nil
@@ -86,29 +88,42 @@ func newHugeStore(tb testing.TB, size uint64) *hugeStore {
 // last returns the number of the checkpoint's last object.
 func (s *hugeStore) last() uint64 { return uint64(s.objects * s.stride) }
 
-// makeTemplate makes the header of an object of blocks that are all the same.
-func (s *hugeStore) makeTemplate() {
-	h := &objectHeader{image: s.id, epoch: 1, seq: 1, firstSeq: 1, lastSeq: 1, data: hugeBlocks * objectBlock}
+// header returns the header of a data object. Those after the checkpoint have extents
+// anywhere in the image.
+func (s *hugeStore) header(number uint64) *objectHeader {
+	h := &objectHeader{image: s.id, epoch: 1, seq: number, firstSeq: number, lastSeq: number, data: hugeBlocks * objectBlock, sums: s.sums}
+	step := uint64(segmentsOf(s.sectors)) * segmentSectors / hugeBlocks / 8
+	rng := rand.New(rand.NewPCG(9, number))
 	for i := range uint64(hugeBlocks) {
-		h.extents = append(h.extents, objectExtentInfo{sector: i * 16, n: 8})
+		e := objectExtentInfo{sector: i * 16, n: 8}
+		if number > s.last() {
+			e.sector = (i*step + rng.Uint64N(step)) * 8
+		}
+		h.extents = append(h.extents, e)
 	}
-	h.header = headerSize(len(h.extents), h.data)
-	b := make([]byte, h.header+h.data)
-	h.encode(b)
-	s.template = b[:h.header:h.header]
+	h.pack()
+	return h
 }
 
-// segment returns segment i. All extents take the same number of bytes: the two
-// halves of objects, and of places in them, take turns.
+// segment returns segment i. All segments take the same number of bytes: among extents that
+// are packed together two have the least and the most of each number.
 func (s *hugeStore) segment(i uint32) []byte {
 	rng := rand.New(rand.NewPCG(7, uint64(i)))
 	span := extmap.NewSpan(segmentStart(i), segmentPages)
-	at, half := segmentStart(i), uint64(s.objects)/2
+	at := segmentStart(i)
 	for k := range uint64(hugeExtents) {
-		at += 8 * (1 + rng.Uint64N(62))
-		ref := refOfSeq(uint64(s.stride) * (1 + rng.Uint64N(half/2) + (k+1)%2*(half+half/2)))
-		off := int(rng.Uint64N(hugeBlocks/4) + (k+1)%2*(hugeBlocks-hugeBlocks/4))
-		span.Insert(at, 8, ref.loc(off*8))
+		number := func(n uint64) uint64 { // below n
+			switch k % columnExtents {
+			case 0:
+				return 0
+			case 1:
+				return n - 1
+			}
+			return rng.Uint64N(n)
+		}
+		at += 8 * (1 + number(62))
+		ref := refOfSeq(uint64(s.stride) * (1 + number(uint64(s.objects))))
+		span.Insert(at, 8, ref.loc(int(number(hugeBlocks))*8))
 		at += 8
 	}
 	return encodeSegment(nil, s.id, segmentHead{segmentPart: segmentPart{index: i}}, extentsOf(span, segmentStart(i)))
@@ -132,10 +147,11 @@ func (s *hugeStore) Get(ctx context.Context, key string, p []byte, off int64) (i
 	case "m":
 		s.mapGets++
 		part, err := strconv.ParseUint(key[strings.LastIndexByte(key, '.')+1:], 16, 32)
-		if err != nil || off%hugeSegment != 0 || len(p) != hugeSegment {
+		size := int64(s.segmentSize)
+		if err != nil || off%size != 0 || len(p) != int(size) {
 			return 0, fmt.Errorf("get %s at %d: %w", key, off, backend.ErrPermanent)
 		}
-		return copy(p, s.segment(uint32(part)*hugePart+uint32(off/hugeSegment))), nil
+		return copy(p, s.segment(uint32(part)*s.part+uint32(off/size))), nil
 	}
 	s.others++
 	return s.data(number, p, off), nil
@@ -148,40 +164,28 @@ func (s *hugeStore) Put(_ context.Context, key string, _ []byte) error {
 
 // data reads from a data object.
 func (s *hugeStore) data(number uint64, p []byte, off int64) (n int) {
-	if off < int64(len(s.template)) {
-		h := append([]byte(nil), s.template...)
-		for _, at := range []int{40, 48, 56} { // each object holds one record
-			binary.LittleEndian.PutUint64(h[at:], number)
-		}
-		s.scatter(h[objectFixed:], number)
-		binary.LittleEndian.PutUint32(h[12:], 0)
-		binary.LittleEndian.PutUint32(h[12:], crc32.Checksum(h, castagnoli))
-		n = copy(p, h[off:])
+	h := s.header(number)
+	if off < int64(h.header) {
+		b := make([]byte, h.header)
+		h.put(b)
+		n = copy(p, b[off:])
 	}
-	end := int64(len(s.template) + hugeBlocks*objectBlock)
+	end := int64(h.header + h.data)
 	for n < len(p) && off+int64(n) < end {
 		n += copy(p[n:min(int64(len(p)), end-off)], s.block)
 	}
 	return n
 }
 
-// scatter makes the extents of an object after the checkpoint lie anywhere in the
-// image.
-func (s *hugeStore) scatter(extents []byte, number uint64) {
-	if number <= s.last() {
-		return
-	}
-	step := uint64(segmentsOf(s.sectors)) * segmentSectors / hugeBlocks / 8
-	rng := rand.New(rand.NewPCG(9, number))
-	for i := range uint64(hugeBlocks) {
-		binary.LittleEndian.PutUint64(extents[i*objectExtent:], (i*step+rng.Uint64N(step))*8)
-	}
-}
-
 // Stat implements backend.Store.
 func (s *hugeStore) Stat(ctx context.Context, key string) (int64, error) {
-	if strings.Contains(key, "/d/") {
-		return int64(len(s.template) + hugeBlocks*objectBlock), nil
+	if _, name, ok := strings.Cut(key, "/d/"); ok {
+		number, err := strconv.ParseUint(name[:8], 16, 32)
+		if err != nil {
+			return 0, fmt.Errorf("stat %s: %w", key, backend.ErrNotFound)
+		}
+		h := s.header(number)
+		return int64(h.header + h.data), nil
 	}
 	if strings.Contains(key, "/c/") {
 		return int64(len(s.manifest)), nil
@@ -445,7 +449,7 @@ func TestRecoveryOfDiscard(t *testing.T) {
 	st := &discardedStore{hugeStore: newHugeStore(t, size)}
 	h := objectHeader{image: st.id, epoch: 1, seq: st.last() + 1, firstSeq: st.last() + 1, lastSeq: st.last() + 1}
 	h.extents = []objectExtentInfo{{0, size / SectorSize, true}}
-	h.header = headerSize(1, 0)
+	h.pack()
 	b := make([]byte, h.header)
 	h.encode(b)
 	st.key = dataKey(st.id, h.seq, 1)

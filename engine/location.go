@@ -22,6 +22,7 @@ const (
 	locOffsetBits = 18
 	locObjectBits = 32
 	maxObjectSeq  = 1<<locObjectBits - 1
+	maxObjectRef  = 1<<(63-locOffsetBits) - 1
 	// lastWritten is the number from which on an image takes no changes any more: what is
 	// in its log still gets numbers.
 	lastWritten = maxObjectSeq - 1<<20

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"hash/crc32"
+	"math"
 
 	"github.com/google/uuid"
 
@@ -15,18 +16,18 @@ import (
 // The format of a data object; docs/formats.md gives it byte for byte.
 const (
 	objectMagic     = "LSDDATA\x00"
-	objectVersion   = 3
-	objectOld       = 2 // had no flags; it is read as well
+	objectVersion   = 4
 	objectFixed     = 128
-	objectExtent    = 16
-	objectBlock     = 4096 // unit of the checksums
-	objectZeroFlag  = 1 << 31
+	objectBlock     = 4096   // unit of the checksums
 	objectJoined    = 1 << 0 // a flag of the header
 	objectAlign     = 4096   // the data begins at a multiple of this
 	maxObjectHeader = 8 << 20
+	// maxObjectExtents bounds what a decoder makes of a small header.
+	maxObjectExtents = 512 << 10
 
-	// firstRead is what is read of an object whose header's length is not known.
-	firstRead = 64 << 10
+	// firstRead is what is read of an object whose header's length is not known: 8 MiB of
+	// random writes of 4 KiB have one of 12 or 16 KiB.
+	firstRead = 32 << 10
 )
 
 var castagnoli = crc32.MakeTable(crc32.Castagnoli)
@@ -56,6 +57,7 @@ type objectHeader struct {
 	joined   bool      // it counts only with the next one: see split
 	extents  []objectExtentInfo
 	sums     []uint32 // CRC32C of each block of the data
+	packed   []byte   // the extents as they are stored: see pack
 	header   int      // bytes before the data
 	data     int      // bytes of data
 }
@@ -68,8 +70,9 @@ func (h *objectHeader) cleaned() bool { return h.base != 0 }
 // end returns the position after the object.
 func (h *objectHeader) end() position { return position{h.seq, h.lastSeq, h.logEnd} }
 
-func headerSize(extents, data int) int {
-	n := objectFixed + extents*objectExtent + 4*((data+objectBlock-1)/objectBlock)
+// headerSize returns the length of a header whose extents take that many bytes.
+func headerSize(packed, data int) int {
+	n := objectFixed + 4*((data+objectBlock-1)/objectBlock) + packed
 	return (n + objectAlign - 1) / objectAlign * objectAlign
 }
 
@@ -84,11 +87,49 @@ func dataSize(extents []objectExtentInfo) int {
 	return n
 }
 
-// encode writes the header to the front of object, whose data is there already,
-// and computes the checksums of both.
+// pack packs the extents, of which there are no more than maxObjectExtents, and sets the
+// length of the header. The size of the data is known already.
+func (h *objectHeader) pack() {
+	shift := h.unit()
+	var c runColumns
+	h.packed = h.packed[:0]
+	end := uint64(0)
+	for _, e := range h.extents {
+		if c.full() {
+			h.packed = c.flush(h.packed)
+		}
+		c.add((e.sector-end)>>shift, uint64(e.n)>>shift, e.zero)
+		end = e.sector + uint64(e.n)
+	}
+	h.packed = c.flush(h.packed)
+	h.header = headerSize(len(h.packed), h.data)
+}
+
+// unit returns the unit of the extents.
+func (h *objectHeader) unit() int {
+	all := uint64(0)
+	for _, e := range h.extents {
+		all |= e.sector | uint64(e.n)
+	}
+	return unitShift(all)
+}
+
+// encode writes the header, which has been packed, to the front of object, whose data is
+// there already, and computes the checksums of both.
 func (h *objectHeader) encode(object []byte) {
+	h.sums = h.sums[:0]
+	for data := object[h.header:]; len(data) > 0; {
+		n := min(objectBlock, len(data))
+		h.sums = append(h.sums, crc32.Checksum(data[:n], castagnoli))
+		data = data[n:]
+	}
+	h.put(object[:h.header])
+}
+
+// put writes the header, which has been packed and has the checksums of its data, to b,
+// which is as long.
+func (h *objectHeader) put(b []byte) {
 	le := binary.LittleEndian
-	b := object[:h.header]
 	clear(b)
 	copy(b, objectMagic)
 	le.PutUint32(b[8:], objectVersion)
@@ -107,23 +148,14 @@ func (h *objectHeader) encode(object []byte) {
 	if h.joined {
 		le.PutUint32(b[112:], objectJoined)
 	}
+	le.PutUint32(b[116:], uint32(len(h.packed)))
+	b[120] = byte(h.unit())
 	p := b[objectFixed:]
-	for _, e := range h.extents {
-		le.PutUint64(p, e.sector)
-		le.PutUint32(p[8:], e.n)
-		if e.zero {
-			le.PutUint32(p[12:], objectZeroFlag)
-		}
-		p = p[objectExtent:]
-	}
-	h.sums = h.sums[:0]
-	for data := object[h.header:]; len(data) > 0; {
-		n := min(objectBlock, len(data))
-		sum := crc32.Checksum(data[:n], castagnoli)
-		h.sums = append(h.sums, sum)
+	for _, sum := range h.sums {
 		le.PutUint32(p, sum)
-		p, data = p[4:], data[n:]
+		p = p[4:]
 	}
+	copy(p, h.packed)
 	le.PutUint32(b[12:], crc32.Checksum(b, castagnoli))
 }
 
@@ -133,7 +165,7 @@ func objectHeaderSize(b []byte) (int, error) {
 	if len(b) < objectFixed || !bytes.Equal(b[:8], []byte(objectMagic)) {
 		return 0, fmt.Errorf("%w: not a data object", ErrCorrupt)
 	}
-	if v := binary.LittleEndian.Uint32(b[8:]); v != objectVersion && v != objectOld {
+	if v := binary.LittleEndian.Uint32(b[8:]); v != objectVersion {
 		return 0, fmt.Errorf("%w or too new: version %d of the object format is not known here", ErrCorrupt, v)
 	}
 	n := int(binary.LittleEndian.Uint32(b[88:]))
@@ -167,37 +199,52 @@ func decodeObjectHeader(b []byte, sectors uint64) (*objectHeader, error) {
 	}
 	copy(h.image[:], b[16:])
 	copy(h.log[:], b[64:])
-	flags := le.Uint32(b[112:])
-	if le.Uint32(b[8:]) == objectOld {
-		flags = 0
-	}
+	flags, count, packed := le.Uint32(b[112:]), int(le.Uint32(b[96:])), int(le.Uint32(b[116:]))
 	h.joined = flags&objectJoined != 0
-	count := int(le.Uint32(b[96:]))
-	if h.data%SectorSize != 0 || h.data > MaxObjectSize || count > maxObjectHeader/objectExtent || headerSize(count, h.data) != n ||
-		flags&^objectJoined != 0 || h.seq == 0 || h.seq > maxObjectSeq || h.epoch > maxEpoch || h.firstSeq == 0 ||
+	if h.data%SectorSize != 0 || h.data > MaxObjectSize || count > maxObjectExtents || packed > n || headerSize(packed, h.data) != n ||
+		b[120] > 3 || flags&^objectJoined != 0 || h.seq == 0 || h.seq > maxObjectSeq || h.epoch > maxEpoch || h.firstSeq == 0 ||
 		h.cleaned() && (h.lastSeq != h.firstSeq-1 || h.base >= h.seq || uint64(h.born) > h.base || h.joined) ||
 		!h.cleaned() && (h.lastSeq < h.firstSeq || h.born != 0) {
 		return nil, fmt.Errorf("%w: its header is out of range", ErrCorrupt)
 	}
-	h.extents = make([]objectExtentInfo, count)
-	p, end := b[objectFixed:], uint64(0)
-	for i := range h.extents {
-		e := objectExtentInfo{sector: le.Uint64(p), n: le.Uint32(p[8:]), zero: le.Uint32(p[12:])&objectZeroFlag != 0}
-		if e.n == 0 || e.zero && h.cleaned() || e.sector < end || uint64(e.n) > sectors || e.sector > sectors-uint64(e.n) {
-			return nil, fmt.Errorf("%w: extent %d is out of range", ErrCorrupt, i)
-		}
-		end = e.sector + uint64(e.n)
-		h.extents[i] = e
-		p = p[objectExtent:]
+	p := b[objectFixed:]
+	h.sums = make([]uint32, (h.data+objectBlock-1)/objectBlock)
+	for i := range h.sums {
+		h.sums[i] = le.Uint32(p)
+		p = p[4:]
+	}
+	if err := h.unpack(p[:packed], count, b[120], sectors); err != nil {
+		return nil, err
 	}
 	if dataSize(h.extents) != h.data {
 		return nil, fmt.Errorf("%w: its extents do not add up to its data", ErrCorrupt)
 	}
-	h.sums = make([]uint32, (h.data+objectBlock-1)/objectBlock)
-	for i := range h.sums {
-		h.sums[i] = le.Uint32(p[4*i:])
-	}
 	return h, nil
+}
+
+// unpack decodes count extents, which are all of b.
+func (h *objectHeader) unpack(b []byte, count int, shift uint8, sectors uint64) error {
+	var c runColumns
+	h.extents = make([]objectExtentInfo, 0, count)
+	end := uint64(0)
+	for len(h.extents) < count {
+		var ok bool
+		if b, ok = c.read(b, min(count-len(h.extents), columnExtents)); !ok {
+			return fmt.Errorf("%w: its extents are cut short", ErrCorrupt)
+		}
+		for i := range c.n {
+			gap, n, zero := c.run(i)
+			if n == 0 || zero && h.cleaned() || gap > sectors || n > min(sectors, math.MaxUint32>>shift) || end+(gap+n)<<shift > sectors {
+				return fmt.Errorf("%w: extent %d is out of range", ErrCorrupt, len(h.extents))
+			}
+			h.extents = append(h.extents, objectExtentInfo{end + gap<<shift, uint32(n << shift), zero})
+			end += (gap + n) << shift
+		}
+	}
+	if len(b) > 0 {
+		return fmt.Errorf("%w: %d bytes follow its extents", ErrCorrupt, len(b))
+	}
+	return nil
 }
 
 // verifyBlocks checks data that begins at block first of an object's data.

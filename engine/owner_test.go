@@ -565,7 +565,7 @@ func TestReleaseWithCheckpoint(t *testing.T) {
 	a.mustDestage()
 	st.Inject(refuse(faultstore.Put, "*/c/*"))
 	a.im.checkpoint.now(func(error) {})
-	for n := range uint64(a.im.cfg.CheckpointEvery / 2) { // so that the next one is due
+	for n := range a.im.checkpoint.most() { // so that the next one is due
 		a.mustWrite(1, n)
 		a.mustDestage()
 	}
@@ -589,7 +589,7 @@ func TestReleaseWithCheckpoint(t *testing.T) {
 	if b.im.checkpoint.last == nil {
 		t.Error("the checkpoint was not published")
 	}
-	b.mustRead(1, uint64(a.im.cfg.CheckpointEvery/2)-1)
+	b.mustRead(1, a.im.checkpoint.most()-1)
 }
 
 func TestRemovedImageFences(t *testing.T) {

@@ -246,12 +246,7 @@ func (im *Image) loadSegment(i uint32, l *segmentLoad) {
 		im.afterTurn(func() { im.segmentRead(i, l, nil) })
 		return
 	}
-	at := im.objs.places(i)
-	var span *extmap.Span
-	im.askStore(func(ctx context.Context) (err error) {
-		span, err = readSegment(ctx, im.store, im.id, at, i, im.sectors)
-		return err
-	}, func(err error) {
+	im.fetchSegment(im.objs.places(i), i, func(span *extmap.Span, err error) {
 		switch {
 		case l.stale:
 			im.loadSegment(i, l)

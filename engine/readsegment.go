@@ -1,6 +1,7 @@
 package engine
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 
@@ -22,6 +23,45 @@ func (e *segmentError) Error() string {
 }
 
 func (e *segmentError) Unwrap() error { return e.err }
+
+// fetchSegment reads segment i from where it is stored, and calls fn in a later turn. Whoever
+// waits for it waits for one read of the store: what has changed since the segment was stored
+// is read beside it. An error is a *segmentError.
+func (im *Image) fetchSegment(at places, i uint32, fn func(*extmap.Span, error)) {
+	var span *extmap.Span
+	if at[kindDelta].size == 0 {
+		im.askStore(func(ctx context.Context) (err error) {
+			span, err = readSegment(ctx, im.store, im.id, at, i, im.sectors)
+			return err
+		}, func(err error) { fn(span, err) })
+		return
+	}
+	whole, delta := places{kindWhole: at[kindWhole]}, []segmentExtent(nil)
+	left, failed := 2, error(nil)
+	done := func(err error) {
+		failed = cmp.Or(failed, err)
+		if left--; left > 0 {
+			return
+		}
+		if failed != nil {
+			fn(nil, failed)
+			return
+		}
+		im.spawn(func() {
+			enter := enterInto(span)
+			for _, e := range delta {
+				enter(e)
+			}
+		}, func() { fn(span, nil) })
+	}
+	im.askStore(func(ctx context.Context) (err error) {
+		span, err = readSegment(ctx, im.store, im.id, whole, i, im.sectors)
+		return err
+	}, done)
+	im.askStore(func(ctx context.Context) error {
+		return readPart(ctx, im.store, im.id, at[kindDelta], segmentPart{i, kindDelta}, im.sectors, func(e segmentExtent) { delta = append(delta, e) })
+	}, done)
+}
 
 // readSegment reads a segment from where it is stored: all of it, and then what has changed
 // since. An error is a *segmentError. Any goroutine may call it.

@@ -270,7 +270,7 @@ func (c *copier) add(ctx context.Context, r run, n uint32) error {
 func (c *copier) put(ctx context.Context) error {
 	h := &c.header
 	h.data = len(c.data)
-	h.header = headerSize(len(h.extents), h.data)
+	h.pack()
 	b := append(make([]byte, h.header), c.data...)
 	h.encode(b)
 	if err := c.dst.Put(ctx, dataKey(h.image, h.seq, h.epoch), b); err != nil {

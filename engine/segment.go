@@ -16,7 +16,7 @@ import (
 // docs/formats.md gives the format of both byte for byte.
 const (
 	segmentMagic   = "LSDMAPS\x00"
-	segmentVersion = 3
+	segmentVersion = 4
 	segmentFixed   = 52
 	segmentPages   = 8
 	segmentSectors = segmentPages * extmap.PageSectors // 64 MiB
@@ -97,25 +97,18 @@ func encodeSegment(b []byte, id uuid.UUID, head segmentHead, list iter.Seq[segme
 	if extents == 0 {
 		return b
 	}
-	shift := 0 // of sectors, lengths and offsets
-	if all&7 == 0 {
-		shift = 3
-	}
+	shift := unitShift(all)
 	b = append(b, make([]byte, segmentFixed)...)
-	end, ref, off := base, uint64(0), uint64(0)
+	var c extentColumns
+	end := base
 	for e := range list {
-		b = binary.AppendUvarint(b, (e.Sector-end)>>shift)
-		end = e.End()
-		if e.hole {
-			b = binary.AppendUvarint(b, uint64(e.N)>>shift<<1|extentHole)
-			continue
+		if c.runs.full() {
+			b = c.flush(b)
 		}
-		b = binary.AppendUvarint(b, uint64(e.N)>>shift<<1)
-		r, o := uint64(refOf(e.Loc)), uint64(offsetOf(e.Loc))>>shift
-		b = binary.AppendVarint(b, int64(r-ref))
-		b = binary.AppendVarint(b, int64(o-off))
-		ref, off = r, o+uint64(e.N)>>shift
+		c.add((e.Sector-end)>>shift, uint64(e.N)>>shift, e.hole, refOf(e.Loc), uint64(offsetOf(e.Loc))>>shift)
+		end = e.End()
 	}
+	b = c.flush(b)
 	h := b[start:]
 	copy(h, segmentMagic)
 	le.PutUint32(h[8:], segmentVersion)
@@ -128,9 +121,6 @@ func encodeSegment(b []byte, id uuid.UUID, head segmentHead, list iter.Seq[segme
 	le.PutUint32(h[12:], crc32.Checksum(h, castagnoli))
 	return b
 }
-
-// extentHole is the bit of an extent's length that says that it is a hole.
-const extentHole = 1
 
 // decodeSegment decodes a segment, or a delta, which is all of b, and calls fn for its
 // extents, ascending. The image has the given number of sectors. Whether the objects that it
@@ -147,60 +137,56 @@ func decodeSegment(b []byte, id uuid.UUID, p segmentPart, sectors uint64, fn fun
 		return segmentHead{}, fmt.Errorf("%w: its header is out of range", ErrCorrupt)
 	}
 	size := min(segmentSectors, sectors-base)
-	d := varints{b: b[segmentFixed:]}
-	at, ref, off := uint64(0), uint64(0), uint64(0)
-	for range extents {
-		gap, length := d.unsigned()<<shift, d.unsigned()
-		n, hole := length>>1<<shift, length&extentHole != 0
-		if d.bad || n == 0 || n > size || gap > size || at+gap > size-n || hole && p.kind != kindDelta {
-			return segmentHead{}, fmt.Errorf("%w: an extent is out of range", ErrCorrupt)
-		}
-		at += gap
-		e := extmap.Extent{Sector: base + at, N: uint32(n)}
-		at += n
-		if hole {
-			fn(segmentExtent{e, true})
-			continue
-		}
-		ref += uint64(d.signed())
-		off += uint64(d.signed())
-		o := off << shift
-		if d.bad || off > MaxObjectSize/SectorSize || o+n > MaxObjectSize/SectorSize ||
-			ref > 1<<(63-locOffsetBits)-1 || objectRef(ref).seq() == 0 {
-			return segmentHead{}, fmt.Errorf("%w: an extent is out of range", ErrCorrupt)
-		}
-		e.Loc = objectRef(ref).loc(int(o))
-		fn(segmentExtent{Extent: e})
-		off += n >> shift
+	d := segmentDecoder{base: base, size: size, shift: shift, holes: p.kind == kindDelta}
+	rest := b[segmentFixed:]
+	for left := int(extents); left > 0 && d.err == nil; left -= d.runs.n {
+		rest = d.some(rest, min(left, columnExtents), fn)
 	}
-	if len(d.b) > 0 {
-		return segmentHead{}, fmt.Errorf("%w: %d bytes follow its extents", ErrCorrupt, len(d.b))
+	if d.err == nil && len(rest) > 0 {
+		d.err = fmt.Errorf("%w: %d bytes follow its extents", ErrCorrupt, len(rest))
 	}
-	return head, nil
+	return head, d.err
 }
 
-// varints decodes numbers from b until one is not whole.
-type varints struct {
-	b   []byte
-	bad bool
+// segmentDecoder decodes the extents of a segment.
+type segmentDecoder struct {
+	extentColumns
+	base, size uint64 // sectors: where the segment begins, and how many it has in the image
+	at         uint64 // end of the extents before, from base
+	shift      uint8
+	holes      bool // there may be some
+	err        error
 }
 
-func (d *varints) unsigned() uint64 {
-	v, n := binary.Uvarint(d.b)
-	if d.bad = d.bad || n <= 0; d.bad {
-		return 0
+// some decodes the next n extents from b, calls fn for each, and returns what follows them.
+func (d *segmentDecoder) some(b []byte, n int, fn func(segmentExtent)) []byte {
+	rest, ok := d.read(b, n)
+	if !ok {
+		d.err = fmt.Errorf("%w: its extents are cut short", ErrCorrupt)
+		return nil
 	}
-	d.b = d.b[n:]
-	return v
-}
-
-func (d *varints) signed() int64 {
-	v, n := binary.Varint(d.b)
-	if d.bad = d.bad || n <= 0; d.bad {
-		return 0
+	place := 0
+	for i := range n {
+		gap, n, hole := d.runs.run(i)
+		if gap > d.size || n == 0 || n > d.size || d.at+(gap+n)<<d.shift > d.size || hole && !d.holes {
+			d.err = fmt.Errorf("%w: an extent is out of range", ErrCorrupt)
+			return nil
+		}
+		e := segmentExtent{extmap.Extent{Sector: d.base + d.at + gap<<d.shift, N: uint32(n << d.shift)}, hole}
+		d.at += (gap + n) << d.shift
+		if !hole {
+			const most = MaxObjectSize / SectorSize
+			ref, off := d.refs[place], d.offsets[place]
+			if ref > maxObjectRef || objectRef(ref).seq() == 0 || off > most || (off+n)<<d.shift > most {
+				d.err = fmt.Errorf("%w: an extent is out of range", ErrCorrupt)
+				return nil
+			}
+			e.Loc = objectRef(ref).loc(int(off << d.shift))
+			place++
+		}
+		fn(e)
 	}
-	d.b = d.b[n:]
-	return v
+	return rest
 }
 
 // checkObject checks magic, version, checksum and image of a part of a

@@ -174,6 +174,7 @@ func TestCheckNamesMissingOfGroup(t *testing.T) {
 	if err := a.open(id, false); err != nil {
 		t.Fatal(err)
 	}
+	a.im.cfg.CheckpointEvery = 1 << 20
 	for n := range uint64(3) {
 		a.mustGroup(n + 1)
 		a.mustDestage()

@@ -12,7 +12,7 @@ func TestStint(t *testing.T) {
 		for i := range uint64(extents) {
 			h.extents = append(h.extents, objectExtentInfo{sector: i * 16, n: 8})
 		}
-		h.header = headerSize(extents, h.data)
+		h.pack()
 		buf := make([]byte, h.header+h.data)
 		h.encode(buf)
 		im.beginApply(h)

@@ -73,7 +73,7 @@ made now and removed by lsdctl del.`,
 	f.IntVar(&q.ID, "id", -1, "number of the device; -1: any")
 	f.DurationVar(&q.BatchAge, "batch-age", 0, "longest that a write waits for its object to fill (default 5s)")
 	f.Float64Var(&q.SpaceRatio, "space-ratio", 0, "space that the store may hold for each live byte before it is cleaned (default 1.3)")
-	f.IntVar(&q.CheckpointEvery, "checkpoint-every", 0, "most data objects that recovery has to read the headers of (default 1024)")
+	f.IntVar(&q.CheckpointEvery, "checkpoint-every", 0, "most data objects that recovery has to read the headers of (default 2048)")
 	f.DurationVar(&q.StoreTimeout, "store-timeout", 0, "limit of one attempt of a store operation (default 20s)")
 	return a.jsonFlag(cmd)
 }
