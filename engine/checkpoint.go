@@ -81,8 +81,11 @@ func (c *checkpointer) due() bool {
 }
 
 // most returns how many objects may be accepted before a checkpoint begins. The rest of
-// CheckpointEvery is for what comes while it is written.
-func (c *checkpointer) most() uint64 { return uint64(max(c.im.cfg.CheckpointEvery*3/4, 1)) }
+// CheckpointEvery is for what comes while it is written, and for the last one's group.
+func (c *checkpointer) most() uint64 {
+	every := c.im.cfg.CheckpointEvery
+	return uint64(max(min(every*3/4, every-maxGroup+1), 1))
+}
 
 const (
 	// spacePerCheckpoint is the part of the image's space after which there is one: the

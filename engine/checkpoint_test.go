@@ -255,3 +255,19 @@ func TestStoredInStints(t *testing.T) {
 	h.mustClose()
 	mustBeClean(t, st)
 }
+
+// TestCheckpointInTime: however small CheckpointEvery is, a checkpoint begins so early that
+// the group of objects which makes it due, and may be accepted before it runs, does not
+// break the bound.
+func TestCheckpointInTime(t *testing.T) {
+	for every := 1; every < 100; every++ {
+		c := &checkpointer{im: &Image{cfg: Config{CheckpointEvery: every}}}
+		group := maxGroup
+		if group > every { // nothing is split then
+			group = 1
+		}
+		if n := int(c.most()); n < 1 || n-1+group > every || every >= 12 && n != every*3/4 {
+			t.Errorf("of at most %d objects %d come before a checkpoint begins, in groups of up to %d", every, n, group)
+		}
+	}
+}
