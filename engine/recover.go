@@ -1,9 +1,11 @@
 package engine
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
+	"runtime/debug"
 	"sync"
 
 	"github.com/lsd-ceph/lsd/backend"
@@ -127,7 +129,7 @@ func (im *Image) loadSegmentNow(ctx context.Context, i uint32) error {
 }
 
 // inParallel calls fn for 0 to n-1, up to limit at a time, and returns the first
-// error.
+// error. A panic of one of them is one of the caller's, who knows what to do about it.
 func inParallel(limit, n int, fn func(int) error) error {
 	if limit == 1 || n < 2 {
 		for k := range n {
@@ -137,22 +139,35 @@ func inParallel(limit, n int, fn func(int) error) error {
 		}
 		return nil
 	}
-	errs := make(chan error, n)
+	type result struct {
+		err   error
+		panic any
+	}
+	results := make(chan result, n)
 	places := make(chan struct{}, limit)
 	for k := range n {
 		places <- struct{}{}
 		go func() {
-			errs <- fn(k)
-			<-places
+			var r result
+			defer func() {
+				if v := recover(); v != nil {
+					r.panic = fmt.Sprintf("%v, in a helper:\n%s", v, debug.Stack())
+				}
+				results <- r
+				<-places
+			}()
+			r.err = fn(k)
 		}()
 	}
-	var first error
+	var first result
 	for range n {
-		if err := <-errs; err != nil && first == nil {
-			first = err
-		}
+		r := <-results
+		first = result{cmp.Or(first.err, r.err), cmp.Or(first.panic, r.panic)}
 	}
-	return first
+	if first.panic != nil {
+		panic(first.panic)
+	}
+	return first.err
 }
 
 // storeEnd returns where the store's unbroken run of objects ends.

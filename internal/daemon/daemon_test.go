@@ -843,3 +843,24 @@ func TestUnreadableRecord(t *testing.T) {
 		t.Errorf("the record: %q, %v", b, err)
 	}
 }
+
+// TestHungReactors: a list names those that do not answer, beside the others.
+func TestHungReactors(t *testing.T) {
+	w := newWorld(t)
+	h := w.newHost()
+	release := make(chan struct{})
+	var ids []int
+	for _, name := range []string{"mem:vm1", "mem:vm2"} {
+		ids = append(ids, h.add(api.AttachRequest{ID: -1, Image: name}))
+	}
+	ids = append(ids, h.add(api.AttachRequest{ID: -1, Null: true}))
+	h.find(ids[0]).getDisk().reactor.Post(func() { <-release })
+	list := h.describeAll(context.Background())
+	if len(list) != 3 || list[0].State != api.StateHung || list[1].State != api.StateActive || list[1].Stats == nil || list[2].State != api.StateActive {
+		t.Errorf("the list is %+v", list)
+	}
+	close(release)
+	for _, id := range ids {
+		h.await(id, api.StateActive)
+	}
+}

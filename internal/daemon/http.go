@@ -28,11 +28,7 @@ func (d *Daemon) handler() http.Handler {
 	mux.HandleFunc("GET "+api.PathFeatures, d.serveFeatures)
 	mux.HandleFunc("GET "+api.PathReadCache, func(w http.ResponseWriter, _ *http.Request) { reply(w, d.readCache.describe()) })
 	mux.HandleFunc("GET "+api.PathImages, func(w http.ResponseWriter, r *http.Request) {
-		list := []api.Image{}
-		for _, a := range d.all() {
-			list = append(list, a.describe(r.Context()))
-		}
-		reply(w, list)
+		reply(w, d.describeAll(r.Context()))
 	})
 	mux.HandleFunc("GET "+api.PathImages+"/{id}", d.about(func(w http.ResponseWriter, r *http.Request, a *attachment) {
 		reply(w, a.describe(r.Context()))

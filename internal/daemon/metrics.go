@@ -167,8 +167,7 @@ func (c *collector) Collect(ch chan<- prometheus.Metric) {
 	for _, m := range c.cache {
 		ch <- prometheus.MustNewConstMetric(m.desc, m.kind, m.value(&cache))
 	}
-	for _, a := range c.d.all() {
-		im := a.describe(c.d.ctx)
+	for _, im := range c.d.describeAll(c.d.ctx) {
 		dev := strconv.Itoa(im.ID)
 		up := 0.0
 		if im.State == api.StateActive {

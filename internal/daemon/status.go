@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"runtime"
 	"runtime/debug"
+	"sync"
 	"time"
 
 	"github.com/lsd-ceph/lsd/engine"
@@ -64,6 +65,19 @@ func (a *attachment) describe(ctx context.Context) api.Image {
 	}
 	im.Advice = advise(im)
 	return im
+}
+
+// describeAll describes all attachments. Reactors that do not answer are waited for side by
+// side.
+func (d *Daemon) describeAll(ctx context.Context) []api.Image {
+	all := d.all()
+	list := make([]api.Image, len(all))
+	var asked sync.WaitGroup
+	for i, a := range all {
+		asked.Go(func() { list[i] = a.describe(ctx) })
+	}
+	asked.Wait()
+	return list
 }
 
 // advise says what a person can do about what is wrong.
