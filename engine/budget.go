@@ -14,9 +14,11 @@ type Shared struct {
 	Map Budget
 	// Scrub bounds what is read back of the images' objects.
 	Scrub ScrubRate
-	// destage bounds the memory of the data objects that are built and put.
-	destage destageMemory
-	buffers sync.Pool // of *[]byte, for them
+	// destage bounds the memory of the data objects that are built and put, and reads that
+	// of clients' reads which workers do: of the store, or of the log where it is not ready
+	// to be read from directly.
+	destage, reads workMemory
+	buffers        sync.Pool // of *[]byte, for them
 	// cleaning has a place for each cleaning that may run at one time.
 	cleaning cleaningPlaces
 	// scans has a place for each write log that may be read at one time.
@@ -28,12 +30,14 @@ type Shared struct {
 type Limits struct {
 	Map     int64 // of maps
 	Destage int64 // of data objects on their way to the store
+	Reads   int64 // of reads that what is in memory or on the SSD does not answer
 }
 
 // Defaults of what is shared.
 const (
 	DefaultMapMemory     = 256 << 20 // bytes
 	DefaultDestageMemory = 512 << 20 // bytes
+	DefaultReadMemory    = 256 << 20 // bytes
 	// maxCleanings bounds the cleanings that run in a daemon at one time, and so
 	// the memory that they take.
 	maxCleanings = 4
@@ -51,14 +55,17 @@ func NewShared(l Limits) *Shared {
 	if l.Destage == 0 {
 		l.Destage = DefaultDestageMemory
 	}
-	return &Shared{Map: Budget{limit: l.Map}, destage: destageMemory{limit: l.Destage}, cleaning: cleaningPlaces{free: maxCleanings}, scans: make(chan struct{}, maxScans)}
+	if l.Reads == 0 {
+		l.Reads = DefaultReadMemory
+	}
+	return &Shared{Map: Budget{limit: l.Map}, destage: workMemory{limit: l.Destage}, reads: workMemory{limit: l.Reads}, cleaning: cleaningPlaces{free: maxCleanings}, scans: make(chan struct{}, maxScans)}
 }
 
-// destageMemory bounds the memory of data objects that are built and put. Each image
-// may have one object in any case: else it would wait for another one, whose store
-// hangs. Beyond that it may have its even share. So an image that is refused has an
-// object whose end tells it to ask again.
-type destageMemory struct {
+// workMemory bounds the memory that work of one kind takes in all images. Each image may
+// have one piece of it in any case: else it would wait for another one, whose store
+// hangs. Beyond that it may have its even share. So an image that is refused has some
+// work whose end tells it to ask again.
+type workMemory struct {
 	limit int64 // bytes
 
 	mu     sync.Mutex
@@ -67,7 +74,7 @@ type destageMemory struct {
 }
 
 // take takes n bytes for an image that has own of them, and reports whether it may.
-func (m *destageMemory) take(own, n int64) bool {
+func (m *workMemory) take(own, n int64) bool {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	if own > 0 && (m.used+n > m.limit || own+n > m.limit/int64(m.images)) {
@@ -81,7 +88,7 @@ func (m *destageMemory) take(own, n int64) bool {
 }
 
 // give gives back n bytes of an image that has own.
-func (m *destageMemory) give(own, n int64) {
+func (m *workMemory) give(own, n int64) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	if own == n {

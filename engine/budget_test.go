@@ -13,8 +13,8 @@ import (
 	"github.com/lsd-ceph/lsd/internal/simdisk"
 )
 
-func TestDestageMemory(t *testing.T) {
-	m := destageMemory{limit: 10}
+func TestWorkMemory(t *testing.T) {
+	m := workMemory{limit: 10}
 	own := map[string]int64{}
 	for i, step := range []struct {
 		image string
@@ -88,6 +88,64 @@ func TestObjectsShareMemory(t *testing.T) {
 		h.mustRead(5, 6)
 	}
 	if m := &shared.destage; m.used != 0 || m.images != 0 {
+		t.Errorf("%d bytes of %d images are left", m.used, m.images)
+	}
+}
+
+// TestReadsShareMemory: while a store hangs, images have as many reads of it under way as
+// their memory allows, one at least, and the others wait; all of them end when it is back,
+// and the memory is free then, also that of an image which ended meanwhile.
+func TestReadsShareMemory(t *testing.T) {
+	const block, reads = 4096, 12
+	st := mem.New()
+	shared := NewShared(Limits{Reads: 4 * block})
+	var hosts []*host
+	for i, name := range []string{"alpha", "beta", "gamma"} {
+		h := newHost(t, name, st, uint64(i))
+		h.shared = shared
+		id, err := Create(context.Background(), st, name, smallImage())
+		if err == nil {
+			err = h.open(id, false)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		for n := range uint64(reads) {
+			h.mustWrite(n, n+1)
+		}
+		h.mustClose()
+		h.again()
+		if err := h.open(id, false); err != nil {
+			t.Fatal(err)
+		}
+		h.mustRead(100, 0) // the map is there
+		hosts = append(hosts, h)
+	}
+	told := make([]int, len(hosts))
+	for i, want := range []int{4, 1, 1} {
+		im := hosts[i].im
+		for n := range uint64(reads) {
+			im.Submit(&Request{Op: Read, Sector: n * 8, Sectors: 8, Buf: make([]byte, block), Done: doneFunc(func(r *Request) {
+				if got, err := stamp(r.Buf, r.Sector); i < 2 && (r.Err != 0 || err != nil || got != n+1) {
+					t.Errorf("%s: block %d is %d, %v, %v", hosts[i].name, n, got, err, r.Err)
+				}
+				told[i]++
+			})})
+		}
+		if im.reading != want || im.readMemory != int64(want)*block || len(im.slow) != reads-want {
+			t.Errorf("%s: %d reads under way have %d bytes, %d wait; want %d", hosts[i].name, im.reading, im.readMemory, len(im.slow), want)
+		}
+	}
+	hosts[2].im.Abandon()
+	if shared.reads.used != 5*block {
+		t.Errorf("%d bytes are in use after an image has ended", shared.reads.used)
+	}
+	for i, h := range hosts {
+		if h.run(0); told[i] != reads {
+			t.Errorf("%s: %d of %d reads have ended", h.name, told[i], reads)
+		}
+	}
+	if m := &shared.reads; m.used != 0 || m.images != 0 {
 		t.Errorf("%d bytes of %d images are left", m.used, m.images)
 	}
 }

@@ -70,21 +70,25 @@ type Image struct {
 	memory       int64     // bytes that the queue has of Shared.destage
 	spare        []*batch  // done with; kept for their capacity
 
-	blocked  fifo // writes that the log had no room for, in order of arrival
-	acks     fifo // writes in the log, in order of records
-	flushes  fifo // flushes and FUA writes, by the record that must be durable
-	late     fifo // confirmed, but not told in time
-	ackable  bool // something of late, acks or flushes may have become due
-	unblock  bool // the log may have room again
-	unread   bool // a batch waits for its last records to be on the SSD
-	waiters  []waiter
-	readOps  []*logRead // free
-	slowOps  []*slowRead
-	reading  int // slow reads running
-	slow     []*slowRead
-	cacheOps []*cacheRead // free
-	streams  streams
-	aheadOps []*aheadRead // free
+	blocked fifo // writes that the log had no room for, in order of arrival
+	acks    fifo // writes in the log, in order of records
+	flushes fifo // flushes and FUA writes, by the record that must be durable
+	late    fifo // confirmed, but not told in time
+	ackable bool // something of late, acks or flushes may have become due
+	unblock bool // the log may have room again
+	unread  bool // a batch waits for its last records to be on the SSD
+	waiters []waiter
+	readOps []*logRead // free
+	slowOps []*slowRead
+	reading int         // slow reads running
+	slow    []*slowRead // that wait, in order
+	// readMemory is what those running have of Shared.reads, in bytes. None of it is counted
+	// any more once readsFree.
+	readMemory int64
+	readsFree  bool
+	cacheOps   []*cacheRead // free
+	streams    streams
+	aheadOps   []*aheadRead // free
 
 	cacheReads  int  // reads of the read cache under way in the ring
 	aheads      int  // read-ahead under way
@@ -678,6 +682,7 @@ func (im *Image) fence(s State, why error) {
 	im.clean.end()
 	im.scrub.end()
 	im.objs.leave()
+	im.freeReads()
 	for _, b := range im.queue {
 		im.giveMemory(b) // also of those that a worker has: if the reactor has died, nobody hears of its end
 	}

@@ -13,7 +13,8 @@ import (
 	"github.com/lsd-ceph/lsd/internal/extmap"
 )
 
-// maxSlowReads bounds the reads of an image that run on workers at one time.
+// maxSlowReads bounds the reads of an image that run on workers at one time. So does
+// Shared.reads.
 const maxSlowReads = 64
 
 // read splits r into runs and starts all of them at once.
@@ -203,6 +204,7 @@ type slowRead struct {
 	fetched bool // from the store, not the read cache
 	err     error
 	tries   int
+	memory  int64 // bytes of Shared.reads that it has
 	began   time.Duration
 	scratch []byte
 	// The functions for Env.Spawn, made once.
@@ -223,14 +225,60 @@ func (im *Image) newSlowRead(r *Request, sector uint64, n uint32, dst []byte) *s
 	return o
 }
 
-// startSlow runs o on a worker, now or when one of those running has ended.
+// startSlow runs o on a worker, now or when some of those running have ended.
 func (im *Image) startSlow(o *slowRead) {
-	if im.reading >= maxSlowReads {
-		im.slow = append(im.slow, o)
-		return
+	im.slow = append(im.slow, o)
+	im.runSlow()
+}
+
+// runSlow runs as many of the reads that wait as may run.
+func (im *Image) runSlow() {
+	n := 0
+	for n < len(im.slow) && im.mayRead(im.slow[n]) {
+		o := im.slow[n]
+		n++
+		im.reading++
+		im.env.Spawn(o.work, o.done)
 	}
-	im.reading++
-	im.env.Spawn(o.work, o.done)
+	if n > 0 {
+		left := copy(im.slow, im.slow[n:])
+		clear(im.slow[left:])
+		im.slow = im.slow[:left]
+	}
+}
+
+// mayRead reports whether o may run beside those that do, and takes the memory for it.
+func (im *Image) mayRead(o *slowRead) bool {
+	if im.reading >= maxSlowReads {
+		return false
+	}
+	if im.readsFree {
+		return true
+	}
+	n := int64(len(o.dst))
+	if !im.shared.reads.take(im.readMemory, n) {
+		return false
+	}
+	im.readMemory, o.memory = im.readMemory+n, n
+	return true
+}
+
+// giveRead gives back the memory of o, which has ended.
+func (im *Image) giveRead(o *slowRead) {
+	if o.memory > 0 && !im.readsFree {
+		im.shared.reads.give(im.readMemory, o.memory)
+		im.readMemory -= o.memory
+	}
+	o.memory = 0
+}
+
+// freeReads gives back the memory of all reads under way when the image's service ends: if
+// its reactor has died, nobody hears of their end.
+func (im *Image) freeReads() {
+	if im.readMemory > 0 {
+		im.shared.reads.give(im.readMemory, im.readMemory)
+	}
+	im.readMemory, im.readsFree = 0, true
 }
 
 // run reads, on a worker.
@@ -252,11 +300,8 @@ func (o *slowRead) run() {
 func (o *slowRead) finished() {
 	im := o.im
 	im.reading--
-	if k := len(im.slow); k > 0 {
-		next := im.slow[0]
-		im.slow = append(im.slow[:0], im.slow[1:]...)
-		im.startSlow(next)
-	}
+	im.giveRead(o)
+	im.runSlow()
 	im.maintainCache()
 	if o.object && (im.moved(o) || im.again(o)) {
 		return

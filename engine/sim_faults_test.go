@@ -42,9 +42,9 @@ type simPlan struct {
 	mapMemory  int64
 	copiesPart int64 // of it, for copies of a checkpoint: in half of the worlds only one
 	deltaFrom  int   // in two of three worlds there are deltas of any segment
-	// destageMemory is Limits.Destage.
-	destageMemory int64
-	cache         simCachePlan
+	// destageMemory is Limits.Destage, readMemory Limits.Reads.
+	destageMemory, readMemory int64
+	cache                     simCachePlan
 
 	phases   int
 	steps    int
@@ -82,6 +82,7 @@ func newPlan(rng *rand.Rand) simPlan {
 	p.deltaFrom = []int{1, 1, deltaFrom}[p.steps%3]
 	p.copiesPart = []int64{copiesPart, 1 << 40}[p.steps%2]
 	p.destageMemory = []int64{1, 4 * MinObjectSize, 0}[p.steps%3]
+	p.readMemory = []int64{1, 64 << 10, 0}[p.steps/3%3]
 	p.config = Config{
 		BatchAge: time.Duration(1+rng.IntN(5)) * time.Second, CheckpointEvery: 1 + rng.IntN(12), SpaceRatio: p.spaceRatio, LogDepth: 1 + rng.IntN(8),
 		StoreTimeout: time.Hour, // of the real clock: the simulation loses answers by itself

@@ -171,7 +171,7 @@ func (h *simHost) open(id uuid.UUID, force bool) (err error) {
 	h.opening = true
 	config := w.plan.config
 	if h.shared = h.beside.sharedOf(); h.shared == nil {
-		h.shared = NewShared(Limits{Map: w.plan.mapMemory, Destage: w.plan.destageMemory})
+		h.shared = NewShared(Limits{Map: w.plan.mapMemory, Destage: w.plan.destageMemory, Reads: w.plan.readMemory})
 	}
 	config.Shared = h.shared
 	var im *Image

@@ -33,6 +33,7 @@ type options struct {
 	logMemory     bytesize.Size
 	mapMemory     bytesize.Size
 	destageMemory bytesize.Size
+	readMemory    bytesize.Size
 	scrubRate     bytesize.Size
 	readCache     bytesize.Size
 	envErr        error // of what the environment says
@@ -89,6 +90,8 @@ systemd runs it as lsd.service; without systemd, lsdctl add starts it with
 	f.Var(&o.mapMemory, "map-memory", "memory for the maps of all images together")
 	o.destageMemory = engine.DefaultDestageMemory
 	f.Var(&o.destageMemory, "destage-memory", "memory for the objects of all images that are on their way to the store")
+	o.readMemory = engine.DefaultReadMemory
+	f.Var(&o.readMemory, "read-memory", "memory for reads of all images that the store has to answer")
 	o.scrubRate = daemon.DefaultScrubRate
 	f.Var(&o.scrubRate, "scrub-rate", "bytes that are read back and verified in a second, of all images together; 0: none")
 	f.StringVar(&o.logFile, "log-file", "", "append the log to this file (default: standard error)")
@@ -136,6 +139,7 @@ func (o *options) run(ctx context.Context) (int, error) {
 		{"--log-memory-total", &o.logMemory, &o.cfg.LogMemory},
 		{"--map-memory", &o.mapMemory, &o.cfg.MapMemory},
 		{"--destage-memory", &o.destageMemory, &o.cfg.DestageMemory},
+		{"--read-memory", &o.readMemory, &o.cfg.ReadMemory},
 	} {
 		if *m.n < 16<<20 || *m.n > 1<<50 {
 			return 0, fmt.Errorf("%s %s: it must be from 16M to 1P", m.flag, m.n)

@@ -28,7 +28,7 @@ func TestBadOptions(t *testing.T) {
 	dir := filepath.Join(t.TempDir(), "state")
 	good := func() options {
 		return options{
-			cfg: daemon.Config{Socket: filepath.Join(dir, "s"), StateDir: dir, Host: "h", ExitTimeout: time.Second}, onTerm: "leave", logMemory: daemon.DefaultLogMemory, mapMemory: engine.DefaultMapMemory, destageMemory: engine.DefaultDestageMemory,
+			cfg: daemon.Config{Socket: filepath.Join(dir, "s"), StateDir: dir, Host: "h", ExitTimeout: time.Second}, onTerm: "leave", logMemory: daemon.DefaultLogMemory, mapMemory: engine.DefaultMapMemory, destageMemory: engine.DefaultDestageMemory, readMemory: engine.DefaultReadMemory,
 		}
 	}
 	for _, tt := range []struct {
@@ -46,6 +46,7 @@ func TestBadOptions(t *testing.T) {
 		{func(o *options) { o.scrubRate = 1 << 51 }, "--scrub-rate 2P"},
 		{func(o *options) { o.mapMemory = 1 << 51 }, "--map-memory 2P"},
 		{func(o *options) { o.destageMemory = 1 << 20 }, "--destage-memory 1M"},
+		{func(o *options) { o.readMemory = 1 << 20 }, "--read-memory 1M"},
 	} {
 		o := good()
 		tt.change(&o)

@@ -56,6 +56,9 @@ type Config struct {
 	// DestageMemory is what the data objects of all images that are built and put may
 	// take together, in bytes. Default engine.DefaultDestageMemory.
 	DestageMemory int64
+	// ReadMemory is what reads of all images that the store has to answer may take
+	// together, in bytes. Default engine.DefaultReadMemory.
+	ReadMemory int64
 	// ScrubRate bounds what is read back of all images to verify it, in bytes a
 	// second; 0 means that nothing is.
 	ScrubRate int64

@@ -37,7 +37,7 @@ type shared struct {
 }
 
 func newShared(cfg Config) *shared {
-	s := &shared{engine: engine.NewShared(engine.Limits{Map: cfg.MapMemory, Destage: cfg.DestageMemory}), logMemory: budget{total: cfg.LogMemory}}
+	s := &shared{engine: engine.NewShared(engine.Limits{Map: cfg.MapMemory, Destage: cfg.DestageMemory, Reads: cfg.ReadMemory}), logMemory: budget{total: cfg.LogMemory}}
 	s.engine.Scrub.Set(cfg.ScrubRate)
 	return s
 }
