@@ -12,6 +12,8 @@ import (
 
 	"github.com/google/uuid"
 	"github.com/lsd-ceph/lsd/backend"
+	"github.com/lsd-ceph/lsd/internal/frame"
+	"github.com/lsd-ceph/lsd/internal/parallel"
 )
 
 const (
@@ -228,14 +230,17 @@ func (c *checker) allRead() {
 func (c *checker) each(ctx context.Context, n int, fn func(context.Context, int) error) error {
 	ctx, stop := context.WithCancelCause(ctx)
 	defer stop(nil)
-	err := inParallel(c.o.Parallel, n, func(i int) error {
-		err := ctx.Err()
+	err := parallel.Each(c.o.Parallel, n, func(i int) error {
+		err, ended := ctx.Err(), false
+		defer func() {
+			if err != nil || !ended {
+				stop(err) // the first counts
+			}
+		}()
 		if err == nil {
 			err = fn(ctx, i)
 		}
-		if err != nil {
-			stop(err) // the first counts
-		}
+		ended = true
 		return err
 	})
 	if err != nil {
@@ -289,6 +294,8 @@ func (c *checker) load(ctx context.Context) (ok bool, err error) {
 		case errors.Is(err, backend.ErrNotFound):
 			c.rep.Errors = append(c.rep.Errors, Finding{Object: SuperblockKey(c.id), Problem: "the superblock is missing, and the directory names the image", Action: rmAgain})
 			return false, nil
+		case errors.Is(err, frame.ErrVersion):
+			return false, err
 		case unreadableSuper(err):
 			c.rep.Errors = append(c.rep.Errors, Finding{Object: SuperblockKey(c.id), Problem: withoutKey(err.Error(), SuperblockKey(c.id)), Action: "bring it back from a copy of the pool; the image cannot be attached"})
 			return false, nil

@@ -84,7 +84,7 @@ func (c *checkpointer) due() bool {
 // CheckpointEvery is for what comes while it is written, and for the last one's group.
 func (c *checkpointer) most() uint64 {
 	every := c.im.cfg.CheckpointEvery
-	return uint64(max(min(every*3/4, every-maxGroup+1), 1))
+	return uint64(max(min(every-every/4, every-maxGroup+1), 1))
 }
 
 const (

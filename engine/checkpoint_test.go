@@ -3,6 +3,7 @@ package engine
 import (
 	"context"
 	"errors"
+	"math"
 	"math/rand/v2"
 	"strings"
 	"testing"
@@ -260,13 +261,17 @@ func TestStoredInStints(t *testing.T) {
 // the group of objects which makes it due, and may be accepted before it runs, does not
 // break the bound.
 func TestCheckpointInTime(t *testing.T) {
+	all := []int{math.MaxInt}
 	for every := 1; every < 100; every++ {
+		all = append(all, every)
+	}
+	for _, every := range all {
 		c := &checkpointer{im: &Image{cfg: Config{CheckpointEvery: every}}}
 		group := maxGroup
 		if group > every { // nothing is split then
 			group = 1
 		}
-		if n := int(c.most()); n < 1 || n-1+group > every || every >= 12 && n != every*3/4 {
+		if n := int(c.most()); n < 1 || n-1+group > every || every >= 12 && n != every-every/4 {
 			t.Errorf("of at most %d objects %d come before a checkpoint begins, in groups of up to %d", every, n, group)
 		}
 	}

@@ -15,6 +15,9 @@ func unitShift(all uint64) int {
 	return 0
 }
 
+// validShift reports whether unitShift returns such a unit.
+func validShift(shift uint8) bool { return shift == 0 || shift == 3 }
+
 // runColumns are some runs of sectors, ascending, as they are stored: gaps and lengths in a
 // column each. Of random writes the lengths are all the same then, and take nothing. The
 // numbers are in units of a shift, see unitShift.

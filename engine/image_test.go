@@ -1,11 +1,8 @@
 package engine
 
 import (
-	"errors"
-	"fmt"
 	"log/slog"
 	"strings"
-	"sync/atomic"
 	"syscall"
 	"testing"
 
@@ -65,37 +62,5 @@ func TestNumbersUsedUp(t *testing.T) {
 	h.mustRead(1, 1)
 	if n := strings.Count(log.String(), "used up its numbers"); n != 1 {
 		t.Errorf("it was logged %d times", n)
-	}
-}
-
-// TestInParallel: the first error is returned when all have ended, and a panic of a helper
-// is the caller's, who can contain it.
-func TestInParallel(t *testing.T) {
-	for _, limit := range []int{1, 3} {
-		var ended atomic.Int32
-		err := inParallel(limit, 10, func(k int) error {
-			ended.Add(1)
-			if k == 9 {
-				return errors.New("the last")
-			}
-			return nil
-		})
-		if err == nil || err.Error() != "the last" || ended.Load() != 10 {
-			t.Errorf("%d at a time: %v after %d of 10", limit, err, ended.Load())
-		}
-		func() {
-			defer func() {
-				if v := recover(); v == nil || !strings.Contains(fmt.Sprint(v), "this one") {
-					t.Errorf("%d at a time: the caller has recovered %v", limit, v)
-				}
-			}()
-			_ = inParallel(limit, 10, func(k int) error {
-				if k == 4 {
-					panic("this one")
-				}
-				return nil
-			})
-			t.Errorf("%d at a time: no panic", limit)
-		}()
 	}
 }

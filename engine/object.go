@@ -22,8 +22,10 @@ const (
 	objectJoined    = 1 << 0 // a flag of the header
 	objectAlign     = 4096   // the data begins at a multiple of this
 	maxObjectHeader = 8 << 20
-	// maxObjectExtents bounds what a decoder makes of a small header.
-	maxObjectExtents = 512 << 10
+	// maxObjectExtents is more than anybody puts into an object: a batch that of its
+	// maxBatchExtents nothing is left but pieces, or a copy of an image that has each of its
+	// sectors elsewhere.
+	maxObjectExtents = 128 << 10
 
 	// firstRead is what is read of an object whose header's length is not known: 8 MiB of
 	// random writes of 4 KiB have one of 12 or 16 KiB.
@@ -201,8 +203,8 @@ func decodeObjectHeader(b []byte, sectors uint64) (*objectHeader, error) {
 	copy(h.log[:], b[64:])
 	flags, count, packed := le.Uint32(b[112:]), int(le.Uint32(b[96:])), int(le.Uint32(b[116:]))
 	h.joined = flags&objectJoined != 0
-	if h.data%SectorSize != 0 || h.data > MaxObjectSize || count > maxObjectExtents || packed > n || headerSize(packed, h.data) != n ||
-		b[120] > 3 || flags&^objectJoined != 0 || h.seq == 0 || h.seq > maxObjectSeq || h.epoch > maxEpoch || h.firstSeq == 0 ||
+	if h.data%SectorSize != 0 || h.data > MaxObjectSize || count > min(maxObjectExtents, packed/4*columnExtents) || packed > n || headerSize(packed, h.data) != n ||
+		!validShift(b[120]) || flags&^objectJoined != 0 || h.seq == 0 || h.seq > maxObjectSeq || h.epoch > maxEpoch || h.firstSeq == 0 ||
 		h.cleaned() && (h.lastSeq != h.firstSeq-1 || h.base >= h.seq || uint64(h.born) > h.base || h.joined) ||
 		!h.cleaned() && (h.lastSeq < h.firstSeq || h.born != 0) {
 		return nil, fmt.Errorf("%w: its header is out of range", ErrCorrupt)

@@ -1,6 +1,7 @@
 package engine
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -12,6 +13,7 @@ import (
 	"github.com/lsd-ceph/lsd/backend"
 	"github.com/lsd-ceph/lsd/backend/faultstore"
 	"github.com/lsd-ceph/lsd/backend/mem"
+	"github.com/lsd-ceph/lsd/internal/frame"
 )
 
 // TestMissingPart: an image that has lost an object is damaged; one that has lost its
@@ -219,4 +221,66 @@ func spentLogLeavesNothing(t *testing.T, fails bool) {
 	a.run(10 * time.Minute)
 	a.mustClose()
 	mustBeClean(t, st)
+}
+
+// TestOtherVersionIsRefused: an image of another version of lsd is not taken: what is in its
+// objects and its map could not be read, and what would be written could not be by those who
+// made it.
+func TestOtherVersionIsRefused(t *testing.T) {
+	ctx := context.Background()
+	for _, version := range []uint32{superVersion - 1, superVersion + 1} {
+		st := mem.New()
+		h, id := attached(t, st, smallImage(), nil)
+		h.mustWrite(1, 1)
+		h.mustClose()
+		b, v, err := st.Load(ctx, SuperblockKey(id))
+		if err != nil {
+			t.Fatal(err)
+		}
+		payload, err := frame.Decode(superMagic, superVersion, b)
+		if err != nil {
+			t.Fatal(err)
+		}
+		other := frame.Encode(superMagic, version, payload)
+		if _, err := st.Swap(ctx, SuperblockKey(id), v, other); err != nil {
+			t.Fatal(err)
+		}
+		h.again()
+		if err := h.open(id, true); !errors.Is(err, frame.ErrVersion) || errors.Is(err, ErrCorrupt) {
+			t.Errorf("version %d is opened: %v", version, err)
+		}
+		if _, err := Check(ctx, st, "disk", "mem:/disk", CheckOptions{}); !errors.Is(err, frame.ErrVersion) {
+			t.Errorf("version %d is checked: %v", version, err)
+		}
+		if b, _, err := st.Load(ctx, SuperblockKey(id)); err != nil || !bytes.Equal(b, other) {
+			t.Errorf("the superblock of version %d has changed (%v)", version, err)
+		}
+	}
+}
+
+// panickingStore panics when a data object is read.
+type panickingStore struct{ *mem.Store }
+
+func (s panickingStore) Get(ctx context.Context, key string, p []byte, off int64) (int, error) {
+	if strings.Contains(key, "/d/") {
+		panic("this object")
+	}
+	return s.Store.Get(ctx, key, p, off)
+}
+
+// TestPanicOfHelper: a panic of a goroutine that helps recovery is that of whoever opens the
+// image, and does not end the process.
+func TestPanicOfHelper(t *testing.T) {
+	st := mem.New()
+	h, id := attached(t, st, smallImage(), nil)
+	h.mustWrite(1, 1)
+	h.mustDestage()
+	h.im.Abandon()
+	defer func() {
+		if v := recover(); v == nil || !strings.Contains(fmt.Sprint(v), "this object") {
+			t.Errorf("recovered %v", v)
+		}
+	}()
+	_, err := Open(context.Background(), panickingStore{st}, id, OpenOptions{ReadOnly: true, Config: Config{Logger: quiet}})
+	t.Errorf("the image is opened: %v", err)
 }

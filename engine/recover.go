@@ -1,17 +1,16 @@
 package engine
 
 import (
-	"cmp"
 	"context"
 	"errors"
 	"fmt"
-	"runtime/debug"
 	"sync"
 
 	"github.com/lsd-ceph/lsd/backend"
 	"github.com/lsd-ceph/lsd/cache/writelog"
 	"github.com/lsd-ceph/lsd/internal/extmap"
 	"github.com/lsd-ceph/lsd/internal/mutate"
+	"github.com/lsd-ceph/lsd/internal/parallel"
 )
 
 // recoverStore loads the last checkpoint and replays the data objects after it:
@@ -56,18 +55,24 @@ func (im *Image) headers(ctx context.Context, sb *superblock, at position, last 
 		for len(ahead) < im.parallel && asked < last {
 			asked++
 			seq, c := asked, make(chan answer, 1)
-			ask := func() {
+			ask := func() error {
 				h, err := im.loadHeader(ctx, sb, seq)
 				c <- answer{h, err}
+				return nil
 			}
 			if ahead = append(ahead, c); im.parallel == 1 {
-				ask()
-			} else {
-				asking.Go(ask)
+				_ = ask()
+				continue
 			}
+			asking.Go(func() {
+				if err := parallel.Catch(ask); err != nil {
+					c <- answer{nil, err}
+				}
+			})
 		}
 		a := <-ahead[0]
 		ahead = append(ahead[:0], ahead[1:]...)
+		parallel.Throw(a.err)
 		if errors.Is(a.err, backend.ErrNotFound) {
 			if mutate.On(mutate.HalfCounted) && len(group) > 0 {
 				group[0].joined = false
@@ -126,48 +131,6 @@ func (im *Image) loadSegmentNow(ctx context.Context, i uint32) error {
 	}
 	im.enterSegment(i, span)
 	return nil
-}
-
-// inParallel calls fn for 0 to n-1, up to limit at a time, and returns the first
-// error. A panic of one of them is one of the caller's, who knows what to do about it.
-func inParallel(limit, n int, fn func(int) error) error {
-	if limit == 1 || n < 2 {
-		for k := range n {
-			if err := fn(k); err != nil {
-				return err
-			}
-		}
-		return nil
-	}
-	type result struct {
-		err   error
-		panic any
-	}
-	results := make(chan result, n)
-	places := make(chan struct{}, limit)
-	for k := range n {
-		places <- struct{}{}
-		go func() {
-			var r result
-			defer func() {
-				if v := recover(); v != nil {
-					r.panic = fmt.Sprintf("%v, in a helper:\n%s", v, debug.Stack())
-				}
-				results <- r
-				<-places
-			}()
-			r.err = fn(k)
-		}()
-	}
-	var first result
-	for range n {
-		r := <-results
-		first = result{cmp.Or(first.err, r.err), cmp.Or(first.panic, r.panic)}
-	}
-	if first.panic != nil {
-		panic(first.panic)
-	}
-	return first.err
 }
 
 // storeEnd returns where the store's unbroken run of objects ends.

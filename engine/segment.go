@@ -24,6 +24,8 @@ const (
 	// sector, each of them four numbers.
 	maxSegmentExtents = segmentSectors
 	maxSegmentBytes   = segmentFixed + maxSegmentExtents*20
+	// fullSegment is what one of random writes of 4 KiB takes in memory, about.
+	fullSegment = segmentSectors / blockSectors * 6
 )
 
 // segmentKind says what of a segment is stored.
@@ -133,7 +135,7 @@ func decodeSegment(b []byte, id uuid.UUID, p segmentPart, sectors uint64, fn fun
 	}
 	head := segmentHead{segmentPart{le.Uint32(b[32:]), segmentKind(b[45])}, le.Uint32(b[48:])}
 	base, extents, shift := segmentStart(p.index), le.Uint32(b[40:]), b[44]
-	if head.segmentPart != p || int(le.Uint32(b[36:])) != len(b) || extents > maxSegmentExtents || shift > 3 || base >= sectors {
+	if head.segmentPart != p || int(le.Uint32(b[36:])) != len(b) || extents > maxSegmentExtents || !validShift(shift) || base >= sectors {
 		return segmentHead{}, fmt.Errorf("%w: its header is out of range", ErrCorrupt)
 	}
 	size := min(segmentSectors, sectors-base)

@@ -16,7 +16,7 @@ import (
 
 const (
 	superMagic   = "LSDSUPER"
-	superVersion = 2
+	superVersion = 3
 	// superUnit is what the length of a superblock is a multiple of, in bytes.
 	superUnit = 4096
 	// maxEpochs is how many ends of ownerships a superblock remembers; they tell

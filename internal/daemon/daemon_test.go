@@ -844,7 +844,22 @@ func TestUnreadableRecord(t *testing.T) {
 	}
 }
 
-// TestHungReactors: a list names those that do not answer, beside the others.
+// lateContext calls fn when its user has begun to wait for the nth time.
+type lateContext struct {
+	context.Context
+	n  atomic.Int32
+	fn func()
+}
+
+func (c *lateContext) Done() <-chan struct{} {
+	if c.n.Add(-1) == 0 {
+		c.fn()
+	}
+	return nil
+}
+
+// TestHungReactors: a list names those that do not answer, beside the others; all of them
+// are asked before one is waited for.
 func TestHungReactors(t *testing.T) {
 	w := newWorld(t)
 	h := w.newHost()
@@ -854,6 +869,17 @@ func TestHungReactors(t *testing.T) {
 		ids = append(ids, h.add(api.AttachRequest{ID: -1, Image: name}))
 	}
 	ids = append(ids, h.add(api.AttachRequest{ID: -1, Null: true}))
+	for _, id := range ids {
+		h.find(id).getDisk().reactor.Post(func() { <-release })
+	}
+	all := &lateContext{Context: context.Background(), fn: func() { close(release) }}
+	all.n.Store(int32(len(ids)))
+	for _, im := range h.describeAll(all) {
+		if im.State != api.StateActive {
+			t.Errorf("%s is %s (%s): its reactor was not asked beside the others", im.URL, im.State, im.Error)
+		}
+	}
+	release = make(chan struct{})
 	h.find(ids[0]).getDisk().reactor.Post(func() { <-release })
 	list := h.describeAll(context.Background())
 	if len(list) != 3 || list[0].State != api.StateHung || list[1].State != api.StateActive || list[1].Stats == nil || list[2].State != api.StateActive {

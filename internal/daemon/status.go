@@ -6,11 +6,11 @@ import (
 	"fmt"
 	"runtime"
 	"runtime/debug"
-	"sync"
 	"time"
 
 	"github.com/lsd-ceph/lsd/engine"
 	"github.com/lsd-ceph/lsd/internal/api"
+	"github.com/lsd-ceph/lsd/internal/parallel"
 	"github.com/lsd-ceph/lsd/internal/reactor"
 )
 
@@ -72,11 +72,10 @@ func (a *attachment) describe(ctx context.Context) api.Image {
 func (d *Daemon) describeAll(ctx context.Context) []api.Image {
 	all := d.all()
 	list := make([]api.Image, len(all))
-	var asked sync.WaitGroup
-	for i, a := range all {
-		asked.Go(func() { list[i] = a.describe(ctx) })
-	}
-	asked.Wait()
+	_ = parallel.Each(max(len(all), 2), len(all), func(i int) error {
+		list[i] = all[i].describe(ctx)
+		return nil
+	})
 	return list
 }
 

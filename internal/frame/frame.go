@@ -18,8 +18,12 @@ import (
 //	20 zero, uint32
 const HeaderSize = 24
 
-// ErrCorrupt is matched by the errors of Decode.
-var ErrCorrupt = errors.New("corrupt")
+// Errors of Decode match one of these.
+var (
+	ErrCorrupt = errors.New("corrupt")
+	// ErrVersion is of what is undamaged, and in a format that is not read here.
+	ErrVersion = errors.New("made by another version of lsd")
+)
 
 // Encode returns payload with a header before it. magic has 8 bytes.
 func Encode(magic string, version uint32, payload []byte) []byte {
@@ -42,12 +46,12 @@ func Decode(magic string, version uint32, b []byte) ([]byte, error) {
 	switch {
 	case len(b) < HeaderSize || string(b[:8]) != magic:
 		return nil, fmt.Errorf("%w: it does not begin as it must", ErrCorrupt)
-	case le.Uint32(b[8:]) != version:
-		return nil, fmt.Errorf("%w or too new: format version %d, this program knows %d", ErrCorrupt, le.Uint32(b[8:]), version)
 	case uint64(le.Uint32(b[12:])) != uint64(len(b)-HeaderSize):
 		return nil, fmt.Errorf("%w: it has %d bytes, its header says %d", ErrCorrupt, len(b), uint64(le.Uint32(b[12:]))+HeaderSize)
 	case le.Uint32(b[16:]) != checksum(b):
 		return nil, fmt.Errorf("%w: its checksum is wrong", ErrCorrupt)
+	case le.Uint32(b[8:]) != version:
+		return nil, fmt.Errorf("%w: its format is version %d, and this one reads version %d only", ErrVersion, le.Uint32(b[8:]), version)
 	}
 	return b[HeaderSize:], nil
 }

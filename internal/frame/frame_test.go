@@ -24,6 +24,16 @@ func TestDamage(t *testing.T) {
 	}
 }
 
+// TestVersion: what is in another format is not taken for damaged.
+func TestVersion(t *testing.T) {
+	b := Encode("LSDTEST\x00", 2, []byte("payload"))
+	for _, version := range []uint32{1, 3} {
+		if _, err := Decode("LSDTEST\x00", version, b); !errors.Is(err, ErrVersion) || errors.Is(err, ErrCorrupt) {
+			t.Errorf("version 2 where %d is known: %v", version, err)
+		}
+	}
+}
+
 func FuzzDecode(f *testing.F) {
 	f.Add(Encode("LSDTEST\x00", 1, []byte("x")))
 	f.Fuzz(func(t *testing.T, b []byte) {
