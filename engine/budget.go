@@ -15,8 +15,7 @@ type Shared struct {
 	// Scrub bounds what is read back of the images' objects.
 	Scrub ScrubRate
 	// destage bounds the memory of the data objects that are built and put, and reads that
-	// of clients' reads which workers do: of the store, or of the log where it is not ready
-	// to be read from directly.
+	// of clients' reads which the store has to answer.
 	destage, reads workMemory
 	buffers        sync.Pool // of *[]byte, for them
 	// cleaning has a place for each cleaning that may run at one time.

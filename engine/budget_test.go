@@ -97,8 +97,9 @@ func TestObjectsShareMemory(t *testing.T) {
 // and the memory is free then, also that of an image which ended meanwhile.
 func TestReadsShareMemory(t *testing.T) {
 	const block, reads = 4096, 12
+	const each = block + headerMemory*objectAlign // none of the checksums is at hand
 	st := mem.New()
-	shared := NewShared(Limits{Reads: 4 * block})
+	shared := NewShared(Limits{Reads: 4 * each})
 	var hosts []*host
 	for i, name := range []string{"alpha", "beta", "gamma"} {
 		h := newHost(t, name, st, uint64(i))
@@ -132,12 +133,12 @@ func TestReadsShareMemory(t *testing.T) {
 				told[i]++
 			})})
 		}
-		if im.reading != want || im.readMemory != int64(want)*block || len(im.slow) != reads-want {
-			t.Errorf("%s: %d reads under way have %d bytes, %d wait; want %d", hosts[i].name, im.reading, im.readMemory, len(im.slow), want)
+		if n := len(im.slow[slowStore].waiting); im.reading != want || im.readMemory != int64(want)*each || n != reads-want {
+			t.Errorf("%s: %d reads under way have %d bytes, %d wait; want %d", hosts[i].name, im.reading, im.readMemory, n, want)
 		}
 	}
 	hosts[2].im.Abandon()
-	if shared.reads.used != 5*block {
+	if shared.reads.used != 5*each {
 		t.Errorf("%d bytes are in use after an image has ended", shared.reads.used)
 	}
 	for i, h := range hosts {

@@ -45,13 +45,13 @@ func (im *Image) readFromObject(r *Request, s uint64, n uint32, loc uint64, info
 		dst := r.part(s, m)
 		switch {
 		case !run.Cached:
-			im.readSlow(r, s, m, loc, info, &k)
+			im.readSlow(slowStore, r, s, m, loc, info, &k)
 			im.reads.Miss(len(dst))
 		case run.Memory && im.cache.Copy(&k, first, run, int(skip)*SectorSize, dst):
 			im.reads.Hit(len(dst))
 		case run.Memory || im.cacheDev == nil || skip != 0 || m%blockSectors != 0 || !r.direct(s):
 			im.reads.Hit(len(dst))
-			im.readSlow(r, s, m, loc, info, &k)
+			im.readSlow(slowLocal, r, s, m, loc, info, &k)
 		default:
 			im.readCached(r, s, m, loc, info, &k, run)
 		}
@@ -78,17 +78,16 @@ func (im *Image) readComing(r *Request, s uint64, n uint32, loc uint64, info *ob
 	m := uint32(got / SectorSize)
 	if m == 0 {
 		m = n
-		im.readSlow(r, s, n, loc, info, k)
+		im.readSlow(slowStore, r, s, n, loc, info, k) // it may be on its way
 	}
 	im.reads.Miss(int(m) * SectorSize)
 	return m
 }
 
 // readSlow reads a part of r on a worker.
-func (im *Image) readSlow(r *Request, s uint64, n uint32, loc uint64, info *objectInfo, k *readcache.Key) {
-	im.fetchSums(info)
+func (im *Image) readSlow(kind slowKind, r *Request, s uint64, n uint32, loc uint64, info *objectInfo, k *readcache.Key) {
 	o := im.newSlowRead(r, s, n, r.part(s, n))
-	o.object, o.loc, o.key, o.src = true, loc, *k, objectSource{im, *info}
+	o.kind, o.object, o.loc, o.key, o.src = kind, true, loc, *k, objectSource{im, *info}
 	im.startSlow(o)
 }
 
@@ -138,7 +137,7 @@ func (o *cacheRead) Complete(res int32, _ uint32) {
 		im.reads.Hit(len(o.dst))
 	} else {
 		im.reads.Miss(len(o.dst))
-		im.readSlow(r, o.sector, o.n, o.loc, &o.info, &o.key)
+		im.readSlow(slowStore, r, o.sector, o.n, o.loc, &o.info, &o.key)
 	}
 	o.r, o.dst = nil, nil
 	im.cacheOps = append(im.cacheOps, o)

@@ -80,8 +80,8 @@ type Image struct {
 	waiters []waiter
 	readOps []*logRead // free
 	slowOps []*slowRead
-	reading int         // slow reads running
-	slow    []*slowRead // that wait, in order
+	reading int // slow reads running
+	slow    [slowKinds]slowReads
 	// readMemory is what those running have of Shared.reads, in bytes. None of it is counted
 	// any more once readsFree.
 	readMemory int64
@@ -667,6 +667,10 @@ func (im *Image) fence(s State, why error) {
 		return
 	}
 	im.state, im.why = s, why
+	im.freeReads()
+	for _, b := range im.queue {
+		im.giveMemory(b) // also of those that a worker has: if the reactor has died, nobody hears of its end
+	}
 	im.cancel()
 	im.failPending(syscall.EIO)
 	for _, w := range im.waiters {
@@ -682,10 +686,6 @@ func (im *Image) fence(s State, why error) {
 	im.clean.end()
 	im.scrub.end()
 	im.objs.leave()
-	im.freeReads()
-	for _, b := range im.queue {
-		im.giveMemory(b) // also of those that a worker has: if the reactor has died, nobody hears of its end
-	}
 	if im.super.timer != nil {
 		im.super.timer.Stop()
 	}

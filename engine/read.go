@@ -13,9 +13,30 @@ import (
 	"github.com/lsd-ceph/lsd/internal/extmap"
 )
 
-// maxSlowReads bounds the reads of an image that run on workers at one time. So does
-// Shared.reads.
-const maxSlowReads = 64
+const (
+	// maxSlowReads bounds the reads of an image, of each kind, that run on workers at one
+	// time. So does Shared.reads those that the store has to answer.
+	maxSlowReads = 64
+	// headerMemory is about how many times its size a header takes for a moment when it is
+	// read and decoded.
+	headerMemory = 4
+)
+
+// slowKind says what a slow read waits for: those that wait for a store which hangs are not
+// in the way of others.
+type slowKind uint8
+
+const (
+	slowLocal slowKind = iota // what is on the SSD
+	slowStore
+	slowKinds
+)
+
+// slowReads are slow reads of a kind.
+type slowReads struct {
+	running int
+	waiting []*slowRead // in order
+}
 
 // read splits r into runs and starts all of them at once.
 func (im *Image) read(r *Request) {
@@ -136,7 +157,7 @@ func (im *Image) readLog(r *Request, s uint64, n uint32, pos uint64) {
 	im.log.Hold(pos)
 	if !im.log.Direct(pos, n) || !r.direct(s) {
 		o := im.newSlowRead(r, 0, n, dst)
-		o.object, o.loc = false, pos
+		o.kind, o.object, o.loc = slowLocal, false, pos
 		im.startSlow(o)
 		return
 	}
@@ -194,6 +215,7 @@ func (im *Image) readErr(err error) syscall.Errno {
 type slowRead struct {
 	im      *Image
 	r       *Request
+	kind    slowKind
 	object  bool // else the log
 	sector  uint64
 	n       uint32
@@ -225,37 +247,42 @@ func (im *Image) newSlowRead(r *Request, sector uint64, n uint32, dst []byte) *s
 	return o
 }
 
-// startSlow runs o on a worker, now or when some of those running have ended.
+// startSlow runs o on a worker, now or when some of its kind that are running have ended.
 func (im *Image) startSlow(o *slowRead) {
-	im.slow = append(im.slow, o)
-	im.runSlow()
+	q := &im.slow[o.kind]
+	q.waiting = append(q.waiting, o)
+	im.runSlow(o.kind)
 }
 
 // runSlow runs as many of the reads that wait as may run.
-func (im *Image) runSlow() {
-	n := 0
-	for n < len(im.slow) && im.mayRead(im.slow[n]) {
-		o := im.slow[n]
+func (im *Image) runSlow(kind slowKind) {
+	q, n := &im.slow[kind], 0
+	for n < len(q.waiting) && q.running < maxSlowReads && im.mayRead(q.waiting[n]) {
+		o := q.waiting[n]
 		n++
+		q.running++
 		im.reading++
+		if kind == slowStore {
+			im.fetchSums(&o.src.info)
+		}
 		im.env.Spawn(o.work, o.done)
 	}
 	if n > 0 {
-		left := copy(im.slow, im.slow[n:])
-		clear(im.slow[left:])
-		im.slow = im.slow[:left]
+		left := copy(q.waiting, q.waiting[n:])
+		clear(q.waiting[left:])
+		q.waiting = q.waiting[:left]
 	}
 }
 
 // mayRead reports whether o may run beside those that do, and takes the memory for it.
 func (im *Image) mayRead(o *slowRead) bool {
-	if im.reading >= maxSlowReads {
-		return false
-	}
-	if im.readsFree {
+	if o.kind != slowStore || im.readsFree {
 		return true
 	}
 	n := int64(len(o.dst))
+	if info := &o.src.info; im.sums.get(info.number) == nil {
+		n += headerMemory * int64(info.headerBytes()) // which is read for its checksums
+	}
 	if !im.shared.reads.take(im.readMemory, n) {
 		return false
 	}
@@ -300,8 +327,9 @@ func (o *slowRead) run() {
 func (o *slowRead) finished() {
 	im := o.im
 	im.reading--
+	im.slow[o.kind].running--
 	im.giveRead(o)
-	im.runSlow()
+	im.runSlow(o.kind)
 	im.maintainCache()
 	if o.object && (im.moved(o) || im.again(o)) {
 		return

@@ -14,7 +14,7 @@ func (im *Image) Rest() bool {
 	}
 	im.tail = tail{}
 	im.spare, im.queue, im.waiters = nil, nil, nil
-	im.readOps, im.slowOps, im.slow = nil, nil, nil
+	im.readOps, im.slowOps, im.slow = nil, nil, [slowKinds]slowReads{}
 	im.sums.clear()
 	return !im.readOnly && im.log.Rest()
 }
