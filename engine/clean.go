@@ -73,10 +73,11 @@ type cleaning struct {
 	victims []objectInfo
 	next    int // victim
 	pieces  []movedPiece
-	objects int    // sealed and not yet accepted
-	moved   uint64 // sectors in all that were sealed
-	place   bool   // it has one of Shared's
-	writing bool   // all victims have been read
+	objects int             // sealed and not yet accepted
+	moved   uint64          // sectors in all that were sealed
+	emptied map[uint32]bool // victims of which everything is moved
+	place   bool            // it has one of Shared's
+	writing bool            // all victims have been read
 
 	ahead    []*victim // whose headers are being read, or have been
 	looking  *victim   // is being looked through, or nil
@@ -99,12 +100,12 @@ type movedPiece struct {
 	data   []byte
 }
 
-// debt returns by how many sectors the objects that live, and that can be cleaned,
-// exceed the space that they may hold.
+// debt returns by how many sectors the objects that live, that can be cleaned and have not
+// been, exceed the space that they may hold.
 func (c *cleaner) debt() int64 {
 	t := &c.im.table
-	space, live := int64(t.space-min(c.heldSpace, t.space)), t.live-min(c.heldLive, t.live)
-	return space - int64(float64(live)*c.im.cfg.SpaceRatio) - cleanSlack*int64(c.im.object)
+	space, live := t.space-min(t.movedSpace+c.heldSpace, t.space), t.live-min(t.movedLive+c.heldLive, t.live)
+	return int64(space) - int64(float64(live)*c.im.cfg.SpaceRatio) - cleanSlack*int64(c.im.object)
 }
 
 // scattered reports whether the live data lies in many more objects than it needs.
@@ -153,7 +154,7 @@ func (c *cleaner) begin(victims []objectInfo) {
 		return
 	}
 	c.held = false
-	c.running = &cleaning{base: im.accepted.object, victims: victims, place: true}
+	c.running = &cleaning{base: im.accepted.object, victims: victims, emptied: make(map[uint32]bool), place: true}
 	c.goOn()
 }
 
@@ -238,7 +239,7 @@ func (c *cleaner) weighSome(s *search) bool {
 // weigh offers an object to the search.
 func (c *cleaner) weigh(s *search, o *objectInfo) {
 	im := c.im
-	if o.gone || o.live == 0 || uint64(o.number) > im.accepted.object {
+	if o.gone || o.live == 0 || o.moved || uint64(o.number) > im.accepted.object {
 		return // the last one may not be in the map yet
 	}
 	if c.bad[o.number] || c.later[o.number] > 0 || im.super.sb.held(uint64(o.number), 0) {
@@ -336,6 +337,7 @@ func (c *cleaner) ends() bool {
 func (c *cleaner) end() {
 	if r := c.running; r != nil {
 		c.yield()
+		c.markEmptied()
 		gain := int64(c.freed()) - int64(r.moved)
 		c.vain = gain <= 0
 		// They put less than was gained: so the debt falls, and writes go on meanwhile,
@@ -352,10 +354,26 @@ func (c *cleaner) end() {
 	c.im.pumpNow() // they may have waited for this one, or for a search
 }
 
-// freed returns how many sectors of the victims' objects can go by now.
+// markEmptied tells the table of the victims of which all that lived has been moved. It may
+// have yet to be told of the moves: of a part of the map that is not in memory it is later.
+// Till then they would be victims again, and those who write faster than is cleaned be let
+// go on for what they free each time.
+func (c *cleaner) markEmptied() {
+	if c.im.state != Active {
+		return // it was given up
+	}
+	for number := range c.running.emptied {
+		if o := c.im.table.find(uint64(number)); o != nil {
+			c.im.table.empty(o)
+		}
+	}
+}
+
+// freed returns how many sectors of the victims' objects can go by now, or can when the table
+// has been told of all that was moved.
 func (c *cleaner) freed() (sectors uint64) {
 	for _, v := range c.running.victims {
-		if o := c.im.table.find(uint64(v.number)); o == nil || o.live == 0 {
+		if o := c.im.table.find(uint64(v.number)); o == nil || o.live == 0 || o.moved {
 			sectors += uint64(v.sectors)
 		}
 	}

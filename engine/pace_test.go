@@ -125,28 +125,31 @@ func (f *flood) filled() float64 { return float64(f.fullest) / float64(f.im.log.
 
 // TestSpaceUnderOverload: where writes come faster than the store takes them for ever, and
 // the log is full of them, the image's objects take little more than they may, and writes go
-// on; also if most of what lives in the store has been written again in the log.
+// on; also if most of what lives in the store has been written again in the log, or most of
+// the map is not in memory.
 func TestSpaceUnderOverload(t *testing.T) {
 	for _, x := range []struct {
 		objects uint64 // of the image
 		log     int64
+		maps    int64   // memory for its map, in KiB
 		most    float64 // space, for each byte that lives
 	}{
-		{256, writelog.MinSize, 1.45},
-		{64, 2 * writelog.MinSize, 1.8},
+		{256, writelog.MinSize, 256 << 10, 1.45},
+		{64, 2 * writelog.MinSize, 256 << 10, 1.8},
+		{256, writelog.MinSize, 300, 1.5}, // of 385 // of 385
 	} {
-		t.Run(fmt.Sprintf("%d objects, log of %d MiB", x.objects, x.log>>20), func(t *testing.T) {
+		t.Run(fmt.Sprintf("%d objects, log of %d MiB, map in %d KiB", x.objects, x.log>>20, x.maps), func(t *testing.T) {
 			const object = 1 << 20
 			st := mem.New()
 			id, err := Create(context.Background(), st, "disk", CreateOptions{Size: x.objects * object, ObjectSize: object})
 			if err != nil {
 				t.Fatal(err)
 			}
-			f := newFlood(t, st, id, x.log, Config{Logger: quiet})
+			f := newFlood(t, st, id, x.log, Config{Logger: quiet, Shared: NewShared(Limits{Map: x.maps << 10})})
 			f.env.delay = func() time.Duration { return 20 * time.Millisecond } // until it is run, and until it is told
 			f.begin(64)
 			most, full, least, steps := 0.0, 0, math.MaxInt, 0
-			for range 80 {
+			for range 120 {
 				before := f.ended
 				f.run(500 * time.Millisecond)
 				if m := &f.im.table; m.live > f.im.sectors*9/10 {

@@ -12,6 +12,9 @@ type objectInfo struct {
 	born    uint32 // number of the object that first held its newest data
 	header  uint16 // bytes before the data, in units of objectAlign
 	gone    bool   // has been deleted: the entry goes soon
+	// moved says that the cleaner has moved all of what lives: the table has yet to be told,
+	// of parts of the map that are not in memory.
+	moved bool
 }
 
 func (o *objectInfo) headerBytes() int { return int(o.header) * objectAlign }
@@ -25,6 +28,8 @@ type objectTable struct {
 	space uint64 // sectors of data of the objects that live
 	live  uint64 // sectors of data that the map refers to
 	alive int    // objects that live
+	// Sectors of data of the objects that live and are moved, and what lives of them.
+	movedSpace, movedLive uint64
 	// dead lists the numbers of dead objects that have not been deleted.
 	dead []uint32
 }
@@ -70,10 +75,25 @@ func (o *objectInfo) lose(n, by uint32) {
 func (t *objectTable) release(o *objectInfo, n, by uint32) {
 	o.lose(n, by)
 	t.live -= uint64(n)
+	if o.moved {
+		t.movedLive -= uint64(n)
+	}
 	if o.live == 0 {
+		if o.moved {
+			o.moved = false
+			t.movedSpace -= uint64(o.sectors)
+		}
 		t.space -= uint64(o.sectors)
 		t.alive--
 		t.dead = append(t.dead, o.number)
+	}
+}
+
+// empty says that the cleaner has moved all of what lives of an object that lives.
+func (t *objectTable) empty(o *objectInfo) {
+	if o.live > 0 && !o.moved {
+		o.moved = true
+		t.movedSpace, t.movedLive = t.movedSpace+uint64(o.sectors), t.movedLive+uint64(o.live)
 	}
 }
 

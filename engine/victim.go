@@ -14,8 +14,12 @@ const (
 	// cleanReads is of how many victims headers, and of how many data, are being read at one
 	// time: each may be an object's worth of memory for a moment.
 	cleanReads = 4
-	// cleanLoads is how many segments of the map are being loaded for a victim at one time.
-	cleanLoads = 8
+	// cleanLoads is how many segments of the map are being loaded for a victim at one time:
+	// each block of it may be in another one, and whoever has a full log waits for it. They
+	// take cleanLoadsPart of the memory for maps at most, or would be evicted before they are
+	// looked at.
+	cleanLoads     = 32
+	cleanLoadsPart = 4
 )
 
 // victim is an object out of which a cleaning moves what lives.
@@ -32,6 +36,7 @@ type victim struct {
 	done   uint64       // sectors of the extent
 	load   *segmentLoad // that is waited for, or nil
 
+	kept int          // sectors that live and are not moved, for there is something newer in the log
 	live []movedPiece // of it, in the order of its data
 	from []int        // where their data is in the victim, in sectors
 }
@@ -212,7 +217,8 @@ func (c *cleaner) await(v *victim, i uint32) {
 		}
 	})
 	v.load = im.objs.loads[i]
-	for k, last := v.extent, i; k < len(v.header.extents) && len(im.objs.loads) < cleanLoads; k++ {
+	most := int(min(cleanLoads, im.objs.budget.Limit()/(cleanLoadsPart*fullSegment)))
+	for k, last := v.extent, i; k < len(v.header.extents) && len(im.objs.loads) < most; k++ {
 		e := v.header.extents[k]
 		if next := segmentOf(e.sector); !e.zero && next != last {
 			last = next
@@ -253,6 +259,7 @@ func (c *cleaner) lookAt(v *victim, s, end uint64, off int) bool {
 			if !ok {
 				break
 			}
+			v.kept += int(min(d.End(), s) - d.Sector)
 			at = d.End()
 		}
 	}
@@ -267,6 +274,9 @@ func (c *cleaner) fetch(v *victim) {
 	v.header = nil
 	c.read(v, func(ctx context.Context) error { return im.readPieces(ctx, v.objectInfo, v.live, v.from) }, func() {
 		r.pieces = append(r.pieces, v.live...)
+		if v.kept == 0 {
+			r.emptied[v.number] = true
+		}
 		r.failed = 0
 		r.fetching--
 		c.goOn()
