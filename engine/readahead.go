@@ -92,6 +92,7 @@ func (im *Image) readAhead(st *stream) {
 		return // it is far enough
 	}
 	st.window = min(max(4*st.window, minAhead), maxAhead)
+	im.loadAhead(st)
 	for end = min(st.next+st.window, im.sectors); st.ahead < end; {
 		i := segmentOf(st.ahead)
 		if !im.ready(i) {
@@ -111,6 +112,19 @@ func (im *Image) readAhead(st *stream) {
 		}
 	}
 	im.fetchSumsAhead(st)
+}
+
+// loadAhead loads the segment of the map that a stream comes to soon: it reads ahead no
+// further than the map is in memory, and a load has to wait behind all that was asked of
+// the store for data.
+func (im *Image) loadAhead(st *stream) {
+	at := st.ahead + 2*st.window
+	if at >= im.sectors {
+		return
+	}
+	if i := segmentOf(at); !im.ready(i) && im.objs.loads[i] == nil {
+		im.withSegment(i, func(error) {})
+	}
 }
 
 // fetchSumsAhead fetches the checksums of the object that a stream comes to next:
