@@ -207,6 +207,7 @@ func (im *Image) fetchAhead(loc uint64, n uint32, how readcache.How) uint32 {
 	first := off / blockSectors
 	claim, seen, claimed := im.reads.Claim(&k, first, (off+n+blockSectors-1)/blockSectors-first)
 	if claimed {
+		im.fetchSums(info) // beside the data, where fetchSumsAhead was not soon enough
 		o := im.newAhead(k, info, claim, how)
 		o.src = &o.data
 		im.env.Spawn(o.work, o.done)
