@@ -53,15 +53,7 @@ func TestObjectsShareMemory(t *testing.T) {
 	shared := NewShared(Limits{Destage: 4 * (MinObjectSize + 128<<10)})
 	var hosts []*host
 	for i, name := range []string{"alpha", "beta", "gamma"} {
-		h := newHost(t, name, st, uint64(i))
-		h.shared = shared
-		id, err := Create(context.Background(), st, name, smallImage())
-		if err == nil {
-			err = h.open(id, false)
-		}
-		if err != nil {
-			t.Fatal(err)
-		}
+		h, _ := attachedAs(t, st, name, name, uint64(i), smallImage(), shared)
 		hosts = append(hosts, h)
 	}
 	down.Set(true)
@@ -102,15 +94,7 @@ func TestReadsShareMemory(t *testing.T) {
 	shared := NewShared(Limits{Reads: 4 * each})
 	var hosts []*host
 	for i, name := range []string{"alpha", "beta", "gamma"} {
-		h := newHost(t, name, st, uint64(i))
-		h.shared = shared
-		id, err := Create(context.Background(), st, name, smallImage())
-		if err == nil {
-			err = h.open(id, false)
-		}
-		if err != nil {
-			t.Fatal(err)
-		}
+		h, id := attachedAs(t, st, name, name, uint64(i), smallImage(), shared)
 		for n := range uint64(reads) {
 			h.mustWrite(n, n+1)
 		}

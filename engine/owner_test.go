@@ -69,15 +69,21 @@ func (h *host) again() {
 	h.env = &simEnv{rng: h.env.rng, disk: h.disk, now: h.env.now}
 }
 
-// attached returns a host that has opened a new image, "disk" of a store, and the image's
-// id. What it shares with other images may be nil.
+// attached returns a host that has opened a new image, and the image's id. What it shares
+// with other images may be nil.
 func attached(t *testing.T, st backend.Store, o CreateOptions, shared *Shared) (*host, uuid.UUID) {
 	t.Helper()
-	id, err := Create(t.Context(), st, "disk", o)
+	return attachedAs(t, st, "alpha", "disk", 1, o, shared)
+}
+
+// attachedAs is attached with names of host and image, and a seed.
+func attachedAs(t *testing.T, st backend.Store, name, image string, seed uint64, o CreateOptions, shared *Shared) (*host, uuid.UUID) {
+	t.Helper()
+	id, err := Create(t.Context(), st, image, o)
 	if err != nil {
 		t.Fatal(err)
 	}
-	h := newHost(t, "alpha", st, 1)
+	h := newHost(t, name, st, seed)
 	h.shared = shared
 	if err := h.open(id, false); err != nil {
 		t.Fatal(err)
