@@ -23,10 +23,11 @@ import (
 // names a checkpoint before anything of it is written, and those that were replaced until
 // they are removed, so that a crash leaves nothing that the next start does not know of.
 type checkpointer struct {
-	im    *Image
-	last  *checkpointRef // the last one published, or nil
-	added uint64         // table.added when it began
-	parts int            // that its manifest has, at most
+	im   *Image
+	last *checkpointRef // the last one published, or nil
+	// table.added and table.emptied when it began.
+	added, emptied uint64
+	parts          int // that its manifest has, at most
 
 	running  *runningCheckpoint
 	damaged  map[segmentPart]place // what could not be read to be moved, and where
@@ -42,8 +43,10 @@ func (c *checkpointer) idle() bool { return c.running == nil && c.im.apply.h == 
 
 // runningCheckpoint is a checkpoint that is being written.
 type runningCheckpoint struct {
-	at      position
-	added   uint64 // table.added when it began
+	at position
+	// table.added and table.emptied when it began.
+	added, emptied uint64
+
 	ref     checkpointRef
 	objects []objectInfo
 	pending bitset          // to be copied
@@ -74,10 +77,12 @@ func (c *checkpointer) since() uint64 {
 
 // due reports whether so much has been accepted since the last checkpoint that there
 // should be one: some part of the image, so that its cost stays small beside that of
-// the objects, or so many objects that recovery keeps its bound.
+// the objects, or so many objects that recovery keeps its bound. So it is with what the
+// cleaner has emptied and the table has not been told of, which a checkpoint does.
 func (c *checkpointer) due() bool {
-	t, object := &c.im.table, c.im.object
-	return c.since() >= c.most() || t.added-c.added >= max(t.space/spacePerCheckpoint, leastCheckpoint*object)
+	t := &c.im.table
+	much := max(t.space/spacePerCheckpoint, leastCheckpoint*c.im.object)
+	return c.since() >= c.most() || t.added-c.added >= much || t.emptied-c.emptied >= much
 }
 
 // most returns how many objects may be accepted before a checkpoint begins. The rest of
@@ -111,7 +116,8 @@ func (c *checkpointer) atRest() bool {
 	if !c.idle() || c.since() == 0 || !c.im.leased() {
 		return false
 	}
-	dead, t := 0, &c.im.table
+	t := &c.im.table
+	dead := int(t.movedSpace) * SectorSize // it goes with what tells the table of that
 	for _, n := range t.dead {
 		o := t.find(uint64(n))
 		if o != nil && (c.last == nil || uint64(n) > c.last.Object) && !c.im.super.sb.held(uint64(n), uint64(o.died)) {
@@ -175,7 +181,7 @@ func (c *checkpointer) begin(waiters []func(error)) {
 	im := c.im
 	m := im.objs
 	r := &runningCheckpoint{
-		at: im.accepted, added: im.table.added, ref: checkpointRef{im.accepted.object, im.super.sb.Epoch},
+		at: im.accepted, added: im.table.added, emptied: im.table.emptied, ref: checkpointRef{im.accepted.object, im.super.sb.Epoch},
 		objects: im.table.snapshot(), waiters: waiters, loading: map[uint32]bool{},
 	}
 	r.pending = slices.Clone(m.changed)
@@ -280,7 +286,7 @@ func (c *checkpointer) published(m *manifest) {
 	if c.last != nil {
 		c.old = append(c.old, oldManifest{*c.last, c.parts})
 	}
-	c.last, c.added, c.parts, c.running = &r.ref, r.added, m.parts(), nil
+	c.last, c.added, c.emptied, c.parts, c.running = &r.ref, r.added, r.emptied, m.parts(), nil
 	im.objs.storedMap = m.storedMap
 	if invariants.Enabled && im.objs.copyBytes != 0 {
 		panic(fmt.Sprintf("engine: a checkpoint has ended, its copies are said to take %d bytes", im.objs.copyBytes))

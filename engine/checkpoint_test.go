@@ -276,3 +276,32 @@ func TestCheckpointInTime(t *testing.T) {
 		}
 	}
 }
+
+// TestCheckpointForEmptied: what the cleaner has emptied, and only a checkpoint tells the
+// table of, is worth one, also if hardly anything is written meanwhile.
+func TestCheckpointForEmptied(t *testing.T) {
+	c := &checkpointer{im: &Image{object: 10, cfg: Config{CheckpointEvery: 1 << 20}}}
+	table := &c.im.table
+	for n := range uint32(100) {
+		table.add(objectInfo{number: n + 1, sectors: 100, live: 50})
+	}
+	c.added = table.added
+	for n := range uint64(8) {
+		table.empty(table.find(n + 1))
+	}
+	if c.due() {
+		t.Errorf("a checkpoint is due for %d sectors of %d", table.emptied, table.space)
+	}
+	table.empty(table.find(9))
+	if !c.due() || table.movedSpace != 900 || table.movedLive != 450 || table.movedAlive != 9 {
+		t.Errorf("none is due for %d sectors of %d (%d live, of %d objects)", table.movedSpace, table.space, table.movedLive, table.movedAlive)
+	}
+	c.emptied = table.emptied // one has begun
+	if c.due() {
+		t.Error("another one is due for the same")
+	}
+	table.release(table.find(9), 50, 200)
+	if table.movedSpace != 800 || table.movedLive != 400 || table.movedAlive != 8 || table.space != 9900 {
+		t.Errorf("%d sectors, %d live, of %d objects are left", table.movedSpace, table.movedLive, table.movedAlive)
+	}
+}

@@ -111,7 +111,7 @@ func (c *cleaner) debt() int64 {
 // scattered reports whether the live data lies in many more objects than it needs.
 func (c *cleaner) scattered() bool {
 	t := &c.im.table
-	return uint64(t.alive) > 64+4*(t.live/c.im.object)
+	return uint64(t.alive-t.movedAlive) > 64+4*((t.live-t.movedLive)/c.im.object)
 }
 
 // maybe begins a cleaning if one is due.
@@ -367,6 +367,7 @@ func (c *cleaner) markEmptied() {
 			c.im.table.empty(o)
 		}
 	}
+	c.im.checkpoint.maybe()
 }
 
 // freed returns how many sectors of the victims' objects can go by now, or can when the table

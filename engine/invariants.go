@@ -60,17 +60,17 @@ func (im *Image) checkLive() {
 			panic(fmt.Sprintf("engine: of %d changes of segment %d, which is in memory, %d are counted", len(c.list), i, c.counted))
 		}
 	}
-	movedSpace, movedLive := uint64(0), uint64(0)
+	movedSpace, movedLive, movedAlive := uint64(0), uint64(0), 0
 	for _, o := range im.table.list {
 		if o.moved {
-			movedSpace, movedLive = movedSpace+uint64(o.sectors), movedLive+uint64(o.live)
+			movedSpace, movedLive, movedAlive = movedSpace+uint64(o.sectors), movedLive+uint64(o.live), movedAlive+1
 		}
 		if n := live[o.number]; n > o.live || whole && n != o.live || o.gone && n > 0 {
 			panic(fmt.Sprintf("engine: object %d has %d live sectors, its entry says %d", o.number, n, o.live))
 		}
 	}
-	if t := &im.table; movedSpace != t.movedSpace || movedLive != t.movedLive {
-		panic(fmt.Sprintf("engine: objects that have been moved have %d sectors, %d of them live; the table says %d and %d", movedSpace, movedLive, t.movedSpace, t.movedLive))
+	if t := &im.table; movedSpace != t.movedSpace || movedLive != t.movedLive || movedAlive != t.movedAlive {
+		panic(fmt.Sprintf("engine: %d objects that have been moved have %d sectors, %d of them live; the table says %d, %d and %d", movedAlive, movedSpace, movedLive, t.movedAlive, t.movedSpace, t.movedLive))
 	}
 }
 

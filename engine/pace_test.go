@@ -136,7 +136,7 @@ func TestSpaceUnderOverload(t *testing.T) {
 	}{
 		{256, writelog.MinSize, 256 << 10, 1.45},
 		{64, 2 * writelog.MinSize, 256 << 10, 1.8},
-		{256, writelog.MinSize, 300, 1.5}, // of 385 // of 385
+		{256, writelog.MinSize, 300, 1.5}, // of 385
 	} {
 		t.Run(fmt.Sprintf("%d objects, log of %d MiB, map in %d KiB", x.objects, x.log>>20, x.maps), func(t *testing.T) {
 			const object = 1 << 20

@@ -383,6 +383,7 @@ func (im *Image) again(o *slowRead) bool {
 	im.storeFailed(useOther, o.err)
 	wait := im.backoff(o.tries)
 	o.tries++
+	o.kind = slowStore // whatever it was begun as
 	im.jobs++
 	im.env.AfterFunc(wait, func() {
 		im.jobs--

@@ -28,8 +28,11 @@ type objectTable struct {
 	space uint64 // sectors of data of the objects that live
 	live  uint64 // sectors of data that the map refers to
 	alive int    // objects that live
-	// Sectors of data of the objects that live and are moved, and what lives of them.
+	// Sectors of data of the objects that live and are moved, what lives of them, and how many
+	// they are; sectors of data of all that have become so since the table was loaded.
 	movedSpace, movedLive uint64
+	movedAlive            int
+	emptied               uint64
 	// dead lists the numbers of dead objects that have not been deleted.
 	dead []uint32
 }
@@ -82,6 +85,7 @@ func (t *objectTable) release(o *objectInfo, n, by uint32) {
 		if o.moved {
 			o.moved = false
 			t.movedSpace -= uint64(o.sectors)
+			t.movedAlive--
 		}
 		t.space -= uint64(o.sectors)
 		t.alive--
@@ -94,6 +98,8 @@ func (t *objectTable) empty(o *objectInfo) {
 	if o.live > 0 && !o.moved {
 		o.moved = true
 		t.movedSpace, t.movedLive = t.movedSpace+uint64(o.sectors), t.movedLive+uint64(o.live)
+		t.movedAlive++
+		t.emptied += uint64(o.sectors)
 	}
 }
 

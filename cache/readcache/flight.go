@@ -330,8 +330,17 @@ func (u *Client) Ready(k *Key, off int, dst []byte) (n int, coming bool) {
 	}
 	n = copy(dst, f.buf[int(first-f.first)*BlockSize+skip:])
 	u.aheadHit.Add(uint64(n))
-	fs.leave(f, (skip+n)/BlockSize)
+	fs.leave(f, k.blocksTo(first, skip+n))
 	return n, true
+}
+
+// blocksTo returns how many blocks are read to their end by n bytes from block first on: the
+// last one of an object may be shorter than others.
+func (k *Key) blocksTo(first uint32, n int) int {
+	if uint64(first)*BlockSize+uint64(n) >= k.Size {
+		n += BlockSize - 1
+	}
+	return n / BlockSize
 }
 
 // readRun reads a run that was found, from memory or SSD.
@@ -373,7 +382,7 @@ func (u *Client) fetch(ctx context.Context, k *Key, first, n uint32, skip int, d
 	} else if !mine {
 		u.joined.Add(uint64(got))
 	}
-	fs.leave(f, (skip+got)/BlockSize)
+	fs.leave(f, k.blocksTo(first, skip+got))
 	return got, mine, nil
 }
 

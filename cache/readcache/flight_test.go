@@ -239,3 +239,35 @@ func TestStreamsAreNotKept(t *testing.T) {
 		}
 	}
 }
+
+// TestShortLastBlock: what was read ahead of an object whose last block is short is let go of
+// when all of it has been read: nobody asks for the rest of that block.
+func TestShortLastBlock(t *testing.T) {
+	const size = 8*BlockSize + 512
+	for _, ready := range []bool{true, false} {
+		c := None(Options{Logger: quiet})
+		u := c.Client()
+		k := c.Key(testObject(1), size)
+		src := &content{object: k.Object}
+		claim, _, ok := u.Claim(&k, 0, 9)
+		if !ok {
+			t.Fatal("no claim")
+		}
+		if !ready { // it is fetched by who reads it, and kept for the others
+			if _, err := u.Read(context.Background(), &k, 0, make([]byte, size), src, Keep); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if err := u.Fly(context.Background(), claim, &k, src, Keep); err != nil {
+			t.Fatal(err)
+		}
+		if ready {
+			if n, _ := u.Ready(&k, 0, make([]byte, size)); n != size {
+				t.Errorf("%d bytes are ready", n)
+			}
+		}
+		if n := c.Stats().Memory; n > 1024 {
+			t.Errorf("%d bytes are held (ready %t)", n, ready)
+		}
+	}
+}
