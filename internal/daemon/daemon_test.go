@@ -879,13 +879,13 @@ func TestHungReactors(t *testing.T) {
 			t.Errorf("%s is %s (%s): its reactor was not asked beside the others", im.URL, im.State, im.Error)
 		}
 	}
-	release = make(chan struct{})
-	h.find(ids[0]).getDisk().reactor.Post(func() { <-release })
+	later := make(chan struct{})
+	h.find(ids[0]).getDisk().reactor.Post(func() { <-later })
 	list := h.describeAll(context.Background())
 	if len(list) != 3 || list[0].State != api.StateHung || list[1].State != api.StateActive || list[1].Stats == nil || list[2].State != api.StateActive {
 		t.Errorf("the list is %+v", list)
 	}
-	close(release)
+	close(later)
 	for _, id := range ids {
 		h.await(id, api.StateActive)
 	}
