@@ -13,11 +13,10 @@ type Shared struct {
 	// Map bounds the memory of the images' maps.
 	Map Budget
 	// Scrub bounds what is read back of the images' objects.
-	Scrub ScrubRate
-	// destage bounds the memory of the data objects that are built and put, and reads that
-	// of clients' reads which the store has to answer.
-	destage, reads workMemory
-	buffers        sync.Pool // of *[]byte, for them
+	Scrub   ScrubRate
+	destage workMemory // of the data objects that are built and put
+	reads   workMemory // of what clients read and the store has to answer
+	buffers sync.Pool  // of *[]byte, for them
 	// cleaning has a place for each cleaning that may run at one time.
 	cleaning cleaningPlaces
 	// scans has a place for each write log that may be read at one time.

@@ -98,11 +98,7 @@ func TestReadsShareMemory(t *testing.T) {
 		for n := range uint64(reads) {
 			h.mustWrite(n, n+1)
 		}
-		h.mustClose()
-		h.again()
-		if err := h.open(id, false); err != nil {
-			t.Fatal(err)
-		}
+		h.mustReopen(id)
 		h.mustRead(100, 0) // the map is there
 		hosts = append(hosts, h)
 	}

@@ -102,9 +102,10 @@ const (
 	leastCheckpoint = 16
 )
 
-// maybe begins a checkpoint when one is due.
+// maybe begins a checkpoint when one is due. After the last one something must have been
+// accepted, whatever else is due: else it would have that one's name.
 func (c *checkpointer) maybe() {
-	if c.idle() && c.im.accepted.object > 0 && (c.due() || c.since() > 0 && c.memoryShort()) {
+	if c.idle() && c.since() > 0 && (c.due() || c.memoryShort()) {
 		c.begin(nil)
 	}
 }

@@ -280,7 +280,8 @@ func TestCheckpointInTime(t *testing.T) {
 // TestCheckpointForEmptied: what the cleaner has emptied, and only a checkpoint tells the
 // table of, is worth one, also if hardly anything is written meanwhile.
 func TestCheckpointForEmptied(t *testing.T) {
-	c := &checkpointer{im: &Image{object: 10, cfg: Config{CheckpointEvery: 1 << 20}}}
+	c := &checkpointer{im: &Image{object: 10, cfg: Config{CheckpointEvery: 1 << 20}}, last: &checkpointRef{5, 1}}
+	c.im.accepted.object = c.last.Object
 	table := &c.im.table
 	for n := range uint32(100) {
 		table.add(objectInfo{number: n + 1, sectors: 100, live: 50})
@@ -295,6 +296,10 @@ func TestCheckpointForEmptied(t *testing.T) {
 	table.empty(table.find(9))
 	if !c.due() || table.movedSpace != 900 || table.movedLive != 450 || table.movedAlive != 9 {
 		t.Errorf("none is due for %d sectors of %d (%d live, of %d objects)", table.movedSpace, table.space, table.movedLive, table.movedAlive)
+	}
+	c.maybe() // which nothing has been accepted for
+	if c.running != nil {
+		t.Error("a checkpoint has begun after which nothing was accepted: it has the name of the last one")
 	}
 	c.emptied = table.emptied // one has begun
 	if c.due() {

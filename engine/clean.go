@@ -46,9 +46,10 @@ const (
 // behind, and what was written here and there is in sequence again.
 //
 // The new objects take their places in the order of objects before the batches of which
-// nothing is built, so that a full log does not keep them waiting. They hold no records. Each says up to which object the map had been followed when its data
-// was read: where a later one has changed the map, what it holds is not entered.
-// Recovery repeats that from the headers alone.
+// nothing is built, so that a full log does not keep them waiting. They hold no records.
+// Each says up to which object the map had been followed when its data was read: where a
+// later one has changed the map, what it holds is not entered. Recovery repeats that from the
+// headers alone.
 type cleaner struct {
 	im      *Image
 	search  *search // for the victims of the next one

@@ -392,11 +392,7 @@ func TestDamageIsNotMoved(t *testing.T) {
 	for n := range uint64(blocks) {
 		h.mustWrite(n, n+1)
 	}
-	h.mustClose()
-	h.again()
-	if err := h.open(id, false); err != nil {
-		t.Fatal(err)
-	}
+	h.mustReopen(id)
 	// The last block of an object is all that lives of it in the end.
 	const bad = blocks / 2
 	h.mustRead(bad, bad+1)

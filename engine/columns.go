@@ -8,7 +8,7 @@ const columnExtents = 128
 
 // unitShift returns the unit of stored numbers of sectors, as a shift: a block of 4 KiB if
 // all of them, of which all is the bitwise or, are multiples of that, else a sector.
-func unitShift(all uint64) int {
+func unitShift(all uint64) uint8 {
 	if all&7 == 0 {
 		return 3
 	}

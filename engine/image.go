@@ -83,9 +83,8 @@ type Image struct {
 	reading int // slow reads running
 	slow    [slowKinds]slowReads
 	// readMemory is what those running have of Shared.reads, in bytes. None of it is counted
-	// any more once readsFree.
+	// any more when the image's service has ended.
 	readMemory int64
-	readsFree  bool
 	cacheOps   []*cacheRead // free
 	streams    streams
 	aheadOps   []*aheadRead // free

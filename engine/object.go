@@ -22,9 +22,9 @@ const (
 	objectJoined    = 1 << 0 // a flag of the header
 	objectAlign     = 4096   // the data begins at a multiple of this
 	maxObjectHeader = 8 << 20
-	// maxObjectExtents is more than anybody puts into an object: a batch that of its
-	// maxBatchExtents nothing is left but pieces, or a copy of an image that has each of its
-	// sectors elsewhere.
+	// maxObjectExtents is more than an object has. A batch has maxBatchExtents, and at most
+	// twice as many pieces; a salvaged image, whose sectors may each lie elsewhere, has one for
+	// each sector of its objects.
 	maxObjectExtents = 128 << 10
 
 	// firstRead is what is read of an object whose header's length is not known: 8 MiB of
@@ -60,6 +60,7 @@ type objectHeader struct {
 	extents  []objectExtentInfo
 	sums     []uint32 // CRC32C of each block of the data
 	packed   []byte   // the extents as they are stored: see pack
+	shift    uint8    // unit of what is packed: see unitShift
 	header   int      // bytes before the data
 	data     int      // bytes of data
 }
@@ -92,7 +93,11 @@ func dataSize(extents []objectExtentInfo) int {
 // pack packs the extents, of which there are no more than maxObjectExtents, and sets the
 // length of the header. The size of the data is known already.
 func (h *objectHeader) pack() {
-	shift := h.unit()
+	all := uint64(0)
+	for _, e := range h.extents {
+		all |= e.sector | uint64(e.n)
+	}
+	h.shift = unitShift(all)
 	var c runColumns
 	h.packed = h.packed[:0]
 	end := uint64(0)
@@ -100,20 +105,11 @@ func (h *objectHeader) pack() {
 		if c.full() {
 			h.packed = c.flush(h.packed)
 		}
-		c.add((e.sector-end)>>shift, uint64(e.n)>>shift, e.zero)
+		c.add((e.sector-end)>>h.shift, uint64(e.n)>>h.shift, e.zero)
 		end = e.sector + uint64(e.n)
 	}
 	h.packed = c.flush(h.packed)
 	h.header = headerSize(len(h.packed), h.data)
-}
-
-// unit returns the unit of the extents.
-func (h *objectHeader) unit() int {
-	all := uint64(0)
-	for _, e := range h.extents {
-		all |= e.sector | uint64(e.n)
-	}
-	return unitShift(all)
 }
 
 // encode writes the header, which has been packed, to the front of object, whose data is
@@ -151,7 +147,7 @@ func (h *objectHeader) put(b []byte) {
 		le.PutUint32(b[112:], objectJoined)
 	}
 	le.PutUint32(b[116:], uint32(len(h.packed)))
-	b[120] = byte(h.unit())
+	b[120] = h.shift
 	p := b[objectFixed:]
 	for _, sum := range h.sums {
 		le.PutUint32(p, sum)
@@ -197,14 +193,14 @@ func decodeObjectHeader(b []byte, sectors uint64) (*objectHeader, error) {
 	h := &objectHeader{
 		epoch: le.Uint64(b[32:]), seq: le.Uint64(b[40:]),
 		firstSeq: le.Uint64(b[48:]), lastSeq: le.Uint64(b[56:]), logEnd: le.Uint64(b[80:]),
-		header: n, data: int(le.Uint32(b[92:])), base: le.Uint64(b[100:]), born: le.Uint32(b[108:]),
+		header: n, data: int(le.Uint32(b[92:])), base: le.Uint64(b[100:]), born: le.Uint32(b[108:]), shift: b[120],
 	}
 	copy(h.image[:], b[16:])
 	copy(h.log[:], b[64:])
 	flags, count, packed := le.Uint32(b[112:]), int(le.Uint32(b[96:])), int(le.Uint32(b[116:]))
 	h.joined = flags&objectJoined != 0
 	if h.data%SectorSize != 0 || h.data > MaxObjectSize || count > min(maxObjectExtents, packed/4*columnExtents) || packed > n || headerSize(packed, h.data) != n ||
-		!validShift(b[120]) || flags&^objectJoined != 0 || h.seq == 0 || h.seq > maxObjectSeq || h.epoch > maxEpoch || h.firstSeq == 0 ||
+		!validShift(h.shift) || flags&^objectJoined != 0 || h.seq == 0 || h.seq > maxObjectSeq || h.epoch > maxEpoch || h.firstSeq == 0 ||
 		h.cleaned() && (h.lastSeq != h.firstSeq-1 || h.base >= h.seq || uint64(h.born) > h.base || h.joined) ||
 		!h.cleaned() && (h.lastSeq < h.firstSeq || h.born != 0) {
 		return nil, fmt.Errorf("%w: its header is out of range", ErrCorrupt)
@@ -215,7 +211,7 @@ func decodeObjectHeader(b []byte, sectors uint64) (*objectHeader, error) {
 		h.sums[i] = le.Uint32(p)
 		p = p[4:]
 	}
-	if err := h.unpack(p[:packed], count, b[120], sectors); err != nil {
+	if err := h.unpack(p[:packed], count, sectors); err != nil {
 		return nil, err
 	}
 	if dataSize(h.extents) != h.data {
@@ -225,7 +221,8 @@ func decodeObjectHeader(b []byte, sectors uint64) (*objectHeader, error) {
 }
 
 // unpack decodes count extents, which are all of b.
-func (h *objectHeader) unpack(b []byte, count int, shift uint8, sectors uint64) error {
+func (h *objectHeader) unpack(b []byte, count int, sectors uint64) error {
+	shift := h.shift
 	var c runColumns
 	h.extents = make([]objectExtentInfo, 0, count)
 	end := uint64(0)

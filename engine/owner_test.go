@@ -91,6 +91,16 @@ func attachedAs(t *testing.T, st backend.Store, name, image string, seed uint64,
 	return h, id
 }
 
+// mustReopen closes the image and opens it again in another process.
+func (h *host) mustReopen(id uuid.UUID) {
+	h.t.Helper()
+	h.mustClose()
+	h.again()
+	if err := h.open(id, false); err != nil {
+		h.t.Fatal(err)
+	}
+}
+
 func (h *host) open(id uuid.UUID, force bool) error {
 	im, err := Open(context.Background(), h.st, id, OpenOptions{
 		Log: h.disk, URL: "mem:/disk", Host: h.name, Force: force, Clock: h, Lease: 10 * time.Second,

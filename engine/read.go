@@ -276,7 +276,7 @@ func (im *Image) runSlow(kind slowKind) {
 
 // mayRead reports whether o may run beside those that do, and takes the memory for it.
 func (im *Image) mayRead(o *slowRead) bool {
-	if o.kind != slowStore || im.readsFree {
+	if o.kind != slowStore || im.state == Fenced || im.state == Released {
 		return true
 	}
 	n := int64(len(o.dst))
@@ -292,7 +292,7 @@ func (im *Image) mayRead(o *slowRead) bool {
 
 // giveRead gives back the memory of o, which has ended.
 func (im *Image) giveRead(o *slowRead) {
-	if o.memory > 0 && !im.readsFree {
+	if o.memory > 0 && im.readMemory > 0 {
 		im.shared.reads.give(im.readMemory, o.memory)
 		im.readMemory -= o.memory
 	}
@@ -305,7 +305,7 @@ func (im *Image) freeReads() {
 	if im.readMemory > 0 {
 		im.shared.reads.give(im.readMemory, im.readMemory)
 	}
-	im.readMemory, im.readsFree = 0, true
+	im.readMemory = 0
 }
 
 // run reads, on a worker.

@@ -118,7 +118,7 @@ func encodeSegment(b []byte, id uuid.UUID, head segmentHead, list iter.Seq[segme
 	le.PutUint32(h[32:], head.index)
 	le.PutUint32(h[36:], uint32(len(h)))
 	le.PutUint32(h[40:], uint32(extents))
-	h[44], h[45] = byte(shift), byte(head.kind)
+	h[44], h[45] = shift, byte(head.kind)
 	le.PutUint32(h[48:], head.repeated)
 	le.PutUint32(h[12:], crc32.Checksum(h, castagnoli))
 	return b

@@ -72,7 +72,7 @@ func (a *attachment) describe(ctx context.Context) api.Image {
 func (d *Daemon) describeAll(ctx context.Context) []api.Image {
 	all := d.all()
 	list := make([]api.Image, len(all))
-	_ = parallel.Each(max(len(all), 2), len(all), func(i int) error {
+	_ = parallel.Each(len(all), len(all), func(i int) error {
 		list[i] = all[i].describe(ctx)
 		return nil
 	})
