@@ -4,11 +4,17 @@ package extmap
 // where nothing of it is mapped: in narrow, or in wide if locations are too large for
 // that. If both are nil, there is no array. Of a unit that is mapped, but not as one
 // piece, it holds where odd has the unit's pieces: a ref.
+//
+// Units begin at the page's sector phase, so that blocks of a disk whose partitions are
+// not aligned are units too. The array counts sectors from there, and around: the last
+// unit has the page's last sectors and its first ones. Page and array meet in replace,
+// next and invariants; the rest goes by the array's own count.
 type array struct {
 	narrow *[pageUnits]packed
 	wide   *[pageUnits]uint64
 	odd    *odd // nil if there are no such units
 	coding coding
+	phase  uint8  // less than unitSectors
 	shared bool   // the page's, see page.shared; it is here since it takes no room here
 	used   uint16 // units of which something is mapped
 }
@@ -87,11 +93,11 @@ func (d *demand) coding() coding {
 }
 
 // makeArray returns an array with nothing mapped.
-func makeArray(c coding) array {
+func makeArray(c coding, phase uint8) array {
 	if c == asIs {
-		return array{wide: new([pageUnits]uint64), coding: c}
+		return array{wide: new([pageUnits]uint64), coding: c, phase: phase}
 	}
-	return array{narrow: new([pageUnits]packed), coding: c}
+	return array{narrow: new([pageUnits]packed), coding: c, phase: phase}
 }
 
 // arrayBytes returns the memory that an array takes, besides itself.
@@ -161,8 +167,25 @@ func (a *array) count(was, is bool) {
 	}
 }
 
-// replace maps [from, to) to loc, or unmaps it if loc is 0.
+// replace maps the page's sectors [from, to) to loc, or unmaps them if loc is 0.
 func (a *array) replace(from, to int, loc uint64) {
+	p := int(a.phase)
+	if from < p {
+		mid := min(to, p)
+		a.replaceUnits(from-p+PageSectors, mid-p+PageSectors, loc)
+		if mid == to {
+			return
+		}
+		if loc != 0 {
+			loc = advance(loc, uint64(mid-from))
+		}
+		from = mid
+	}
+	a.replaceUnits(from-p, to-p, loc)
+}
+
+// replaceUnits is replace for sectors as the array counts them.
+func (a *array) replaceUnits(from, to int, loc uint64) {
 	a.recode(from, to, loc)
 	for from < to {
 		u, i := from>>unitShift, from&(unitSectors-1)
@@ -226,7 +249,7 @@ func (a *array) best() coding {
 
 // convert changes the coding to c, which fits.
 func (a *array) convert(c coding) {
-	b := makeArray(c)
+	b := makeArray(c, a.phase)
 	b.odd, b.used = a.odd.convert(c), a.used
 	for u := range pageUnits {
 		if a.isOdd(u) {
@@ -240,8 +263,33 @@ func (a *array) convert(c coding) {
 	*a = b
 }
 
-// next returns the first extent that meets [at, end), cut to it.
+// next returns the first extent that meets the page's sectors [at, end), cut to it.
 func (a *array) next(at, end int) (Extent, bool) {
+	if a.phase == 0 {
+		return a.nextUnits(at, end)
+	}
+	p := int(a.phase)
+	if at < p {
+		if e, ok := a.nextUnits(at-p+PageSectors, min(end, p)-p+PageSectors); ok {
+			e.Sector -= uint64(PageSectors - p)
+			if int(e.End()) == p && p < end {
+				if f, ok := a.nextUnits(0, end-p); ok && f.Sector == 0 && f.Loc == advance(e.Loc, uint64(e.N)) {
+					e.N += f.N
+				}
+			}
+			return e, true
+		}
+		if at = p; at >= end {
+			return Extent{}, false
+		}
+	}
+	e, ok := a.nextUnits(at-p, end-p)
+	e.Sector += uint64(p)
+	return e, ok
+}
+
+// nextUnits is next for sectors as the array counts them.
+func (a *array) nextUnits(at, end int) (Extent, bool) {
 	if a.odd != nil {
 		return a.nextPieces(at, end)
 	}
@@ -265,7 +313,8 @@ func (a *array) next(at, end int) (Extent, bool) {
 	return e, true
 }
 
-// extents returns the number of extents, or most if there are more.
+// extents returns the number of extents, or most if there are more. It may be one less or
+// more where the array's count begins, and ends.
 func (a *array) extents(most int) int {
 	if a.odd != nil {
 		return a.countPieces(most)
@@ -297,22 +346,20 @@ func (a *array) sparse() bool {
 // invariants panics unless the array is well formed and maps nothing beyond its
 // first limit sectors.
 func (a *array) invariants(limit int) {
-	if (a.narrow != nil) != (a.coding != asIs) || (a.wide != nil) != (a.coding == asIs) || a.coding == inBlocks && a.odd != nil {
+	if (a.narrow != nil) != (a.coding != asIs) || (a.wide != nil) != (a.coding == asIs) || a.coding == inBlocks && a.odd != nil || a.phase >= unitSectors {
 		panic("extmap: bad form of an array")
 	}
 	used, d := uint16(0), demand{}
 	for u := range pageUnits {
 		s := a.sectors(u)
-		top := unitSectors
-		for top > 0 && s[top-1] == 0 {
-			top--
+		for i, loc := range s {
+			if loc != 0 && (u<<unitShift+i+int(a.phase))%PageSectors >= limit {
+				panic("extmap: bad unit")
+			}
 		}
-		if top > 0 {
+		if s != [unitSectors]uint64{} {
 			used++
 			a.addUnit(&d, u)
-		}
-		if top > 0 && u<<unitShift+top > limit {
-			panic("extmap: bad unit")
 		}
 	}
 	if used != a.used {

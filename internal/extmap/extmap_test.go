@@ -71,7 +71,11 @@ type modelRun struct {
 	sectors float64 // share of the operations that are on sectors, not on blocks
 	base    uint64  // locations begin there
 	odd     int     // one of that many does not begin a block; 0: it is left to chance
+	shift   uint64  // blocks begin that many sectors after those of the map; see shiftsLater
 }
+
+// shiftsLater, added to a shift, is for blocks that are shifted in the second half only.
+const shiftsLater = 8
 
 // blocksFirst is a share that is 0 at first, and 1 in the end.
 const blocksFirst = -1
@@ -87,24 +91,32 @@ const (
 func TestAgainstModel(t *testing.T) {
 	hit := map[[2]string]int{}
 	for _, k := range []modelRun{
-		{"few", 40, 400, 20, 600, 64, 1, 0, 0},
-		{"blocks", 4, 9000, 20, PageSectors, 16, 0, 0, 0},
-		{"sectors", 2, 30000, 20, PageSectors, 3, 1, 0, 0},
-		{"single sectors", 2, 60000, 3, PageSectors, 1, 1, 0, 0},
-		{"blocks, then sectors", 4, 9000, 20, PageSectors, 16, blocksFirst, 0, 0},
-		{"blocks of blocks", 4, 9000, 20, PageSectors, 16, 0, 0, 4000},
-		{"blocks of blocks, then sectors", 4, 9000, 20, PageSectors, 16, blocksFirst, 0, 9000},
-		{"small blocks of blocks", 4, 9000, 20, PageSectors, 2, 0, 0, 2000},
-		{"few sectors among blocks", 4, 9000, 20, PageSectors, 4, 0.003, 0, 0},
-		{"many sectors among blocks", 4, 20000, 5, PageSectors, 2, 0.5, 0, 0},
-		{"past what is packed in sectors", 4, 9000, 5, PageSectors, 2, 0, beyondSectors - 9000*8, 1 << 20},
-		{"the same, few sectors", 4, 9000, 5, PageSectors, 2, 0.003, beyondSectors - 9000*8, 4000},
-		{"the same, but not in blocks", 4, 9000, 5, PageSectors, 2, 0, beyondSectors - 9000*8, 4},
-		{"past what is packed in blocks", 4, 9000, 5, PageSectors, 2, 0, beyond - 9000*8, 1 << 20},
-		{"high blocks, then sectors", 4, 9000, 5, PageSectors, 2, blocksFirst, beyondSectors, 1 << 20},
-		{"few sectors, high", 4, 9000, 5, PageSectors, 2, 0.003, beyond, 0},
-		{"single sectors, high", 2, 60000, 3, PageSectors, 1, 1, beyond, 0},
-		{"as high as can be", 2, 9000, 5, PageSectors, 2, 0, 1<<62 - 1<<30, 1 << 20},
+		{"few", 40, 400, 20, 600, 64, 1, 0, 0, 0},
+		{"blocks", 4, 9000, 20, PageSectors, 16, 0, 0, 0, 0},
+		{"sectors", 2, 30000, 20, PageSectors, 3, 1, 0, 0, 0},
+		{"single sectors", 2, 60000, 3, PageSectors, 1, 1, 0, 0, 0},
+		{"blocks, then sectors", 4, 9000, 20, PageSectors, 16, blocksFirst, 0, 0, 0},
+		{"blocks of blocks", 4, 9000, 20, PageSectors, 16, 0, 0, 4000, 0},
+		{"blocks of blocks, then sectors", 4, 9000, 20, PageSectors, 16, blocksFirst, 0, 9000, 0},
+		{"small blocks of blocks", 4, 9000, 20, PageSectors, 2, 0, 0, 2000, 0},
+		{"few sectors among blocks", 4, 9000, 20, PageSectors, 4, 0.003, 0, 0, 0},
+		{"many sectors among blocks", 4, 20000, 5, PageSectors, 2, 0.5, 0, 0, 0},
+		{"past what is packed in sectors", 4, 9000, 5, PageSectors, 2, 0, beyondSectors - 9000*8, 1 << 20, 0},
+		{"the same, few sectors", 4, 9000, 5, PageSectors, 2, 0.003, beyondSectors - 9000*8, 4000, 0},
+		{"the same, but not in blocks", 4, 9000, 5, PageSectors, 2, 0, beyondSectors - 9000*8, 4, 0},
+		{"past what is packed in blocks", 4, 9000, 5, PageSectors, 2, 0, beyond - 9000*8, 1 << 20, 0},
+		{"high blocks, then sectors", 4, 9000, 5, PageSectors, 2, blocksFirst, beyondSectors, 1 << 20, 0},
+		{"few sectors, high", 4, 9000, 5, PageSectors, 2, 0.003, beyond, 0, 0},
+		{"single sectors, high", 2, 60000, 3, PageSectors, 1, 1, beyond, 0, 0},
+		{"as high as can be", 2, 9000, 5, PageSectors, 2, 0, 1<<62 - 1<<30, 1 << 20, 0},
+		{"blocks, shifted", 4, 9000, 20, PageSectors, 2, 0, 0, 0, 3},
+		{"single blocks, shifted", 8, 12000, 5, PageSectors, 1, 0, 0, 0, 5},
+		{"blocks, shifted, then sectors", 4, 9000, 20, PageSectors, 2, blocksFirst, 0, 0, 7},
+		{"blocks, shifted later", 4, 20000, 5, PageSectors, 1, 0, 0, 0, shiftsLater + 1},
+		{"blocks of blocks, shifted", 4, 9000, 5, PageSectors, 2, 0, 0, 4000, 4},
+		{"blocks of blocks, shifted, high", 4, 9000, 5, PageSectors, 2, 0, beyondSectors, 1 << 20, 4},
+		{"blocks, shifted, high", 4, 9000, 5, PageSectors, 1, 0, beyond, 0, 2},
+		{"past what is packed in sectors, shifted", 4, 9000, 5, PageSectors, 1, 0, beyondSectors - 6000*8, 4, 6},
 	} {
 		for seed := range k.seeds {
 			t.Run(fmt.Sprint(k.name, " ", seed), func(t *testing.T) { againstModel(t, k, seed, hit) })
@@ -117,6 +129,9 @@ func TestAgainstModel(t *testing.T) {
 		{"sectors", "blocks"}, {"sectors", "wide"}, {"sectors", "odd wide"}, {"odd sectors", "odd wide"},
 		{"blocks", "wide"}, {"blocks", "odd wide"}, {"blocks", "odd sectors"},
 		{"wide", "sectors"}, {"wide", "blocks"}, {"odd wide", "odd sectors"},
+		{"list", "shifted sectors"}, {"list", "shifted odd sectors"}, {"list", "shifted odd wide"},
+		{"shifted odd sectors", "shifted odd wide"},
+		{"odd sectors", "shifted odd sectors"}, {"shifted odd sectors", "odd sectors"}, {"shifted odd sectors", "list"},
 	} {
 		if hit[want] == 0 {
 			t.Errorf("no page went from %s to %s", want[0], want[1])
@@ -135,6 +150,9 @@ func (p *page) form() string {
 	name := map[coding]string{inSectors: "sectors", inBlocks: "blocks", asIs: "wide"}[p.dense.coding]
 	if p.dense.odd != nil {
 		name = "odd " + name
+	}
+	if p.dense.phase != 0 {
+		name = "shifted " + name
 	}
 	return name
 }
@@ -159,6 +177,9 @@ func (k *modelRun) place(r *rand.Rand, step int, size uint64) (s, n uint64) {
 	}
 	s = min(base+r.Uint64N(k.spread), size-n)
 	s, n = s&^(align-1), n&^(align-1)
+	if align > 1 && (k.shift < shiftsLater || step > k.steps/2) {
+		s = min(s+k.shift%shiftsLater, size-n)
+	}
 	return s, n
 }
 
@@ -394,8 +415,8 @@ func unmap(n, step uint64) fill {
 	}
 }
 
-// TestMemory holds the map to 8 bytes for each 4 KiB, and 8 more for each piece of a
-// block that does not lie in one piece.
+// TestMemory holds the map to 8 bytes for each 4 KiB that is written as one, wherever it
+// begins, and 8 more for each piece of a block that does not lie in one piece.
 func TestMemory(t *testing.T) {
 	if got := int(unsafe.Sizeof(page{})); got > pageBytes {
 		t.Errorf("a page has %d bytes, not %d", got, pageBytes)
@@ -430,8 +451,10 @@ func TestMemory(t *testing.T) {
 		{"sectors, then nine blocks in ten", 0, 9, []fill{sectors, runs(72, 80, 0)}, 8 * 8, 6.2 + 0.8*6.8},
 		{"sectors, of which one in eight is left", 0, 9, []fill{sectors, unmap(7, 8)}, 8 * 8, 6.2 + 6.8},
 		{"blocks, then long runs not at blocks", 0, 9, []fill{blocks, runs(32, 32, 3)}, 10, 4.3},
-		{"blocks not at blocks of the disk", 0, 9, []fill{shifted}, 18.1, 18.1},
+		{"blocks not at blocks of the disk", 0, 9, []fill{shifted}, 6.5, 6.3},
+		{"the same, high", beyondSectors, 9, []fill{shifted}, 8.5, 8.3},
 		{"and then at these", 0, 9, []fill{shifted, blocks}, 24, 6.1},
+		{"blocks, and then not at these", 0, 9, []fill{blocks, shifted}, 24, 6.3},
 	} {
 		t.Run(k.name, func(t *testing.T) { testMemory(t, k.base, k.step, k.fills, k.most, k.end) })
 	}
@@ -690,8 +713,8 @@ func FuzzMap(f *testing.F) {
 						m.loc[i] = 0
 					}
 				}
-			case 5: // many blocks
-				for s &^= 7; n > 0 && s < x.Sectors(); n, s = n-1, s+16 {
+			case 5: // many blocks, which may begin anywhere in the map's
+				for s = s&^7 + uint64(ops[0])/24%8; n > 0 && s < x.Sectors(); n, s = n-1, s+16 {
 					insert(s, 8, high+next&^7)
 				}
 			case 6:

@@ -262,6 +262,27 @@ func (a *array) dropOdd(u int) {
 	}
 }
 
+// leans reports whether nearly all units are odd and, in those that are looked at, most pieces
+// that begin inside a unit do so at the same sector of it: units might begin there.
+func (a *array) leans() bool {
+	if 6*a.odd.units < 5*int(a.used) {
+		return false
+	}
+	var begins [unitSectors]int
+	all := 0
+	for w, word := range a.odd.has {
+		if word == 0 {
+			continue
+		}
+		u := w<<6 + bits.TrailingZeros64(word)
+		for b := a.ref(u).begin() &^ 1; b != 0; b &= b - 1 {
+			begins[bits.TrailingZeros8(b)]++
+			all++
+		}
+	}
+	return 2*slices.Max(begins[:]) > all
+}
+
 // pack packs the pieces anew, with room for more of them.
 func (a *array) pack(more int) {
 	o := a.odd

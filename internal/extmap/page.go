@@ -23,6 +23,12 @@ const (
 	pageBytes   = 64 // what the allocator has for it
 	oddHead     = 320
 	blockBytes  = blockPages*8 + 8
+
+	// manyPieces is how many pieces of odd units make it worth while to see whether
+	// units should begin elsewhere.
+	manyPieces = pageUnits / 4
+	// leanLook is after how many changes a few units are looked at for that.
+	leanLook = 64
 )
 
 // entry is an extent inside a page. Its two offsets fit 16 bits because a page
@@ -46,7 +52,7 @@ func (e entry) tail(off int) entry {
 type page struct {
 	ext   []entry // sorted by off, not overlapping, neighbours merged where they can be
 	dense array   // if there is one, it is used instead
-	look  uint16  // changes of a long list until it is compared with an array again
+	look  uint16  // changes until the form of a long list, or the array's phase, is looked at again
 }
 
 // shared reports whether a Map and a Span have this page, or had: then nobody changes
@@ -54,7 +60,9 @@ type page struct {
 func (p *page) shared() bool { return p.dense.shared }
 
 // clone returns a copy that nobody else has.
-func (p *page) clone() *page { return &page{ext: slices.Clone(p.ext), dense: p.dense.clone()} }
+func (p *page) clone() *page {
+	return &page{ext: slices.Clone(p.ext), dense: p.dense.clone(), look: p.look}
+}
 
 // bytes returns the memory that the page takes.
 func (p *page) bytes() int {
@@ -98,8 +106,11 @@ func (p *page) replace(from, to int, loc uint64, replaced func(uint64, uint32)) 
 		}
 	}
 	p.dense.replace(from, to, loc)
-	if loc == 0 && p.dense.sparse() {
+	switch {
+	case loc == 0 && p.dense.sparse():
 		p.toList()
+	case p.dense.odd != nil && p.dense.odd.pieces >= manyPieces:
+		p.reviewPhase()
 	}
 }
 
@@ -246,40 +257,99 @@ func (p *page) review() {
 		return
 	}
 	n := len(p.ext)
-	d, pieces := p.demand()
+	d, phase, pieces := p.demand()
 	c := d.coding()
 	size := arrayBytes(c, oddBytes(c, pieces))
 	if size <= n*entryBytes {
-		p.toArray(c, pieces)
+		p.toArray(c, phase, pieces)
 		return
 	}
 	// A change adds no more than two entries.
 	p.look = uint16(max(min(n/8, (size/entryBytes-n)/2), (n-maxWide)/32))
 }
 
-// demand returns what the list demands of an array's coding, and how many pieces its
-// odd units have.
-func (p *page) demand() (d demand, pieces int) {
-	const in = unitSectors - 1
-	for _, e := range p.ext {
-		d.add(e.loc, uint64(e.n))
-		off, end := int(e.off), e.end()
-		switch {
-		case off&in == 0 && end&in == 0:
-		case off>>unitShift == (end-1)>>unitShift:
-			pieces++
-		default:
-			pieces += min(off&in, 1) + min(end&in, 1)
-		}
+// reviewPhase changes where the array's units begin, if that saves a quarter of it. Since
+// it takes a pass over the array to see that, it does so only where a look at a few units
+// speaks for it and, if in vain, not again for as many changes as there are pieces.
+func (p *page) reviewPhase() {
+	if p.look > 0 {
+		p.look--
+		return
 	}
-	d.odd = pieces > 0
-	return d, pieces
+	d := &p.dense
+	if !d.leans() {
+		p.look = leanLook
+		return
+	}
+	var x phases
+	for at := 0; ; {
+		e, ok := d.next(at, PageSectors)
+		if !ok {
+			break
+		}
+		at = int(e.End())
+		x.add(int(e.Sector), at)
+	}
+	if _, pieces := x.best(d.phase); arrayBytes(d.coding, oddBytes(d.coding, pieces)) > d.bytes()*3/4 {
+		p.look = uint16(d.odd.pieces)
+		return
+	}
+	p.toList()
+	want, phase, pieces := p.demand()
+	p.toArray(want.coding(), phase, pieces)
 }
 
-// toArray changes the page's form to an array with the given coding and, in its odd
-// units, so many pieces.
-func (p *page) toArray(c coding, pieces int) {
-	a := makeArray(c)
+// demand returns what the list demands of an array's coding, with which phase it has the
+// fewest pieces in odd units, and how many.
+func (p *page) demand() (d demand, phase uint8, pieces int) {
+	var x phases
+	for _, e := range p.ext {
+		d.add(e.loc, uint64(e.n))
+		x.add(int(e.off), e.end())
+	}
+	phase, pieces = x.best(0)
+	d.odd = pieces > 0
+	return d, phase, pieces
+}
+
+// phases counts the pieces that odd units would have with each phase of an array.
+type phases struct {
+	all int              // with any phase
+	of  [unitSectors]int // more than that
+}
+
+// add counts the extent [from, to).
+func (x *phases) add(from, to int) {
+	const in = unitSectors - 1
+	if to-from >= unitSectors {
+		// A piece before the first unit that it has all of, and one after the last.
+		x.all += 2
+		x.of[from&in]--
+		x.of[to&in]--
+		return
+	}
+	x.all++
+	for s := from + 1; s < to; s++ {
+		x.of[s&in]++ // a unit that begins here cuts it
+	}
+}
+
+// best returns the phase with the fewest pieces, and how many these are: the given one,
+// if no other has fewer.
+func (x *phases) best(phase uint8) (best uint8, pieces int) {
+	best = phase
+	for i := range x.of {
+		if x.of[i] < x.of[best] {
+			best = uint8(i)
+		}
+	}
+	return best, x.all + x.of[best]
+}
+
+// toArray changes the page's form to an array with the given coding and phase and, in its
+// odd units, at most so many pieces.
+func (p *page) toArray(c coding, phase uint8, pieces int) {
+	a := makeArray(c, phase)
 	if pieces > 0 {
 		a.odd = &odd{pool: makePool(c, poolFor(pieces))}
 	}
@@ -290,29 +360,35 @@ func (p *page) toArray(c coding, pieces int) {
 	flush := func() {
 		if unit >= 0 {
 			a.setSectors(unit, &s)
-			s, unit = [unitSectors]uint64{}, -1
+			unit = -1
 		}
 	}
 	for _, e := range p.ext {
-		for at, end := int(e.off), e.end(); at < end; {
+		for off, end := int(e.off), e.end(); off < end; {
+			at := (off - int(phase)) & (PageSectors - 1)
 			u, i := at>>unitShift, at&(unitSectors-1)
 			if u != unit {
 				flush()
 			}
-			n := min(unitSectors-i, end-at)
-			loc := e.tail(at).loc
+			n := min(unitSectors-i, end-off)
+			loc := e.tail(off).loc
 			if n == unitSectors {
 				a.set(u, loc)
 			} else {
-				unit = u
+				if u != unit {
+					unit, s = u, a.sectors(u) // the last one has the page's first sectors already
+				}
 				for k := range n {
 					s[i+k] = advance(loc, uint64(k))
 				}
 			}
-			at += n
+			off += n
 		}
 	}
 	flush()
+	if a.odd != nil && a.odd.units == 0 {
+		a.odd = nil // the page's last sectors and its first ones are one piece
+	}
 	p.ext, p.dense, p.look = nil, a, 0
 }
 
@@ -358,6 +434,9 @@ func (p *page) compact() {
 // counted from the page's start.
 func (p *page) next(at, end int) (Extent, bool) {
 	if p.isArray() {
+		if p.dense.phase == 0 {
+			return p.dense.nextUnits(at, end) // as next does: a call less
+		}
 		return p.dense.next(at, end)
 	}
 	k := p.search(at)
