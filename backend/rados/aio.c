@@ -17,22 +17,19 @@ void lsd_bound_malloc(void)
 	mallopt(M_MMAP_THRESHOLD, 128 << 10);
 }
 
-struct lsd_op *lsd_op_new(uintptr_t handle, size_t len)
+struct lsd_op *lsd_op_new(uintptr_t handle, void *buf, size_t len)
 {
 	struct lsd_op *op = calloc(1, sizeof *op);
 	if (!op)
 		return NULL;
 	op->handle = handle;
+	op->buf = buf;
 	op->len = len;
-	if (len && !(op->buf = malloc(len)))
-		goto fail;
-	if (rados_aio_create_completion2(op, complete, &op->completion) < 0)
-		goto fail;
+	if (rados_aio_create_completion2(op, complete, &op->completion) < 0) {
+		free(op);
+		return NULL;
+	}
 	return op;
-fail:
-	free(op->buf);
-	free(op);
-	return NULL;
 }
 
 void lsd_op_free(struct lsd_op *op)
@@ -44,7 +41,6 @@ void lsd_op_free(struct lsd_op *op)
 		rados_release_read_op(op->read);
 	if (op->xattrs)
 		rados_getxattrs_end(op->xattrs);
-	free(op->buf);
 	free(op);
 }
 

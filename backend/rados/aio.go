@@ -52,11 +52,16 @@ func (l *link) doIn(ctx context.Context, slots chan struct{}, len int, submit fu
 	l.running.Add(1)
 	done := make(chan struct{})
 	h := cgo.NewHandle(done)
-	op := C.lsd_op_new(C.uintptr_t(h), C.size_t(len))
+	buf := l.cluster.buffers.take(len)
+	var op *C.struct_lsd_op
+	if buf != nil || len == 0 {
+		op = C.lsd_op_new(C.uintptr_t(h), buf, C.size_t(len))
+	}
 	end := func() {
 		if op != nil {
 			C.lsd_op_free(op)
 		}
+		l.cluster.buffers.give(buf, len)
 		<-slots
 		l.running.Done()
 	}

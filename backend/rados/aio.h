@@ -8,8 +8,8 @@
 #include <time.h>
 
 // An lsd_op is one asynchronous operation, with everything that librados may
-// write to until it completes. It is C's memory: an operation that nobody
-// waits for any more still has a place to write to.
+// write to until it completes. It is C's memory, as its buffer is: an operation
+// that nobody waits for any more still has a place to write to.
 struct lsd_op {
 	rados_completion_t completion;
 	uintptr_t handle; // of the Go channel to close
@@ -29,9 +29,9 @@ struct lsd_op {
 // up to 32 MiB of each, and where memory is locked it cannot give them back later.
 void lsd_bound_malloc(void);
 
-// lsd_op_new returns an operation with a buffer of len bytes, or NULL if there
-// is no memory.
-struct lsd_op *lsd_op_new(uintptr_t handle, size_t len);
+// lsd_op_new returns an operation, or NULL if there is no memory. buf, of len bytes,
+// stays the caller's, who must not use it before the operation is complete.
+struct lsd_op *lsd_op_new(uintptr_t handle, void *buf, size_t len);
 void lsd_op_free(struct lsd_op *op);
 
 int lsd_put(rados_ioctx_t io, struct lsd_op *op, const char *oid, const char *data, size_t len);
