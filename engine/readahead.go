@@ -10,13 +10,16 @@ import (
 const (
 	maxStreams = 8
 	// maxAheads bounds the fetches of an image's read-ahead under way.
-	maxAheads = 32
+	maxAheads = 64
 	// aheadUnit is the most that one of them fetches, in sectors: 1 MiB.
 	aheadUnit = 1 << 20 / SectorSize
-	// A stream is read ahead of by minWindow sectors at first, twice as many each
-	// time, up to maxWindow: 128 KiB to 8 MiB.
+	// A stream is read ahead of by minAhead sectors at first, four times as many each
+	// time, up to anyAhead: 128 KiB to 8 MiB. That is one object, of one OSD, which
+	// reads it piece by piece; where there is memory a long stream is read ahead of by up
+	// to maxAhead, 24 MiB, which keeps several of them busy. See grow.
 	minAhead = 128 << 10 / SectorSize
-	maxAhead = 8 << 20 / SectorSize
+	anyAhead = 8 << 20 / SectorSize
+	maxAhead = 24 << 20 / SectorSize
 	// streamSlack is how far from its end, in sectors, a stream may go on: many
 	// requests at one time arrive in any order.
 	streamSlack = 64 << 10 / SectorSize
@@ -91,7 +94,7 @@ func (im *Image) readAhead(st *stream) {
 	if st.ahead+min(st.window/2, aheadUnit) > end && end < im.sectors || st.ahead >= im.sectors {
 		return // it is far enough
 	}
-	st.window = min(max(4*st.window, minAhead), maxAhead)
+	st.grow(im.reads.AheadRoom())
 	im.loadAhead(st)
 	for end = min(st.next+st.window, im.sectors); st.ahead < end; {
 		i := segmentOf(st.ahead)
@@ -114,6 +117,14 @@ func (im *Image) readAhead(st *stream) {
 	im.fetchSumsAhead(st)
 }
 
+// grow sets by how much the stream is read ahead of from now on: beyond anyAhead, by no
+// more than it has come, for it may end, and by no more than half of the room that there
+// is, in bytes, so that there is some for a stream that begins.
+func (st *stream) grow(room int) {
+	more := min(st.length, uint64(room)/2/SectorSize)
+	st.window = min(max(4*st.window, minAhead), maxAhead, anyAhead+more)
+}
+
 // loadAhead loads the segment of the map that a stream comes to soon: it reads ahead no
 // further than the map is in memory, and a load has to wait behind all that was asked of
 // the store for data.
@@ -130,7 +141,7 @@ func (im *Image) loadAhead(st *stream) {
 // fetchSumsAhead fetches the checksums of the object that a stream comes to next:
 // its data waits for them.
 func (im *Image) fetchSumsAhead(st *stream) {
-	at := st.ahead + maxAhead
+	at := st.ahead + anyAhead
 	e, ok := im.nextInObject(at, min(at+aheadUnit, im.sectors))
 	if !ok {
 		return

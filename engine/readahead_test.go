@@ -36,3 +36,32 @@ func TestStreams(t *testing.T) {
 		})
 	}
 }
+
+// TestGrow: a stream that goes on is read ahead of by more and more, as far as there is
+// memory, and gives some of it back when there is less.
+func TestGrow(t *testing.T) {
+	const mib = 1 << 20 / SectorSize
+	st := new(stream)
+	for i, k := range []struct {
+		length uint64
+		room   int // bytes
+		want   uint64
+	}{
+		{mib, 64 << 20, mib / 8},
+		{mib, 64 << 20, mib / 2},
+		{mib, 64 << 20, 2 * mib},
+		{2 * mib, 64 << 20, 8 * mib},
+		{3 * mib, 64 << 20, 11 * mib},
+		{12 * mib, 64 << 20, 20 * mib},
+		{40 * mib, 64 << 20, 24 * mib},
+		{60 * mib, 40 << 20, 24 * mib},
+		{80 * mib, 16 << 20, 16 * mib},
+		{90 * mib, 0, 8 * mib},
+		{99 * mib, 12 << 20, 14 * mib},
+	} {
+		st.length = k.length
+		if st.grow(k.room); st.window != k.want {
+			t.Errorf("%d: after %d sectors, with room for %d bytes, a stream is read ahead of by %d sectors, want %d", i, k.length, k.room, st.window, k.want)
+		}
+	}
+}

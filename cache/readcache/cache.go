@@ -70,7 +70,7 @@ type Options struct {
 }
 
 // DefaultAheadMemory is the default of Options.AheadMemory.
-const DefaultAheadMemory = 32 << 20
+const DefaultAheadMemory = 64 << 20
 
 const (
 	maxBuffers  = 8 // segments in memory, being filled or written

@@ -438,6 +438,10 @@ func (u *Client) Claim(k *Key, first, n uint32) (c Claim, seen uint32, claimed b
 	return Claim{f}, seen, f != nil
 }
 
+// AheadRoom returns for how many bytes more there is memory to read ahead into, of what
+// all clients share. It takes no lock.
+func (u *Client) AheadRoom() int { return max(0, u.c.flights.budget-int(u.c.flights.held.Load())) }
+
 // Fly fetches what was claimed, unless somebody who could not wait does so.
 func (u *Client) Fly(ctx context.Context, c Claim, k *Key, src Source, how How) (err error) {
 	if u.c.flights.begin(c.f) {
