@@ -39,17 +39,22 @@ func PrepareProcess(logger *slog.Logger) {
 	SpareProcessors()
 }
 
+// minPlaces is the least that SpareProcessors sets.
+const minPlaces = 8
+
 // SpareProcessors lets half as many goroutines again run as there are processors
-// (GOMAXPROCS), unless the environment says how many. A reactor that comes back from
-// the kernel needs a place among them: if workers and the collector hold all,
-// it waits until the runtime takes one away, up to 10 ms. With places to spare it is
-// the kernel that chooses who runs, and it knows the reactors' priority. More of them
-// do not help it, and cost reads. Limits of the control group that change later are
-// not followed any more.
+// (GOMAXPROCS), and minPlaces at least, unless the environment says how many. A reactor
+// that comes back from the kernel needs a place among them: if workers and the collector
+// hold all, it waits until the runtime takes one away, up to 10 ms. With places to spare
+// it is the kernel that chooses who runs, and it knows the reactors' priority. A call to
+// the file system holds its place too, and while calls are shorter than the runtime cares
+// for, their number is that of the places: on two processors with three places, a
+// directory was asked for two things at a time. Limits of the control group that change
+// later are not followed any more.
 func SpareProcessors() {
 	if os.Getenv("GOMAXPROCS") == "" {
 		n := runtime.GOMAXPROCS(0)
-		runtime.GOMAXPROCS(n + (n+1)/2)
+		runtime.GOMAXPROCS(max(n+(n+1)/2, minPlaces))
 	}
 }
 

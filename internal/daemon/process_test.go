@@ -11,7 +11,7 @@ func TestSpareProcessors(t *testing.T) {
 	for _, c := range []struct {
 		env        string
 		have, want int
-	}{{"", 1, 2}, {"", 2, 3}, {"", 16, 24}, {"16", 16, 16}} {
+	}{{"", 1, 8}, {"", 2, 8}, {"", 6, 9}, {"", 16, 24}, {"16", 16, 16}, {"2", 2, 2}} {
 		t.Setenv("GOMAXPROCS", c.env)
 		runtime.GOMAXPROCS(c.have)
 		SpareProcessors()
