@@ -84,6 +84,14 @@ func (st *stream) how() readcache.How {
 	return readcache.Keep
 }
 
+// howAhead returns how the stream's blocks from ahead on are read.
+func (st *stream) howAhead() readcache.How {
+	if st.length+st.ahead-st.next > longStream {
+		return readcache.KeepKnown
+	}
+	return readcache.Keep
+}
+
 // readAhead fetches what the client of a stream will probably ask for next.
 func (im *Image) readAhead(st *stream) {
 	if st == nil {
@@ -108,7 +116,7 @@ func (im *Image) readAhead(st *stream) {
 			st.ahead = to
 			continue
 		}
-		n := im.fetchAhead(e.Loc, min(e.N, aheadUnit), st.how())
+		n := im.fetchAhead(e.Loc, min(e.N, aheadUnit), st.howAhead())
 		st.ahead = e.Sector + uint64(n)
 		if n == 0 {
 			break
@@ -117,9 +125,9 @@ func (im *Image) readAhead(st *stream) {
 	im.fetchSumsAhead(st)
 }
 
-// grow sets by how much the stream is read ahead of from now on: beyond anyAhead, by no
-// more than it has come, for it may end, and by no more than half of the room that there
-// is, in bytes, so that there is some for a stream that begins.
+// grow sets by how much the stream is read ahead of from now on: by no more than anyAhead
+// and as much as it has come, for it may end, and half of the room that there is, in
+// bytes, so that there is some for a stream that begins.
 func (st *stream) grow(room int) {
 	more := min(st.length, uint64(room)/2/SectorSize)
 	st.window = min(max(4*st.window, minAhead), maxAhead, anyAhead+more)

@@ -17,10 +17,10 @@ const (
 	maxKept = 1 << 20
 	// keptClasses: up to 128 KiB, 256, 512, 1 MiB.
 	keptClasses = 4
-	// maxKeptBytes bounds what is kept: as much as two streams that are read ahead ask
-	// for at one time, and some more.
+	// maxKeptBytes bounds what is kept: as much as two long streams ask for at one time.
 	maxKeptBytes = 48 << 20
-	// keepFor is how long they are kept when nobody uses them.
+	// keepFor is how long they are kept at least when nobody uses them; twice as long at
+	// most.
 	keepFor = 10 * time.Second
 )
 
@@ -79,8 +79,10 @@ func (b *buffers) give(p unsafe.Pointer, n int) {
 	}
 	c, size := bufferClass(n)
 	b.mu.Lock()
+	defer b.mu.Unlock()
+	for c >= 0 && b.kept+size > maxKeptBytes && b.freeOther(c) {
+	}
 	if c < 0 || b.ended || b.kept+size > maxKeptBytes {
-		b.mu.Unlock()
 		C.free(p)
 		return
 	}
@@ -91,7 +93,20 @@ func (b *buffers) give(p unsafe.Pointer, n int) {
 		b.armed = true
 		time.AfterFunc(b.wait(), b.expire)
 	}
-	b.mu.Unlock()
+}
+
+// freeOther frees a buffer of another class than c, and reports whether there was one:
+// what is kept follows what is asked for. The caller holds mu.
+func (b *buffers) freeOther(c int) bool {
+	for i := range b.free {
+		if l := len(b.free[i]); i != c && l > 0 {
+			C.free(b.free[i][l-1])
+			b.free[i] = b.free[i][:l-1]
+			b.kept -= minKept << i
+			return true
+		}
+	}
+	return false
 }
 
 func (b *buffers) wait() time.Duration {

@@ -68,6 +68,16 @@ func TestBuffers(t *testing.T) {
 	if got := keptBytes(b); got > maxKeptBytes || got < maxKeptBytes-maxKept {
 		t.Errorf("%d bytes are kept of more than %d", got, maxKeptBytes)
 	}
+	small := b.take(minKept) // of which there is none: large ones make room for it
+	b.give(small, minKept)
+	if got := b.take(minKept); got != small {
+		t.Error("what is full of large buffers keeps no small one")
+	} else {
+		b.give(got, minKept)
+	}
+	if got := keptBytes(b); got > maxKeptBytes || got < maxKeptBytes-2*maxKept {
+		t.Errorf("%d bytes are kept of more than %d, of two classes", got, maxKeptBytes)
+	}
 	b.end()
 	if got := keptBytes(b); got != 0 {
 		t.Errorf("%d bytes are kept after the end", got)

@@ -279,9 +279,10 @@ func (a *array) next(at, end int) (Extent, bool) {
 			}
 			return e, true
 		}
-		if at = p; at >= end {
-			return Extent{}, false
-		}
+		at = p
+	}
+	if at >= end {
+		return Extent{}, false // the last unit goes on beyond the page's end
 	}
 	e, ok := a.nextUnits(at-p, end-p)
 	e.Sector += uint64(p)

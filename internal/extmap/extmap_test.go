@@ -241,6 +241,13 @@ func againstModel(t *testing.T, k modelRun, seed uint64, hit map[[2]string]int) 
 			m.insert(s, n, loc)
 			live += int(n)
 		}
+		if k.shift > 0 && r.IntN(300) == 0 { // both ends of a page, as one
+			for _, s := range []uint64{PageSectors, 2*PageSectors - unitSectors} {
+				x.Insert(s, unitSectors, Fixed|loc)
+				m.insert(s, unitSectors, Fixed|loc)
+				live += unitSectors
+			}
+		}
 		next = loc + n
 		if r.IntN(3) > 0 { // else the next one goes on where this one ended
 			next++
@@ -295,6 +302,43 @@ func againstModel(t *testing.T, k modelRun, seed uint64, hit map[[2]string]int) 
 	m.check(t, x)
 	insert(0, size, k.base+8)
 	compact()
+}
+
+// TestAroundTheEnd: the last unit of a page whose blocks are shifted has the page's last
+// sectors and its first ones, and may be in one piece. It was one for discards of both in
+// one record, and the page, when it was to become a list, had no end.
+func TestAroundTheEnd(t *testing.T) {
+	for shift := uint64(1); shift < unitSectors; shift++ {
+		for _, both := range [][2]uint64{{Fixed | 77, Fixed | 77}, {1 << 30, 1<<30 + unitSectors - shift}} {
+			size := uint64(3 * PageSectors)
+			x, m := New(size), &model{loc: make([]uint64, size)}
+			insert := func(s, n, loc uint64) {
+				x.Insert(s, n, loc)
+				m.insert(s, n, loc)
+			}
+			for i := range uint64(1000) {
+				insert(PageSectors+8+shift+16*i, 8, 1<<20+9*i)
+			}
+			rest := unitSectors - shift
+			insert(2*PageSectors-rest, rest, both[0])
+			insert(PageSectors, shift, both[1])
+			p := x.page(1)
+			if form := p.form(); form != "shifted sectors" {
+				t.Fatalf("shift %d: the page is %s", shift, form)
+			}
+			m.check(t, x)
+			x.RemoveRange(0, size, 1<<20, 1<<20+9*1000)
+			for i := range m.loc {
+				if l := m.loc[i]; l >= 1<<20 && l < 1<<20+9*1000 {
+					m.loc[i] = 0
+				}
+			}
+			if form := p.form(); form != "list" {
+				t.Errorf("shift %d: the page is %s, emptied", shift, form)
+			}
+			m.check(t, x)
+		}
+	}
 }
 
 func count(m *Map) (n int) {
@@ -701,8 +745,12 @@ func FuzzMap(f *testing.F) {
 				insert(s&^7, n&^7+8, high+next&^7)
 			case 1: // sectors
 				insert(s, n%8+1, high+next)
-			case 2:
-				insert(s, n, Fixed|high+next)
+			case 2: // one that nothing else has, or one that many have
+				loc := high + next
+				if ops[0] >= 128 {
+					loc = high + 8
+				}
+				insert(s, n, Fixed|loc)
 			case 3:
 				x.Remove(s, n)
 				clear(m.loc[s : s+n])

@@ -108,7 +108,12 @@ func (o *odd) wasteful(more int) bool { return o.cap() > 4*poolFor(o.pieces+more
 
 func (o *odd) clone() *odd {
 	c := *o
-	c.narrow, c.wide = slices.Clone(o.narrow), slices.Clone(o.wide)
+	c.pool = pool{} // of the same capacity: Clone would round it up
+	if o.wide != nil {
+		c.wide = append(make([]uint64, 0, cap(o.wide)), o.wide...)
+	} else {
+		c.narrow = append(make([]packed, 0, cap(o.narrow)), o.narrow...)
+	}
 	return &c
 }
 
@@ -236,10 +241,13 @@ func (a *array) place(u, n int) int {
 			return r.at()
 		}
 		o.has[u>>6] &^= 1 << (u & 63) // what it has is not to be packed
+		if o.wasteful(n) {
+			a.pack(n)
+		}
 	} else {
 		o.units++
 	}
-	if o.len()+n > o.cap() || o.wasteful(n) {
+	if o.len()+n > o.cap() {
 		a.pack(n)
 	}
 	o.has[u>>6] |= 1 << (u & 63)

@@ -403,7 +403,7 @@ func (p *page) toList() {
 		ext = append(ext, entry{loc: e.Loc, off: uint16(e.Sector), n: uint16(e.N)})
 		at = int(e.End())
 	}
-	p.ext, p.dense = ext, array{}
+	p.ext, p.dense, p.look = ext, array{}, 0
 }
 
 // compact gives the page the form, or the array the coding, that is the smallest, but
