@@ -158,8 +158,8 @@ func (d *Device) startRecovery(ctx context.Context) error {
 		case ierr != nil && ctx.Err() == nil:
 			return ierr
 		case errors.Is(err, unix.EINVAL) && info.State == StateQuiesced:
-			// Another server began a recovery and died before it had fetched
-			// anything: the kernel is still ready for one.
+			// Another server began a recovery and died before it had offered any
+			// tag: the kernel is still ready for one. See mapDescriptors.
 			return nil
 		case errors.Is(err, unix.EBUSY) && info.State != StateDead:
 		case ctx.Err() == nil:
@@ -192,10 +192,13 @@ func (c *Control) newDevice(info Info, p Params) (*Device, error) {
 		done:     make(chan struct{}),
 	}
 	d.sectors.Store(p.SizeBytes / sectorSize)
+	for i := range d.tags {
+		d.tags[i].init(d, i/info.Depth, i%info.Depth, mem.Bytes()[i*info.MaxIOBytes:(i+1)*info.MaxIOBytes])
+	}
 	return d, nil
 }
 
-// open opens the character device and maps the queues' descriptors.
+// open opens the character device.
 func (d *Device) open(ctx context.Context) error {
 	path := charPath(d.info.ID)
 	if err := awaitNode(ctx, path, unix.S_IFCHR); err != nil {
@@ -205,7 +208,7 @@ func (d *Device) open(ctx context.Context) error {
 		fd, err := unix.Open(path, unix.O_RDWR|unix.O_CLOEXEC, 0)
 		if err == nil {
 			d.char = fd
-			break
+			return nil
 		}
 		// One process at a time: udev may be looking at the node, or the
 		// kernel has not quite closed it for the old server.
@@ -216,19 +219,26 @@ func (d *Device) open(ctx context.Context) error {
 			return fmt.Errorf("ublk: open %s: %w", path, err)
 		}
 	}
+}
+
+// mapDescriptors maps the queues' descriptors, which the tags read requests from.
+//
+// It comes after the tags have been offered. Kernels up to 6.15 let the process that was
+// the first to map them do so, and no other one until the next recovery begins; and that
+// can begin only when the server before has offered its tags. If that server had died
+// with the descriptors mapped and no tag offered, nobody could take the device up again.
+func (d *Device) mapDescriptors() error {
 	page := os.Getpagesize()
 	size := (d.info.Depth*sizeofIODesc + page - 1) / page * page
 	stride := (maxQueueDepth*sizeofIODesc + page - 1) / page * page
 	for q := range d.info.Queues {
 		desc, err := unix.Mmap(d.char, int64(cmdBufOffset+q*stride), size, unix.PROT_READ, unix.MAP_SHARED|unix.MAP_POPULATE)
 		if err != nil {
-			return fmt.Errorf("ublk: map the descriptors of queue %d of %s: %w", q, path, err)
+			return fmt.Errorf("ublk: map the descriptors of queue %d of %s: %w", q, charPath(d.info.ID), err)
 		}
 		d.desc = append(d.desc, desc)
 		for t := range d.info.Depth {
-			i := q*d.info.Depth + t
-			buf := d.mem.Bytes()[i*d.info.MaxIOBytes : (i+1)*d.info.MaxIOBytes]
-			d.tags[i].init(d, q, t, desc[t*sizeofIODesc:(t+1)*sizeofIODesc], buf)
+			d.tags[q*d.info.Depth+t].desc = desc[t*sizeofIODesc : (t+1)*sizeofIODesc]
 		}
 	}
 	return nil
@@ -296,7 +306,9 @@ func (d *Device) Start(ctx context.Context, r *reactor.Reactor, h Handler) error
 			d.out++
 			d.tags[i].fetch()
 		}
-		err = d.ring.Submit()
+		if err = d.ring.Submit(); err == nil {
+			err = d.mapDescriptors()
+		}
 	})
 	go d.watch()
 	if err = errors.Join(cerr, err); err != nil {

@@ -113,7 +113,7 @@ func (io *IO) CompleteInTime(res int32) { io.t.commitInTime(res) }
 // COMMIT_AND_FETCH commands.
 type tag struct {
 	d    *Device
-	desc []byte // its struct ublksrv_io_desc, which the kernel writes
+	desc []byte // its struct ublksrv_io_desc, which the kernel writes; see mapDescriptors
 	buf  []byte
 	io   IO
 	busy bool // the handler has it
@@ -125,8 +125,8 @@ type tag struct {
 }
 
 // init prepares a tag.
-func (t *tag) init(d *Device, queue, number int, desc, buf []byte) {
-	t.d, t.desc, t.buf = d, desc, buf
+func (t *tag) init(d *Device, queue, number int, buf []byte) {
+	t.d, t.buf = d, buf
 	t.io = IO{Index: queue*d.info.Depth + number, Queue: uint16(queue), Tag: uint16(number), t: t}
 	binary.NativeEndian.PutUint16(t.cmd[0:], uint16(queue))
 	binary.NativeEndian.PutUint16(t.cmd[2:], uint16(number))

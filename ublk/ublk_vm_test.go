@@ -821,9 +821,10 @@ func TestVMReactorPanic(t *testing.T) {
 	}
 }
 
-// serve is a server process: "ID FILE SIZE [norecovery]", an ID of -1 for a new
+// serve is a server process: "ID FILE SIZE [norecovery|idle]", an ID of -1 for a new
 // device. The disk is FILE in memory, so it outlives the process. It prints the
-// device's number when it serves, and ends when the device does.
+// device's number when it serves, or when it could and is to be idle, and ends when the
+// device does.
 func serve(spec string) error {
 	var id, size int
 	var file, extra string
@@ -847,12 +848,16 @@ func serve(spec string) error {
 	ctx := context.Background()
 	var d *Device
 	if id < 0 {
-		d, err = c.Add(ctx, Params{ID: -1, SizeBytes: uint64(size), Queues: 2, Depth: 64, VolatileCache: true, FUA: true, NoRecovery: extra != ""})
+		d, err = c.Add(ctx, Params{ID: -1, SizeBytes: uint64(size), Queues: 2, Depth: 64, VolatileCache: true, FUA: true, NoRecovery: extra == "norecovery"})
 	} else {
 		d, err = c.Recover(ctx, id)
 	}
 	if err != nil {
 		return err
+	}
+	if extra == "idle" {
+		fmt.Println(d.ID())
+		select {}
 	}
 	if err := d.Start(ctx, r, &ram{data: data}); err != nil {
 		return err
@@ -948,6 +953,37 @@ func TestVMKillServer(t *testing.T) {
 	// fio ends with status 128 after an interrupt, and says whether all was well.
 	if err := <-exited; !strings.Contains(out.String(), " err= 0:") || strings.Contains(out.String(), "verify:") {
 		t.Errorf("fio: %v\n%s", err, out.String())
+	}
+}
+
+// TestVMKillInRecovery kills a server that has begun a recovery and not offered anything
+// yet, twice: the next one gets the device.
+func TestVMKillInRecovery(t *testing.T) {
+	const size = 8 << 20
+	file := shmFile(t, size)
+	c := openControl(t)
+	server, id := startServer(t, fmt.Sprintf("-1 %s %d", file, size))
+	defer func() {
+		if err := c.Stop(testContext(t), id, true); err != nil {
+			t.Error(err)
+		}
+		server.Wait()
+		if err := c.Delete(testContext(t), id); err != nil {
+			t.Error(err)
+		}
+	}()
+	kill := func() {
+		server.Process.Kill()
+		server.Wait()
+	}
+	for range 2 {
+		kill()
+		server, _ = startServer(t, fmt.Sprintf("%d %s %d idle", id, file, size))
+	}
+	kill()
+	server, _ = startServer(t, fmt.Sprintf("%d %s %d", id, file, size))
+	if out, err := exec.Command("dd", "if="+blockPath(id), "of=/dev/null", "bs=1M", "iflag=direct").CombinedOutput(); err != nil {
+		t.Errorf("read the device: %v\n%s", err, out)
 	}
 }
 
