@@ -901,23 +901,49 @@ func shmFile(t *testing.T, size int64) string {
 	return name
 }
 
+// A victim is a server process that is killed and replaced by another one, which takes
+// its device over.
+type victim struct {
+	*exec.Cmd
+	id   int
+	spec string // of the next one, with the device's number
+}
+
+// newVictim starts a server of a new device of size bytes, which goes when the test ends.
+func newVictim(t *testing.T, c *Control, size int64) *victim {
+	t.Helper()
+	file := shmFile(t, size)
+	v := new(victim)
+	v.Cmd, v.id = startServer(t, fmt.Sprintf("-1 %s %d", file, size))
+	v.spec = fmt.Sprintf("%d %s %d", v.id, file, size)
+	t.Cleanup(func() {
+		if err := c.Stop(testContext(t), v.id, true); err != nil {
+			t.Error(err)
+		}
+		v.Wait()
+		if err := c.Delete(testContext(t), v.id); err != nil {
+			t.Error(err)
+		}
+	})
+	return v
+}
+
+// kill kills the server and returns at once.
+func (v *victim) kill() { v.Process.Kill() }
+
+// replace starts the next server, of which extra is the last word of what it is told.
+func (v *victim) replace(t *testing.T, extra string) {
+	t.Helper()
+	v.Cmd, _ = startServer(t, v.spec+" "+extra)
+}
+
 // TestVMKillServer kills the server's process under a verifying fio, again and
 // again.
 func TestVMKillServer(t *testing.T) {
 	const size, kills = 32 << 20, 20
-	file := shmFile(t, size)
 	c := openControl(t)
-	server, id := startServer(t, fmt.Sprintf("-1 %s %d", file, size))
-	defer func() {
-		if err := c.Stop(testContext(t), id, true); err != nil {
-			t.Error(err)
-		}
-		server.Wait()
-		if err := c.Delete(testContext(t), id); err != nil {
-			t.Error(err)
-		}
-	}()
-	load := exec.Command("fio", "--name=x", "--filename="+blockPath(id), "--direct=1", "--ioengine=libaio", "--iodepth=32",
+	v := newVictim(t, c, size)
+	load := exec.Command("fio", "--name=x", "--filename="+blockPath(v.id), "--direct=1", "--ioengine=libaio", "--iodepth=32",
 		"--rw=randwrite", "--bsrange=4k-256k", "--size=32m", "--io_size=1g", "--verify=crc32c", "--verify_fatal=1",
 		"--verify_backlog=256", "--time_based", "--runtime=1000", "--allow_file_create=0")
 	var out bytes.Buffer
@@ -930,13 +956,13 @@ func TestVMKillServer(t *testing.T) {
 	var slowest time.Duration
 	for i := range kills {
 		time.Sleep(time.Duration(100+37*i) * time.Millisecond)
-		server.Process.Kill()
+		v.kill()
 		if i%2 == 0 {
-			server.Wait()
+			v.Wait()
 		} // else the next one starts while the old one dies
 		begin := time.Now()
-		old := server
-		server, _ = startServer(t, fmt.Sprintf("%d %s %d", id, file, size))
+		old := v.Cmd
+		v.replace(t, "")
 		slowest = max(slowest, time.Since(begin))
 		old.Wait()
 		select {
@@ -944,7 +970,7 @@ func TestVMKillServer(t *testing.T) {
 			t.Fatalf("after kill %d fio ended: %v\n%s", i+1, err, out.String())
 		default:
 		}
-		if info, err := c.Info(testContext(t), id); err != nil || info.State != StateLive || info.ServerPID != server.Process.Pid {
+		if info, err := c.Info(testContext(t), v.id); err != nil || info.State != StateLive || info.ServerPID != v.Process.Pid {
 			t.Fatalf("after recovery %d: %+v, %v", i+1, info, err)
 		}
 	}
@@ -960,29 +986,14 @@ func TestVMKillServer(t *testing.T) {
 // yet, twice: the next one gets the device.
 func TestVMKillInRecovery(t *testing.T) {
 	const size = 8 << 20
-	file := shmFile(t, size)
 	c := openControl(t)
-	server, id := startServer(t, fmt.Sprintf("-1 %s %d", file, size))
-	defer func() {
-		if err := c.Stop(testContext(t), id, true); err != nil {
-			t.Error(err)
-		}
-		server.Wait()
-		if err := c.Delete(testContext(t), id); err != nil {
-			t.Error(err)
-		}
-	}()
-	kill := func() {
-		server.Process.Kill()
-		server.Wait()
+	v := newVictim(t, c, size)
+	for _, extra := range []string{"idle", "idle", ""} {
+		v.kill()
+		v.Wait()
+		v.replace(t, extra)
 	}
-	for range 2 {
-		kill()
-		server, _ = startServer(t, fmt.Sprintf("%d %s %d idle", id, file, size))
-	}
-	kill()
-	server, _ = startServer(t, fmt.Sprintf("%d %s %d", id, file, size))
-	if out, err := exec.Command("dd", "if="+blockPath(id), "of=/dev/null", "bs=1M", "iflag=direct").CombinedOutput(); err != nil {
+	if out, err := exec.Command("dd", "if="+blockPath(v.id), "of=/dev/null", "bs=1M", "iflag=direct").CombinedOutput(); err != nil {
 		t.Errorf("read the device: %v\n%s", err, out)
 	}
 }

@@ -17,6 +17,11 @@ void lsd_bound_malloc(void)
 	mallopt(M_MMAP_THRESHOLD, 128 << 10);
 }
 
+void *lsd_alloc(size_t len)
+{
+	return malloc(len);
+}
+
 struct lsd_op *lsd_op_new(uintptr_t handle, void *buf, size_t len)
 {
 	struct lsd_op *op = calloc(1, sizeof *op);

@@ -29,6 +29,9 @@ struct lsd_op {
 // up to 32 MiB of each, and where memory is locked it cannot give them back later.
 void lsd_bound_malloc(void);
 
+// lsd_alloc is malloc, of which cgo's own form ends the process when there is no memory.
+void *lsd_alloc(size_t len);
+
 // lsd_op_new returns an operation, or NULL if there is no memory. buf, of len bytes,
 // stays the caller's, who must not use it before the operation is complete.
 struct lsd_op *lsd_op_new(uintptr_t handle, void *buf, size_t len);

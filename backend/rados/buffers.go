@@ -1,9 +1,10 @@
 package rados
 
-// #include <stdlib.h>
+// #include "aio.h"
 import "C"
 
 import (
+	"cmp"
 	"math/bits"
 	"sync"
 	"time"
@@ -40,8 +41,8 @@ type buffers struct {
 	after time.Duration                 // keepFor, but in tests
 }
 
-// bufferClass returns the class of buffers of n bytes, and the size of each in it; -1 if they
-// are not kept.
+// bufferClass returns the class of buffers of n bytes, and the size of each in it; -1 if
+// they are not kept.
 func bufferClass(n int) (c, size int) {
 	if n < minKept || n > maxKept {
 		return -1, n
@@ -69,7 +70,7 @@ func (b *buffers) take(n int) unsafe.Pointer {
 		}
 		b.mu.Unlock()
 	}
-	return C.malloc(C.size_t(size))
+	return C.lsd_alloc(C.size_t(size))
 }
 
 // give takes back what take returned for n bytes. Nobody may use it any more.
@@ -91,7 +92,7 @@ func (b *buffers) give(p unsafe.Pointer, n int) {
 	b.used = true
 	if !b.armed {
 		b.armed = true
-		time.AfterFunc(b.wait(), b.expire)
+		time.AfterFunc(cmp.Or(b.after, keepFor), b.expire)
 	}
 }
 
@@ -109,20 +110,13 @@ func (b *buffers) freeOther(c int) bool {
 	return false
 }
 
-func (b *buffers) wait() time.Duration {
-	if b.after > 0 {
-		return b.after
-	}
-	return keepFor
-}
-
 // expire frees what is kept if nobody has used it since the timer was set.
 func (b *buffers) expire() {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	if b.used && !b.ended {
 		b.used = false
-		time.AfterFunc(b.wait(), b.expire)
+		time.AfterFunc(cmp.Or(b.after, keepFor), b.expire)
 		return
 	}
 	b.armed = false

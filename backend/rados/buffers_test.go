@@ -56,6 +56,9 @@ func TestBuffers(t *testing.T) {
 	if b.take(0) != nil {
 		t.Error("a buffer of nothing")
 	}
+	if b.take(1<<62) != nil {
+		t.Error("a buffer for which there is no memory")
+	}
 	b.give(nil, 0)
 
 	var all []unsafe.Pointer

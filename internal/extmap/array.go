@@ -265,9 +265,6 @@ func (a *array) convert(c coding) {
 
 // next returns the first extent that meets the page's sectors [at, end), cut to it.
 func (a *array) next(at, end int) (Extent, bool) {
-	if a.phase == 0 {
-		return a.nextUnits(at, end)
-	}
 	p := int(a.phase)
 	if at < p {
 		if e, ok := a.nextUnits(at-p+PageSectors, min(end, p)-p+PageSectors); ok {

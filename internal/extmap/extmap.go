@@ -6,11 +6,11 @@
 // the pieces of those blocks that do not lie in one piece. Blocks begin in each page
 // where most of its extents do. So an insertion's cost is bounded by what one page can
 // hold, and a page needs no more than 6 bytes for each block of it, or 8 if locations
-// are very large (see packed), and as much and a sixteenth for each of the pieces. A list takes 16 bytes for each extent, and less
-// than that array, or not much more; Compact makes a list of an array that is twice as
-// large as the list. A directory of two levels finds pages. Runs of pages can be taken
-// out of a map, copied and put in as a Span, for a map that is written out, loaded and
-// evicted in pieces.
+// are very large (see packed), and as much and a sixteenth for each of the pieces. A list
+// takes 16 bytes for each extent, and less than that array, or not much more; Compact
+// makes a list of an array that is twice as large as the list. A directory of two levels
+// finds pages. Runs of pages can be taken out of a map, copied and put in as a Span, for
+// a map that is written out, loaded and evicted in pieces.
 //
 // A Map is not safe for concurrent use: the reactor of its image owns it.
 package extmap
