@@ -51,6 +51,7 @@ type CheckReport struct {
 	Objects    int       `json:"data_objects"`
 	Segments   int       `json:"map_segments"`
 	Points     int       `json:"points"`
+	Snapshots  int       `json:"snapshots"`
 	Read       uint64    `json:"read_bytes"`
 	Errors     []Finding `json:"errors"`
 	// Dead and Stale name objects that nothing needs and the image knows of: they
@@ -327,7 +328,9 @@ func unreadableSuper(err error) bool {
 
 // sameStates reports whether two superblocks lead to the same states.
 func sameStates(a, b *superblock) bool {
-	return a.Epoch == b.Epoch && sameRef(a.Checkpoint, b.Checkpoint) && len(a.Points) == len(b.Points) && len(a.Epochs) == len(b.Epochs)
+	return a.Epoch == b.Epoch && sameRef(a.Checkpoint, b.Checkpoint) && len(a.Epochs) == len(b.Epochs) && len(a.Rollbacks) == len(b.Rollbacks) && len(a.Forgotten) == len(b.Forgotten) &&
+		slices.EqualFunc(a.Points, b.Points, func(p, q cutOff) bool { return p.Log == q.Log && p.same(&q.point) }) &&
+		slices.EqualFunc(a.Snapshots, b.Snapshots, func(p, q snapshot) bool { return p.ID == q.ID && p.same(&q.point) })
 }
 
 func sameRef(a, b *checkpointRef) bool {
@@ -336,11 +339,10 @@ func sameRef(a, b *checkpointRef) bool {
 
 // loadReach reads what the states of an image are made of.
 func loadReach(ctx context.Context, im *Image, sb *superblock) (*reach, error) {
-	r := &reach{sb: sb, head: &view{ref: sb.Checkpoint, last: maxObjectSeq}}
+	r := &reach{sb: sb, holds: sb.holds(), head: &view{ref: sb.Checkpoint, last: maxObjectSeq}}
 	r.views = []*view{r.head}
-	for i := range sb.Points {
-		p := &sb.Points[i]
-		v := &view{point: p, ref: p.Checkpoint, last: p.Object, what: fmt.Sprintf("the state kept for log %s of %s", p.Log, p.Host)}
+	add := func(p *point, what string) {
+		v := &view{point: p, ref: p.Checkpoint, last: p.Object, what: what}
 		if !p.Settled {
 			v.last = maxObjectSeq
 		}
@@ -348,12 +350,21 @@ func loadReach(ctx context.Context, im *Image, sb *superblock) (*reach, error) {
 			r.views = append(r.views, v)
 		}
 	}
+	for i := range sb.Points {
+		p := &sb.Points[i]
+		add(&p.point, fmt.Sprintf("the state kept for log %s of %s", p.Log, p.Host))
+	}
+	for i := range sb.Snapshots {
+		if p := &sb.Snapshots[i]; p.Settled {
+			add(&p.point, "snapshot "+p.Name)
+		}
+	}
 	for _, v := range r.views {
 		if err := im.loadView(ctx, sb, v); err != nil {
 			return nil, err
 		}
 	}
-	return r, nil
+	return r, r.loadGone(ctx, im.store)
 }
 
 // judge decides about what was found in a try, and reports whether another one is
@@ -396,7 +407,7 @@ func (c *checker) judge(ctx context.Context, last bool) (again bool, err error) 
 func (c *checker) describe() {
 	r, sb := c.reach, c.reach.sb
 	c.rep.Epoch, c.rep.Objects, c.rep.Segments = sb.Epoch, r.head.objects(), r.head.m.filled()
-	c.rep.Points, c.rep.Read = len(sb.Points), c.done
+	c.rep.Points, c.rep.Snapshots, c.rep.Read = len(sb.Points), len(sb.Snapshots), c.done
 	if sb.Owner != nil {
 		c.rep.AttachedBy = sb.Owner.Host
 		c.rep.Notes = append(c.rep.Notes, fmt.Sprintf("it is attached by %s: what that host changes meanwhile is not counted, and nothing is repaired", sb.Owner.Host))

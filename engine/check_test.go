@@ -337,7 +337,7 @@ func TestCheckDamage(t *testing.T) {
 	r := whole.reach()
 	var live []objectInfo
 	for _, o := range r.head.m.objects {
-		if o.live > 0 && !r.sb.held(uint64(o.number), 0) {
+		if o.live > 0 && !r.holds.object(uint64(o.number), 0) {
 			live = append(live, o)
 		}
 	}
@@ -694,7 +694,7 @@ func TestCheckLostDirectory(t *testing.T) {
 }
 
 // TestRebuildDirectory: a directory that has gone, or is damaged, is made anew from the
-// superblocks. Of two images that were made under one name the later one gets it; what
+// superblocks. Of two images with one name the later one gets it; what
 // was never whole gets none.
 func TestRebuildDirectory(t *testing.T) {
 	ctx := context.Background()

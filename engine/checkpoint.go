@@ -121,7 +121,7 @@ func (c *checkpointer) atRest() bool {
 	dead := int(t.movedSpace) * SectorSize // it goes with what tells the table of that
 	for _, n := range t.dead {
 		o := t.find(uint64(n))
-		if o != nil && (c.last == nil || uint64(n) > c.last.Object) && !c.im.super.sb.held(uint64(n), uint64(o.died)) {
+		if o != nil && (c.last == nil || uint64(n) > c.last.Object) && !c.im.super.holds.object(uint64(n), uint64(o.died)) {
 			dead += int(o.sectors) * SectorSize
 		}
 	}
@@ -249,7 +249,8 @@ func (c *checkpointer) finish() {
 			if sb.Checkpoint != nil && *sb.Checkpoint != r.ref {
 				sb.Prev = append(sb.Prev, *sb.Checkpoint)
 			}
-			sb.Checkpoint, sb.Intent = &r.ref, nil
+			sb.Checkpoint, sb.Seq, sb.Intent = &r.ref, r.at.seq, nil
+			sb.pruneRollbacks()
 		}, func() { c.published(m) })
 	})
 }

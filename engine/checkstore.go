@@ -66,7 +66,7 @@ var ErrLostDirectory = errors.New("the directory of names is missing, and there 
 // lostDirectory returns what is to be said of a directory that is not there, or
 // damaged, as err says.
 func lostDirectory(err error) Finding {
-	f := Finding{Object: backend.DirectoryKey, Problem: ErrLostDirectory.Error(), Action: "lsdctl check STORE --repair makes it anew, with the names that the images were made under"}
+	f := Finding{Object: backend.DirectoryKey, Problem: ErrLostDirectory.Error(), Action: "lsdctl check STORE --repair makes it anew, with the names that the superblocks have"}
 	switch {
 	case errors.Is(err, backend.ErrUnknownVersion):
 		f.Problem, f.Action = err.Error(), "use the lsd that has written it, or bring it back from a copy of the pool"
@@ -185,7 +185,7 @@ func (s *storeScan) nameable(ctx context.Context, st backend.Store, rep *CheckRe
 	return images, nil
 }
 
-// uniqueNames returns a name for each image: the one that it was made under, or, where a
+// uniqueNames returns a name for each image: the one that its superblock has, or, where a
 // later image has that, one that it begins and the id completes.
 func uniqueNames(images []*superblock) []backend.Entry {
 	images = slices.Clone(images)

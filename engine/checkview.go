@@ -161,7 +161,7 @@ func (c *checker) plan() {
 		n += bytes
 		for i := range v.objects() {
 			o := v.info(i)
-			if i < len(v.m.objects) && o.live == 0 && !c.reach.sb.held(uint64(o.number), uint64(o.died)) {
+			if i < len(v.m.objects) && o.live == 0 && !c.reach.holds.object(uint64(o.number), uint64(o.died)) {
 				continue // most likely it is gone
 			}
 			n += o.headerBytes()

@@ -243,7 +243,7 @@ func (c *cleaner) weigh(s *search, o *objectInfo) {
 	if o.gone || o.live == 0 || o.moved || uint64(o.number) > im.accepted.object {
 		return // the last one may not be in the map yet
 	}
-	if c.bad[o.number] || c.later[o.number] > 0 || im.super.sb.held(uint64(o.number), 0) {
+	if c.bad[o.number] || c.later[o.number] > 0 || im.super.holds.object(uint64(o.number), 0) {
 		s.heldSpace, s.heldLive = s.heldSpace+uint64(o.sectors), s.heldLive+uint64(o.live)
 		return
 	}
@@ -265,7 +265,7 @@ func (c *cleaner) chosen(s *search) []objectInfo {
 	best := s.list.victims()
 	victims, total := best[:0], uint64(0)
 	for _, o := range best {
-		if now := im.table.find(uint64(o.number)); now != nil && now.live > 0 && !im.super.sb.held(uint64(o.number), 0) {
+		if now := im.table.find(uint64(o.number)); now != nil && now.live > 0 && !im.super.holds.object(uint64(o.number), 0) {
 			victims = append(victims, *now)
 			total += uint64(now.live)
 		}

@@ -142,13 +142,13 @@ func TestForgottenOwnership(t *testing.T) {
 		n++
 		return b
 	}
-	for range maxPoints + 2 {
+	for range maxCutOffs + 2 {
 		next(true)
 	}
 	clean := next(true)
 	log := clean.disk
 	clean.mustClose()
-	if n, err := ForgetLogs(context.Background(), st, id, uuid.Nil); n != maxPoints || err != nil {
+	if n, err := ForgetLogs(context.Background(), st, id, uuid.Nil); n != maxCutOffs || err != nil {
 		t.Fatalf("%d points, %v", n, err)
 	}
 	for range maxEpochs + 10 {

@@ -78,7 +78,7 @@ func newHugeStore(tb testing.TB, size uint64) *hugeStore {
 	}
 	st.manifest = m.encode()
 	_, _, err = changeSuperblock(ctx, st, st.id, func(sb *superblock) error {
-		sb.Epoch, sb.Checkpoint, sb.Epochs = 1, &ref, []epochStart{{Epoch: 1, Object: 1, Seq: 1}}
+		sb.Epoch, sb.Checkpoint, sb.Seq, sb.Epochs = 1, &ref, ref.Object, []epochStart{{Epoch: 1, Object: 1, Seq: 1}}
 		return nil
 	})
 	if err != nil {

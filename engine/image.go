@@ -96,6 +96,10 @@ type Image struct {
 	ageTimer Timer
 	pump     Timer
 
+	taking     map[uuid.UUID]bool // snapshots that are being taken
+	refreshers []*refresher
+	forgetter  forgetter
+
 	jobs       int // workers running for this image
 	stint      stint
 	super      superWriter
@@ -678,6 +682,7 @@ func (im *Image) fence(s State, why error) {
 	im.waiters = nil
 	im.checkpoint.fail(why)
 	im.reaper.tell(why)
+	im.endRefreshing(why)
 	if fn := im.super.release; fn != nil {
 		im.super.release = nil
 		fn(why)

@@ -141,6 +141,9 @@ type OpenOptions struct {
 	// ReadOnly opens the image as the store has it now; it takes no ownership
 	// and needs no log.
 	ReadOnly bool
+	// Snapshot is the id of a snapshot that is opened instead of the image as it is now;
+	// uuid.Nil means none. It goes with ReadOnly alone.
+	Snapshot uuid.UUID
 	// Log is the file of the write log, locked: zeroed, or a log of this image.
 	// The image keeps it.
 	Log writelog.File
@@ -211,6 +214,9 @@ func Open(ctx context.Context, st backend.Store, id uuid.UUID, o OpenOptions) (*
 	if o.Lease < MinLease || o.Lease > MaxLease {
 		return nil, fmt.Errorf("lease %v: it must be from %v to %v", o.Lease, MinLease, MaxLease)
 	}
+	if o.Snapshot != uuid.Nil && !o.ReadOnly {
+		return nil, errors.New("a snapshot can be opened read-only alone")
+	}
 	if o.Clock == nil {
 		o.Clock = Real{}
 	}
@@ -241,18 +247,20 @@ func Open(ctx context.Context, st backend.Store, id uuid.UUID, o OpenOptions) (*
 	return im, nil
 }
 
-// openAsIs opens an image read-only, as the store has it now. Its owner may go on while
-// it is read, and remove what the superblock had led to: a new checkpoint is the sign,
-// and the image is read anew. Checkpoints are rare beside that.
+// openAsIs opens an image, or a snapshot, read-only, as the store has it now. Its owner may
+// go on while it is read, and remove what the superblock had led to: a new checkpoint is the
+// sign, and the image is read anew. Checkpoints are rare beside that.
 func openAsIs(ctx context.Context, st backend.Store, sb *superblock, o *OpenOptions) (*Image, error) {
 	for {
-		im := newImage(ctx, st, sb, o)
-		err := im.recoverStore(ctx, sb)
+		im, err := recoverAsIs(ctx, st, sb, o)
+		if im == nil {
+			return nil, err
+		}
 		if err == nil || errors.Is(err, backend.ErrNotFound) {
 			switch now, _, lerr := loadSuperblock(ctx, st, sb.Image); {
 			case lerr != nil:
 				err = lerr
-			case !sameStates(sb, now):
+			case !sameFor(o.Snapshot, sb, now):
 				im.dropUnopened()
 				o.Progress("reading the image anew, for its owner has gone on")
 				sb = now
@@ -267,6 +275,50 @@ func openAsIs(ctx context.Context, st backend.Store, sb *superblock, o *OpenOpti
 		}
 		return im, nil
 	}
+}
+
+// recoverAsIs builds the map of an image, or of a snapshot. The image that it returns, if
+// any, is to be dropped where there is an error as well.
+func recoverAsIs(ctx context.Context, st backend.Store, sb *superblock, o *OpenOptions) (*Image, error) {
+	if o.Snapshot == uuid.Nil {
+		im := newImage(ctx, st, sb, o)
+		return im, im.recoverStore(ctx, sb)
+	}
+	p := sb.snapshotOf(o.Snapshot)
+	switch {
+	case p == nil:
+		return nil, fmt.Errorf("%w: it has been removed", ErrNoSnapshot)
+	case !p.Settled:
+		return nil, fmt.Errorf("snapshot %s has been asked for, and not been taken yet", p.Name)
+	}
+	sb = sb.clone()
+	sb.Sectors = p.Sectors
+	im := newImage(ctx, st, sb, o)
+	im.super.take(sb, "")
+	return im, im.recoverPoint(ctx, sb, &p.point)
+}
+
+// recoverPoint builds the map as it was at a point; at one that is not settled, up to the
+// end of the run.
+func (im *Image) recoverPoint(ctx context.Context, sb *superblock, p *point) error {
+	if err := im.loadCheckpoint(ctx, p.Checkpoint); err != nil {
+		return err
+	}
+	missing, err := im.replay(ctx, sb, p.Object)
+	if err == nil && p.Settled && im.accepted.object < p.Object {
+		err = fmt.Errorf("data object %d, which the image as it was needs, is not there any more: %w", max(missing, im.accepted.object+1), backend.ErrNotFound)
+	}
+	return err
+}
+
+// sameFor reports whether two superblocks lead to the same state for whoever opens the
+// snapshot, or with uuid.Nil the image itself.
+func sameFor(snapshot uuid.UUID, a, b *superblock) bool {
+	if snapshot == uuid.Nil {
+		return sameStates(a, b)
+	}
+	p, q := a.snapshotOf(snapshot), b.snapshotOf(snapshot)
+	return p != nil && q != nil && p.same(&q.point)
 }
 
 // missing tells what it means that an attach has not found something, beginning with the
@@ -567,7 +619,7 @@ func (im *Image) acquire(ctx context.Context, o *OpenOptions, ours bool) (*super
 		if err != nil {
 			return nil, fmt.Errorf("take the ownership: %w", err)
 		}
-		im.super.sb, im.super.version = sb, version
+		im.super.take(sb, version)
 		if before != nil && !ours {
 			im.fenceOwner(ctx, before, o)
 		}
@@ -584,7 +636,7 @@ func (im *Image) inherit(sb *superblock, ours bool) {
 		sb.cutOff()
 	}
 	im.unreleased = sb.Owner != nil || sb.unsettled()
-	sb.dropPoints(func(p point) bool { return p.Log == im.spent })
+	sb.dropCutOffs(func(p cutOff) bool { return p.Log == im.spent })
 }
 
 // waitForOwner asks the owner to let go, and returns the superblock when it has,
@@ -640,15 +692,7 @@ func (im *Image) settleOwnership(ctx context.Context) error {
 		if n := len(sb.Epochs); n > 0 && sb.Epochs[n-1].Epoch == sb.Epoch {
 			return nil // an attempt whose outcome was not known
 		}
-		if before := sb.epochOf(first); before > 0 && im.unreleased {
-			sb.Stale = append(sb.Stale, staleObjects{Epoch: before, Object: first})
-		}
-		sb.Loose = false
-		for i := range sb.Points {
-			if p := &sb.Points[i]; !p.Settled {
-				p.Object, p.Settled = im.accepted.object, true
-			}
-		}
+		sb.settleEnd(im.accepted.object, im.unreleased)
 		if mutate.On(mutate.EpochUnrecorded) && len(sb.Epochs) > 0 {
 			return nil
 		}
@@ -659,6 +703,6 @@ func (im *Image) settleOwnership(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("take the ownership: %w", err)
 	}
-	im.super.sb, im.super.version = sb, version
+	im.super.take(sb, version)
 	return nil
 }

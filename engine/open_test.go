@@ -228,7 +228,7 @@ func spentLogLeavesNothing(t *testing.T, fails bool) {
 // made it.
 func TestOtherVersionIsRefused(t *testing.T) {
 	ctx := context.Background()
-	for _, version := range []uint32{superVersion - 1, superVersion + 1} {
+	for _, version := range []uint32{superOld - 1, superVersion + 1} {
 		st := mem.New()
 		h, id := attached(t, st, smallImage(), nil)
 		h.mustWrite(1, 1)
@@ -237,7 +237,7 @@ func TestOtherVersionIsRefused(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		payload, err := frame.Decode(superMagic, superVersion, b)
+		payload, err := frame.Decode(superMagic, b, superVersion)
 		if err != nil {
 			t.Fatal(err)
 		}

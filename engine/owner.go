@@ -14,9 +14,10 @@ import (
 // superWriter changes the superblock for the owner: one change at a time, each a
 // compare-and-swap that also renews the lease. The reactor owns it.
 type superWriter struct {
-	sb      *superblock // as last written or read
+	sb      *superblock // as last written or read: see take
 	version backend.Version
-	timer   Timer // renews the lease
+	holds   *holds // of sb
+	timer   Timer  // renews the lease
 	tries   int
 
 	running bool
@@ -36,6 +37,11 @@ type superWriter struct {
 	evictMoved  time.Duration
 	gaveUp      bool // the image goes without what is only in the log
 	loose       bool // it goes while objects of the cleaner may be under way
+}
+
+// take makes sb, of that version, what is known of the superblock.
+func (s *superWriter) take(sb *superblock, version backend.Version) {
+	s.sb, s.version, s.holds = sb, version, sb.holds()
 }
 
 // superChange is a change of the superblock beside renewals. apply may be called
@@ -202,7 +208,9 @@ func (im *Image) updateSuper() {
 // superWritten takes over the superblock that was written.
 func (im *Image) superWritten(next *superblock, version backend.Version, began time.Duration, changes int, releasing bool) {
 	s := &im.super
-	s.sb, s.version, s.renew, s.tries = next, version, false, 0
+	before := s.sb
+	s.take(next, version)
+	s.renew, s.tries = false, 0
 	im.storeWorks(useOther)
 	if releasing {
 		im.released() // what was changed with it has nothing to go on with
@@ -223,7 +231,10 @@ func (im *Image) superWritten(next *superblock, version backend.Version, began t
 		s.lost = false
 		im.logger.Info("the lease is renewed: writes go on")
 	}
+	im.pointsChanged(before)
 	im.heedEviction() // it may have been asked for while Open was at it
+	im.takeSnapshots()
+	im.forgetStates()
 	im.acknowledge()
 	im.advance()
 	im.updateSuper()
@@ -266,7 +277,7 @@ func (im *Image) superReloaded(sb *superblock, version backend.Version) {
 	switch {
 	case sb.Epoch == s.sb.Epoch && sb.Owner == nil && s.release != nil:
 		// An earlier attempt to release had gone through.
-		s.sb, s.version = sb, version
+		s.take(sb, version)
 		im.released()
 	case !mutate.On(mutate.EpochIgnored) && (sb.Epoch != s.sb.Epoch || sb.Owner == nil || sb.Owner.Log != im.logID):
 		who := "nobody"
@@ -275,15 +286,13 @@ func (im *Image) superReloaded(sb *superblock, version backend.Version) {
 		}
 		im.fenced(fmt.Errorf("epoch %d is over: the image is at epoch %d, owned by %s", s.sb.Epoch, sb.Epoch, who))
 	default:
-		fewer := len(sb.Points) < len(s.sb.Points)
-		s.sb, s.version, s.renew = sb, version, true
-		if fewer { // somebody has given them up: what they held can go
-			im.clean.heldSpace, im.clean.heldLive = 0, 0
-			im.startLeftovers()
-			im.checkpoint.removeDead()
-			im.reap()
-		}
+		before := s.sb
+		s.take(sb, version)
+		s.renew = true
+		im.pointsChanged(before)
 		im.heedEviction()
+		im.takeSnapshots()
+		im.forgetStates()
 		im.updateSuper()
 	}
 }

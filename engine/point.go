@@ -1,20 +1,22 @@
 package engine
 
 import (
+	"cmp"
 	"context"
 	"errors"
+	"iter"
 	"slices"
 	"time"
 
 	"github.com/google/uuid"
 	"github.com/lsd-ceph/lsd/backend"
+	"github.com/lsd-ceph/lsd/internal/mutate"
 )
 
 // point is a state of the image that must stay readable although the image has
 // gone on: the one after a data object, as a checkpoint before it and the objects
-// from there on give it. So far the points of an image are where it branched off
-// from a write log that was lost to a forced take-over; as long as one is there,
-// that log can be salvaged.
+// from there on give it. Snapshots are points, and so is where the image branched off
+// from a write log that was lost to a forced take-over.
 //
 // Objects never change, so a point costs nothing but the objects that are kept
 // for it, and whether one is needed follows from three numbers: its own, when it
@@ -23,14 +25,22 @@ type point struct {
 	Object     uint64         `json:"object"`               // the state is the one after this object; 0: empty
 	Settled    bool           `json:"settled"`              // Object is known
 	Checkpoint *checkpointRef `json:"checkpoint,omitempty"` // the last one then; nil: none
-	Epoch      uint64         `json:"epoch"`                // the ownership that ended there
-	Log        uuid.UUID      `json:"log"`                  // its write log
-	Host       string         `json:"host"`                 // who had it
-	Since      time.Time      `json:"since"`
+	Seq        uint64         `json:"seq,omitempty"`        // the last record in that; 0: it is not known here
 }
 
-// maxPoints bounds the points of an image: when there are more, the oldest goes.
-const maxPoints = 64
+// cutOff is the point at which an ownership ended that another host has ended by force.
+// As long as it is there, that host's log can be salvaged. It is settled by the next owner,
+// who finds where the store's run of objects ends.
+type cutOff struct {
+	point
+	Epoch uint64    `json:"epoch"` // the ownership that ended there
+	Log   uuid.UUID `json:"log"`   // its write log
+	Host  string    `json:"host"`  // who had it
+	Since time.Time `json:"since"`
+}
+
+// maxCutOffs bounds these points of an image: when there are more, the oldest goes.
+const maxCutOffs = 64
 
 // base returns the object after which the point's state is replayed.
 func (p *point) base() uint64 {
@@ -40,46 +50,105 @@ func (p *point) base() uint64 {
 	return p.Checkpoint.Object
 }
 
-// needsObject reports whether the point needs data object number, which died with
-// the object died; 0 means that it lives.
-func (p *point) needsObject(number, died uint64) bool {
-	return !p.Settled || number <= p.Object && (died == 0 || died > p.Object || number > p.base())
+// same reports whether two points are at the same state, and go back to the same checkpoint.
+func (p *point) same(q *point) bool {
+	return p.Object == q.Object && p.Settled == q.Settled && sameRef(p.Checkpoint, q.Checkpoint)
 }
 
-// needsMap reports whether the point needs a map object that the checkpoint at
-// object written has made, and the one at object died has replaced.
-func (p *point) needsMap(written, died uint64) bool {
-	return written <= p.base() && died > p.base()
-}
-
-// held reports whether a point needs a dead data object.
-func (s *superblock) held(number, died uint64) bool {
-	for i := range s.Points {
-		if s.Points[i].needsObject(number, died) {
-			return true
+// states calls yield for all points, of whatever kind.
+func (s *superblock) states() iter.Seq[*point] {
+	return func(yield func(*point) bool) {
+		for i := range s.Points {
+			if !yield(&s.Points[i].point) {
+				return
+			}
+		}
+		for i := range s.Snapshots {
+			if mutate.On(mutate.SnapshotUnheld) {
+				return
+			}
+			if !yield(&s.Snapshots[i].point) {
+				return
+			}
 		}
 	}
-	return false
 }
 
-// heldMap reports whether a point needs a dead map object.
-func (s *superblock) heldMap(written, died uint64) bool {
-	for i := range s.Points {
-		if s.Points[i].needsMap(written, died) {
-			return true
+// holds is what the points of an image keep, made for many questions: an image may have
+// a thousand points, and a million objects. It does not change.
+type holds struct {
+	all    bool     // there is a point of which it is not known yet where it is
+	at     []uint64 // the points, ascending
+	bases  []uint64 // of those that have a checkpoint, ascending
+	replay []run64  // objects that are replayed for a point: ascending, apart
+}
+
+// holds returns what the points keep of what the image's present state is made of, or was.
+// A point that the path to that does not pass keeps as much of it as the state does where
+// the paths part: it may need less.
+func (s *superblock) holds() *holds {
+	h := new(holds)
+	head := s.pathTo(maxObjectSeq)
+	var runs []run64
+	for p := range s.states() {
+		base := p.base()
+		if !p.Settled {
+			h.all = true
+		} else {
+			at := head.common(s.pathTo(p.Object))
+			h.at = append(h.at, at)
+			if base = min(base, at); base < at {
+				runs = append(runs, run64{base, at})
+			}
+		}
+		if p.Checkpoint != nil {
+			h.bases = append(h.bases, base)
 		}
 	}
-	return false
+	slices.Sort(h.at)
+	slices.Sort(h.bases)
+	slices.SortFunc(runs, func(a, b run64) int { return cmp.Compare(a.after, b.after) })
+	for _, r := range runs {
+		if k := len(h.replay) - 1; k >= 0 && r.after <= h.replay[k].last {
+			h.replay[k].last = max(h.replay[k].last, r.last)
+			continue
+		}
+		h.replay = append(h.replay, r)
+	}
+	return h
 }
 
-// heldManifest reports whether a point needs the manifest of a checkpoint.
+// object reports whether a point needs data object number, which died with the object
+// died; 0 means that it lives. It does if it is not newer than the point, and either died
+// later or is replayed.
+func (h *holds) object(number, died uint64) bool {
+	if h.all || between(h.at, number, died) {
+		return true
+	}
+	i, _ := slices.BinarySearchFunc(h.replay, number, func(r run64, n uint64) int { return cmp.Compare(r.last, n) })
+	return i < len(h.replay) && h.replay[i].after < number
+}
+
+// mapObject reports whether a point needs a map object that the checkpoint at object
+// written has made, and the one at object died has replaced.
+func (h *holds) mapObject(written, died uint64) bool { return between(h.bases, written, died) }
+
+// between reports whether one of the numbers, which are ascending, is not below from and is
+// below to; 0 is beyond all.
+func between(numbers []uint64, from, to uint64) bool {
+	i, _ := slices.BinarySearch(numbers, from)
+	return i < len(numbers) && (to == 0 || numbers[i] < to)
+}
+
+// heldManifest reports whether a point needs the manifest of a checkpoint, or it tells what
+// a state that is being forgotten was made of.
 func (s *superblock) heldManifest(c checkpointRef) bool {
-	for _, p := range s.Points {
+	for p := range s.states() {
 		if p.Checkpoint != nil && *p.Checkpoint == c {
 			return true
 		}
 	}
-	return false
+	return slices.ContainsFunc(s.Forgotten, func(p point) bool { return p.Checkpoint != nil && *p.Checkpoint == c })
 }
 
 // cutOff keeps the state at which the present ownership ends for the sake of its
@@ -87,35 +156,49 @@ func (s *superblock) heldManifest(c checkpointRef) bool {
 // looked at the store.
 func (s *superblock) cutOff() {
 	o := s.Owner
-	s.addPoint(point{Checkpoint: s.Checkpoint, Epoch: s.Epoch, Log: o.Log, Host: o.Host, Since: o.Since})
+	s.addCutOff(cutOff{point: point{Checkpoint: s.Checkpoint}, Epoch: s.Epoch, Log: o.Log, Host: o.Host, Since: o.Since})
 }
 
-// addPoint keeps the state at which another ownership ended.
-func (s *superblock) addPoint(p point) {
+// addCutOff keeps the state at which another ownership ended.
+func (s *superblock) addCutOff(p cutOff) {
 	s.Points = append(s.Points, p)
-	if n := len(s.Points) - maxPoints; n > 0 {
+	if n := len(s.Points) - maxCutOffs; n > 0 {
 		oldest := s.Points[n-1].Epoch
 		s.Lost = max(s.Lost, oldest)
-		s.dropPoints(func(p point) bool { return p.Epoch <= oldest })
+		s.dropCutOffs(func(p cutOff) bool { return p.Epoch <= oldest })
 	}
 }
 
-// dropPoints gives up points. What only they needed goes in its time: a manifest as
-// one that has been replaced.
-func (s *superblock) dropPoints(drop func(point) bool) {
+// dropCutOffs gives up states that are kept for write logs.
+func (s *superblock) dropCutOffs(drop func(cutOff) bool) {
 	var dropped []point
-	s.Points = slices.DeleteFunc(s.Points, func(p point) bool {
+	s.Points = slices.DeleteFunc(s.Points, func(p cutOff) bool {
 		if drop(p) {
-			dropped = append(dropped, p)
+			dropped = append(dropped, p.point)
 			return true
 		}
 		return false
 	})
 	for _, p := range dropped {
-		c := p.Checkpoint
-		if c != nil && (s.Checkpoint == nil || *s.Checkpoint != *c) && !s.heldManifest(*c) && !slices.Contains(s.Prev, *c) {
-			s.Prev = append(s.Prev, *c)
-		}
+		s.forget(p)
+	}
+}
+
+// forget is told of a point that has been given up. What only that needed goes in its time:
+// objects of the path to the present state as the image loses them, or has lost them, and
+// others as those of a state that is to be forgotten; the manifest as one that was replaced.
+func (s *superblock) forget(p point) {
+	if p.Settled && !s.pathTo(maxObjectSeq).has(p.Object) {
+		s.Forgotten = append(s.Forgotten, p)
+		return
+	}
+	s.dropManifest(p.Checkpoint)
+}
+
+// dropManifest has a manifest removed that nobody needs.
+func (s *superblock) dropManifest(c *checkpointRef) {
+	if c != nil && !sameRef(s.Checkpoint, c) && !s.heldManifest(*c) && !slices.Contains(s.Prev, *c) {
+		s.Prev = append(s.Prev, *c)
 	}
 }
 
@@ -127,17 +210,15 @@ func ForgetLogs(ctx context.Context, st backend.Store, id, log uuid.UUID) (int, 
 	forgotten := 0
 	_, _, err := changeSuperblock(ctx, st, id, func(sb *superblock) error {
 		before := len(sb.Points)
-		sb.dropPoints(func(p point) bool { return p.Settled && (log == uuid.Nil || p.Log == log) })
+		sb.dropCutOffs(func(p cutOff) bool { return p.Settled && (log == uuid.Nil || p.Log == log) })
 		forgotten = before - len(sb.Points)
 		if forgotten == 0 {
 			return errNothing
 		}
 		return nil
 	})
-	if errors.Is(err, errNothing) {
-		err = nil
-	}
 	return forgotten, err
 }
 
+// errNothing says that a superblock is as it should be.
 var errNothing = errors.New("nothing to change")

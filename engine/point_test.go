@@ -2,6 +2,7 @@ package engine
 
 import (
 	"context"
+	"math/rand/v2"
 	"slices"
 	"strings"
 	"testing"
@@ -13,9 +14,20 @@ import (
 	"github.com/lsd-ceph/lsd/backend/mem"
 )
 
+// needsObject is the rule of holds.object for one point.
+func (p *point) needsObject(number, died uint64) bool {
+	return !p.Settled || number <= p.Object && (died == 0 || died > p.Object || number > p.base())
+}
+
+// needsMap is the rule of holds.mapObject for one point.
+func (p *point) needsMap(written, died uint64) bool {
+	return written <= p.base() && died > p.base()
+}
+
 // TestPointNeeds: which objects a state needs follows from three numbers.
 func TestPointNeeds(t *testing.T) {
 	p := point{Object: 20, Checkpoint: &checkpointRef{Object: 10, Epoch: 1}, Settled: true}
+	sb := &superblock{Snapshots: []snapshot{{point: p}}}
 	for _, tt := range []struct {
 		number, died uint64
 		want         bool
@@ -24,7 +36,7 @@ func TestPointNeeds(t *testing.T) {
 		{15, 0, true}, {15, 18, true}, {15, 30, true}, // to be replayed
 		{20, 21, true}, {21, 0, false}, {21, 25, false}, // its last one, and after it
 	} {
-		if got := p.needsObject(tt.number, tt.died); got != tt.want {
+		if got := sb.holds().object(tt.number, tt.died); got != tt.want || p.needsObject(tt.number, tt.died) != tt.want {
 			t.Errorf("object %d, died with %d: needed %v, want %v", tt.number, tt.died, got, tt.want)
 		}
 	}
@@ -32,8 +44,46 @@ func TestPointNeeds(t *testing.T) {
 		written, died uint64
 		want          bool
 	}{{10, 12, true}, {4, 12, true}, {4, 10, false}, {12, 14, false}} {
-		if got := p.needsMap(tt.written, tt.died); got != tt.want {
+		if got := sb.holds().mapObject(tt.written, tt.died); got != tt.want || p.needsMap(tt.written, tt.died) != tt.want {
 			t.Errorf("map object of %d, replaced with %d: needed %v, want %v", tt.written, tt.died, got, tt.want)
+		}
+	}
+}
+
+// TestHolds: what many points keep is what each of them keeps.
+func TestHolds(t *testing.T) {
+	for seed := range uint64(200) {
+		rng := rand.New(rand.NewPCG(seed, 7))
+		sb := new(superblock)
+		for range rng.IntN(6) {
+			p := point{Settled: true, Object: rng.Uint64N(40)}
+			if base := rng.Uint64N(p.Object + 1); base > 0 {
+				p.Checkpoint = &checkpointRef{Object: base}
+			}
+			if rng.IntN(2) == 0 {
+				sb.Points = append(sb.Points, cutOff{point: p})
+			} else {
+				sb.Snapshots = append(sb.Snapshots, snapshot{point: p})
+			}
+		}
+		if rng.IntN(16) == 0 {
+			sb.Snapshots = append(sb.Snapshots, snapshot{})
+		}
+		h := sb.holds()
+		for number := uint64(1); number < 42; number++ {
+			for _, died := range []uint64{0, number, number + 1 + rng.Uint64N(10), number + rng.Uint64N(40)} {
+				object, mapObject := false, false
+				for p := range sb.states() {
+					object = object || p.needsObject(number, died)
+					mapObject = mapObject || died > 0 && p.needsMap(number, died)
+				}
+				if got := h.object(number, died); got != object {
+					t.Fatalf("seed %d: object %d, died with %d: needed %v, want %v; %+v", seed, number, died, got, object, sb)
+				}
+				if got := h.mapObject(number, died); died > 0 && got != mapObject {
+					t.Fatalf("seed %d: map object of %d, replaced with %d: needed %v, want %v; %+v", seed, number, died, got, mapObject, sb)
+				}
+			}
 		}
 	}
 }
@@ -81,7 +131,7 @@ func TestCutOffLogStaysSalvageable(t *testing.T) {
 	b.mustRead(8, 300008)
 
 	var held []uint32
-	for _, n := range b.im.table.dead {
+	for _, n := range append(slices.Clone(b.im.table.dead), b.im.table.kept...) {
 		if uint64(n) <= b.im.super.sb.Points[0].Object {
 			held = append(held, n)
 		}

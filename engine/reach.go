@@ -1,6 +1,7 @@
 package engine
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -86,6 +87,7 @@ type view struct {
 	ref   *checkpointRef // nil: it is made of data objects alone
 	m     *manifest      // of ref; an empty one without
 	last  uint64         // the last data object that may be in it
+	at    position       // where it ends, as far as it could be read
 	tail  []tailObject   // those after the checkpoint, in order
 	err   error          // why no more of it could be read; nil if all was
 }
@@ -96,17 +98,18 @@ type tailObject struct {
 	offsets []uint32 // of each extent's data in the object's data, in sectors
 }
 
-// end returns the last data object of the view.
-func (v *view) end() uint64 { return v.m.at.object + uint64(len(v.tail)) }
+// end returns the last data object, or rollback, of the view.
+func (v *view) end() uint64 { return v.at.object }
 
 // find returns the place of the data object number among the view's objects, those
 // of the checkpoint and then those after it, or -1.
 func (v *view) find(number uint64) int {
 	if number > v.m.at.object {
-		if number <= v.end() {
-			return len(v.m.objects) + int(number-v.m.at.object) - 1
+		i, ok := slices.BinarySearchFunc(v.tail, number, func(t tailObject, n uint64) int { return cmp.Compare(t.seq, n) })
+		if !ok {
+			return -1
 		}
-		return -1
+		return len(v.m.objects) + i
 	}
 	list := v.m.objects
 	i := sort.Search(len(list), func(i int) bool { return uint64(list[i].number) >= number })
@@ -158,19 +161,8 @@ func (im *Image) loadView(ctx context.Context, sb *superblock, v *view) error {
 		}
 		v.m = m
 	}
-	missing, err := im.headers(ctx, sb, v.m.at, v.last, func(h *objectHeader) error {
-		h.sums = nil
-		t := tailObject{h, make([]uint32, len(h.extents))}
-		off := uint32(0)
-		for i, e := range h.extents {
-			t.offsets[i] = off
-			if !e.zero {
-				off += e.n
-			}
-		}
-		v.tail = append(v.tail, t)
-		return nil
-	})
+	v.at = v.m.at
+	missing, err := im.headers(ctx, sb, v.at, v.last, v)
 	switch {
 	case damaged(err):
 		v.err = err
@@ -183,6 +175,23 @@ func (im *Image) loadView(ctx context.Context, sb *superblock, v *view) error {
 	return nil
 }
 
+// object adds a data object to those after the view's checkpoint.
+func (v *view) object(h *objectHeader) error {
+	h.sums = nil
+	t := tailObject{h, make([]uint32, len(h.extents))}
+	off := uint32(0)
+	for i, e := range h.extents {
+		t.offsets[i] = off
+		if !e.zero {
+			off += e.n
+		}
+	}
+	v.tail, v.at = append(v.tail, t), h.end()
+	return nil
+}
+
+func (v *view) rollback(at position) { v.at = at }
+
 // damaged reports whether an error says that an object is damaged, or not there,
 // rather than that the store does not answer.
 func damaged(err error) bool {
@@ -192,8 +201,10 @@ func damaged(err error) bool {
 // reach says what of an image's objects is needed. It is the one place that knows.
 type reach struct {
 	sb    *superblock
+	holds *holds // of sb
 	head  *view
 	views []*view // the head, then the points
+	gone  []*goneState
 	// now and died are what the table would hold after the head's last object: the
 	// sectors of each object's data that the map refers to, and, where that is 0, the
 	// object with which it became so.
@@ -201,6 +212,43 @@ type reach struct {
 	// holes says that parts of the map could not be read, so now leaves out what these
 	// refer to.
 	holes bool
+}
+
+// goneState is a state that is being forgotten, and what it was made of.
+type goneState struct {
+	ref   *checkpointRef
+	parts int // that its manifest may have
+	*stateParts
+}
+
+// loadGone reads what the states are made of that are being forgotten. One of which that
+// cannot be told is left out.
+func (r *reach) loadGone(ctx context.Context, st backend.Store) error {
+	for i := range r.sb.Forgotten {
+		p := &r.sb.Forgotten[i]
+		parts, err := loadParts(ctx, st, r.sb, p)
+		if damaged(err) {
+			continue
+		}
+		if err != nil {
+			return err
+		}
+		r.gone = append(r.gone, &goneState{p.Checkpoint, maxManifest / manifestPart, parts})
+	}
+	return nil
+}
+
+// has reports whether an object was one of the state's.
+func (g *goneState) has(k imageKey) bool {
+	switch k.kind {
+	case keyData:
+		o, ok := g.data[k.ref.Object]
+		return ok && o.epoch == k.ref.Epoch
+	case keyMap:
+		_, ok := g.maps[mapName{k.ref, uint32(k.part)}]
+		return ok
+	}
+	return g.ref != nil && *g.ref == k.ref && int(k.part) < g.parts
 }
 
 // class says why the object of a key is in the store.
@@ -237,7 +285,7 @@ func (r *reach) dataClass(k imageKey) keyClass {
 		switch {
 		case v != r.head && (number > v.m.at.object || v.info(i).live > 0), v == r.head && number > v.m.at.object:
 			return classNeeded
-		case v == r.head && (r.now[i] > 0 || r.holes && v.info(i).live > 0 || r.sb.held(number, uint64(r.died[i]))):
+		case v == r.head && (r.now[i] > 0 || r.holes && v.info(i).live > 0 || r.holds.object(number, uint64(r.died[i]))):
 			return classNeeded
 		case v == r.head:
 			return classDead
@@ -261,7 +309,7 @@ func (r *reach) mapClass(k imageKey) keyClass {
 			if o.at != k.ref || uint64(o.part) != k.part {
 				continue
 			}
-			if o.live > 0 || r.sb.heldMap(o.at.Object, uint64(o.died)) {
+			if o.live > 0 || r.holds.mapObject(o.at.Object, uint64(o.died)) {
 				return classNeeded
 			}
 			if v == r.head {
@@ -274,6 +322,9 @@ func (r *reach) mapClass(k imageKey) keyClass {
 
 // leftover says whether the superblock knows of an object that is not needed.
 func (r *reach) leftover(k imageKey) keyClass {
+	if slices.ContainsFunc(r.gone, func(g *goneState) bool { return g.has(k) }) {
+		return classStale
+	}
 	if c := r.sb.Intent; c != nil && k.kind != keyData && *c == k.ref {
 		return classStale
 	}

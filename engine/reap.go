@@ -10,6 +10,8 @@ import (
 const (
 	reapBatch = 16 // objects that one worker deletes
 	reapJobs  = 2  // workers that delete at one time
+	// reapLook is how many objects that turn out to be kept are looked at in one turn.
+	reapLook = 1024
 )
 
 // reaper deletes data objects that nothing refers to any more. The reactor owns
@@ -24,6 +26,7 @@ type reaper struct {
 	going   map[uint32]bool // being deleted
 	later   map[uint32]bool // could not be deleted: it is tried again after the next checkpoint
 	stuck   bool            // something could not be removed, and this was logged
+	looking bool            // there is more to look at in the next turn
 	waiters []func(error)
 	deleted uint64
 }
@@ -32,27 +35,45 @@ type reaper struct {
 func (im *Image) reap() {
 	x, t := &im.reaper, &im.table
 	last := im.checkpoint.last
-	if last == nil || mutate.On(mutate.DeadKept) || !im.leased() || x.jobs >= reapJobs {
+	holds := im.super.holds
+	switch {
+	case x.looking:
+		return
+	case last == nil, mutate.On(mutate.DeadKept), !im.leased(), x.jobs >= reapJobs, holds.all:
 		im.reaped()
 		return
 	}
 	var batch []objectInfo
-	i, kept := 0, t.dead[:0]
-	for ; i < len(t.dead) && len(batch) < reapBatch; i++ { // no further: there may be a million
+	before := len(t.kept)
+	i, left := 0, t.dead[:0]
+	for ; i < len(t.dead) && len(batch) < reapBatch && len(t.kept)-before < reapLook; i++ { // no further: there may be a million
 		n := t.dead[i]
 		o := t.find(uint64(n))
 		switch {
 		case o == nil:
 			continue
-		case !x.going[n] && !x.later[n] && (uint64(n) <= last.Object || mutate.On(mutate.DeletedEarly)) && !im.super.sb.held(uint64(n), uint64(o.died)):
+		case x.going[n] || x.later[n]:
+		case holds.object(uint64(n), uint64(o.died)):
+			t.kept = append(t.kept, n)
+			continue
+		case uint64(n) <= last.Object || mutate.On(mutate.DeletedEarly):
 			batch = append(batch, *o)
 		}
-		kept = append(kept, n)
+		left = append(left, n)
 	}
-	if len(kept) < i {
-		t.dead = append(kept, t.dead[i:]...)
+	more := i < len(t.dead)
+	if len(left) < i {
+		t.dead = append(left, t.dead[i:]...)
 	}
-	if len(batch) == 0 {
+	switch {
+	case len(batch) == 0 && more:
+		x.looking = true
+		im.env.AfterFunc(0, func() {
+			x.looking = false
+			im.reap()
+		})
+		return
+	case len(batch) == 0:
 		im.reaped()
 		return
 	}
@@ -94,7 +115,7 @@ func (im *Image) reapedOne(o objectInfo, gone bool) {
 
 // reaped tells those who wait that nothing more can be deleted now.
 func (im *Image) reaped() {
-	if im.reaper.jobs == 0 {
+	if im.reaper.jobs == 0 && !im.reaper.looking {
 		im.reaper.tell(nil)
 	}
 }
@@ -168,7 +189,7 @@ const leftoverGrace = 2 * time.Minute
 func (s *superblock) dropStale(n int, prev []checkpointRef) {
 	var kept []staleObjects
 	for i, x := range s.Stale {
-		cutOff := slices.ContainsFunc(s.Points, func(p point) bool { return p.Epoch == x.Epoch })
+		cutOff := slices.ContainsFunc(s.Points, func(p cutOff) bool { return p.Epoch == x.Epoch })
 		if i >= n || cutOff {
 			kept = append(kept, x)
 		}

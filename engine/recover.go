@@ -4,8 +4,10 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"sync"
 
+	"github.com/google/uuid"
 	"github.com/lsd-ceph/lsd/backend"
 	"github.com/lsd-ceph/lsd/cache/writelog"
 	"github.com/lsd-ceph/lsd/internal/extmap"
@@ -16,7 +18,7 @@ import (
 // recoverStore loads the last checkpoint and replays the data objects after it:
 // the longest unbroken run.
 func (im *Image) recoverStore(ctx context.Context, sb *superblock) error {
-	im.super.sb = sb
+	im.super.take(sb, im.super.version)
 	if err := im.loadCheckpoint(ctx, sb.Checkpoint); err != nil {
 		return err
 	}
@@ -28,18 +30,62 @@ func (im *Image) recoverStore(ctx context.Context, sb *superblock) error {
 // last or the end of the run. It returns the number of the object that ends the run
 // by not being there, or 0.
 func (im *Image) replay(ctx context.Context, sb *superblock, last uint64) (missing uint64, err error) {
-	return im.headers(ctx, sb, im.accepted, last, func(h *objectHeader) error {
-		im.applyNow(h)
-		im.recoveredLog = h.log
-		return nil
-	})
+	return im.headers(ctx, sb, im.accepted, last, replayer{im})
 }
 
-// headers reads the headers of the data objects after a position, several at a
+// visitor is told of the data objects of a path, in order.
+type visitor interface {
+	object(*objectHeader) error
+	// rollback is called where the path goes on after a rollback, at which the position is
+	// at.
+	rollback(at position)
+}
+
+// replayer enters objects into the map of an image.
+type replayer struct{ im *Image }
+
+func (r replayer) object(h *objectHeader) error {
+	r.im.applyNow(h)
+	r.im.recoveredLog = h.log
+	return nil
+}
+
+func (r replayer) rollback(at position) { r.im.accepted, r.im.recoveredLog = at, uuid.Nil }
+
+// endFinder notes the position that a path has come to.
+type endFinder struct{ at *position }
+
+func (e endFinder) object(h *objectHeader) error {
+	*e.at = h.end()
+	return nil
+}
+
+func (e endFinder) rollback(at position) { *e.at = at }
+
+// headers reads the headers of the data objects on the path to the object last after a
+// position on it, and tells v of them, in order, up to the end of the run. It returns
+// the number of the object that ends the run by not being there, or 0.
+func (im *Image) headers(ctx context.Context, sb *superblock, at position, last uint64, v visitor) (missing uint64, err error) {
+	p := sb.pathTo(last)
+	for i, r := range p {
+		if at.object > r.last {
+			continue
+		}
+		if missing, err = im.headersIn(ctx, sb, at, r.last, v.object); missing > 0 || err != nil || i+1 == len(p) {
+			return missing, err
+		}
+		k := slices.IndexFunc(sb.Rollbacks, func(b rollback) bool { return b.Object == p[i+1].after })
+		at = position{object: p[i+1].after, seq: sb.Rollbacks[k].Seq}
+		v.rollback(at)
+	}
+	return 0, nil
+}
+
+// headersIn reads the headers of the data objects after a position, several at a
 // time, and calls fn for each, in order, up to the object last or the end of the
 // run. Of a group of objects it calls fn for all or none. It returns the number of the
 // object that ends the run by not being there, or 0.
-func (im *Image) headers(ctx context.Context, sb *superblock, at position, last uint64, fn func(*objectHeader) error) (missing uint64, err error) {
+func (im *Image) headersIn(ctx context.Context, sb *superblock, at position, last uint64, fn func(*objectHeader) error) (missing uint64, err error) {
 	type answer struct {
 		h   *objectHeader
 		err error
@@ -143,10 +189,7 @@ func (im *Image) storeEnd(ctx context.Context, sb *superblock) (position, error)
 		}
 		at = m.at
 	}
-	_, err := im.headers(ctx, sb, at, maxObjectSeq, func(h *objectHeader) error {
-		at = h.end()
-		return nil
-	})
+	_, err := im.headers(ctx, sb, at, maxObjectSeq, endFinder{&at})
 	return at, err
 }
 
@@ -214,8 +257,13 @@ func readWhole(ctx context.Context, st backend.Store, key string) ([]byte, error
 }
 
 func (im *Image) loadManifest(ctx context.Context, c checkpointRef) (*manifest, error) {
-	key := manifestKey(im.id, c, 0)
-	m, err := im.readManifest(ctx, c)
+	return loadManifest(ctx, im.store, im.id, c, im.sectors)
+}
+
+// loadManifest reads the manifest of a checkpoint of an image of so many sectors at most.
+func loadManifest(ctx context.Context, st backend.Store, id uuid.UUID, c checkpointRef, sectors uint64) (*manifest, error) {
+	key := manifestKey(id, c, 0)
+	m, err := readManifest(ctx, st, id, c, sectors)
 	if err == nil && m.ref() != c {
 		err = fmt.Errorf("%w: it is another checkpoint than its name says", ErrCorrupt)
 	}
@@ -226,8 +274,8 @@ func (im *Image) loadManifest(ctx context.Context, c checkpointRef) (*manifest, 
 }
 
 // readManifest reads and decodes the parts of a manifest.
-func (im *Image) readManifest(ctx context.Context, c checkpointRef) (*manifest, error) {
-	b, err := readWhole(ctx, im.store, manifestKey(im.id, c, 0))
+func readManifest(ctx context.Context, st backend.Store, id uuid.UUID, c checkpointRef, sectors uint64) (*manifest, error) {
+	b, err := readWhole(ctx, st, manifestKey(id, c, 0))
 	if err != nil {
 		return nil, err
 	}
@@ -236,7 +284,7 @@ func (im *Image) readManifest(ctx context.Context, c checkpointRef) (*manifest, 
 		return nil, err
 	}
 	for part := 1; len(b) < size; part++ {
-		more, err := readWhole(ctx, im.store, manifestKey(im.id, c, part))
+		more, err := readWhole(ctx, st, manifestKey(id, c, part))
 		if err != nil {
 			return nil, err
 		}
@@ -245,7 +293,7 @@ func (im *Image) readManifest(ctx context.Context, c checkpointRef) (*manifest, 
 		}
 		b = append(b, more...)
 	}
-	return decodeManifest(b, im.id, im.sectors)
+	return decodeManifest(b, id, sectors)
 }
 
 // loadCheckpoint makes the map that of a checkpoint, nil for the empty one: what

@@ -145,8 +145,8 @@ func (c *checker) mendCounts(ctx context.Context, r *Repair) error {
 // also for the points that go back to that one.
 func (s *superblock) exchangeCheckpoint(ref checkpointRef) {
 	old := *s.Checkpoint
-	for i := range s.Points {
-		if p := &s.Points[i]; sameRef(p.Checkpoint, &old) {
+	for p := range s.states() {
+		if sameRef(p.Checkpoint, &old) {
 			p.Checkpoint = &ref
 		}
 	}

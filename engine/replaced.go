@@ -25,7 +25,7 @@ func (c *checkpointer) removeDead() {
 	im, sb := c.im, c.im.super.sb
 	r := new(removal)
 	for i := range im.objs.maps {
-		if o := &im.objs.maps[i]; o.size > 0 && o.live == 0 && !sb.heldMap(o.at.Object, uint64(o.died)) {
+		if o := &im.objs.maps[i]; o.size > 0 && o.live == 0 && !im.super.holds.mapObject(o.at.Object, uint64(o.died)) {
 			r.add(object(mapKey(im.id, o.at, o.part)))
 		}
 	}

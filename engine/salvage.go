@@ -76,10 +76,11 @@ func (im *Image) branchPoint(ctx context.Context, sb *superblock, file writelog.
 	if h.Image != im.id {
 		return fmt.Errorf("%w: %s (%s)", ErrForeignLog, h.ImageURL, h.Image)
 	}
-	im.log, im.logID, im.super.sb = log, h.Log, sb
+	im.log, im.logID = log, h.Log
+	im.super.take(sb, "")
 	if err := im.branchFrom(ctx, sb, &h, file); err != nil {
 		lost := errors.Is(err, errMisfit) || errors.Is(err, backend.ErrNotFound)
-		if lost && h.Epoch < sb.Epoch && !slices.ContainsFunc(sb.Points, func(p point) bool { return p.Log == h.Log }) {
+		if lost && h.Epoch < sb.Epoch && !slices.ContainsFunc(sb.Points, func(p cutOff) bool { return p.Log == h.Log }) {
 			err = fmt.Errorf("the image does not keep its state for this log any more: %w", err)
 		}
 		return err
@@ -90,17 +91,10 @@ func (im *Image) branchPoint(ctx context.Context, sb *superblock, file writelog.
 // branchFrom is branchPoint for a log that is the image's, with the header h.
 func (im *Image) branchFrom(ctx context.Context, sb *superblock, h *writelog.Header, file writelog.File) error {
 	base, end := im.branchOf(sb, h)
-	if err := im.loadCheckpoint(ctx, base); err != nil {
+	if err := im.recoverPoint(ctx, sb, &point{Object: end, Settled: end != maxObjectSeq, Checkpoint: base}); err != nil {
 		return err
 	}
-	missing, err := im.replay(ctx, sb, end)
-	if err != nil {
-		return err
-	}
-	if im.accepted.object < end && end != maxObjectSeq {
-		return fmt.Errorf("data object %d, which the image as it was needs, is not there any more: %w", max(missing, im.accepted.object+1), backend.ErrNotFound)
-	}
-	_, err = im.recoverLog(ctx, &OpenOptions{Log: file})
+	_, err := im.recoverLog(ctx, &OpenOptions{Log: file})
 	return err
 }
 
@@ -121,7 +115,7 @@ func (im *Image) branchOf(sb *superblock, h *writelog.Header) (base *checkpointR
 			end = e.Object - 1
 			// The last checkpoint serves if it is not past that point; else all
 			// objects must be there, from the first on.
-			if sb.Checkpoint != nil && sb.Checkpoint.Object <= end {
+			if sb.Checkpoint != nil && sb.pathTo(end).has(sb.Checkpoint.Object) {
 				base = sb.Checkpoint
 			}
 			return base, end

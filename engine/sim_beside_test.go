@@ -79,7 +79,7 @@ func (w *world) neighbour() {
 	for len(w.late) > 0 { // what comes later would be nobody's
 		w.lateEffect(0)
 	}
-	if err := Remove(context.Background(), w.inner, "other", "mem:/other", false, nil); err != nil {
+	if err := Remove(context.Background(), w.inner, "other", RemoveOptions{URL: "mem:/other"}); err != nil {
 		w.fail("remove another image: %v", err)
 	}
 }

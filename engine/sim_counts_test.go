@@ -48,6 +48,13 @@ const (
 	countReadOnlyCells   // that could be read
 	countNeighbours      // images beside the owner's in its process
 	countNeighboursAlone // that went on while the store of the owner's image was away
+	countSnapshots       // that were asked for
+	countSnapshotsMade   // of these, at once
+	countNudges          // of owners, to make them
+	countSnapshotsGone   // that were removed
+	countRollbacks       // that were tried
+	countRolledBack      // of these, that came to be
+	countForgotten       // times that states were left to be forgotten in the end
 
 	cacheHits    // bytes
 	cacheMisses  // bytes
@@ -72,6 +79,7 @@ func (n *simCounts) names() [simCountKinds]string {
 		"objects joined to the next", "times some objects were stuck", "reads beside these", "detaches beside these", "detaches amid faults", "detaches of evicted owners",
 		"objects damaged in use", "operations given up", "contests for the image", "attaches in these", "attaches by the owner's own host",
 		"read-only images beside the owner", "cells of these that were read", "images beside the owner's in its process", "that went on while its store was away",
+		"snapshots asked for", "snapshots made at once", "owners nudged", "snapshots removed", "rollbacks tried", "images rolled back", "states left to be forgotten",
 		"bytes of read caches' hits", "bytes of their misses", "bytes found at a start", "bytes evicted", "bytes moved",
 		"reads of their disks", "flipped bits in these", "mismatches", "errors", "read caches given up",
 	}

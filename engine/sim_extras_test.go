@@ -27,6 +27,7 @@ type simExtras struct {
 	sectors  uint64 // of the image
 	object   uint32 // most data in its data objects, in bytes
 	beside   bool   // others have images beside the owner's
+	snaps    bool   // there are snapshots
 }
 
 func newExtras(rng *rand.Rand) simExtras {
@@ -41,6 +42,7 @@ func newExtras(rng *rand.Rand) simExtras {
 		x.sectors, x.object = simSectors<<rng.IntN(6), MinObjectSize+4096*uint32(rng.IntN(512))
 	}
 	x.beside = rng.IntN(8) == 0
+	x.snaps = rng.IntN(4) == 0
 	return x
 }
 
@@ -62,6 +64,9 @@ func (w *world) trouble() bool {
 	}
 	if x.beside {
 		list = append(list, w.readOnly, w.neighbour)
+	}
+	if x.snaps {
+		list = append(list, w.detach)
 	}
 	if len(list) == 0 || w.rng.IntN(2) == 0 {
 		return false

@@ -54,6 +54,7 @@ type simHost struct {
 	shared   *Shared                   // what its process's images share
 	beside   *simHost                  // the process that it is an image of, if not one of its own
 	readOnly bool
+	snapshot uuid.UUID // that it opens
 	left     *simLeave // its client has let go of the image, or nil
 }
 
@@ -179,7 +180,7 @@ func (h *simHost) open(id uuid.UUID, force bool) (err error) {
 		h.openCache()
 		h.cache.configure(w.plan.cache.ring, &config)
 		im, err = Open(context.Background(), h.store, id, OpenOptions{
-			Parallel: 1, ReadOnly: h.readOnly,
+			Parallel: 1, ReadOnly: h.readOnly, Snapshot: h.snapshot,
 			Log: simFile{h.disk, h}, URL: "mem:/disk", Host: h.name, Boot: h.boot, Force: force, Clock: h, Lease: w.plan.lease, Config: config,
 		})
 	})
@@ -453,7 +454,7 @@ func (h *simHost) readAll(id string) []uint64 {
 		r := &Request{Op: Read, Sector: w.sectorOf(first), Sectors: uint32(n * cell), Buf: uring.AlignedBuffer(int(n) * int(cell) * SectorSize)}
 		r.Done = doneFunc(func(r *Request) {
 			ended = true
-			if r.Err == syscall.EIO && h.readOnly {
+			if r.Err == syscall.EIO && h.readOnly && h.snapshot == uuid.Nil {
 				for i := range n {
 					got[first+i] = unread
 				}

@@ -124,7 +124,7 @@ func (w *world) wholeNeeded(rep *CheckReport, key string) bool {
 	case keyMap:
 		return false
 	case keyData:
-		return rep.Points == 0 && !slices.Contains(rep.Stale, key)
+		return rep.Points+rep.Snapshots == 0 && !slices.Contains(rep.Stale, key)
 	}
 	return !slices.Contains(rep.Stale, key)
 }

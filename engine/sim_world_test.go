@@ -46,7 +46,10 @@ type world struct {
 	next         uint64     // cell that a sequential run of reads comes to
 	regions      []simRegion
 	rivals       []*simRival // open the image at this time
-	frozen       bool        // one of them goes on: the others do not
+	snaps        []*simSnapshot
+	maybe        []string // names of snapshots that there may be, or not
+	nextSnap     int
+	frozen       bool // one of them goes on: the others do not
 }
 
 // simRegion is a part of the image that the world uses.
@@ -500,6 +503,9 @@ func simulate(seed uint64, memory *simMemory) uint64 {
 	w.recovered(w.owner, newModel(make([]uint64, w.cells())), 0, false, "a new image")
 	for range w.plan.phases {
 		w.run(w.plan.steps/2 + w.rng.IntN(w.plan.steps))
+		if w.plan.extras.snaps && w.serving() && w.rng.IntN(4) > 0 {
+			w.snapshots()
+		}
 		w.disturb()
 	}
 	w.run(w.plan.steps)
@@ -607,7 +613,12 @@ func (w *world) detach() {
 	m := h.m
 	h.close()
 	m.stored = len(m.history)
-	w.reopen(m.stored, w.rng.IntN(2) == 0, false, "detached and attached again")
+	if w.plan.extras.snaps {
+		for range w.rng.IntN(4) {
+			w.snapshots()
+		}
+	}
+	w.reopen(h.m.stored, w.rng.IntN(2) == 0, false, "detached and attached again")
 }
 
 // logFails makes the SSD fail. Nothing that is not in the log is acknowledged
@@ -817,7 +828,7 @@ func (w *world) salvage(a *simHost, has int) {
 	}
 	c.kill()
 	w.drop(c)
-	if err := Remove(ctx, w.inner, "saved", "mem:/saved", true, nil); err != nil {
+	if err := Remove(ctx, w.inner, "saved", RemoveOptions{URL: "mem:/saved", Force: true}); err != nil {
 		w.fail("remove what was salvaged: %v", err)
 	}
 }
@@ -831,8 +842,11 @@ func (w *world) finish() {
 	h := w.owner
 	h.faults.on = false
 	w.settle(h)
-	m := h.m
 	h.close()
+	for w.plan.extras.snaps && w.rng.IntN(2) == 0 {
+		w.snapshots()
+	}
+	m := h.m
 	for len(w.late) > 0 {
 		w.lateEffect(0)
 	}
@@ -843,8 +857,13 @@ func (w *world) finish() {
 	}
 	w.recovered(c, m, len(m.history), false, "detached and attached elsewhere")
 	c.faults.on = false
+	w.awaitForgotten(c)
 	c.close()
+	w.settleSnapshots()
 	w.checkStore()
+	if w.rng.IntN(2) == 0 {
+		w.dropSnapshots()
+	}
 	if w.rng.IntN(4) == 0 {
 		w.damageStore()
 	}

@@ -1,13 +1,9 @@
 package engine
 
 import (
-	"context"
-	"errors"
-	"fmt"
 	"time"
 
 	"github.com/google/uuid"
-	"github.com/lsd-ceph/lsd/backend"
 	"github.com/lsd-ceph/lsd/cache/readcache"
 )
 
@@ -81,7 +77,7 @@ func (im *Image) Stats() Stats {
 		State: im.state.String(), Image: im.id, Size: im.sectors * SectorSize, BlockSize: im.super.sb.BlockSize,
 		ReadOnly: im.readOnly, Epoch: im.super.sb.Epoch, Objects: im.accepted.object, MapBytes: im.objs.charged, DestageMemory: im.memory,
 		MapLoads: im.objs.loaded, MapEvicts: im.objs.evictions, LiveBytes: im.table.live * SectorSize, DataBytes: im.table.space * SectorSize,
-		DeadCount: len(im.table.dead), Cleaned: im.clean.moved, Deleted: im.reaper.deleted,
+		DeadCount: len(im.table.dead) + len(im.table.kept), Cleaned: im.clean.moved, Deleted: im.reaper.deleted,
 		Reads: c.reads, Writes: c.writes, Flushes: c.flushes, Discards: c.discards,
 		ReadBytes: c.readBytes, WriteByts: c.writeBytes, PutBytes: c.objectBytes, PutCount: c.objects,
 		ReadIOPS: c.readRate, WriteIOPS: c.writeRate,
@@ -135,125 +131,4 @@ func (im *Image) logStats(s *Stats, now time.Duration) {
 	if oldest != nil {
 		s.Lag = (now - oldest.began).Seconds()
 	}
-}
-
-// Info is what a store says of an image.
-type Info struct {
-	Name       string    `json:"name"`
-	ID         uuid.UUID `json:"id"`
-	Size       uint64    `json:"size_bytes"`
-	BlockSize  uint32    `json:"block_size"`
-	ObjectSize uint32    `json:"object_size"`
-	Created    time.Time `json:"created"`
-	Epoch      uint64    `json:"epoch"`
-	Owner      *Holder   `json:"owner,omitempty"`
-	Evicting   string    `json:"evict_asked_by,omitempty"`
-	Checkpoint uint64    `json:"checkpoint_object,omitempty"`
-	CutOff     []Branch  `json:"cut_off,omitempty"`
-}
-
-// Branch is a state of an image that is kept for a write log that was cut off by a
-// forced take-over, and may hold more.
-type Branch struct {
-	Log   uuid.UUID `json:"log_id"`
-	Host  string    `json:"host"`
-	Since time.Time `json:"since"` // of that host's ownership
-	Epoch uint64    `json:"epoch"`
-}
-
-// Holder is the owner of an image.
-type Holder struct {
-	Host    string        `json:"host"`
-	Log     uuid.UUID     `json:"log_id"`
-	Since   time.Time     `json:"since"`
-	Lease   time.Duration `json:"lease_ns"`
-	Renewal uint64        `json:"renewals"`
-}
-
-// Describe returns what the store says of the image of that name.
-func Describe(ctx context.Context, st backend.Store, name string) (Info, error) {
-	id, err := backend.Lookup(ctx, st, name)
-	if err != nil {
-		return Info{}, err
-	}
-	sb, _, err := loadSuperblock(ctx, st, id)
-	if err != nil {
-		return Info{}, err
-	}
-	info := Info{
-		Name: name, ID: id, Size: sb.Sectors * SectorSize, BlockSize: sb.BlockSize, ObjectSize: sb.ObjectSize,
-		Created: sb.Created, Epoch: sb.Epoch,
-	}
-	info.Owner = sb.holder()
-	if sb.Evict != nil {
-		info.Evicting = sb.Evict.By
-	}
-	if sb.Checkpoint != nil {
-		info.Checkpoint = sb.Checkpoint.Object
-	}
-	for _, p := range sb.Points {
-		info.CutOff = append(info.CutOff, Branch{Log: p.Log, Host: p.Host, Since: p.Since, Epoch: p.Epoch})
-	}
-	return info, nil
-}
-
-// OwnerOf returns the owner of the image id, nil if it has none.
-func OwnerOf(ctx context.Context, st backend.Store, id uuid.UUID) (*Holder, error) {
-	sb, _, err := loadSuperblock(ctx, st, id)
-	if err != nil {
-		return nil, err
-	}
-	return sb.holder(), nil
-}
-
-func (s *superblock) holder() *Holder {
-	if s.Owner == nil {
-		return nil
-	}
-	return &Holder{Host: s.Owner.Host, Log: s.Owner.Log, Since: s.Owner.Since, Lease: s.Owner.Lease, Renewal: s.Owner.Renewal}
-}
-
-// Remove removes the image of that name and all its objects. An image that has
-// an owner is refused with an OwnedError unless force is set; url names it in
-// messages. progress, if set, is told how many objects are gone.
-func Remove(ctx context.Context, st backend.Store, name, url string, force bool, progress func(done int)) error {
-	id, err := backend.Lookup(ctx, st, name)
-	if err != nil {
-		return err
-	}
-	sb, _, err := loadSuperblock(ctx, st, id)
-	switch {
-	case errors.Is(err, backend.ErrNotFound):
-		// A removal that did not get to its end: go on with it.
-	case err != nil && !force:
-		return err
-	case err == nil && sb.Owner != nil && !force:
-		return &OwnedError{Image: url, Host: sb.Owner.Host, Since: sb.Owner.Since, Lease: sb.Owner.Lease}
-	}
-	// The name comes last, so that a removal that was interrupted can be repeated.
-	if err := removeObjects(ctx, st, id, progress); err != nil {
-		return fmt.Errorf("remove image %s: %w", name, err)
-	}
-	return backend.Unlink(ctx, st, name, id)
-}
-
-// removeObjects removes all objects of an image. The superblock goes first, so that
-// nobody attaches an image whose objects are on their way out.
-func removeObjects(ctx context.Context, st backend.Store, id uuid.UUID, progress func(done int)) error {
-	if err := st.Delete(ctx, SuperblockKey(id)); err != nil && !errors.Is(err, backend.ErrNotFound) {
-		return err
-	}
-	var keys []string
-	if err := st.List(ctx, id.String()+"/", func(key string) error { keys = append(keys, key); return nil }); err != nil {
-		return err
-	}
-	for i, k := range keys {
-		if err := st.Delete(ctx, k); err != nil && !errors.Is(err, backend.ErrNotFound) {
-			return err
-		}
-		if progress != nil {
-			progress(i + 1)
-		}
-	}
-	return nil
 }

@@ -16,7 +16,9 @@ import (
 
 const (
 	superMagic   = "LSDSUPER"
-	superVersion = 3
+	superVersion = 4
+	// superOld is a version that is read as well: it has no snapshots.
+	superOld = 3
 	// superUnit is what the length of a superblock is a multiple of, in bytes.
 	superUnit = 4096
 	// maxEpochs is how many ends of ownerships a superblock remembers; they tell
@@ -30,7 +32,7 @@ const (
 // superblock is an image's one mutable object; docs/formats.md describes it.
 type superblock struct {
 	Image      uuid.UUID      `json:"image"`
-	Name       string         `json:"name"` // at creation; the directory has the current one
+	Name       string         `json:"name"` // the directory has the one that counts
 	Created    time.Time      `json:"created"`
 	Sectors    uint64         `json:"sectors"`
 	BlockSize  uint32         `json:"block_size"`
@@ -40,7 +42,8 @@ type superblock struct {
 	Evict      *eviction      `json:"evict,omitempty"`
 	Epochs     []epochStart   `json:"epochs,omitempty"`
 	Checkpoint *checkpointRef `json:"checkpoint,omitempty"`
-	Window     int            `json:"window"` // objects that an owner may have put beyond an unbroken run
+	Seq        uint64         `json:"seq,omitempty"` // the last record in Checkpoint; 0: it is not known here
+	Window     int            `json:"window"`        // objects that an owner may have put beyond an unbroken run
 
 	// What a crash may have left behind, so that the next start removes it.
 	Intent *checkpointRef  `json:"intent,omitempty"` // a checkpoint that is being written
@@ -51,8 +54,15 @@ type superblock struct {
 	// gets no name before.
 	Partial bool `json:"partial,omitempty"`
 
-	// Points are states of the image that must stay readable.
-	Points []point `json:"points,omitempty"`
+	// Points are where the image branched off from write logs that were cut off.
+	Points []cutOff `json:"points,omitempty"`
+	// Snapshots are in the order in which they were asked for.
+	Snapshots []snapshot `json:"snapshots,omitempty"`
+	// Rollbacks are in ascending order.
+	Rollbacks []rollback `json:"rollbacks,omitempty"`
+	// Forgotten are states off the path to the present one that nobody needs any more: what
+	// only they are made of is to be removed.
+	Forgotten []point `json:"forgotten,omitempty"`
 	// Lost is the latest epoch of the points that had to go because there were too many:
 	// whose logs held what no store has.
 	Lost uint64 `json:"lost,omitempty"`
@@ -131,7 +141,7 @@ func (s *superblock) encode() []byte {
 
 // decodeSuperblock decodes and checks the superblock of the image id.
 func decodeSuperblock(b []byte, id uuid.UUID) (*superblock, error) {
-	p, err := frame.Decode(superMagic, superVersion, b)
+	p, err := frame.Decode(superMagic, b, superVersion, superOld)
 	if err != nil {
 		return nil, err
 	}
@@ -181,10 +191,16 @@ func decodeSuperblock(b []byte, id uuid.UUID) (*superblock, error) {
 			return bad("stale")
 		}
 	}
-	for _, p := range s.Points {
+	for p := range s.states() {
 		if p.Object > maxObjectSeq || !s.validRef(p.Checkpoint) || p.Settled && p.base() > p.Object {
 			return bad("points")
 		}
+	}
+	switch {
+	case !s.validSnapshots():
+		return bad("snapshots")
+	case !s.validPaths():
+		return bad("rollbacks")
 	}
 	return s, nil
 }
@@ -204,6 +220,9 @@ func (s *superblock) clone() *superblock {
 	c.Prev = slices.Clone(s.Prev)
 	c.Stale = slices.Clone(s.Stale)
 	c.Points = slices.Clone(s.Points)
+	c.Snapshots = slices.Clone(s.Snapshots)
+	c.Rollbacks = slices.Clone(s.Rollbacks)
+	c.Forgotten = slices.Clone(s.Forgotten)
 	return &c
 }
 
@@ -223,8 +242,16 @@ func (s *superblock) pruneEpochs() {
 		return
 	}
 	needed := s.Checkpoint.Object
-	for _, p := range s.Points {
-		needed = min(needed, p.base())
+	for i := range s.Points {
+		needed = min(needed, s.Points[i].base())
+	}
+	for i := range s.Snapshots {
+		if p := &s.Snapshots[i]; p.Settled {
+			needed = min(needed, p.base())
+		}
+	}
+	for i := range s.Forgotten {
+		needed = min(needed, s.Forgotten[i].base())
 	}
 	for len(s.Epochs) > maxEpochs && s.Epochs[1].Object <= needed+1 {
 		s.Epochs = s.Epochs[1:]
@@ -245,14 +272,18 @@ func loadSuperblock(ctx context.Context, st backend.Store, id uuid.UUID) (*super
 }
 
 // changeSuperblock applies change to the image's superblock until it is not
-// disturbed by others, and returns the result. An error of change ends it.
+// disturbed by others, and returns the result. An error of change ends it; errNothing
+// says that there is nothing to change, and is no error.
 func changeSuperblock(ctx context.Context, st backend.Store, id uuid.UUID, change func(*superblock) error) (*superblock, backend.Version, error) {
 	for {
 		s, v, err := loadSuperblock(ctx, st, id)
 		if err != nil {
 			return nil, "", err
 		}
-		if err := change(s); err != nil {
+		switch err := change(s); {
+		case errors.Is(err, errNothing):
+			return s, v, nil
+		case err != nil:
 			return nil, "", err
 		}
 		v, err = st.Swap(ctx, SuperblockKey(id), v, s.encode())

@@ -33,8 +33,15 @@ type objectTable struct {
 	movedSpace, movedLive uint64
 	movedAlive            int
 	emptied               uint64
-	// dead lists the numbers of dead objects that have not been deleted.
-	dead []uint32
+	// dead lists the numbers of dead objects that have not been deleted, but for those in
+	// kept, which points need.
+	dead, kept []uint32
+}
+
+// reconsider says that points have been given up: what they kept may be needed no more.
+func (t *objectTable) reconsider() {
+	t.dead = append(t.dead, t.kept...)
+	t.kept = t.kept[:0]
 }
 
 // index returns the index of the first entry whose number is not below number.

@@ -308,9 +308,9 @@ func (a *app) remove(ctx context.Context, u backend.URL, name string, force bool
 		return err
 	}
 	defer st.Close()
-	err = engine.Remove(ctx, st, name, u.Image(name), force, func(n int) {
+	err = engine.Remove(ctx, st, name, engine.RemoveOptions{URL: u.Image(name), Force: force, Progress: func(n int) {
 		a.progress.show(api.Progress{What: fmt.Sprintf("removed %d objects", n)})
-	})
+	}})
 	a.progress.end()
 	var owned *engine.OwnedError
 	if errors.As(err, &owned) {

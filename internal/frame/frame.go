@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"hash/crc32"
+	"slices"
 )
 
 // HeaderSize is the number of bytes before the payload:
@@ -39,9 +40,9 @@ func Encode(magic string, version uint32, payload []byte) []byte {
 	return b
 }
 
-// Decode checks b, which Encode made, and returns its payload, a part of b. An
-// unknown version is an error: what it means is not known here.
-func Decode(magic string, version uint32, b []byte) ([]byte, error) {
+// Decode checks b, which Encode made, and returns its payload, a part of b. A version
+// that is none of those given is an error: what it means is not known here.
+func Decode(magic string, b []byte, versions ...uint32) ([]byte, error) {
 	le := binary.LittleEndian
 	switch {
 	case len(b) < HeaderSize || string(b[:8]) != magic:
@@ -50,8 +51,8 @@ func Decode(magic string, version uint32, b []byte) ([]byte, error) {
 		return nil, fmt.Errorf("%w: it has %d bytes, its header says %d", ErrCorrupt, len(b), uint64(le.Uint32(b[12:]))+HeaderSize)
 	case le.Uint32(b[16:]) != checksum(b):
 		return nil, fmt.Errorf("%w: its checksum is wrong", ErrCorrupt)
-	case le.Uint32(b[8:]) != version:
-		return nil, fmt.Errorf("%w: its format is version %d, and this one reads version %d only", ErrVersion, le.Uint32(b[8:]), version)
+	case !slices.Contains(versions, le.Uint32(b[8:])):
+		return nil, fmt.Errorf("%w: its format is version %d, and this one reads version %d", ErrVersion, le.Uint32(b[8:]), slices.Max(versions))
 	}
 	return b[HeaderSize:], nil
 }

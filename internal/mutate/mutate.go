@@ -82,6 +82,14 @@ const (
 	HalfCounted Bug = "half-counted"
 	// DeadKept leaves dead data objects in the store.
 	DeadKept Bug = "dead-kept"
+	// SnapshotUnheld deletes dead objects without a look at snapshots.
+	SnapshotUnheld Bug = "snapshot-unheld"
+	// SnapshotEarly takes a snapshot without what is in the log alone.
+	SnapshotEarly Bug = "snapshot-early"
+	// StatesKept forgets states and not what only they were made of.
+	StatesKept Bug = "states-kept"
+	// StatesTorn removes with a state what points need of it.
+	StatesTorn Bug = "states-torn"
 	// MovedOverNewer lets the cleaner put back what has been overwritten meanwhile.
 	MovedOverNewer Bug = "moved-over-newer"
 	// CacheUnverified serves data from the read cache without a look at its checksums.
@@ -99,6 +107,6 @@ func All() []Bug {
 		ObjectUnverified, HeaderUnverified, LogReadUnverified, TornRecord, ProofIgnored, RecoveryStopsEarly,
 		CutOffKept, LogOverwritten, TrimEarly, DirtyDropped, DiscardUnrecorded, DiscardUndestaged,
 		LeaseIgnored, LeaseStretched, LateForgotten, LeaseNotAwaited, EpochIgnored, EpochUnrecorded, StaleLogDropped, DeletedEarly, CheckpointMixed, LateCopied, ChangesLost, DeltaForgotten, DeltaKept,
-		HalfCounted, DeadKept, MovedOverNewer, CacheUnverified, CacheImageIgnored, CacheFailedKept,
+		HalfCounted, DeadKept, SnapshotUnheld, SnapshotEarly, StatesKept, StatesTorn, MovedOverNewer, CacheUnverified, CacheImageIgnored, CacheFailedKept,
 	}
 }

@@ -1,0 +1,103 @@
+package engine
+
+import (
+	"context"
+	"errors"
+	"fmt"
+
+	"github.com/google/uuid"
+	"github.com/lsd-ceph/lsd/backend"
+	"github.com/lsd-ceph/lsd/internal/plural"
+)
+
+// Rename gives the image of the name from, and its superblock, the name to. Who has it
+// attached goes on. It fails with an error that matches backend.ErrNotFound where there is
+// no image from, and with one that matches backend.ErrExists where there is an image to.
+func Rename(ctx context.Context, st backend.Store, from, to string) error {
+	id, err := backend.Lookup(ctx, st, from)
+	if err != nil {
+		return err
+	}
+	if err := backend.Rename(ctx, st, from, to); err != nil {
+		return err
+	}
+	p := patient{st, Real{}}
+	err = p.try(ctx, func() error {
+		_, _, err := changeSuperblock(ctx, p, id, func(sb *superblock) error {
+			if sb.Name == to {
+				return errNothing
+			}
+			sb.Name = to
+			return nil
+		})
+		return err
+	})
+	if err != nil {
+		return fmt.Errorf("it is %s now, but its superblock says %s, which counts if the directory of names is lost: %w", to, from, err)
+	}
+	return nil
+}
+
+// SnapshotsError says that an image is not removed because it has snapshots.
+type SnapshotsError struct{ Count int }
+
+// Error returns one line that says what to do.
+func (e *SnapshotsError) Error() string {
+	return fmt.Sprintf("it has %s, which would go with it: remove them first, or say --snapshots", plural.Count(e.Count, "snapshot"))
+}
+
+// RemoveOptions says how an image is removed.
+type RemoveOptions struct {
+	URL       string         // names the image in messages
+	Force     bool           // also one that has an owner, or cannot be read
+	Snapshots bool           // also one that has snapshots, which go with it
+	Progress  func(done int) // is told how many objects are gone; may be nil
+}
+
+// Remove removes the image of that name and all its objects. Unless the options say
+// otherwise, one that has an owner is refused with an OwnedError, and one that has snapshots
+// with a SnapshotsError.
+func Remove(ctx context.Context, st backend.Store, name string, o RemoveOptions) error {
+	id, err := backend.Lookup(ctx, st, name)
+	if err != nil {
+		return err
+	}
+	sb, _, err := loadSuperblock(ctx, st, id)
+	switch {
+	case errors.Is(err, backend.ErrNotFound):
+		// A removal that did not get to its end: go on with it.
+	case err != nil && !o.Force:
+		return err
+	case err == nil && sb.Owner != nil && !o.Force:
+		return &OwnedError{Image: o.URL, Host: sb.Owner.Host, Since: sb.Owner.Since, Lease: sb.Owner.Lease}
+	}
+	if err == nil && len(sb.Snapshots) > 0 && !o.Snapshots {
+		return &SnapshotsError{len(sb.Snapshots)}
+	}
+	// The name comes last, so that a removal that was interrupted can be repeated.
+	if err := removeObjects(ctx, st, id, o.Progress); err != nil {
+		return fmt.Errorf("remove image %s: %w", name, err)
+	}
+	return backend.Unlink(ctx, st, name, id)
+}
+
+// removeObjects removes all objects of an image. The superblock goes first, so that
+// nobody attaches an image whose objects are on their way out.
+func removeObjects(ctx context.Context, st backend.Store, id uuid.UUID, progress func(done int)) error {
+	if err := st.Delete(ctx, SuperblockKey(id)); err != nil && !errors.Is(err, backend.ErrNotFound) {
+		return err
+	}
+	var keys []string
+	if err := st.List(ctx, id.String()+"/", func(key string) error { keys = append(keys, key); return nil }); err != nil {
+		return err
+	}
+	for i, k := range keys {
+		if err := st.Delete(ctx, k); err != nil && !errors.Is(err, backend.ErrNotFound) {
+			return err
+		}
+		if progress != nil {
+			progress(i + 1)
+		}
+	}
+	return nil
+}

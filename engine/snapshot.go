@@ -1,0 +1,479 @@
+package engine
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/google/uuid"
+	"github.com/lsd-ceph/lsd/backend"
+	"github.com/lsd-ceph/lsd/internal/frame"
+	"github.com/lsd-ceph/lsd/internal/mutate"
+)
+
+// snapshot is a point with a name. It is asked for in the superblock first, by anybody;
+// whoever owns the image then brings what it has taken so far into the store, and settles
+// it there. While one is asked for nothing that has died is removed. If nobody owns the
+// image, it is settled at once.
+type snapshot struct {
+	point
+	ID      uuid.UUID `json:"id"`
+	Name    string    `json:"name"`
+	Since   time.Time `json:"since"`   // when it was asked for, by the clock of who did
+	Sectors uint64    `json:"sectors"` // of the image then
+}
+
+// MaxSnapshots is how many snapshots an image may have: each renewal of its lease writes
+// all of them.
+const MaxSnapshots = 1024
+
+// Snapshot is what a store says of a snapshot.
+type Snapshot struct {
+	ID      uuid.UUID `json:"id"`
+	Name    string    `json:"name"`
+	Created time.Time `json:"created"`
+	Size    uint64    `json:"size_bytes"` // of the image then
+	// Pending says that it has been asked for, and that the image's owner has not taken it.
+	Pending bool `json:"pending,omitempty"`
+}
+
+func (p *snapshot) describe() Snapshot {
+	return Snapshot{ID: p.ID, Name: p.Name, Created: p.Since, Size: p.Sectors * SectorSize, Pending: !p.Settled}
+}
+
+// validSnapshots reports whether the snapshots are such as there can be.
+func (s *superblock) validSnapshots() bool {
+	if len(s.Snapshots) > MaxSnapshots {
+		return false
+	}
+	names := make(map[string]bool, len(s.Snapshots))
+	ids := make(map[uuid.UUID]bool, len(s.Snapshots))
+	for i := range s.Snapshots {
+		p := &s.Snapshots[i]
+		if p.ID == uuid.Nil || ids[p.ID] || names[p.Name] || backend.CheckImageName(p.Name) != nil ||
+			!p.Settled && p.Checkpoint != nil || p.Sectors == 0 || p.Sectors > MaxSize/SectorSize {
+			return false
+		}
+		ids[p.ID], names[p.Name] = true, true
+	}
+	return true
+}
+
+// snapshotNamed returns the snapshot of that name, or nil.
+func (s *superblock) snapshotNamed(name string) *snapshot {
+	return s.findSnapshot(func(p snapshot) bool { return p.Name == name })
+}
+
+// snapshotOf returns the snapshot of that id, or nil.
+func (s *superblock) snapshotOf(id uuid.UUID) *snapshot {
+	return s.findSnapshot(func(p snapshot) bool { return p.ID == id })
+}
+
+func (s *superblock) findSnapshot(is func(snapshot) bool) *snapshot {
+	if i := slices.IndexFunc(s.Snapshots, is); i >= 0 {
+		return &s.Snapshots[i]
+	}
+	return nil
+}
+
+// settle says that the snapshot of that id, if there is one, is the state after the
+// object, which is the last one accepted. The last checkpoint is not past it: one that
+// begins later is published later.
+func (s *superblock) settle(id uuid.UUID, object uint64) {
+	p := s.snapshotOf(id)
+	if p == nil || p.Settled {
+		return
+	}
+	if c := s.Checkpoint; c != nil {
+		if c.Object > object {
+			panic("engine: a checkpoint is past the snapshot that it was to be the base of")
+		}
+		ref := *c
+		p.Checkpoint, p.Seq = &ref, s.Seq
+	}
+	p.Object, p.Settled = object, true
+}
+
+// SnapshotOptions says how a snapshot is made.
+type SnapshotOptions struct {
+	// Nudge tells the image's owner, if it is known how, that the superblock asks for
+	// something, and returns when that is done or cannot be. May be nil: the owner looks at
+	// its next renewal of the lease.
+	Nudge func(context.Context) error
+	// Clock may be nil, which means Real{}.
+	Clock Clock
+	// Parallel is how many reads from the store are made at one time; 0 means a default. 1
+	// makes their order certain.
+	Parallel int
+	// Progress is told in a few words what is being waited for; may be nil.
+	Progress func(string)
+}
+
+// Errors of snapshots; they are matched.
+var (
+	ErrSnapshotExists = errors.New("there is a snapshot of that name already")
+	ErrNoSnapshot     = errors.New("no such snapshot")
+)
+
+// snapshotPause is the time between two looks at whether an owner has made a snapshot.
+const snapshotPause = 200 * time.Millisecond
+
+// CreateSnapshot makes a snapshot of the image id as it is now, whoever has it attached,
+// and returns when it is there. Of an image that is attached it is a point in the order of
+// writes, after all that were acknowledged before. It fails with ErrSnapshotExists where the
+// name is taken. When ctx ends before the image's owner has made it, it is withdrawn.
+func CreateSnapshot(ctx context.Context, st backend.Store, id uuid.UUID, name string, o SnapshotOptions) (Snapshot, error) {
+	if err := CheckSnapshotName(name); err != nil {
+		return Snapshot{}, err
+	}
+	if o.Clock == nil {
+		o.Clock = Real{}
+	}
+	if o.Progress == nil {
+		o.Progress = func(string) {}
+	}
+	m := &snapshotMaker{st: patient{st, o.Clock}, image: id, o: o}
+	m.want = snapshot{ID: uuid.New(), Name: name, Since: time.Now().UTC().Truncate(time.Second)}
+	made, err := m.make(ctx)
+	if err != nil {
+		return Snapshot{}, err
+	}
+	return made.describe(), nil
+}
+
+// CheckSnapshotName returns nil if name can be a snapshot's: the rule is that of images'
+// names.
+func CheckSnapshotName(name string) error {
+	if err := backend.CheckImageName(name); err != nil {
+		return errors.New(strings.Replace(err.Error(), "image name", "name of a snapshot", 1))
+	}
+	return nil
+}
+
+// snapshotMaker makes one snapshot.
+type snapshotMaker struct {
+	st    patient
+	image uuid.UUID
+	o     SnapshotOptions
+	want  snapshot
+	asked bool // the superblock has had it, or may have
+}
+
+// make asks for the snapshot, and waits until it is there. Once the superblock may have it,
+// an answer that is lost or damaged is no reason to go: it would be made all the same.
+func (m *snapshotMaker) make(ctx context.Context) (*snapshot, error) {
+	who := "the owner"
+	for {
+		sb, err := m.ask(ctx)
+		switch {
+		case err != nil && !m.asked:
+			return nil, err
+		case err != nil && !again(ctx, err):
+			return m.withdraw(ctx, who, err)
+		case err == nil:
+			if made := sb.snapshotOf(m.want.ID); made.Settled {
+				return made, nil
+			}
+			who = sb.Owner.Host + ", which has the image attached,"
+			m.o.Progress("waiting for " + sb.Owner.Host)
+			if m.o.Nudge != nil && m.o.Nudge(ctx) == nil {
+				m.o.Nudge = nil // what it has not done by now takes its time
+				continue
+			}
+		}
+		if err := m.o.Clock.Sleep(ctx, snapshotPause); err != nil {
+			return m.withdraw(ctx, who, err)
+		}
+	}
+}
+
+// again reports whether it makes sense to repeat what has failed with err.
+func again(ctx context.Context, err error) bool {
+	return ctx.Err() == nil && (errors.Is(err, backend.ErrTemporary) || errors.Is(err, frame.ErrCorrupt) || errors.Is(err, ErrCorrupt) || errors.Is(err, context.DeadlineExceeded))
+}
+
+// ask makes the superblock ask for the snapshot, and settles it if nobody owns the image.
+// Once it has been asked for, it looks what has become of it.
+func (m *snapshotMaker) ask(ctx context.Context) (sb *superblock, err error) {
+	err = m.st.try(ctx, func() error {
+		sb, _, err = changeSuperblock(ctx, m.st, m.image, func(sb *superblock) error { return m.change(ctx, sb) })
+		return err
+	})
+	return sb, err
+}
+
+func (m *snapshotMaker) change(ctx context.Context, sb *superblock) error {
+	have := sb.snapshotOf(m.want.ID)
+	switch {
+	case have != nil && (have.Settled || sb.Owner != nil):
+		return errNothing
+	case have == nil: // also where an attempt of which we know nothing has come to nothing
+		switch {
+		case sb.snapshotNamed(m.want.Name) != nil:
+			return fmt.Errorf("%w: %s", ErrSnapshotExists, m.want.Name)
+		case len(sb.Snapshots) == MaxSnapshots:
+			return fmt.Errorf("the image has %d snapshots, which is the limit: remove some first", MaxSnapshots)
+		}
+		m.want.Sectors = sb.Sectors
+		sb.Snapshots = append(sb.Snapshots, m.want)
+	}
+	m.asked = true
+	if sb.Owner != nil {
+		return nil
+	}
+	end, err := runEnd(ctx, m.st, sb, m.o.Parallel)
+	if err != nil {
+		return fmt.Errorf("find the end of the image: %w", err)
+	}
+	sb.settle(m.want.ID, end.object)
+	return nil
+}
+
+// withdraw gives the snapshot up, unless it is there after all. who has not made it, and why
+// says what has ended the wait.
+func (m *snapshotMaker) withdraw(ctx context.Context, who string, why error) (made *snapshot, err error) {
+	ctx, stop := context.WithTimeout(context.WithoutCancel(ctx), 10*time.Second)
+	defer stop()
+	err = m.st.try(ctx, func() error {
+		_, _, err := changeSuperblock(ctx, m.st, m.image, func(sb *superblock) error {
+			if made = sb.snapshotOf(m.want.ID); made == nil || made.Settled {
+				return errNothing
+			}
+			made = nil
+			sb.dropSnapshot(m.want.ID)
+			return nil
+		})
+		return err
+	})
+	switch {
+	case err != nil:
+		return nil, fmt.Errorf("%s has not made the snapshot (%w), and it cannot be withdrawn: it may be made later: %w", who, why, err)
+	case made != nil:
+		return made, nil
+	}
+	return nil, fmt.Errorf("%s has not made the snapshot: it is withdrawn; see lsdctl status there: %w", who, why)
+}
+
+// runEnd returns where an image ends, in the store, that nobody owns. It reads no more than
+// what was put after the last checkpoint, unless that does not say which record was its last.
+func runEnd(ctx context.Context, st backend.Store, sb *superblock, parallel int) (position, error) {
+	im := newImage(ctx, st, sb, &OpenOptions{ReadOnly: true, Parallel: parallel})
+	defer im.dropUnopened()
+	at := position{}
+	if sb.Checkpoint != nil {
+		at = position{object: sb.Checkpoint.Object, seq: sb.Seq}
+	}
+	if sb.Checkpoint != nil && sb.Seq == 0 {
+		m, err := im.loadManifest(ctx, *sb.Checkpoint)
+		if err != nil {
+			return at, err
+		}
+		at = m.at
+	}
+	_, err := im.headers(ctx, sb, at, maxObjectSeq, endFinder{&at})
+	return at, err
+}
+
+// dropSnapshot gives up the snapshot of that id, if there is one.
+func (s *superblock) dropSnapshot(id uuid.UUID) {
+	if p := s.snapshotOf(id); p != nil {
+		at := p.point
+		s.Snapshots = slices.DeleteFunc(s.Snapshots, func(p snapshot) bool { return p.ID == id })
+		s.forget(at)
+	}
+}
+
+// Snapshots returns the snapshots of the image id, in the order in which they were asked
+// for.
+func Snapshots(ctx context.Context, st backend.Store, id uuid.UUID) ([]Snapshot, error) {
+	sb, _, err := loadSuperblock(ctx, st, id)
+	if err != nil {
+		return nil, err
+	}
+	return sb.describeSnapshots(), nil
+}
+
+func (s *superblock) describeSnapshots() []Snapshot {
+	list := make([]Snapshot, len(s.Snapshots))
+	for i := range s.Snapshots {
+		list[i] = s.Snapshots[i].describe()
+	}
+	return list
+}
+
+// RemoveSnapshot removes the snapshot of that name of the image id, or withdraws it if it
+// has only been asked for. It fails with ErrNoSnapshot where there is none. Whoever owns
+// the image, or attaches it next, reclaims the space.
+func RemoveSnapshot(ctx context.Context, st backend.Store, id uuid.UUID, name string) error {
+	return changeSnapshot(ctx, st, id, name, func(sb *superblock, p *snapshot) error {
+		sb.dropSnapshot(p.ID)
+		return nil
+	})
+}
+
+// RenameSnapshot gives a snapshot of the image id another name. It fails with ErrNoSnapshot
+// where there is none, and with ErrSnapshotExists where the new name is taken.
+func RenameSnapshot(ctx context.Context, st backend.Store, id uuid.UUID, from, to string) error {
+	if err := CheckSnapshotName(to); err != nil {
+		return err
+	}
+	return changeSnapshot(ctx, st, id, from, func(sb *superblock, p *snapshot) error {
+		if sb.snapshotNamed(to) != nil {
+			return fmt.Errorf("%w: %s", ErrSnapshotExists, to)
+		}
+		p.Name = to
+		return nil
+	})
+}
+
+// changeSnapshot changes the snapshot of that name. An answer that was lost does not make
+// it do that twice.
+func changeSnapshot(ctx context.Context, st backend.Store, id uuid.UUID, name string, change func(*superblock, *snapshot) error) error {
+	p := patient{st, Real{}}
+	var of uuid.UUID // of the snapshot that is being changed
+	return p.try(ctx, func() error {
+		_, _, err := changeSuperblock(ctx, p, id, func(sb *superblock) error {
+			s := sb.snapshotNamed(name)
+			switch {
+			case s == nil && of != uuid.Nil:
+				return errNothing // that was us
+			case s == nil:
+				return fmt.Errorf("%w: %s", ErrNoSnapshot, name)
+			}
+			of = s.ID
+			return change(sb, s)
+		})
+		return err
+	})
+}
+
+// takeSnapshots begins to take the snapshots that the superblock asks for, as the image is
+// now.
+func (im *Image) takeSnapshots() {
+	for i := range im.super.sb.Snapshots {
+		if p := &im.super.sb.Snapshots[i]; !p.Settled && !im.taking[p.ID] {
+			im.takeSnapshot(p.ID)
+		}
+	}
+	im.tellRefreshed()
+}
+
+func (im *Image) takeSnapshot(id uuid.UUID) {
+	if im.taking == nil {
+		im.taking = map[uuid.UUID]bool{}
+	}
+	im.taking[id] = true
+	destage := im.Destage
+	if mutate.On(mutate.SnapshotEarly) {
+		destage = func(fn func(error)) { fn(nil) }
+	}
+	destage(func(err error) {
+		if err != nil {
+			return // the next owner takes it
+		}
+		// All that had been submitted is accepted, and nothing beyond.
+		object := im.accepted.object
+		im.changeSuper(func(sb *superblock) { sb.settle(id, object) }, func() { delete(im.taking, id) })
+	})
+}
+
+// refresher wants what the superblock asks for done.
+type refresher struct {
+	seen bool // the superblock has been looked at since
+	fn   func(error)
+}
+
+// Refresh looks at the superblock, which somebody else has changed, and does what it asks
+// for: fn is told when that is done, or with the error with which the image's service ends
+// before. It is called on the reactor.
+func (im *Image) Refresh(fn func(error)) {
+	switch {
+	case im.readOnly:
+		fn(nil)
+		return
+	case im.state == Fenced || im.state == Released:
+		fn(im.why)
+		return
+	}
+	r := &refresher{fn: fn}
+	im.refreshers = append(im.refreshers, r)
+	im.changeSuper(func(*superblock) {}, func() {
+		r.seen = true
+		im.tellRefreshed()
+	})
+}
+
+// tellRefreshed tells those who wait for what the superblock asks for.
+func (im *Image) tellRefreshed() {
+	if len(im.refreshers) == 0 || slices.ContainsFunc(im.super.sb.Snapshots, func(p snapshot) bool { return !p.Settled }) {
+		return
+	}
+	waiting := im.refreshers
+	im.refreshers = nil
+	for _, r := range waiting {
+		if r.seen {
+			r.fn(nil)
+		} else {
+			im.refreshers = append(im.refreshers, r)
+		}
+	}
+}
+
+// endRefreshing tells those who wait for what the superblock asks for that it is not done
+// here.
+func (im *Image) endRefreshing(why error) {
+	waiting := im.refreshers
+	im.refreshers = nil
+	for _, r := range waiting {
+		r.fn(why)
+	}
+}
+
+// pointsChanged is told of each new superblock: points that are gone may have held what can
+// be removed now, and so may snapshots that were asked for and are settled.
+func (im *Image) pointsChanged(before *superblock) {
+	sb := im.super.sb
+	if !sb.fewerPoints(before) {
+		if before.asked() && !sb.asked() {
+			im.reap()
+		}
+		return
+	}
+	im.clean.heldSpace, im.clean.heldLive = 0, 0
+	im.table.reconsider()
+	im.startLeftovers()
+	im.checkpoint.removeDead()
+	im.reap()
+}
+
+// asked reports whether there is a snapshot that has not been taken.
+func (s *superblock) asked() bool {
+	return slices.ContainsFunc(s.Snapshots, func(p snapshot) bool { return !p.Settled })
+}
+
+// fewerPoints reports whether the superblock before had points that this one has not. They
+// keep their order.
+func (s *superblock) fewerPoints(before *superblock) bool {
+	i := 0
+	for k := range before.Snapshots {
+		for i < len(s.Snapshots) && s.Snapshots[i].ID != before.Snapshots[k].ID {
+			i++
+		}
+		if i == len(s.Snapshots) {
+			return true
+		}
+	}
+	i = 0
+	for k := range before.Points {
+		for i < len(s.Points) && s.Points[i].Log != before.Points[k].Log {
+			i++
+		}
+		if i == len(s.Points) {
+			return true
+		}
+	}
+	return false
+}
