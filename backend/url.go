@@ -26,8 +26,8 @@ const (
 	maxPart = 128  // of a pool, namespace or client id
 )
 
-// A URL names a store. It is comparable, and the values that ParseStore and
-// ParseImage return are canonical: two that name the same place in the same
+// A URL names a store. It is comparable, and the values that ParseStore,
+// ParseImage and the like return are canonical: two that name the same place in the same
 // words are equal. It holds no secrets.
 type URL struct {
 	Scheme    string // one of the constants above
@@ -62,23 +62,76 @@ func ParseStore(s string) (URL, error) {
 //	mem:[name/]image
 //
 // The name is one that CheckImageName accepts. The error is as ParseStore's.
-func ParseImage(s string) (URL, string, error) {
+func ParseImage(s string) (u URL, image string, err error) {
+	u, image, _, err = parseNamed(s, imageAlone)
+	return u, image, err
+}
+
+// ParseSnapshot parses the URL of a snapshot, which is its image's with @ and the
+// snapshot's name after the image's, and returns the store and both names:
+//
+//	file:///dir/image@snapshot
+//	rados://pool[/namespace]/image@snapshot[?conf=/path&id=client]
+//	mem:[name/]image@snapshot
+//
+// The names are such as CheckImageName and CheckSnapshotName accept. The error is as
+// ParseStore's.
+func ParseSnapshot(s string) (u URL, image, snapshot string, err error) {
+	return parseNamed(s, snapshotAlone)
+}
+
+// ParseSource parses the URL of an image, as ParseImage does, or of a snapshot, as
+// ParseSnapshot does. The snapshot's name is empty if it is an image's.
+func ParseSource(s string) (u URL, image, snapshot string, err error) {
+	return parseNamed(s, imageOrSnapshot)
+}
+
+// What the last component of a URL may name.
+type named int
+
+const (
+	imageAlone named = iota
+	snapshotAlone
+	imageOrSnapshot
+)
+
+// parseNamed parses the URL of what is in a store.
+func parseNamed(s string, what named) (u URL, image, snapshot string, err error) {
+	fail := func(err error) (URL, string, string, error) { return URL{}, "", "", err }
 	u, parts, err := parseURL(s)
 	if err != nil {
-		return URL{}, "", err
+		return fail(err)
 	}
 	last := len(parts) - 1
 	if u.Scheme == SchemeRADOS && last < 1 {
-		return URL{}, "", errors.New("rados URL names no image: write rados://pool/image or rados://pool/namespace/image")
+		return fail(errors.New("rados URL names no image: write rados://pool/image or rados://pool/namespace/image"))
 	}
-	name := parts[last]
-	if err := CheckImageName(name); err != nil {
-		return URL{}, "", fmt.Errorf("%s URL: %w", u.Scheme, err)
+	if image, snapshot, err = splitName(parts[last], what); err != nil {
+		return fail(fmt.Errorf("%s URL: %w", u.Scheme, err))
 	}
 	if u, err = u.withPlace(parts[:last]); err != nil {
-		return URL{}, "", err
+		return fail(err)
 	}
-	return u, name, nil
+	return u, image, snapshot, nil
+}
+
+// splitName splits the last component of a URL into the names of an image and of a
+// snapshot, which is empty if there is none.
+func splitName(part string, what named) (image, snapshot string, err error) {
+	image, snapshot, at := strings.Cut(part, "@")
+	switch {
+	case at && what == imageAlone:
+		return "", "", fmt.Errorf("bad image name %q: what has an '@' names a snapshot, and an image is wanted here", clip(part))
+	case !at && what == snapshotAlone:
+		return "", "", fmt.Errorf("%q names no snapshot: write it after the image's name, as in image@snapshot", clip(part))
+	}
+	if err := CheckImageName(image); err != nil {
+		return "", "", err
+	}
+	if at {
+		err = CheckSnapshotName(snapshot)
+	}
+	return image, snapshot, err
 }
 
 // parseURL splits s into a URL with scheme and parameters, and the components
@@ -250,21 +303,28 @@ func clip(s string) string {
 //
 // RBD forbids '/' and '@' alone; the rest is left out because it has a meaning
 // for shells, terminals or QEMU's option syntax.
-func CheckImageName(name string) error {
+func CheckImageName(name string) error { return checkName("image", name) }
+
+// CheckSnapshotName returns nil if name can be a snapshot's: the rule is that of
+// images' names.
+func CheckSnapshotName(name string) error { return checkName("snapshot", name) }
+
+// checkName checks the name of an image, or of what.
+func checkName(what, name string) error {
 	switch {
 	case name == "":
-		return errors.New("empty image name")
+		return fmt.Errorf("empty %s name", what)
 	case len(name) > MaxImageName:
-		return fmt.Errorf("image name of %d bytes: the limit is %d", len(name), MaxImageName)
+		return fmt.Errorf("%s name of %d bytes: the limit is %d", what, len(name), MaxImageName)
 	}
 	for i := 0; i < len(name); i++ {
 		c := name[i]
 		switch {
 		case 'a' <= c && c <= 'z', 'A' <= c && c <= 'Z', '0' <= c && c <= '9', c == '_':
 		case strings.IndexByte(".:+~-", c) < 0:
-			return fmt.Errorf("bad image name %q: it is made of A-Z a-z 0-9 . _ : + ~ -", clip(name))
+			return fmt.Errorf("bad %s name %q: it is made of A-Z a-z 0-9 . _ : + ~ -", what, clip(name))
 		case i == 0:
-			return fmt.Errorf("bad image name %q: it begins with a letter, a digit or '_'", clip(name))
+			return fmt.Errorf("bad %s name %q: it begins with a letter, a digit or '_'", what, clip(name))
 		}
 	}
 	return nil
@@ -295,6 +355,10 @@ func (u URL) Image(name string) string {
 	}
 	return u.Scheme + "://" + u.radosPath() + "/" + name + u.query()
 }
+
+// Snapshot returns the URL of a snapshot of the image of that name in the store u,
+// which ParseSnapshot parses to u and both names.
+func (u URL) Snapshot(image, snapshot string) string { return u.Image(image + "@" + snapshot) }
 
 func (u URL) radosPath() string {
 	s := escape(u.Pool)

@@ -1,6 +1,7 @@
 package backend
 
 import (
+	"cmp"
 	"encoding/json"
 	"strings"
 	"testing"
@@ -68,6 +69,76 @@ func TestParseImage(t *testing.T) {
 	}
 }
 
+func TestParseSnapshot(t *testing.T) {
+	tests := []struct {
+		in          string
+		want        URL
+		image, snap string
+		str         string // if not in
+	}{
+		{"file:///srv/lsd/vm1@monday", URL{Scheme: "file", Dir: "/srv/lsd"}, "vm1", "monday", ""},
+		{"file:///srv/a@b/vm1@2026-01-01", URL{Scheme: "file", Dir: "/srv/a@b"}, "vm1", "2026-01-01", ""},
+		{"file:///srv/vm1%40monday", URL{Scheme: "file", Dir: "/srv"}, "vm1", "monday", "file:///srv/vm1@monday"},
+		{"rados://rbd/vm1@1", URL{Scheme: "rados", Pool: "rbd"}, "vm1", "1", ""},
+		{"rados://pool/ns/vm1@monday?id=x", URL{Scheme: "rados", Pool: "pool", Namespace: "ns", ID: "x"}, "vm1", "monday", ""},
+		{"rados://p/i@s?conf=/a@b", URL{Scheme: "rados", Pool: "p", Conf: "/a@b"}, "i", "s", ""},
+		{"mem:vm1@_", URL{Scheme: "mem"}, "vm1", "_", ""},
+		{"mem:s/vm1@a:b+c~d", URL{Scheme: "mem", Pool: "s"}, "vm1", "a:b+c~d", ""},
+	}
+	for _, tt := range tests {
+		for name, parse := range map[string]func(string) (URL, string, string, error){"ParseSnapshot": ParseSnapshot, "ParseSource": ParseSource} {
+			got, image, snap, err := parse(tt.in)
+			if err != nil || got != tt.want || image != tt.image || snap != tt.snap {
+				t.Errorf("%s(%q) = %+v, %q, %q, %v; want %+v, %q, %q", name, tt.in, got, image, snap, err, tt.want, tt.image, tt.snap)
+			}
+		}
+		if s := tt.want.Snapshot(tt.image, tt.snap); s != cmp.Or(tt.str, tt.in) {
+			t.Errorf("Snapshot = %q; want %q", s, cmp.Or(tt.str, tt.in))
+		}
+	}
+	for _, in := range []string{"file:///srv/vm1", "rados://p/n/vm1?id=x", "mem:vm1"} {
+		u, image, snap, err := ParseSource(in)
+		if err != nil || image != "vm1" || snap != "" || u.Image(image) != in {
+			t.Errorf("ParseSource(%q) = %+v, %q, %q, %v", in, u, image, snap, err)
+		}
+	}
+}
+
+func TestParseSnapshotErrors(t *testing.T) {
+	tests := []struct{ in, image, snapshot, source string }{ // parts of the errors
+		{"mem:vm1@a", "an image is wanted", "", ""},
+		{"mem:vm1", "", `"vm1" names no snapshot`, ""},
+		{"mem:@a", "an image is wanted", "empty image name", "empty image name"},
+		{"mem:vm1@", "an image is wanted", "empty snapshot name", "empty snapshot name"},
+		{"mem:vm1@a@b", "an image is wanted", `bad snapshot name "a@b"`, `bad snapshot name "a@b"`},
+		{"mem:vm1@-a", "an image is wanted", "begins with", "begins with"},
+		{"mem:v m@a", "an image is wanted", `bad image name "v m"`, `bad image name "v m"`},
+		{"mem:vm1@" + strings.Repeat("x", MaxImageName+1), "an image is wanted", "snapshot name of 97 bytes: the limit is 96", "snapshot name of 97"},
+		{"file:///vm1@a", "an image is wanted", "names no directory", "names no directory"},
+		{"rados://p@a", "names no image", "names no image", "names no image"},
+		{"rados://p@x/i@s", "an image is wanted", "'@'", "'@'"},
+		{"rados://p/n@x/i@s", "an image is wanted", "'@'", "'@'"},
+		{"vm1@a", "not a URL", "not a URL", "not a URL"},
+	}
+	check := func(name, in, want string, err error) {
+		t.Helper()
+		switch {
+		case want == "" && err != nil, want != "" && (err == nil || !strings.Contains(err.Error(), want)):
+			t.Errorf("%s(%q): error %v; want one with %q", name, in, err, want)
+		case err != nil && (strings.Contains(err.Error(), "\n") || len(err.Error()) > 200):
+			t.Errorf("%s(%q): error %q is not one short line", name, in, err)
+		}
+	}
+	for _, tt := range tests {
+		_, _, err := ParseImage(tt.in)
+		check("ParseImage", tt.in, tt.image, err)
+		_, _, _, err = ParseSnapshot(tt.in)
+		check("ParseSnapshot", tt.in, tt.snapshot, err)
+		_, _, _, err = ParseSource(tt.in)
+		check("ParseSource", tt.in, tt.source, err)
+	}
+}
+
 func TestParseErrors(t *testing.T) {
 	tests := []struct {
 		in    string
@@ -114,6 +185,7 @@ func TestParseErrors(t *testing.T) {
 		{"rados://p/n/", true, "empty image name"},
 		{"rados://p/n/i/x", true, "too many"},
 		{"rados://p/vm@snap", true, "bad image name"},
+		{"rados://p/vm@snap", true, "names a snapshot"},
 		{"mem:", true, "empty image name"},
 		{"mem:a/b/c", true, "too many"},
 	}
@@ -163,7 +235,7 @@ func TestURLText(t *testing.T) {
 }
 
 func FuzzParse(f *testing.F) {
-	for _, s := range []string{"file:///srv/a%20b/vm", "rados://p/n/i?conf=/c&id=client.x", "mem:a/b", "rados://p?id=%26", "file:///a/../b"} {
+	for _, s := range []string{"file:///srv/a%20b/vm", "rados://p/n/i?conf=/c&id=client.x", "mem:a/b", "rados://p?id=%26", "file:///a/../b", "mem:a/b@c", "rados://p/n/i@s?id=x"} {
 		f.Add(s)
 	}
 	f.Fuzz(func(t *testing.T, s string) {
@@ -177,6 +249,18 @@ func FuzzParse(f *testing.F) {
 			v, n, err := ParseImage(u.Image(name))
 			if err != nil || v != u || n != name {
 				t.Errorf("%q: %+v %q became %q, which is %+v, %q, %v", s, u, name, u.Image(name), v, n, err)
+			}
+			if v, n, snap, err := ParseSource(s); err != nil || v != u || n != name || snap != "" {
+				t.Errorf("%q is the image %q, and %q of %q, %v", s, name, snap, n, err)
+			}
+		}
+		if u, name, snap, err := ParseSnapshot(s); err == nil {
+			v, n, p, err := ParseSource(u.Snapshot(name, snap))
+			if err != nil || v != u || n != name || p != snap || p == "" {
+				t.Errorf("%q: %+v %q %q became %q, which is %+v, %q, %q, %v", s, u, name, snap, u.Snapshot(name, snap), v, n, p, err)
+			}
+			if _, _, err := ParseImage(s); err == nil {
+				t.Errorf("%q is a snapshot and an image", s)
 			}
 		}
 	})

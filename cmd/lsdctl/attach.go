@@ -8,6 +8,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/lsd-ceph/lsd/backend"
 	"github.com/lsd-ceph/lsd/engine"
 	"github.com/lsd-ceph/lsd/internal/api"
 	"github.com/lsd-ceph/lsd/internal/bytesize"
@@ -32,17 +33,20 @@ func (a *app) addCommand() *cobra.Command {
 	var q api.AttachRequest
 	var logSize, logMemory, nullSize bytesize.Size
 	cmd := &cobra.Command{
-		Use:   "add STORE/IMAGE",
+		Use:   "add STORE/IMAGE[@SNAPSHOT]",
 		Short: "Attach an image as a block device, and print its path",
 		Long: `Attach an image as a block device, and print its path. The daemon is started if
 none answers.
 
 Writes are acknowledged from a write log, a file in --cache (or a whole block
 device), which should be on a local SSD that keeps what is flushed. The file is
-made now and removed by lsdctl del.`,
+made now and removed by lsdctl del.
+
+A snapshot is attached with --read-only, beside its image or on another host.`,
 		Example: `  lsdctl add rados://rbd/vm2
   lsdctl add rados://rbd/vm2 --cache /ssd/lsd --log-size 8G
   lsdctl add rados://rbd/vm2 --force      # its host is dead
+  lsdctl add rados://rbd/vm2@monday --read-only
   lsdctl add --null --size 10G            # no image: what ublk itself costs`,
 		Args: func(cmd *cobra.Command, args []string) error {
 			if q.Null {
@@ -104,7 +108,10 @@ func checkAdd(cmd *cobra.Command, q api.AttachRequest) error {
 	case q.Null:
 		return nil
 	}
-	_, _, err := parseImage(q.Image)
+	u, _, snap, err := backend.ParseSource(q.Image)
+	if err = notMem(u, err); err == nil && snap != "" && !q.ReadOnly {
+		err = fmt.Errorf("%s: a snapshot can be attached with --read-only alone", q.Image)
+	}
 	return err
 }
 

@@ -60,10 +60,12 @@ type app struct {
 	socket   string
 	stateDir string
 	json     bool
+	// freeze is freezeFS.
+	freeze func(mount string) (thaw func() error, err error)
 }
 
 func newApp(out io.Writer, errOut *os.File) *app {
-	return &app{out: out, progress: newProgress(errOut)}
+	return &app{out: out, progress: newProgress(errOut), freeze: freezeFS}
 }
 
 // command returns the whole of lsdctl.
@@ -75,7 +77,7 @@ func (a *app) command() *cobra.Command {
 tells how they are.
 
 A store is rados://POOL[/NAMESPACE][?conf=PATH&id=CLIENT] or file:///DIR; an
-image is STORE/NAME. A DEVICE is /dev/ublkb0, ublkb0 or 0. Sizes are in bytes or
+image is STORE/NAME, a snapshot of it STORE/NAME@SNAPSHOT. A DEVICE is /dev/ublkb0, ublkb0 or 0. Sizes are in bytes or
 have a unit of 1024: 512, 4K, 20G, 1T.`,
 		Version:           version(),
 		SilenceUsage:      true,
@@ -94,7 +96,7 @@ have a unit of 1024: 512, 4K, 20G, 1T.`,
 	f.StringVar(&a.socket, "socket", env(api.EnvSocket, api.DefaultSocket), "socket of the daemon ($"+api.EnvSocket+")")
 	f.StringVar(&a.stateDir, "state-dir", env(api.EnvStateDir, api.DefaultStateDir), "state directory of a daemon that add starts ($"+api.EnvStateDir+")")
 	cmd.AddCommand(
-		a.createCommand(), a.lsCommand(), a.infoCommand(), a.checkCommand(), a.rmCommand(),
+		a.createCommand(), a.lsCommand(), a.infoCommand(), a.checkCommand(), a.renameCommand(), a.rmCommand(), a.snapCommand(),
 		a.addCommand(), a.listCommand(), a.statusCommand(), a.flushCommand(), a.delCommand(),
 		a.featuresCommand(), a.logCommand(), a.daemonCommand(), a.cacheCommand(), a.versionCommand(), a.shutdownCommand(),
 	)

@@ -36,15 +36,25 @@ func TestParseDevice(t *testing.T) {
 // there.
 func lsdctl(t *testing.T, args ...string) (string, error) {
 	t.Helper()
+	return lsdctlWith(t, filepath.Join(t.TempDir(), "sock"), nil, args...)
+}
+
+// lsdctlWith is lsdctl with a daemon at the socket, and a file system that is frozen by
+// freeze instead of the kernel, if that is not nil.
+func lsdctlWith(t *testing.T, socket string, freeze func(string) (func() error, error), args ...string) (string, error) {
+	t.Helper()
 	var out bytes.Buffer
 	null, err := os.OpenFile(os.DevNull, os.O_WRONLY, 0)
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer null.Close()
-	dir := t.TempDir()
-	cmd := newApp(&out, null).command()
-	cmd.SetArgs(append(args, "--socket", filepath.Join(dir, "sock"), "--state-dir", filepath.Join(dir, "state")))
+	a := newApp(&out, null)
+	if freeze != nil {
+		a.freeze = freeze
+	}
+	cmd := a.command()
+	cmd.SetArgs(append(args, "--socket", socket, "--state-dir", filepath.Join(t.TempDir(), "state")))
 	cmd.SetErr(&out)
 	err = cmd.ExecuteContext(context.Background())
 	return out.String(), err
@@ -65,6 +75,8 @@ func TestBadInput(t *testing.T) {
 	dir := t.TempDir()
 	store := "file://" + dir + "/store"
 	must(t, "create", store+"/there", "--size", "1M")
+	must(t, "snap", "create", store+"/there@monday")
+	must(t, "create", store+"/other", "--size", "1M")
 	if err := os.MkdirAll(dir+"/other/x", 0o755); err != nil {
 		t.Fatal(err)
 	}
@@ -144,6 +156,69 @@ func TestBadInput(t *testing.T) {
 		{"log ls " + dir + "/other", "neither a file nor a block device"},
 		{"log ls /dev/null", "neither a file nor a block device"},
 		{"log salvage " + dir + "/short " + store + "/new", "too short"},
+		{"add " + store + "/there@monday", "a snapshot can be attached with --read-only alone"},
+		{"add " + store + "/there@ --read-only", "empty snapshot name"},
+		{"add mem:x@y --read-only", "tests"},
+		{"create " + store + "/new@monday --size 1M", "an image is wanted here"},
+		{"info " + store + "/there@monday", "an image is wanted here"},
+		{"rm " + store + "/there@monday", "an image is wanted here"},
+		{"rm " + store + "/there", store + "/there: it has 1 snapshot, which would go with it: remove them first, or say --snapshots"},
+		{"rename", "STORE/IMAGE is missing"},
+		{"rename " + store + "/there", "NEW is missing"},
+		{"rename " + store + "/none new", store + "/none: no such image"},
+		{"rename " + store + "/none@monday new", "an image is wanted here"},
+		{"rename " + store + "/there other", store + "/other exists already"},
+		{"rename " + store + "/there there", store + "/there exists already"},
+		{"rename " + store + "/there " + store + "/other", store + "/other exists already"},
+		{"rename " + store + "/there file://" + dir + "/new/there", "both must be in the same store"},
+		{"rename " + store + "/there +new", "begins with"},
+		{"rename " + store + "/there new@monday", "bad image name"},
+		{"rename " + store + "/there " + store + "/new@monday", "an image is wanted here"},
+		{"rename " + store + "/there " + strings.Repeat("x", 97), "the limit is 96"},
+		{"rename file://" + dir + "/none/x y", "no store"},
+		{"rename mem:x y", "tests"},
+		{"snap nonsense", "no command"},
+		{"snap create", "STORE/IMAGE@SNAPSHOT is missing"},
+		{"snap create " + store + "/there", "names no snapshot"},
+		{"snap create " + store + "/there@", "empty snapshot name"},
+		{"snap create " + store + "/@monday", "empty image name"},
+		{"snap create " + store + "/there@a@b", "bad snapshot name"},
+		{"snap create " + store + "/there@-a", "begins with"},
+		{"snap create " + store + "/there@" + strings.Repeat("x", 97), "snapshot name of 97 bytes: the limit is 96"},
+		{"snap create " + store + "/there@monday", store + "/there@monday exists already: choose another name, or see lsdctl snap ls " + store + "/there"},
+		{"snap create " + store + "/there@monday --freeze /proc", "exists already"},
+		{"snap create " + store + "/none@monday", store + "/none: no such image"},
+		{"snap create file://" + dir + "/none/x@monday", "no store"},
+		{"snap create mem:x@monday", "tests"},
+		{"snap create there@monday", "not a URL"},
+		{"snap create " + store + "/there@new --timeout 0s", "--timeout 0s: it must be longer than 0"},
+		{"snap create " + store + "/there@new --timeout -1s", "--timeout -1s"},
+		{"snap create " + store + "/there@new --freeze=", "--freeze needs a mount point"},
+		{"snap create " + store + "/there@new --freeze " + dir + "/none", "no such file"},
+		{"snap create " + store + "/there@new --freeze " + dir + "/short", "not a directory"},
+		{"snap create " + store + "/there@new --freeze " + dir + "/other/x", dir + "/other/x is not a mount point"},
+		{"snap create " + store + "/there@new --freeze /proc", "/proc cannot be frozen"},
+		{"snap ls", "STORE/IMAGE is missing"},
+		{"snap ls " + store + "/none", "no such image"},
+		{"snap ls " + store + "/there@monday", "an image is wanted here"},
+		{"snap ls mem:x", "tests"},
+		{"snap rm", "STORE/IMAGE@SNAPSHOT is missing"},
+		{"snap rm " + store + "/there", "names no snapshot"},
+		{"snap rm " + store + "/there@none", store + "/there: no such snapshot: none: see lsdctl snap ls " + store + "/there"},
+		{"snap rm " + store + "/none@monday", store + "/none: no such image"},
+		{"snap rm mem:x@y", "tests"},
+		{"snap rename " + store + "/there@monday", "NEW is missing"},
+		{"snap rename " + store + "/there@none new", "no such snapshot: none: see lsdctl snap ls"},
+		{"snap rename " + store + "/none@monday new", "no such image"},
+		{"snap rename " + store + "/there monday", "names no snapshot"},
+		{"snap rename " + store + "/there@monday monday", "there is a snapshot of that name already: monday"},
+		{"snap rename " + store + "/there@monday a@b", "bad snapshot name"},
+		{"snap rename " + store + "/there@monday +a", "begins with"},
+		{"snap rename " + store + "/there@monday " + strings.Repeat("x", 97), "the limit is 96"},
+		{"snap rename " + store + "/there@monday " + store + "/other@tuesday", "of another image"},
+		{"snap rename " + store + "/there@monday file://" + dir + "/new/there@tuesday", "of another image"},
+		{"snap rename " + store + "/there@monday " + store + "/there", "names no snapshot"},
+		{"snap rename mem:x@y z", "tests"},
 		{"log forget", "STORE/IMAGE is missing"},
 		{"log forget " + store + "/there", "--all"},
 		{"log forget " + store + "/there x y", `"y" is too much`},

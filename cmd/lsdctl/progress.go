@@ -18,6 +18,7 @@ type progress struct {
 	w       io.Writer
 	tty     bool
 	columns func() int // of the terminal; 0 if that is not known
+	held    bool       // nothing is shown
 	began   time.Time
 	last    time.Time
 	width   int // of what is on the line
@@ -49,7 +50,13 @@ func newProgress(f *os.File) *progress {
 // show shows p if it is time.
 func (g *progress) show(p api.Progress) { g.showAt(p, time.Now()) }
 
+// hold keeps everything from being shown, or ends that.
+func (g *progress) hold(on bool) { g.held = on }
+
 func (g *progress) showAt(p api.Progress, now time.Time) {
+	if g.held {
+		return
+	}
 	if p.What != g.what || p.Done < g.from || g.since.IsZero() {
 		g.what, g.since, g.from = p.What, now, p.Done
 	}

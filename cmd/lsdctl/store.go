@@ -4,8 +4,10 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"strings"
 	"time"
 
+	"github.com/google/uuid"
 	"github.com/lsd-ceph/lsd/backend"
 	"github.com/lsd-ceph/lsd/backend/mem"
 	"github.com/lsd-ceph/lsd/backend/open"
@@ -275,19 +277,39 @@ func (a *app) printInfo(u backend.URL, i engine.Info) error {
 		if i.Evicting != "" {
 			row("asked for by", i.Evicting)
 		}
+		if len(i.Snapshots) > 0 {
+			row("snapshots", someSnapshots(u.Image(i.Name), i.Snapshots))
+		}
 		for _, b := range i.CutOff {
 			row("kept for log", fmt.Sprintf("%s of %s, cut off in epoch %d: salvage it there, or lsdctl log forget", b.Log, b.Host, b.Epoch))
 		}
 	})
 }
 
+// someSnapshots tells how many snapshots an image has, and names the newest.
+func someSnapshots(url string, list []engine.Snapshot) string {
+	const most = 3
+	names := make([]string, 0, most)
+	for _, s := range list[max(len(list)-most, 0):] {
+		names = append(names, s.Name)
+	}
+	text := fmt.Sprintf("%d: %s", len(list), strings.Join(names, ", "))
+	if len(list) > most {
+		text = fmt.Sprintf("%d, the last: %s; see lsdctl snap ls %s", len(list), strings.Join(names, ", "), url)
+	}
+	return text
+}
+
 func (a *app) rmCommand() *cobra.Command {
-	var force bool
+	var o engine.RemoveOptions
 	cmd := &cobra.Command{
 		Use:   "rm STORE/IMAGE",
 		Short: "Remove an image and all its data",
-		Long:  "Remove an image and all its data. One that is attached is refused; --force removes also that, and its users get errors.",
+		Long: `Remove an image and all its data. One that is attached is refused; --force removes
+also that, and its users get errors. One that has snapshots is refused, unless
+--snapshots says that they go with it.`,
 		Example: `  lsdctl rm rados://rbd/vm2
+  lsdctl rm rados://rbd/vm2 --snapshots
   lsdctl rm rados://rbd/vm2 --force    # its host is gone for good`,
 		Args: exactArgs("STORE/IMAGE"),
 		RunE: func(cmd *cobra.Command, args []string) error {
@@ -295,22 +317,30 @@ func (a *app) rmCommand() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			return a.remove(cmd.Context(), u, name, force)
+			return a.remove(cmd.Context(), u, name, o)
 		},
 	}
-	cmd.Flags().BoolVar(&force, "force", false, "also an image that is attached or damaged")
+	cmd.Flags().BoolVar(&o.Force, "force", false, "also an image that is attached or damaged")
+	cmd.Flags().BoolVar(&o.Snapshots, "snapshots", false, "also an image that has snapshots: they go with it")
 	return cmd
 }
 
-func (a *app) remove(ctx context.Context, u backend.URL, name string, force bool) error {
+func (a *app) remove(ctx context.Context, u backend.URL, name string, o engine.RemoveOptions) error {
 	st, err := openStore(ctx, u)
 	if err != nil {
 		return err
 	}
 	defer st.Close()
-	err = engine.Remove(ctx, st, name, engine.RemoveOptions{URL: u.Image(name), Force: force, Progress: func(n int) {
-		a.progress.show(api.Progress{What: fmt.Sprintf("removed %d objects", n)})
-	}})
+	if o.Snapshots && !o.Force {
+		if id, err := backend.Lookup(ctx, st, name); err == nil {
+			if err := a.notAttached(ctx, id, uuid.Nil); err != nil {
+				return err
+			}
+		}
+	}
+	o.URL = u.Image(name)
+	o.Progress = func(n int) { a.progress.show(api.Progress{What: fmt.Sprintf("removed %d objects", n)}) }
+	err = engine.Remove(ctx, st, name, o)
 	a.progress.end()
 	var owned *engine.OwnedError
 	if errors.As(err, &owned) {

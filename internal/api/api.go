@@ -58,7 +58,7 @@ const (
 // AttachRequest asks for a block device. The zero value of a field means its
 // default.
 type AttachRequest struct {
-	Image     string        `json:"image"` // URL
+	Image     string        `json:"image"` // URL; a snapshot's with ReadOnly alone
 	ID        int           `json:"id"`    // of the device; -1: any
 	Cache     string        `json:"cache,omitempty"`
 	LogSize   int64         `json:"log_size,omitempty"`
@@ -81,8 +81,9 @@ type AttachRequest struct {
 type Image struct {
 	ID        int       `json:"id"`
 	Device    string    `json:"device"`
-	URL       string    `json:"image"` // "null" for a null device
+	URL       string    `json:"image"` // "null" for a null device; a snapshot's as it was when it was attached
 	ImageID   uuid.UUID `json:"image_id"`
+	Snapshot  uuid.UUID `json:"snapshot_id,omitzero"` // if that is what is attached
 	Size      uint64    `json:"size_bytes"`
 	BlockSize uint32    `json:"block_size"`
 	State     string    `json:"state"`

@@ -73,6 +73,12 @@ func (c *Client) Flush(ctx context.Context, id int, progress func(Progress)) err
 	return c.stream(ctx, imagePath(id)+"/flush", struct{}{}, progress, nil)
 }
 
+// Refresh has the image look at what somebody else has asked of it in its store, such as
+// a snapshot, and do that.
+func (c *Client) Refresh(ctx context.Context, id int, progress func(Progress)) error {
+	return c.stream(ctx, imagePath(id)+"/refresh", struct{}{}, progress, nil)
+}
+
 // Shutdown ends the daemon.
 func (c *Client) Shutdown(ctx context.Context, r ShutdownRequest, progress func(Progress)) (d Done, err error) {
 	return d, c.stream(ctx, PathShutdown, r, progress, &d)

@@ -9,9 +9,9 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"time"
 
-	"github.com/google/uuid"
 	"github.com/lsd-ceph/lsd/backend"
 	"github.com/lsd-ceph/lsd/cache/writelog"
 	"github.com/lsd-ceph/lsd/engine"
@@ -132,31 +132,30 @@ func checkPlan(rec record, q api.AttachRequest) error {
 	return nil
 }
 
-// planImage completes a record with what the store says of the image.
+// planImage completes a record with what the store says of the image, or of its
+// snapshot.
 func (d *Daemon) planImage(ctx context.Context, rec *record, q api.AttachRequest) error {
-	u, name, err := backend.ParseImage(q.Image)
+	u, name, snap, err := backend.ParseSource(q.Image)
 	if err != nil {
 		return err
 	}
 	rec.URL = u.Image(name)
-	look, stop := context.WithTimeout(ctx, lookTimeout)
-	defer stop()
-	st, err := d.openSt(look, u)
-	if errors.Is(err, backend.ErrNotFound) {
-		return fmt.Errorf("%s: no such image: there is no store at %s", rec.URL, u)
+	if snap != "" {
+		rec.URL = u.Snapshot(name, snap)
 	}
+	if snap != "" && !rec.ReadOnly {
+		return fmt.Errorf("%s: a snapshot can be attached with --read-only alone", rec.URL)
+	}
+	info, err := d.describeImage(ctx, u, name)
 	if err != nil {
 		return err
 	}
-	defer st.Close()
-	info, err := engine.Describe(look, st, name)
-	switch {
-	case errors.Is(err, backend.ErrNotFound):
-		return fmt.Errorf("%s: no such image: see lsdctl ls %s, or make it with lsdctl create", rec.URL, u)
-	case err != nil:
-		return fmt.Errorf("%s: %w", rec.URL, err)
-	}
 	rec.ImageID, rec.Size, rec.BlockSize = info.ID, info.Size, info.BlockSize
+	if snap != "" {
+		if err := rec.planSnapshot(info, snap); err != nil {
+			return fmt.Errorf("%s: %w: see lsdctl snap ls %s", rec.URL, err, u.Image(name))
+		}
+	}
 	if rec.ReadOnly {
 		return nil
 	}
@@ -166,6 +165,42 @@ func (d *Daemon) planImage(ctx context.Context, rec *record, q api.AttachRequest
 	if info.Owner != nil && !q.Force && !exists(rec.Log) && d.twin(rec) == nil {
 		return &engine.OwnedError{Image: rec.URL, Host: info.Owner.Host, Since: info.Owner.Since, Lease: info.Owner.Lease}
 	}
+	return nil
+}
+
+// describeImage returns what the store u says of the image of that name.
+func (d *Daemon) describeImage(ctx context.Context, u backend.URL, name string) (engine.Info, error) {
+	url := u.Image(name)
+	ctx, stop := context.WithTimeout(ctx, lookTimeout)
+	defer stop()
+	st, err := d.openSt(ctx, u)
+	if errors.Is(err, backend.ErrNotFound) {
+		return engine.Info{}, fmt.Errorf("%s: no such image: there is no store at %s", url, u)
+	}
+	if err != nil {
+		return engine.Info{}, err
+	}
+	defer st.Close()
+	info, err := engine.Describe(ctx, st, name)
+	switch {
+	case errors.Is(err, backend.ErrNotFound):
+		return info, fmt.Errorf("%s: no such image: see lsdctl ls %s, or make it with lsdctl create", url, u)
+	case err != nil:
+		return info, fmt.Errorf("%s: %w", url, err)
+	}
+	return info, nil
+}
+
+// planSnapshot completes a record with what the store says of a snapshot of its image.
+func (r *record) planSnapshot(info engine.Info, name string) error {
+	i := slices.IndexFunc(info.Snapshots, func(s engine.Snapshot) bool { return s.Name == name })
+	switch {
+	case i < 0:
+		return engine.ErrNoSnapshot
+	case info.Snapshots[i].Pending:
+		return errors.New("it has been asked for, and the image's owner has not made it yet")
+	}
+	r.Snapshot, r.Size = info.Snapshots[i].ID, info.Snapshots[i].Size
 	return nil
 }
 
@@ -259,22 +294,26 @@ func (d *Daemon) twin(rec *record) *attachment {
 		return nil
 	}
 	for _, a := range d.all() {
-		r := a.record()
-		if r.ImageID == rec.ImageID && r.ImageID != uuid.Nil && !(r.ReadOnly && rec.ReadOnly) || rec.Log != "" && r.Log == rec.Log {
+		if r := a.record(); r.clash(rec) {
 			return a
 		}
 	}
 	return nil
 }
 
+// inTheWay says why an attachment of rec cannot be beside a.
+func (a *attachment) inTheWay(rec *record) error {
+	if r := a.record(); r.ImageID != rec.ImageID {
+		return fmt.Errorf("%s is the write log of %s, attached as %s", rec.Log, r.URL, a.name())
+	}
+	return fmt.Errorf("%s is attached here already, as %s", rec.URL, a.name())
+}
+
 // reserve finds a free device number, from the given one on or exactly that, and
 // makes the attachment known under it.
 func (d *Daemon) reserve(ctx context.Context, k kernel, rec record, from int, exactly bool) (*attachment, error) {
 	if a := d.twin(&rec); a != nil {
-		if r := a.record(); r.ImageID != rec.ImageID {
-			return nil, fmt.Errorf("%s is the write log of %s, attached as %s", rec.Log, r.URL, a.name())
-		}
-		return nil, fmt.Errorf("%s is attached here already, as %s", rec.URL, a.name())
+		return nil, a.inTheWay(&rec)
 	}
 	for id := from; ; id++ {
 		_, err := k.Info(ctx, id)
@@ -312,8 +351,8 @@ func (d *Daemon) enter(a *attachment) (bool, error) {
 		return false, nil
 	}
 	for _, b := range d.attached { // two requests for one image at once
-		if r := b.record(); a.rec.ImageID != uuid.Nil && r.ImageID == a.rec.ImageID && !(r.ReadOnly && a.rec.ReadOnly) {
-			return false, fmt.Errorf("%s is attached here already, as %s", a.rec.URL, b.name())
+		if r := b.record(); r.clash(&a.rec) {
+			return false, b.inTheWay(&a.rec)
 		}
 	}
 	d.attached[a.id] = a

@@ -233,7 +233,8 @@ func permanent(err error) bool {
 	var owned *engine.OwnedError
 	var stale *engine.StaleLogError
 	return errors.As(err, &owned) || errors.As(err, &stale) || errors.Is(err, engine.ErrForeignLog) ||
-		errors.Is(err, engine.ErrCorrupt) || errors.Is(err, writelog.ErrCorrupt) || errors.Is(err, errImageGone) || errors.Is(err, errTaken)
+		errors.Is(err, engine.ErrCorrupt) || errors.Is(err, writelog.ErrCorrupt) || errors.Is(err, errImageGone) || errors.Is(err, errTaken) ||
+		errors.Is(err, engine.ErrNoSnapshot)
 }
 
 var (
@@ -490,7 +491,7 @@ func (a *attachment) openDisk(ctx context.Context, rec record, there bool, o bri
 	if rec.Null {
 		return emptyDisk(rec, a.logger)
 	}
-	u, _, err := backend.ParseImage(rec.URL)
+	u, _, _, err := backend.ParseSource(rec.URL)
 	if err != nil {
 		return nil, err
 	}
@@ -598,10 +599,12 @@ func explainOpen(rec record, err error) error {
 		return fmt.Errorf("%s: %w: it is kept; see lsdctl log ls, and use another --cache", rec.Log, err)
 	case errors.Is(err, writelog.ErrCorrupt):
 		return fmt.Errorf("%s: %w: it is kept; move it away, and lsdctl add --force opens the image at what the store has", rec.Log, err)
+	case errors.Is(err, engine.ErrNoSnapshot):
+		return fmt.Errorf("%s: %w", rec.URL, err) // it says what became of it
 	case errors.Is(err, backend.ErrNotFound):
 		return fmt.Errorf("%s: %w: %w", rec.URL, errImageGone, err)
 	case errors.Is(err, engine.ErrCorrupt):
-		return fmt.Errorf("open %s: %w: see lsdctl check %s", rec.URL, err, rec.URL)
+		return fmt.Errorf("open %s: %w: see lsdctl check %s", rec.URL, err, rec.imageURL())
 	}
 	return fmt.Errorf("open %s: %w", rec.URL, err)
 }

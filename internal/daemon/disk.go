@@ -84,6 +84,7 @@ func openDisk(ctx context.Context, o diskOptions) (_ *disk, err error) {
 	}
 	opt := engine.OpenOptions{
 		ReadOnly: o.rec.ReadOnly,
+		Snapshot: o.rec.Snapshot,
 		URL:      o.rec.URL,
 		Host:     o.host,
 		Boot:     o.env.boot,
@@ -196,6 +197,18 @@ func (d *disk) destage(ctx context.Context, progress func(api.Progress)) error {
 	}
 	done := make(chan error, 1)
 	if err := call(ctx, d.reactor, func() { d.image.Destage(func(err error) { done <- err }) }); err != nil {
+		return err
+	}
+	return d.follow(ctx, "writing to the store", done, progress)
+}
+
+// refresh has the image do what somebody else has asked of it in its store.
+func (d *disk) refresh(ctx context.Context, progress func(api.Progress)) error {
+	if d.image == nil {
+		return nil
+	}
+	done := make(chan error, 1)
+	if err := call(ctx, d.reactor, func() { d.image.Refresh(func(err error) { done <- err }) }); err != nil {
 		return err
 	}
 	return d.follow(ctx, "writing to the store", done, progress)

@@ -40,6 +40,9 @@ func (d *Daemon) handler() http.Handler {
 	mux.HandleFunc("POST "+api.PathImages+"/{id}/flush", d.about(func(w http.ResponseWriter, r *http.Request, a *attachment) {
 		stream(w, r, &struct{}{}, func(ctx context.Context, p func(api.Progress)) (any, error) { return api.Done{}, a.flush(ctx, p) })
 	}))
+	mux.HandleFunc("POST "+api.PathImages+"/{id}/refresh", d.about(func(w http.ResponseWriter, r *http.Request, a *attachment) {
+		stream(w, r, &struct{}{}, func(ctx context.Context, p func(api.Progress)) (any, error) { return api.Done{}, a.refresh(ctx, p) })
+	}))
 	mux.HandleFunc("POST "+api.PathImages+"/{id}/detach", d.serveDetach)
 	mux.HandleFunc("POST "+api.PathShutdown, func(w http.ResponseWriter, r *http.Request) {
 		var q api.ShutdownRequest
@@ -141,13 +144,23 @@ func stream(w http.ResponseWriter, r *http.Request, q any, work func(context.Con
 
 // flush brings everything that the image has acknowledged into the store.
 func (a *attachment) flush(ctx context.Context, progress func(api.Progress)) error {
+	return a.withDisk(func(dk *disk) error { return dk.destage(ctx, progress) })
+}
+
+// refresh has the image do what somebody else has asked of it in its store.
+func (a *attachment) refresh(ctx context.Context, progress func(api.Progress)) error {
+	return a.withDisk(func(dk *disk) error { return dk.refresh(ctx, progress) })
+}
+
+// withDisk does something with the disk, which must be open.
+func (a *attachment) withDisk(do func(*disk) error) error {
 	dk := a.getDisk()
 	if dk == nil {
 		a.mu.Lock()
 		defer a.mu.Unlock()
 		return fmt.Errorf("%s is not open (%s)", a.name(), errText(a.err))
 	}
-	if err := dk.destage(ctx, progress); err != nil {
+	if err := do(dk); err != nil {
 		return fmt.Errorf("%s: %w", a.name(), err)
 	}
 	return nil

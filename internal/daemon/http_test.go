@@ -51,6 +51,12 @@ func TestAPI(t *testing.T) {
 	if err := c.Flush(ctx, im.ID, nil); err != nil {
 		t.Error(err)
 	}
+	if err := c.Refresh(ctx, im.ID, nil); err != nil {
+		t.Error(err)
+	}
+	if err := c.Refresh(ctx, 99, nil); err == nil || !strings.Contains(err.Error(), "not attached") {
+		t.Errorf("refresh of device 99: %v", err)
+	}
 	if im, err = c.Image(ctx, im.ID); err != nil || im.Stats.Dirty != 0 || im.Stats.PutCount != 1 {
 		t.Errorf("image: %+v, %v", im, err)
 	}

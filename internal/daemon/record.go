@@ -12,11 +12,16 @@ import (
 	"time"
 
 	"github.com/google/uuid"
+	"github.com/lsd-ceph/lsd/backend"
 	"github.com/lsd-ceph/lsd/internal/durable"
 )
 
-// recordVersion is the version of a record's format.
-const recordVersion = 1
+// Versions of a record's format. That of a snapshot is one that a daemon which knows no
+// snapshots refuses: it would serve the image as it is now.
+const (
+	recordVersion   = 1
+	snapshotVersion = 2
+)
 
 // A phase is how far an attachment has come.
 type phase string
@@ -37,6 +42,7 @@ type record struct {
 	PID       int       `json:"pid"`  // of the daemon that added it
 	URL       string    `json:"image,omitempty"`
 	ImageID   uuid.UUID `json:"image_id"`
+	Snapshot  uuid.UUID `json:"snapshot_id,omitzero"` // of the image; uuid.Nil: the image itself
 	Size      uint64    `json:"size_bytes"`
 	BlockSize uint32    `json:"block_size"`
 	Log       string    `json:"log,omitempty"` // path: a file, or a block device
@@ -62,6 +68,28 @@ type record struct {
 	StoreTimeout    time.Duration `json:"store_timeout_ns,omitempty"`
 }
 
+// version returns the version of the format that the record needs.
+func (r *record) version() int {
+	if r.Snapshot != uuid.Nil {
+		return snapshotVersion
+	}
+	return recordVersion
+}
+
+// imageURL returns the URL of the image, also if it is a snapshot that is attached.
+func (r *record) imageURL() string {
+	if u, image, _, err := backend.ParseSource(r.URL); err == nil {
+		return u.Image(image)
+	}
+	return r.URL
+}
+
+// clash reports whether two attachments cannot be beside each other on one host.
+func (r *record) clash(o *record) bool {
+	image := r.ImageID == o.ImageID && r.ImageID != uuid.Nil && r.Snapshot == uuid.Nil && o.Snapshot == uuid.Nil
+	return image && !(r.ReadOnly && o.ReadOnly) || r.Log != "" && r.Log == o.Log
+}
+
 // records is the directory of a host's records.
 type records struct{ dir string }
 
@@ -70,7 +98,7 @@ func (rs records) path(id int) string { return filepath.Join(rs.dir, strconv.Ito
 // save writes a record so that after a crash at any moment either the old one
 // or the new one is there, whole.
 func (rs records) save(r record) error {
-	r.Version = recordVersion
+	r.Version = r.version()
 	b, err := json.MarshalIndent(r, "", "  ")
 	if err != nil {
 		return err
@@ -139,8 +167,11 @@ func readRecord(path string) (record, error) {
 	if err := json.Unmarshal(b, &r); err != nil {
 		return r, err
 	}
-	if r.Version != recordVersion {
+	switch {
+	case r.Version != recordVersion && r.Version != snapshotVersion:
 		return r, fmt.Errorf("version %d of the format is not known here", r.Version)
+	case r.Version != r.version():
+		return r, fmt.Errorf("version %d of the format, and it is about the snapshot %v", r.Version, r.Snapshot)
 	}
 	return r, nil
 }

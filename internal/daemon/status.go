@@ -31,7 +31,7 @@ func (a *attachment) describe(ctx context.Context) api.Image {
 	a.mu.Lock()
 	rec, dk := a.rec, a.disk
 	im := api.Image{
-		ID: a.id, Device: a.name(), URL: rec.URL, ImageID: rec.ImageID, Size: rec.Size, BlockSize: rec.BlockSize,
+		ID: a.id, Device: a.name(), URL: rec.URL, ImageID: rec.ImageID, Snapshot: rec.Snapshot, Size: rec.Size, BlockSize: rec.BlockSize,
 		State: a.state, Since: a.since, ReadOnly: rec.ReadOnly, Null: rec.Null, Log: rec.Log,
 		Queues: rec.Queues, Depth: rec.Depth, Restarts: a.restarts,
 	}
