@@ -39,12 +39,12 @@ check: ## gofmt, vet, staticcheck, for every build tag
 	go run $(STATICCHECK) -tags lab,ublk,e2e,invariants,mutate ./...
 
 .PHONY: unit
-unit: ## unit tests with the race detector, simulation and fuzz seeds included
+unit: ## unit tests with the race detector, in short where there is a long form below, simulation and fuzz seeds included
 	@echo "== unit tests"
-	go test $(GOFLAGS_LINK) -race -timeout 15m $$(go list ./... | grep -v /tests/bench)
+	go test $(GOFLAGS_LINK) -race -short -timeout 15m $$(go list ./... | grep -v /tests/bench)
 	go test $(GOFLAGS_LINK) -timeout 15m ./tests/bench
 	@echo "== simulation"
-	go test $(GOFLAGS_LINK) -tags invariants -timeout 15m -run 'Crashes|Replays' ./engine ./cache/writelog
+	go test $(GOFLAGS_LINK) -tags invariants -timeout 15m -run 'Crashes|Replays|DeepClones|Reverts|Histories' ./engine ./cache/writelog
 	$(MAKE) sim SEEDS=3000
 	$(MAKE) sim-mutations
 	@echo "== what a hundred images cost"

@@ -22,7 +22,7 @@ const maxReady = 256 << 10 // bytes
 
 // objectName returns the name of an object for the read cache.
 func (im *Image) objectName(info *objectInfo) readcache.Object {
-	return readcache.Object{Image: im.id, Number: uint64(info.number), Epoch: uint64(info.epoch)}
+	return readcache.Object{Image: im.line.of(uint64(info.number)), Number: uint64(info.number), Epoch: uint64(info.epoch)}
 }
 
 // key returns the read cache's key of an object's data.
@@ -162,7 +162,7 @@ type objectSource struct {
 // Fetch implements readcache.Source.
 func (s *objectSource) Fetch(ctx context.Context, first uint32, p []byte) error {
 	im, info := s.im, &s.info
-	key := dataKey(im.id, uint64(info.number), uint64(info.epoch))
+	key := im.line.dataKey(uint64(info.number), uint64(info.epoch))
 	from := int64(info.headerBytes()) + int64(first)*objectBlock
 	n, err := im.store.Get(ctx, key, p, from)
 	if err != nil {

@@ -3,6 +3,7 @@ package engine_test
 import (
 	"context"
 	"encoding/binary"
+	"fmt"
 	"io"
 	"log/slog"
 	"math/rand/v2"
@@ -448,6 +449,29 @@ func TestSharedCache(t *testing.T) {
 		}
 		if c.dev.reads == 0 {
 			t.Error("nothing was read through the ring")
+		}
+	})
+}
+
+// TestClonesShareTheCache: ten clones of an image, each read once, fetch it from the store once.
+func TestClonesShareTheCache(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		st := &farStore{Store: mem.New(), latency: time.Millisecond}
+		id := written(t, st, true)
+		f := &file{b: make([]byte, 160<<20)}
+		cache := openCache(t, f)
+		st.bytes.Store(0)
+		for i := range 10 {
+			clone, err := engine.Clone(t.Context(), st, id, fmt.Sprint("clone", i), engine.CloneOptions{})
+			if err != nil {
+				t.Fatal(err)
+			}
+			r := openReader(t, st, clone, cache, f)
+			drive(t, r.l, r.im, engine.Read, 16, 4096, shuffled())
+			r.close()
+		}
+		if n := st.bytes.Load(); n > imageSize*102/100 || n < imageSize {
+			t.Errorf("%d bytes fetched by ten clones of an image of %d", n, imageSize)
 		}
 	})
 }

@@ -330,8 +330,10 @@ func unreadableSuper(err error) bool {
 func sameStates(a, b *superblock) bool {
 	return a.Epoch == b.Epoch && sameRef(a.Checkpoint, b.Checkpoint) && len(a.Epochs) == len(b.Epochs) && len(a.Rollbacks) == len(b.Rollbacks) && len(a.Forgotten) == len(b.Forgotten) &&
 		slices.EqualFunc(a.Points, b.Points, func(p, q cutOff) bool { return p.Log == q.Log && p.same(&q.point) }) &&
-		slices.EqualFunc(a.Snapshots, b.Snapshots, func(p, q snapshot) bool { return p.ID == q.ID && p.same(&q.point) })
+		slices.EqualFunc(a.Snapshots, b.Snapshots, sameSnapshot) && slices.EqualFunc(a.Clones, b.Clones, sameSnapshot)
 }
+
+func sameSnapshot(p, q snapshot) bool { return p.ID == q.ID && p.same(&q.point) }
 
 func sameRef(a, b *checkpointRef) bool {
 	return a == b || a != nil && b != nil && *a == *b
@@ -357,6 +359,11 @@ func loadReach(ctx context.Context, im *Image, sb *superblock) (*reach, error) {
 	for i := range sb.Snapshots {
 		if p := &sb.Snapshots[i]; p.Settled {
 			add(&p.point, "snapshot "+p.Name)
+		}
+	}
+	for i := range sb.Clones {
+		if p := &sb.Clones[i]; p.Settled {
+			add(&p.point, "what "+p.Name+" was cloned from")
 		}
 	}
 	for _, v := range r.views {

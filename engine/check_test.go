@@ -220,7 +220,7 @@ func (c *checkedImage) rewrite(change func(*manifest)) {
 func (c *checkedImage) remap(move func(loc uint64) uint64) {
 	m := c.reach().head.m
 	s := m.segment(kindWhole, 0)
-	span, err := readSegment(context.Background(), c.st, c.id, m.places(0), 0, 256<<20/SectorSize)
+	span, err := readSegment(context.Background(), c.st, &lineage{image: c.id}, m.places(0), 0, 256<<20/SectorSize)
 	if err != nil {
 		c.t.Fatal(err)
 	}

@@ -246,8 +246,8 @@ func (c *checkpointer) finish() {
 		return putManifest(ctx, im.store, m, b)
 	}, func() {
 		im.changeSuper(func(sb *superblock) {
-			if sb.Checkpoint != nil && *sb.Checkpoint != r.ref {
-				sb.Prev = append(sb.Prev, *sb.Checkpoint)
+			if old := sb.Checkpoint; old != nil && *old != r.ref && im.line.own(old.Object) {
+				sb.Prev = append(sb.Prev, *old)
 			}
 			sb.Checkpoint, sb.Seq, sb.Intent = &r.ref, r.at.seq, nil
 			sb.pruneRollbacks()
@@ -285,7 +285,7 @@ func putManifest(ctx context.Context, st backend.Store, m *manifest, b []byte) e
 
 func (c *checkpointer) published(m *manifest) {
 	r, im := c.running, c.im
-	if c.last != nil {
+	if c.last != nil && im.line.own(c.last.Object) {
 		c.old = append(c.old, oldManifest{*c.last, c.parts})
 	}
 	c.last, c.added, c.emptied, c.parts, c.running = &r.ref, r.added, r.emptied, m.parts(), nil

@@ -160,14 +160,20 @@ func (s *storeScan) rebuild(ctx context.Context, st backend.Store, rep *CheckRep
 	return s.checkNameless(ctx, st, rep)
 }
 
+// ids returns the images that there is something of, in order.
+func (s *storeScan) ids() []uuid.UUID {
+	return slices.SortedFunc(maps.Keys(s.objects), func(a, b uuid.UUID) int { return bytes.Compare(a[:], b[:]) })
+}
+
 // nameable returns the superblocks of the images that can have a name, and notes what
 // else is there.
 func (s *storeScan) nameable(ctx context.Context, st backend.Store, rep *CheckReport) (images []*superblock, err error) {
-	ids := slices.SortedFunc(maps.Keys(s.objects), func(a, b uuid.UUID) int { return bytes.Compare(a[:], b[:]) })
-	for _, id := range ids {
+	for _, id := range s.ids() {
 		what := plural.Count(s.objects[id], "object")
 		sb, _, err := loadSuperblock(ctx, st, id)
 		switch {
+		case err == nil && sb.Removed:
+			what = fmt.Sprintf("what clones need of %s, which was removed, with %s", sb.Name, what)
 		case err == nil && sb.Partial:
 			what = fmt.Sprintf("the beginning of %s, which was not salvaged to its end, with %s", sb.Name, what)
 		case err == nil:
@@ -252,10 +258,19 @@ func (s *storeScan) checkNameless(ctx context.Context, st backend.Store, rep *Ch
 		f := Finding{Object: id.String() + "/", Problem: plural.Count(n, "object") + " of an image that has neither name nor superblock", Action: "if nobody misses an image, remove them by hand"}
 		sb, _, err := loadSuperblock(ctx, st, id)
 		switch {
+		case err == nil && sb.Removed:
+			if err := describeRemoved(ctx, st, rep, sb); err != nil {
+				return err
+			}
+			continue
 		case err == nil && sb.Partial:
 			f.Object = SuperblockKey(id)
 			f.Problem = fmt.Sprintf("the beginning of %s, which is being salvaged, or was not to its end, with %s", sb.Name, plural.Count(n, "object"))
 			f.Action = "if nobody is at it, salvage the log again, and remove these objects by hand"
+		case err == nil && sb.untouched():
+			f.Object = SuperblockKey(id)
+			f.Problem = fmt.Sprintf("no name in the directory for %s, which is being made, or was not to its end", sb.Name)
+			f.Action = "if nobody is at it, lsdctl gc STORE --remove removes it"
 		case err == nil:
 			f.Object = SuperblockKey(id)
 			f.Problem = fmt.Sprintf("no name in the directory for this image, made as %s on %s, with %s", sb.Name, sb.Created.Format(time.DateOnly), plural.Count(n, "object"))
@@ -273,6 +288,20 @@ func (s *storeScan) checkNameless(ctx context.Context, st backend.Store, rep *Ch
 		rep.Errors = append(rep.Errors, Finding{Object: key, Problem: "no object of lsd has such a name", Action: byHand})
 	}
 	slices.SortFunc(rep.Errors, func(a, b Finding) int { return strings.Compare(a.Object, b.Object) })
+	return nil
+}
+
+// describeRemoved notes what is left of an image that has been removed.
+func describeRemoved(ctx context.Context, st backend.Store, rep *CheckReport, sb *superblock) error {
+	list, kept, err := unneeded(ctx, st, sb)
+	if err != nil {
+		return err
+	}
+	note := fmt.Sprintf("%s, which was removed, has %s that clones of it need", sb.Name, plural.Count(kept, "object"))
+	if n := len(list); n > 0 || kept == 0 {
+		note += fmt.Sprintf(", and %s that they do not, and that lsdctl gc removes", plural.Count(n, "object"))
+	}
+	rep.Notes = append(rep.Notes, note)
 	return nil
 }
 

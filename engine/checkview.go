@@ -108,7 +108,7 @@ func (c *checker) checkView(ctx context.Context, v *view) error {
 // manifestOf returns the key that stands for a view in findings.
 func (c *checker) manifestOf(v *view) string {
 	if v.ref != nil {
-		return manifestKey(c.id, *v.ref, 0)
+		return c.im.line.manifestKey(*v.ref, 0)
 	}
 	return SuperblockKey(c.id)
 }
@@ -179,7 +179,7 @@ func (x *viewCheck) mapObjects(ctx context.Context) error {
 	c, list := x.c, x.v.m.maps
 	return c.each(ctx, len(list), func(ctx context.Context, i int) error {
 		o := list[i]
-		key := mapKey(c.id, o.at, o.part)
+		key := c.im.line.mapKey(o.at, o.part)
 		if o.live == 0 {
 			return nil
 		}
@@ -245,7 +245,7 @@ func (x *viewCheck) object(ctx context.Context, i int) (*objectHeader, error) {
 
 // readObject reads and verifies an object's header, and its data with Deep.
 func (c *checker) readObject(ctx context.Context, o objectInfo) (*objectHeader, error) {
-	key := dataKey(c.id, uint64(o.number), uint64(o.epoch))
+	key := c.im.line.dataKey(uint64(o.number), uint64(o.epoch))
 	h, err := c.im.readHeader(ctx, o)
 	if err != nil {
 		return nil, err
@@ -322,7 +322,7 @@ func (x *viewCheck) segment(ctx context.Context, i uint32) error {
 	if at := x.v.m.places(i); at[kindWhole].size > 0 {
 		var err error
 		var wrong *segmentError
-		span, err = readSegment(ctx, c.st, c.id, at, i, c.im.sectors)
+		span, err = readSegment(ctx, c.st, c.im.line, at, i, c.im.sectors)
 		switch {
 		case errors.As(err, &wrong) && damaged(err):
 			if !x.counted {
@@ -339,7 +339,7 @@ func (x *viewCheck) segment(ctx context.Context, i uint32) error {
 				newest = p
 			}
 		}
-		x.compare(i, mapKey(c.id, newest.object.at, newest.object.part), span)
+		x.compare(i, c.im.line.mapKey(newest.object.at, newest.object.part), span)
 	}
 	if !x.counted {
 		x.count(i, span)
@@ -361,7 +361,7 @@ func (x *viewCheck) compare(i uint32, key string, span *extmap.Span) {
 		s = e.End()
 		ref, off := refOf(e.Loc), uint64(offsetOf(e.Loc))
 		k := -1
-		if ref.source() == 0 && ref.seq() <= x.v.m.at.object {
+		if ref.possible() && ref.seq() <= x.v.m.at.object {
 			k = x.v.find(ref.seq())
 		}
 		switch p := k - x.first; {
@@ -414,7 +414,7 @@ func (x *viewCheck) count(i uint32, span *extmap.Span) {
 			return
 		}
 		s = e.End()
-		if k := x.v.find(refOf(e.Loc).seq()); k >= 0 && refOf(e.Loc).source() == 0 {
+		if k := x.v.find(refOf(e.Loc).seq()); k >= 0 && refOf(e.Loc).possible() {
 			atomic.AddUint32(&x.now[k], e.N)
 		}
 	}
@@ -487,7 +487,7 @@ func (x *viewCheck) judgeObjects() {
 			continue
 		}
 		action := fmt.Sprintf("%s, of the image's data %d KiB", fromCopy, uint64(x.now[i])*SectorSize/1024)
-		c.add(Finding{Object: dataKey(c.id, uint64(o.number), uint64(o.epoch)), Problem: c.of(x.v, err.Error()), Action: action, vanished: errors.Is(err, backend.ErrNotFound)})
+		c.add(Finding{Object: c.im.line.dataKey(uint64(o.number), uint64(o.epoch)), Problem: c.of(x.v, err.Error()), Action: action, vanished: errors.Is(err, backend.ErrNotFound)})
 	}
 }
 
@@ -506,7 +506,8 @@ func (x *viewCheck) judgeCounts() {
 			wrong = append(wrong, liveCount{o.number, x.live[i]})
 		}
 	}
-	if v == c.reach.head {
+	mendable := v == c.reach.head && c.mendable(v)
+	if mendable {
 		c.counts = wrong
 	}
 	if len(wrong) == 0 {
@@ -516,10 +517,17 @@ func (x *viewCheck) judgeCounts() {
 	k := slices.IndexFunc(v.m.objects, func(o objectInfo) bool { return o.number == w.number })
 	problem := fmt.Sprintf("the table has %d live sectors for object %d, the map has %d; %d such objects", v.m.objects[k].live, w.number, w.live, len(wrong))
 	action := mendCounts
-	if v != c.reach.head || slices.ContainsFunc(wrong, func(w liveCount) bool { return !x.possible(w) }) {
+	if !mendable || slices.ContainsFunc(wrong, func(w liveCount) bool { return !x.possible(w) }) {
 		action = "bring the checkpoint back from a copy of the pool"
 	}
 	c.add(Finding{Object: c.manifestOf(v), Problem: c.of(v, problem), Action: action})
+}
+
+// mendable reports whether the manifest of the present state can be replaced: it is the
+// image's own, and no clone goes back to it.
+func (c *checker) mendable(v *view) bool {
+	return v.ref != nil && c.im.line.own(v.ref.Object) &&
+		!slices.ContainsFunc(c.reach.sb.Clones, func(p snapshot) bool { return sameRef(p.Checkpoint, v.ref) })
 }
 
 // possible reports whether an object has as much data as the map refers to.

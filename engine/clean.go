@@ -243,7 +243,7 @@ func (c *cleaner) weigh(s *search, o *objectInfo) {
 	if o.gone || o.live == 0 || o.moved || uint64(o.number) > im.accepted.object {
 		return // the last one may not be in the map yet
 	}
-	if c.bad[o.number] || c.later[o.number] > 0 || im.super.holds.object(uint64(o.number), 0) {
+	if c.bad[o.number] || c.later[o.number] > 0 || !im.line.own(uint64(o.number)) || im.super.holds.object(uint64(o.number), 0) {
 		s.heldSpace, s.heldLive = s.heldSpace+uint64(o.sectors), s.heldLive+uint64(o.live)
 		return
 	}

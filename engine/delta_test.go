@@ -48,7 +48,7 @@ func (s *storedAlone) change(at, n uint64, hole bool) {
 func (s *storedAlone) checkpoint() int {
 	s.t.Helper()
 	ctx := context.Background()
-	e := mapEncoder{st: s.st, id: s.id, sectors: segmentSectors, deltaFrom: deltaFrom, timeout: time.Minute}
+	e := mapEncoder{st: s.st, line: &lineage{image: s.id}, sectors: segmentSectors, deltaFrom: deltaFrom, timeout: time.Minute}
 	e.encode(ctx, []copiedSegment{{span: s.m.Copy(0, segmentPages), changes: s.changes, stored: s.stored}})
 	s.changes = nil
 	w := e.segments[0]
@@ -61,7 +61,7 @@ func (s *storedAlone) checkpoint() int {
 		s.wholes++
 	}
 	s.stored[w.kind] = place{o, w.at.offset, w.at.size}
-	span, err := readSegment(ctx, s.st, s.id, s.stored, 0, segmentSectors)
+	span, err := readSegment(ctx, s.st, &lineage{image: s.id}, s.stored, 0, segmentSectors)
 	if err != nil {
 		s.t.Fatal(err)
 	}
@@ -262,7 +262,7 @@ func TestDamagedDeltaMoves(t *testing.T) {
 		{s.m.Copy(0, segmentPages), []segmentPart{{0, kindWhole}}, 0},
 		{nil, nil, 1},
 	} {
-		e := mapEncoder{st: s.st, id: s.id, sectors: segmentSectors, timeout: time.Minute}
+		e := mapEncoder{st: s.st, line: &lineage{image: s.id}, sectors: segmentSectors, timeout: time.Minute}
 		e.encode(context.Background(), []copiedSegment{{segmentPart: p, span: x.span, stored: s.stored}})
 		var got []segmentPart
 		for _, w := range e.segments {

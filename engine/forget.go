@@ -18,7 +18,7 @@ import (
 // it was put. So what a state has goes with it if the present state and the points have
 // nothing of it: whatever these go on to be made of is newer.
 type forgetter struct {
-	running bool
+	running bool // or waits for the next try
 	waits   int
 }
 
@@ -44,7 +44,9 @@ func (im *Image) forgetStates() {
 		}
 		if err != nil {
 			im.countStoreError(err)
-			im.logger.Warn("cannot tell what a state was made of that is to be forgotten: it wastes space until that is possible", "err", err)
+			if f.waits == 0 {
+				im.logger.Warn("cannot tell what a state was made of that is to be forgotten: it wastes space until that is possible", "err", err)
+			}
 			im.forgetLater()
 			return
 		}
@@ -67,7 +69,9 @@ func (im *Image) forgotten(state *point, r *removal) {
 		sb.pruneRollbacks()
 	}, func() {
 		im.forgetter = forgetter{}
-		im.startLeftovers()
+		if c := state.Checkpoint; c != nil && slices.Contains(im.super.sb.Prev, *c) {
+			im.removeManifests([]checkpointRef{*c})
+		}
 		im.forgetStates()
 	})
 }
@@ -75,10 +79,12 @@ func (im *Image) forgotten(state *point, r *removal) {
 // forgetLater tries again after a pause, which is longer the more there were.
 func (im *Image) forgetLater() {
 	f := &im.forgetter
-	f.running = false
-	wait := im.backoff(f.waits)
+	wait := min(im.cfg.RetryMin<<min(f.waits, 16), leftoverGrace)
 	f.waits++
-	im.env.AfterFunc(wait, im.forgetStates)
+	im.env.AfterFunc(wait, func() {
+		f.running = false
+		im.forgetStates()
+	})
 }
 
 // mapName names a map object.
@@ -106,12 +112,19 @@ func garbageOf(ctx context.Context, st backend.Store, sb *superblock, state *poi
 		return nil, err
 	}
 	head, path := sb.pathTo(maxObjectSeq), sb.pathTo(state.Object)
-	maps.DeleteFunc(made.data, func(n uint64, _ statePart) bool { return head.has(n) })
-	maps.DeleteFunc(made.maps, func(m mapName, _ bool) bool { return ours[m] })
+	line := sb.lineage()
+	maps.DeleteFunc(made.data, func(n uint64, _ statePart) bool { return head.has(n) || !line.own(n) })
+	maps.DeleteFunc(made.maps, func(m mapName, _ bool) bool { return ours[m] || !line.own(m.at.Object) })
 	shared := head.common(path)
 	for p := range sb.states() {
-		if !p.Settled || sb.pathTo(p.Object).common(path) <= shared || mutate.On(mutate.StatesTorn) {
-			continue // what it has of the state is the present one's as well
+		if !p.Settled || mutate.On(mutate.StatesTorn) {
+			continue
+		}
+		if n := sb.pathTo(p.Object).common(path); n < shared || n == shared && head.has(p.Object) {
+			// What it has of the state is the present one's as well. One that parts from both
+			// at the same place may know of map objects that the present one does not, which
+			// has gone back to an older checkpoint.
+			continue
 		}
 		needs, err := loadParts(ctx, st, sb, p)
 		if err != nil {
@@ -149,7 +162,7 @@ type statePart struct {
 func loadParts(ctx context.Context, st backend.Store, sb *superblock, p *point) (*stateParts, error) {
 	parts := &stateParts{data: map[uint64]statePart{}, maps: map[mapName]bool{}}
 	if p.Checkpoint != nil {
-		m, err := loadManifest(ctx, st, sb.Image, *p.Checkpoint, MaxSize/SectorSize)
+		m, err := loadManifest(ctx, st, sb.lineage(), *p.Checkpoint, MaxSize/SectorSize)
 		if err != nil {
 			return nil, err
 		}

@@ -22,6 +22,7 @@ import (
 type Image struct {
 	// Fixed once opened.
 	id       uuid.UUID
+	line     *lineage // of id
 	store    backend.Store
 	fencer   backend.Fencer // the store, if it can shut clients out, or nil
 	log      *writelog.Log  // nil when read-only
@@ -96,7 +97,8 @@ type Image struct {
 	ageTimer Timer
 	pump     Timer
 
-	taking     map[uuid.UUID]bool // snapshots that are being taken
+	taking     map[uuid.UUID]bool   // snapshots that are being taken
+	pending    map[uuid.UUID]uint64 // those asked for, and the last object accepted when they were first seen
 	refreshers []*refresher
 	forgetter  forgetter
 
@@ -164,6 +166,8 @@ func (im *Image) Start(env Env, dev aio.Device, mem []byte) {
 	if im.readOnly {
 		return
 	}
+	im.pending = nil
+	im.takeSuper(im.super.sb, im.super.version) // now it is known what is accepted
 	im.recovered, im.recoveredTo = im.checkpoint.since(), im.accepted.object
 	im.log.Start(dev, im, mem, im.cfg.LogDepth)
 	im.ageTimer = env.AfterFunc(im.cfg.BatchAge, im.sealByAge)

@@ -21,6 +21,9 @@ type Info struct {
 	Evicting   string    `json:"evict_asked_by,omitempty"`
 	Checkpoint uint64    `json:"checkpoint_object,omitempty"`
 	CutOff     []Branch  `json:"cut_off,omitempty"`
+	Parent     uuid.UUID `json:"parent,omitzero"` // the image that it was cloned from
+	// Clones are those of the image: their ids, and the names that they were made under.
+	Clones []Snapshot `json:"clones,omitempty"`
 	// Snapshots are in the order in which they were asked for.
 	Snapshots []Snapshot `json:"snapshots,omitempty"`
 }
@@ -67,7 +70,7 @@ func Describe(ctx context.Context, st backend.Store, name string) (Info, error) 
 	for _, p := range sb.Points {
 		info.CutOff = append(info.CutOff, Branch{Log: p.Log, Host: p.Host, Since: p.Since, Epoch: p.Epoch})
 	}
-	info.Snapshots = sb.describeSnapshots()
+	info.Parent, info.Clones, info.Snapshots = sb.Parent, describeAll(sb.Clones), describeAll(sb.Snapshots)
 	return info, nil
 }
 

@@ -13,8 +13,7 @@ const SectorSize = 512
 //
 //	bits 0..17   offset in the object's data, in sectors
 //	bits 18..49  number of the object
-//	bits 50..62  source: whose object it is; 0 is the image itself. Others are
-//	             for clones, whose maps refer to the objects of their ancestors.
+//	bits 50..62  zero
 //	bit  63      zero (extmap.Fixed, which the object map never holds)
 //
 // No object has the number 0, so no location is 0.
@@ -28,7 +27,8 @@ const (
 	lastWritten = maxObjectSeq - 1<<20
 )
 
-// objectRef names an object in a map: source and number, without the offset.
+// objectRef names an object in a map: its number, which says whose it is as well (see
+// lineage).
 type objectRef uint64
 
 func refOf(loc uint64) objectRef       { return objectRef(loc >> locOffsetBits) }
@@ -36,7 +36,10 @@ func (r objectRef) loc(off int) uint64 { return uint64(r)<<locOffsetBits | uint6
 func (r objectRef) seq() uint64        { return uint64(r) & maxObjectSeq }
 func offsetOf(loc uint64) int          { return int(loc & (1<<locOffsetBits - 1)) }
 func refOfSeq(seq uint64) objectRef    { return objectRef(seq) }
-func (r objectRef) source() int        { return int(r >> locObjectBits) }
+
+// possible reports whether there can be such an object: a map whose checksums are right can
+// say anything.
+func (r objectRef) possible() bool { return r <= maxObjectSeq }
 
 // Keys of an image's objects in its store.
 

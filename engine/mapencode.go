@@ -4,14 +4,13 @@ import (
 	"context"
 	"time"
 
-	"github.com/google/uuid"
 	"github.com/lsd-ceph/lsd/backend"
 )
 
 // mapEncoder encodes segments for a map object. One goroutine uses it.
 type mapEncoder struct {
 	st        backend.Store
-	id        uuid.UUID
+	line      *lineage
 	sectors   uint64 // of the image
 	deltaFrom int
 	timeout   time.Duration // of each read
@@ -35,7 +34,7 @@ func (e *mapEncoder) encode(ctx context.Context, list []copiedSegment) {
 // addWhole adds all of a segment of which there is a copy.
 func (e *mapEncoder) addWhole(s copiedSegment) {
 	p, from := segmentPart{index: s.index}, len(e.b)
-	e.b = encodeSegment(e.b, e.id, segmentHead{segmentPart: p}, extentsOf(s.span, segmentStart(s.index)))
+	e.b = encodeSegment(e.b, e.line.image, segmentHead{segmentPart: p}, extentsOf(s.span, segmentStart(s.index)))
 	e.written(p, from, false)
 }
 
@@ -45,17 +44,20 @@ func (e *mapEncoder) move(ctx context.Context, s copiedSegment) {
 	at := s.stored[s.kind]
 	b, err := e.read(ctx, at)
 	if err == nil {
-		_, err = decodeSegment(b, e.id, s.segmentPart, e.sectors, func(segmentExtent) {})
+		_, err = decodeSegment(b, e.line.of(at.object.at.Object), s.segmentPart, e.sectors, func(segmentExtent) {})
 	}
 	switch {
 	case err == nil:
 		from := len(e.b)
 		e.b = append(e.b, b...)
+		if !e.line.own(at.object.at.Object) {
+			ownSegment(e.b[from:], e.line.image)
+		}
 		e.written(s.segmentPart, from, true)
 	case s.span != nil:
 		e.addWhole(s)
 	default:
-		e.left = append(e.left, leftSegment{s.segmentPart, at, &segmentError{s.segmentPart, mapKey(e.id, at.object.at, at.object.part), at.offset, err}})
+		e.left = append(e.left, leftSegment{s.segmentPart, at, &segmentError{s.segmentPart, e.line.mapKey(at.object.at, at.object.part), at.offset, err}})
 	}
 }
 
@@ -72,7 +74,7 @@ func (e *mapEncoder) addDelta(ctx context.Context, s copiedSegment) bool {
 	if at := s.stored[kindDelta]; at.size > 0 {
 		b, err := e.read(ctx, at)
 		if err == nil {
-			head, err = decodeSegment(b, e.id, p, e.sectors, func(x segmentExtent) {
+			head, err = decodeSegment(b, e.line.of(at.object.at.Object), p, e.sectors, func(x segmentExtent) {
 				old = append(old, sectorRange{uint32(x.Sector - base), uint32(x.End() - base)})
 			})
 		}
@@ -82,7 +84,7 @@ func (e *mapEncoder) addDelta(ctx context.Context, s copiedSegment) bool {
 	}
 	d := newDelta(s.changes, old, head.repeated)
 	from := len(e.b)
-	e.b = encodeSegment(e.b, e.id, segmentHead{p, d.repeated}, within(s.span, base, d.ranges))
+	e.b = encodeSegment(e.b, e.line.image, segmentHead{p, d.repeated}, within(s.span, base, d.ranges))
 	if !d.pays(len(e.b)-from, whole) {
 		e.b = e.b[:from]
 		return false
@@ -99,7 +101,7 @@ func (e *mapEncoder) read(ctx context.Context, at place) ([]byte, error) {
 	}
 	ctx, stop := context.WithTimeout(ctx, e.timeout)
 	defer stop()
-	b, err := readPartBytes(ctx, e.st, e.id, at)
+	b, err := readPartBytes(ctx, e.st, e.line, at)
 	if err != nil && ctx.Err() != nil {
 		e.late = err
 	}

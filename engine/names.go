@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 
 	"github.com/google/uuid"
 	"github.com/lsd-ceph/lsd/backend"
@@ -21,16 +22,12 @@ func Rename(ctx context.Context, st backend.Store, from, to string) error {
 	if err := backend.Rename(ctx, st, from, to); err != nil {
 		return err
 	}
-	p := patient{st, Real{}}
-	err = p.try(ctx, func() error {
-		_, _, err := changeSuperblock(ctx, p, id, func(sb *superblock) error {
-			if sb.Name == to {
-				return errNothing
-			}
-			sb.Name = to
-			return nil
-		})
-		return err
+	err = changeInsistently(ctx, st, id, func(sb *superblock) error {
+		if sb.Name == to {
+			return errNothing
+		}
+		sb.Name = to
+		return nil
 	})
 	if err != nil {
 		return fmt.Errorf("it is %s now, but its superblock says %s, which counts if the directory of names is lost: %w", to, from, err)
@@ -54,31 +51,47 @@ type RemoveOptions struct {
 	Progress  func(done int) // is told how many objects are gone; may be nil
 }
 
-// Remove removes the image of that name and all its objects. Unless the options say
-// otherwise, one that has an owner is refused with an OwnedError, and one that has snapshots
-// with a SnapshotsError.
+// Remove removes the image of that name. All its objects go, but for those that clones of it
+// need: these go when no clone needs them any more. Unless the options say otherwise, one that
+// has an owner is refused with an OwnedError, and one that has snapshots with a
+// SnapshotsError. A removal that was interrupted can be repeated, since the name goes last.
 func Remove(ctx context.Context, st backend.Store, name string, o RemoveOptions) error {
 	id, err := backend.Lookup(ctx, st, name)
 	if err != nil {
 		return err
 	}
-	sb, _, err := loadSuperblock(ctx, st, id)
+	err = changeInsistently(ctx, st, id, func(sb *superblock) error { return sb.remove(&o) })
 	switch {
-	case errors.Is(err, backend.ErrNotFound):
-		// A removal that did not get to its end: go on with it.
-	case err != nil && !o.Force:
+	case err == nil:
+		err = reclaim(ctx, patient{st, Real{}}, id, o.Progress)
+	case errors.Is(err, backend.ErrNotFound) || o.Force && unreadableSuper(err):
+		err = removeObjects(ctx, st, id, o.Progress)
+	default:
 		return err
-	case err == nil && sb.Owner != nil && !o.Force:
-		return &OwnedError{Image: o.URL, Host: sb.Owner.Host, Since: sb.Owner.Since, Lease: sb.Owner.Lease}
 	}
-	if err == nil && len(sb.Snapshots) > 0 && !o.Snapshots {
-		return &SnapshotsError{len(sb.Snapshots)}
-	}
-	// The name comes last, so that a removal that was interrupted can be repeated.
-	if err := removeObjects(ctx, st, id, o.Progress); err != nil {
+	if err != nil {
 		return fmt.Errorf("remove image %s: %w", name, err)
 	}
 	return backend.Unlink(ctx, st, name, id)
+}
+
+// remove makes the image one that has been removed, in an epoch that nobody owns.
+func (s *superblock) remove(o *RemoveOptions) error {
+	switch {
+	case s.Removed:
+		return errNothing
+	case s.Owner != nil && !o.Force:
+		return owned(s.Owner, &OpenOptions{URL: o.URL})
+	case len(s.Snapshots) > 0 && !o.Snapshots:
+		return &SnapshotsError{len(s.Snapshots)}
+	}
+	s.Removed, s.Owner, s.Evict = true, nil, nil
+	s.Snapshots, s.Points, s.Forgotten = nil, nil, nil
+	s.Clones = slices.DeleteFunc(s.Clones, func(p snapshot) bool { return !p.Settled })
+	if s.Epoch < maxEpoch {
+		s.Epoch++ // nobody has it from here on
+	}
+	return nil
 }
 
 // removeObjects removes all objects of an image. The superblock goes first, so that

@@ -70,13 +70,7 @@ func createNameless(ctx context.Context, st backend.Store, name string, o Create
 	if err := o.check(); err != nil {
 		return uuid.Nil, err
 	}
-	if _, err := backend.Lookup(ctx, st, name); !errors.Is(err, backend.ErrNotFound) {
-		if err == nil {
-			err = fmt.Errorf("image %s %w", name, backend.ErrExists)
-		}
-		return uuid.Nil, err
-	}
-	if err := notLost(ctx, st); err != nil {
+	if err := nameIsFree(ctx, st, name); err != nil {
 		return uuid.Nil, err
 	}
 	id := uuid.New()
@@ -88,6 +82,20 @@ func createNameless(ctx context.Context, st backend.Store, name string, o Create
 		return uuid.Nil, fmt.Errorf("create image %s: %w", name, err)
 	}
 	return id, nil
+}
+
+// nameIsFree fails where a new image cannot have the name.
+func nameIsFree(ctx context.Context, st backend.Store, name string) error {
+	if err := backend.CheckImageName(name); err != nil {
+		return err
+	}
+	if _, err := backend.Lookup(ctx, st, name); !errors.Is(err, backend.ErrNotFound) {
+		if err == nil {
+			err = fmt.Errorf("image %s %w", name, backend.ErrExists)
+		}
+		return err
+	}
+	return notLost(ctx, st)
 }
 
 // notLost fails with ErrLostDirectory where a new image would hide that the names of
@@ -226,6 +234,9 @@ func Open(ctx context.Context, st backend.Store, id uuid.UUID, o OpenOptions) (*
 	o.Config = o.Config.withDefaults()
 	recovery := patient{prompt{st, o.Config.StoreTimeout}, o.Clock}
 	sb, _, err := loadSuperblock(ctx, recovery, id)
+	if err == nil && sb.Removed {
+		err = fmt.Errorf("%w: %w", backend.ErrNotFound, errRemoved)
+	}
 	if err != nil {
 		return nil, err
 	}
@@ -294,7 +305,7 @@ func recoverAsIs(ctx context.Context, st backend.Store, sb *superblock, o *OpenO
 	sb = sb.clone()
 	sb.Sectors = p.Sectors
 	im := newImage(ctx, st, sb, o)
-	im.super.take(sb, "")
+	im.takeSuper(sb, "")
 	return im, im.recoverPoint(ctx, sb, &p.point)
 }
 
@@ -354,7 +365,7 @@ func (im *Image) dropUnopened() {
 
 func newImage(ctx context.Context, st backend.Store, sb *superblock, o *OpenOptions) *Image {
 	im := &Image{
-		id: sb.Image, store: st, cfg: o.Config.withDefaults(), readOnly: o.ReadOnly,
+		id: sb.Image, line: sb.lineage(), store: st, cfg: o.Config.withDefaults(), readOnly: o.ReadOnly,
 		sectors: sb.Sectors, object: uint64(sb.ObjectSize / SectorSize), window: sb.Window,
 		dirty: extmap.New(sb.Sectors), parallel: cmp.Or(o.Parallel, defaultParallel),
 	}
@@ -587,7 +598,10 @@ func (im *Image) acquire(ctx context.Context, o *OpenOptions, ours bool) (*super
 		if err != nil {
 			return nil, err
 		}
-		if ours && (sb.Owner == nil || sb.Owner.Log != im.logID) {
+		switch {
+		case sb.Removed:
+			return nil, errRemoved
+		case ours && (sb.Owner == nil || sb.Owner.Log != im.logID):
 			return nil, errReleased
 		}
 		if sb.Owner != nil && !ours {
@@ -611,7 +625,7 @@ func (im *Image) acquire(ctx context.Context, o *OpenOptions, ours bool) (*super
 		before := sb.Owner
 		sb.Epoch++
 		sb.Evict = nil
-		sb.Owner = &owner{Host: o.Host, Log: im.logID, Lease: o.Lease, Since: time.Now().UTC().Truncate(time.Second), Client: im.client()}
+		sb.Owner = &owner{Host: o.Host, Log: im.logID, Lease: o.Lease, Since: time.Now().UTC().Truncate(time.Second), Client: im.client(), Reads: superVersion}
 		version, err = im.store.Swap(ctx, SuperblockKey(im.id), version, sb.encode())
 		if errors.Is(err, backend.ErrConflict) {
 			continue
@@ -619,7 +633,7 @@ func (im *Image) acquire(ctx context.Context, o *OpenOptions, ours bool) (*super
 		if err != nil {
 			return nil, fmt.Errorf("take the ownership: %w", err)
 		}
-		im.super.take(sb, version)
+		im.takeSuper(sb, version)
 		if before != nil && !ours {
 			im.fenceOwner(ctx, before, o)
 		}
@@ -703,6 +717,6 @@ func (im *Image) settleOwnership(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("take the ownership: %w", err)
 	}
-	im.super.take(sb, version)
+	im.takeSuper(sb, version)
 	return nil
 }

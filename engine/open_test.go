@@ -237,7 +237,7 @@ func TestOtherVersionIsRefused(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		payload, err := frame.Decode(superMagic, b, superVersion)
+		payload, err := frame.Decode(superMagic, b, superOld)
 		if err != nil {
 			t.Fatal(err)
 		}

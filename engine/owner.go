@@ -7,6 +7,7 @@ import (
 	"slices"
 	"time"
 
+	"github.com/google/uuid"
 	"github.com/lsd-ceph/lsd/backend"
 	"github.com/lsd-ceph/lsd/internal/mutate"
 )
@@ -14,7 +15,7 @@ import (
 // superWriter changes the superblock for the owner: one change at a time, each a
 // compare-and-swap that also renews the lease. The reactor owns it.
 type superWriter struct {
-	sb      *superblock // as last written or read: see take
+	sb      *superblock // as last written or read: see takeSuper
 	version backend.Version
 	holds   *holds // of sb
 	timer   Timer  // renews the lease
@@ -39,9 +40,30 @@ type superWriter struct {
 	loose       bool // it goes while objects of the cleaner may be under way
 }
 
-// take makes sb, of that version, what is known of the superblock.
-func (s *superWriter) take(sb *superblock, version backend.Version) {
+// takeSuper makes sb, of that version, what is known of the superblock. A snapshot that it asks
+// for is going to be of a state that is not older than the one at which it is first seen
+// here, so what died before goes on being removed: a full store would wait for that.
+func (im *Image) takeSuper(sb *superblock, version backend.Version) {
+	s := &im.super
 	s.sb, s.version, s.holds = sb, version, sb.holds()
+	if !s.holds.pending {
+		im.pending = nil
+		return
+	}
+	seen := map[uuid.UUID]uint64{}
+	s.holds.floor = im.accepted.object
+	for p := range sb.named() {
+		if p.Settled {
+			continue
+		}
+		at, ok := im.pending[p.ID]
+		if !ok {
+			at = im.accepted.object
+		}
+		seen[p.ID] = at
+		s.holds.floor = min(s.holds.floor, at)
+	}
+	im.pending = seen
 }
 
 // superChange is a change of the superblock beside renewals. apply may be called
@@ -209,7 +231,7 @@ func (im *Image) updateSuper() {
 func (im *Image) superWritten(next *superblock, version backend.Version, began time.Duration, changes int, releasing bool) {
 	s := &im.super
 	before := s.sb
-	s.take(next, version)
+	im.takeSuper(next, version)
 	s.renew, s.tries = false, 0
 	im.storeWorks(useOther)
 	if releasing {
@@ -277,9 +299,13 @@ func (im *Image) superReloaded(sb *superblock, version backend.Version) {
 	switch {
 	case sb.Epoch == s.sb.Epoch && sb.Owner == nil && s.release != nil:
 		// An earlier attempt to release had gone through.
-		s.take(sb, version)
+		im.takeSuper(sb, version)
 		im.released()
 	case !mutate.On(mutate.EpochIgnored) && (sb.Epoch != s.sb.Epoch || sb.Owner == nil || sb.Owner.Log != im.logID):
+		if sb.Removed {
+			im.fenced(errors.New("the image has been removed"))
+			return
+		}
 		who := "nobody"
 		if sb.Owner != nil {
 			who = sb.Owner.Host
@@ -287,7 +313,7 @@ func (im *Image) superReloaded(sb *superblock, version backend.Version) {
 		im.fenced(fmt.Errorf("epoch %d is over: the image is at epoch %d, owned by %s", s.sb.Epoch, sb.Epoch, who))
 	default:
 		before := s.sb
-		s.take(sb, version)
+		im.takeSuper(sb, version)
 		s.renew = true
 		im.pointsChanged(before)
 		im.heedEviction()

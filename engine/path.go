@@ -105,6 +105,9 @@ func (s *superblock) pruneRollbacks() {
 }
 
 func (s *superblock) needsRollback(b rollback) bool {
+	if slices.ContainsFunc(s.Rollbacks, func(c rollback) bool { return c.Object > b.Object && c.From > b.From && c.From < b.Object }) {
+		return true // a path that passes what was rolled back
+	}
 	needs := func(p *point) bool {
 		return p.Object > b.From && p.Object < b.Object || p.base() < b.Object && b.Object <= p.Object
 	}

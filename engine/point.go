@@ -63,11 +63,11 @@ func (s *superblock) states() iter.Seq[*point] {
 				return
 			}
 		}
-		for i := range s.Snapshots {
+		for p := range s.named() {
 			if mutate.On(mutate.SnapshotUnheld) {
 				return
 			}
-			if !yield(&s.Snapshots[i].point) {
+			if !yield(&p.point) {
 				return
 			}
 		}
@@ -77,10 +77,13 @@ func (s *superblock) states() iter.Seq[*point] {
 // holds is what the points of an image keep, made for many questions: an image may have
 // a thousand points, and a million objects. It does not change.
 type holds struct {
-	all    bool     // there is a point of which it is not known yet where it is
-	at     []uint64 // the points, ascending
-	bases  []uint64 // of those that have a checkpoint, ascending
-	replay []run64  // objects that are replayed for a point: ascending, apart
+	// pending says that there is a point of which it is not known yet where it is: not before
+	// the object floor.
+	pending bool
+	floor   uint64
+	at      []uint64 // the points, ascending
+	bases   []uint64 // of those that have a checkpoint, ascending
+	replay  []run64  // objects that are replayed for a point: ascending, apart
 }
 
 // holds returns what the points keep of what the image's present state is made of, or was.
@@ -93,7 +96,7 @@ func (s *superblock) holds() *holds {
 	for p := range s.states() {
 		base := p.base()
 		if !p.Settled {
-			h.all = true
+			h.pending = true
 		} else {
 			at := head.common(s.pathTo(p.Object))
 			h.at = append(h.at, at)
@@ -122,7 +125,7 @@ func (s *superblock) holds() *holds {
 // died; 0 means that it lives. It does if it is not newer than the point, and either died
 // later or is replayed.
 func (h *holds) object(number, died uint64) bool {
-	if h.all || between(h.at, number, died) {
+	if h.pending && (died == 0 || died > h.floor) || between(h.at, number, died) {
 		return true
 	}
 	i, _ := slices.BinarySearchFunc(h.replay, number, func(r run64, n uint64) int { return cmp.Compare(r.last, n) })
@@ -197,7 +200,7 @@ func (s *superblock) forget(p point) {
 
 // dropManifest has a manifest removed that nobody needs.
 func (s *superblock) dropManifest(c *checkpointRef) {
-	if c != nil && !sameRef(s.Checkpoint, c) && !s.heldManifest(*c) && !slices.Contains(s.Prev, *c) {
+	if c != nil && s.lineage().own(c.Object) && !sameRef(s.Checkpoint, c) && !s.heldManifest(*c) && !slices.Contains(s.Prev, *c) {
 		s.Prev = append(s.Prev, *c)
 	}
 }

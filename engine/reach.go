@@ -170,7 +170,7 @@ func (im *Image) loadView(ctx context.Context, sb *superblock, v *view) error {
 		return err
 	case v.point != nil && v.point.Settled && v.end() < v.last:
 		missing = max(missing, v.end()+1) // where the last object is joined to the next, none is
-		v.err = fmt.Errorf("object %s: %w", dataKey(im.id, missing, sb.epochOf(missing)), backend.ErrNotFound)
+		v.err = fmt.Errorf("object %s: %w", im.line.dataKey(missing, sb.epochOf(missing)), backend.ErrNotFound)
 	}
 	return nil
 }
@@ -323,7 +323,7 @@ func (r *reach) mapClass(k imageKey) keyClass {
 // leftover says whether the superblock knows of an object that is not needed.
 func (r *reach) leftover(k imageKey) keyClass {
 	if slices.ContainsFunc(r.gone, func(g *goneState) bool { return g.has(k) }) {
-		return classStale
+		return classDead // an owner removes it, in its order
 	}
 	if c := r.sb.Intent; c != nil && k.kind != keyData && *c == k.ref {
 		return classStale

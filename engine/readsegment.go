@@ -5,7 +5,6 @@ import (
 	"context"
 	"fmt"
 
-	"github.com/google/uuid"
 	"github.com/lsd-ceph/lsd/backend"
 	"github.com/lsd-ceph/lsd/internal/extmap"
 )
@@ -31,7 +30,7 @@ func (im *Image) fetchSegment(at places, i uint32, fn func(*extmap.Span, error))
 	var span *extmap.Span
 	if at[kindDelta].size == 0 {
 		im.askStore(func(ctx context.Context) (err error) {
-			span, err = readSegment(ctx, im.store, im.id, at, i, im.sectors)
+			span, err = readSegment(ctx, im.store, im.line, at, i, im.sectors)
 			return err
 		}, func(err error) { fn(span, err) })
 		return
@@ -55,23 +54,23 @@ func (im *Image) fetchSegment(at places, i uint32, fn func(*extmap.Span, error))
 		}, func() { fn(span, nil) })
 	}
 	im.askStore(func(ctx context.Context) (err error) {
-		span, err = readSegment(ctx, im.store, im.id, whole, i, im.sectors)
+		span, err = readSegment(ctx, im.store, im.line, whole, i, im.sectors)
 		return err
 	}, done)
 	im.askStore(func(ctx context.Context) error {
-		return readPart(ctx, im.store, im.id, at[kindDelta], segmentPart{i, kindDelta}, im.sectors, func(e segmentExtent) { delta = append(delta, e) })
+		return readPart(ctx, im.store, im.line, at[kindDelta], segmentPart{i, kindDelta}, im.sectors, func(e segmentExtent) { delta = append(delta, e) })
 	}, done)
 }
 
 // readSegment reads a segment from where it is stored: all of it, and then what has changed
 // since. An error is a *segmentError. Any goroutine may call it.
-func readSegment(ctx context.Context, st backend.Store, id uuid.UUID, at places, index uint32, sectors uint64) (*extmap.Span, error) {
+func readSegment(ctx context.Context, st backend.Store, line *lineage, at places, index uint32, sectors uint64) (*extmap.Span, error) {
 	span := extmap.NewSpan(segmentStart(index), segmentPages)
 	for kind := range segmentKinds {
 		if at[kind].size == 0 {
 			continue
 		}
-		if err := readPart(ctx, st, id, at[kind], segmentPart{index, kind}, sectors, enterInto(span)); err != nil {
+		if err := readPart(ctx, st, line, at[kind], segmentPart{index, kind}, sectors, enterInto(span)); err != nil {
 			return nil, err
 		}
 	}
@@ -90,19 +89,19 @@ func enterInto(span *extmap.Span) func(segmentExtent) {
 }
 
 // readPart reads and decodes a segment or a delta. An error is a *segmentError.
-func readPart(ctx context.Context, st backend.Store, id uuid.UUID, at place, p segmentPart, sectors uint64, fn func(segmentExtent)) error {
-	b, err := readPartBytes(ctx, st, id, at)
+func readPart(ctx context.Context, st backend.Store, line *lineage, at place, p segmentPart, sectors uint64, fn func(segmentExtent)) error {
+	b, err := readPartBytes(ctx, st, line, at)
 	if err == nil {
-		_, err = decodeSegment(b, id, p, sectors, fn)
+		_, err = decodeSegment(b, line.of(at.object.at.Object), p, sectors, fn)
 	}
 	if err != nil {
-		return &segmentError{p, mapKey(id, at.object.at, at.object.part), at.offset, err}
+		return &segmentError{p, line.mapKey(at.object.at, at.object.part), at.offset, err}
 	}
 	return nil
 }
 
-func readPartBytes(ctx context.Context, st backend.Store, id uuid.UUID, at place) ([]byte, error) {
-	key := mapKey(id, at.object.at, at.object.part)
+func readPartBytes(ctx context.Context, st backend.Store, line *lineage, at place) ([]byte, error) {
+	key := line.mapKey(at.object.at, at.object.part)
 	b := make([]byte, at.size)
 	n, err := st.Get(ctx, key, b, int64(at.offset))
 	if err != nil {

@@ -39,7 +39,7 @@ func (im *Image) reap() {
 	switch {
 	case x.looking:
 		return
-	case last == nil, mutate.On(mutate.DeadKept), !im.leased(), x.jobs >= reapJobs, holds.all:
+	case last == nil, mutate.On(mutate.DeadKept), !im.leased(), x.jobs >= reapJobs:
 		im.reaped()
 		return
 	}
@@ -56,7 +56,11 @@ func (im *Image) reap() {
 		case holds.object(uint64(n), uint64(o.died)):
 			t.kept = append(t.kept, n)
 			continue
-		case uint64(n) <= last.Object || mutate.On(mutate.DeletedEarly):
+		case uint64(n) > last.Object && !mutate.On(mutate.DeletedEarly):
+		case !im.line.own(uint64(n)):
+			t.remove(uint64(n)) // an ancestor's, which knows who needs it
+			continue
+		default:
 			batch = append(batch, *o)
 		}
 		left = append(left, n)
@@ -167,6 +171,27 @@ func (im *Image) removeLeftovers(r *removal, done func()) {
 			}
 			done()
 		})
+	})
+}
+
+// removeManifests removes manifests of checkpoints that points went back to which have been
+// given up, and takes them off the superblock's list of those that were replaced. What cannot
+// be removed now the next start tries again.
+func (im *Image) removeManifests(refs []checkpointRef) {
+	refs = slices.DeleteFunc(refs, im.super.sb.heldManifest) // by others
+	if len(refs) == 0 {
+		return
+	}
+	r := new(removal)
+	for _, c := range refs {
+		r.add(im.super.sb.manifestParts(c, im.manifestParts()))
+	}
+	im.remove(r, func() {
+		if len(r.left) == 0 {
+			im.changeSuper(func(sb *superblock) {
+				sb.Prev = slices.DeleteFunc(sb.Prev, func(c checkpointRef) bool { return slices.Contains(refs, c) })
+			}, func() {})
+		}
 	})
 }
 

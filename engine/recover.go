@@ -18,7 +18,7 @@ import (
 // recoverStore loads the last checkpoint and replays the data objects after it:
 // the longest unbroken run.
 func (im *Image) recoverStore(ctx context.Context, sb *superblock) error {
-	im.super.take(sb, im.super.version)
+	im.takeSuper(sb, im.super.version)
 	if err := im.loadCheckpoint(ctx, sb.Checkpoint); err != nil {
 		return err
 	}
@@ -71,8 +71,12 @@ func (im *Image) headers(ctx context.Context, sb *superblock, at position, last 
 		if at.object > r.last {
 			continue
 		}
-		if missing, err = im.headersIn(ctx, sb, at, r.last, v.object); missing > 0 || err != nil || i+1 == len(p) {
+		missing, err = im.headersIn(ctx, sb, at, r.last, v.object)
+		switch {
+		case err != nil || i+1 == len(p):
 			return missing, err
+		case missing > 0: // the image does not end there
+			return 0, fmt.Errorf("data object %s: %w", im.line.dataKey(missing, sb.epochOf(missing)), backend.ErrNotFound)
 		}
 		k := slices.IndexFunc(sb.Rollbacks, func(b rollback) bool { return b.Object == p[i+1].after })
 		at = position{object: p[i+1].after, seq: sb.Rollbacks[k].Seq}
@@ -150,14 +154,14 @@ func (im *Image) headersIn(ctx context.Context, sb *superblock, at position, las
 func (im *Image) goesOn(at position, group []*objectHeader, h *objectHeader) error {
 	if h.firstSeq != at.seq+1 {
 		return fmt.Errorf("object %s: %w: it begins at record %d, the one before ends at %d",
-			dataKey(im.id, h.seq, h.epoch), ErrCorrupt, h.firstSeq, at.seq)
+			im.line.dataKey(h.seq, h.epoch), ErrCorrupt, h.firstSeq, at.seq)
 	}
 	if len(group) == 0 {
 		return nil
 	}
 	first := group[0]
 	if len(group) == maxGroup || h.epoch != first.epoch || h.lastSeq != first.lastSeq || h.log != first.log || h.logEnd != first.logEnd {
-		return fmt.Errorf("object %s: %w: it is not of the group that object %d is of", dataKey(im.id, h.seq, h.epoch), ErrCorrupt, first.seq)
+		return fmt.Errorf("object %s: %w: it is not of the group that object %d is of", im.line.dataKey(h.seq, h.epoch), ErrCorrupt, first.seq)
 	}
 	return nil
 }
@@ -171,7 +175,7 @@ func (im *Image) loadSegmentNow(ctx context.Context, i uint32) error {
 	var span *extmap.Span
 	if !im.objs.empty(i) {
 		var err error
-		if span, err = readSegment(ctx, im.store, im.id, im.objs.places(i), i, im.sectors); err != nil {
+		if span, err = readSegment(ctx, im.store, im.line, im.objs.places(i), i, im.sectors); err != nil {
 			return err
 		}
 	}
@@ -200,7 +204,7 @@ func (im *Image) loadHeader(ctx context.Context, sb *superblock, seq uint64) (*o
 	if epoch == 0 || seq > maxObjectSeq {
 		return nil, backend.ErrNotFound // no epoch has been settled: no object was put
 	}
-	key := dataKey(im.id, seq, epoch)
+	key := im.line.dataKey(seq, epoch)
 	b := make([]byte, firstRead)
 	n, err := im.store.Get(ctx, key, b, 0)
 	if err != nil {
@@ -226,7 +230,7 @@ func (im *Image) loadHeader(ctx context.Context, sb *superblock, seq uint64) (*o
 	if err != nil {
 		return fail(err)
 	}
-	if h.image != im.id || h.seq != seq || h.epoch != epoch {
+	if h.image != im.line.of(seq) || h.seq != seq || h.epoch != epoch {
 		return fail(fmt.Errorf("%w: it is another object than its name says", ErrCorrupt))
 	}
 	whole, err := im.store.Stat(ctx, key)
@@ -257,13 +261,13 @@ func readWhole(ctx context.Context, st backend.Store, key string) ([]byte, error
 }
 
 func (im *Image) loadManifest(ctx context.Context, c checkpointRef) (*manifest, error) {
-	return loadManifest(ctx, im.store, im.id, c, im.sectors)
+	return loadManifest(ctx, im.store, im.line, c, im.sectors)
 }
 
 // loadManifest reads the manifest of a checkpoint of an image of so many sectors at most.
-func loadManifest(ctx context.Context, st backend.Store, id uuid.UUID, c checkpointRef, sectors uint64) (*manifest, error) {
-	key := manifestKey(id, c, 0)
-	m, err := readManifest(ctx, st, id, c, sectors)
+func loadManifest(ctx context.Context, st backend.Store, line *lineage, c checkpointRef, sectors uint64) (*manifest, error) {
+	key := line.manifestKey(c, 0)
+	m, err := readManifest(ctx, st, line, c, sectors)
 	if err == nil && m.ref() != c {
 		err = fmt.Errorf("%w: it is another checkpoint than its name says", ErrCorrupt)
 	}
@@ -274,8 +278,8 @@ func loadManifest(ctx context.Context, st backend.Store, id uuid.UUID, c checkpo
 }
 
 // readManifest reads and decodes the parts of a manifest.
-func readManifest(ctx context.Context, st backend.Store, id uuid.UUID, c checkpointRef, sectors uint64) (*manifest, error) {
-	b, err := readWhole(ctx, st, manifestKey(id, c, 0))
+func readManifest(ctx context.Context, st backend.Store, line *lineage, c checkpointRef, sectors uint64) (*manifest, error) {
+	b, err := readWhole(ctx, st, line.manifestKey(c, 0))
 	if err != nil {
 		return nil, err
 	}
@@ -284,7 +288,7 @@ func readManifest(ctx context.Context, st backend.Store, id uuid.UUID, c checkpo
 		return nil, err
 	}
 	for part := 1; len(b) < size; part++ {
-		more, err := readWhole(ctx, st, manifestKey(id, c, part))
+		more, err := readWhole(ctx, st, line.manifestKey(c, part))
 		if err != nil {
 			return nil, err
 		}
@@ -293,7 +297,7 @@ func readManifest(ctx context.Context, st backend.Store, id uuid.UUID, c checkpo
 		}
 		b = append(b, more...)
 	}
-	return decodeManifest(b, id, sectors)
+	return decodeManifest(b, line.of(c.Object), sectors)
 }
 
 // loadCheckpoint makes the map that of a checkpoint, nil for the empty one: what

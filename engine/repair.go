@@ -131,6 +131,9 @@ func (c *checker) mendCounts(ctx context.Context, r *Repair) error {
 		return err
 	}
 	c.mended(r)
+	if c.reach.sb.heldManifest(old) {
+		return nil
+	}
 	if err := deleteParts(ctx, c.st, func(part int) string { return manifestKey(c.id, old, part) }, 1); err != nil {
 		return fmt.Errorf("remove the checkpoint that was wrong: %w", err)
 	}
@@ -150,7 +153,13 @@ func (s *superblock) exchangeCheckpoint(ref checkpointRef) {
 			p.Checkpoint = &ref
 		}
 	}
-	s.Checkpoint, s.Intent, s.Prev = &ref, nil, append(s.Prev, old)
+	for i := range s.Forgotten {
+		if p := &s.Forgotten[i]; sameRef(p.Checkpoint, &old) {
+			p.Checkpoint = &ref
+		}
+	}
+	s.Checkpoint, s.Intent = &ref, nil
+	s.dropManifest(&old)
 }
 
 // withdraw removes a checkpoint that could not be published. A new owner does so, too,

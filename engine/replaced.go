@@ -25,7 +25,11 @@ func (c *checkpointer) removeDead() {
 	im, sb := c.im, c.im.super.sb
 	r := new(removal)
 	for i := range im.objs.maps {
-		if o := &im.objs.maps[i]; o.size > 0 && o.live == 0 && !im.super.holds.mapObject(o.at.Object, uint64(o.died)) {
+		switch o := &im.objs.maps[i]; {
+		case o.size == 0 || o.live > 0 || im.super.holds.mapObject(o.at.Object, uint64(o.died)):
+		case !im.line.own(o.at.Object):
+			*o = mapObject{} // an ancestor's, which knows who needs it
+		default:
 			r.add(object(mapKey(im.id, o.at, o.part)))
 		}
 	}

@@ -28,14 +28,23 @@ func Rollback(ctx context.Context, st backend.Store, id uuid.UUID, name string, 
 		o.Clock = Real{}
 	}
 	p := patient{st, o.Clock}
-	var done *rollback // what an attempt, of which nothing may be known, has tried
+	try := uuid.New() // so that an attempt is known of which the answer is lost
+	var before *uuid.UUID
 	return p.try(ctx, func() error {
 		_, _, err := changeSuperblock(ctx, p, id, func(sb *superblock) error {
-			if n := len(sb.Rollbacks); done != nil && n > 0 && sb.Rollbacks[n-1] == *done {
+			switch {
+			case sb.RolledBack == try:
 				return errNothing
+			case before == nil:
+				was := sb.RolledBack
+				before = &was
+			case sb.RolledBack != *before:
+				return errors.New("somebody else has rolled the image back meanwhile: look at it, and try again")
 			}
 			to := sb.snapshotNamed(name)
 			switch {
+			case sb.Removed:
+				return errRemoved
 			case to == nil:
 				return fmt.Errorf("%w: %s", ErrNoSnapshot, name)
 			case !to.Settled:
@@ -52,7 +61,8 @@ func Rollback(ctx context.Context, st backend.Store, id uuid.UUID, name string, 
 			if end.object >= lastWritten {
 				return errors.New("the image has used up its numbers for objects: copy it to a new one")
 			}
-			done = sb.rollBack(to, end)
+			sb.rollBack(to, end)
+			sb.RolledBack = try
 			return nil
 		})
 		return err
@@ -62,7 +72,7 @@ func Rollback(ctx context.Context, st backend.Store, id uuid.UUID, name string, 
 // rollBack makes the state of a snapshot the present one; that until now ends at a position.
 // It is as an attach that ends at once, so whatever an earlier owner still puts is no part
 // of the image.
-func (s *superblock) rollBack(to *snapshot, end position) *rollback {
+func (s *superblock) rollBack(to *snapshot, end position) {
 	s.settleEnd(end.object, s.unsettled())
 	s.dropIntent()
 	before := point{Object: end.object, Settled: true, Checkpoint: s.Checkpoint, Seq: s.Seq}
@@ -84,7 +94,6 @@ func (s *superblock) rollBack(to *snapshot, end position) *rollback {
 	}
 	s.Checkpoint, s.Seq, s.Sectors = base.Checkpoint, base.Seq, to.Sectors
 	s.forget(before)
-	return &b
 }
 
 // settleEnd notes that the ownership that was the last one ends after that object: so do the

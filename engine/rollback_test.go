@@ -247,7 +247,7 @@ func TestPath(t *testing.T) {
 // nor where their paths part.
 func TestPruneRollbacks(t *testing.T) {
 	pruned := 0
-	for seed := range uint64(2000) {
+	for seed := range uint64(20000) {
 		rng := rand.New(rand.NewPCG(seed, 9))
 		sb := randomTree(rng)
 		if !sb.validPaths() {
@@ -281,34 +281,30 @@ func TestPruneRollbacks(t *testing.T) {
 	}
 }
 
-// randomTree returns a superblock with rollbacks and snapshots, as a history makes them.
+// randomTree returns a superblock with rollbacks and snapshots, as a history makes them in
+// which rollbacks are forgotten now and then.
 func randomTree(rng *rand.Rand) *superblock {
 	sb := &superblock{Epoch: 1}
 	end := uint64(0)
-	checkpoint := func(at uint64) *checkpointRef {
-		if at == 0 {
-			return nil
-		}
-		return &checkpointRef{Object: at}
-	}
-	for range rng.IntN(12) {
-		switch k := rng.IntN(4); {
-		case k == 0 || end == 0:
-			end += 1 + rng.Uint64N(10)
+	for range rng.IntN(40) {
+		switch k := rng.IntN(7); {
+		case k < 2 || end == 0:
+			end += 1 + rng.Uint64N(4)
 			if rng.IntN(2) == 0 {
-				sb.Checkpoint = checkpoint(end - rng.Uint64N(2))
-				if sb.Checkpoint != nil && !sb.pathTo(maxObjectSeq).has(sb.Checkpoint.Object) {
-					sb.Checkpoint = checkpoint(end)
-				}
+				sb.Checkpoint = &checkpointRef{Object: end}
 			}
-		case k == 1:
+			if rng.IntN(2) == 0 {
+				sb.pruneRollbacks()
+			}
+		case k < 4:
 			sb.Snapshots = append(sb.Snapshots, snapshot{ID: uuid.New(), point: point{Object: end, Settled: true, Checkpoint: sb.Checkpoint}})
-		case k == 2 && len(sb.Snapshots) > 0:
+		case len(sb.Snapshots) == 0:
+		case k == 4:
 			p := sb.Snapshots[rng.IntN(len(sb.Snapshots))]
-			sb.Rollbacks = append(sb.Rollbacks, rollback{Object: end + 1, From: p.Object})
 			end++
+			sb.Rollbacks = append(sb.Rollbacks, rollback{Object: end, From: p.Object})
 			sb.Checkpoint = p.Checkpoint
-		case k == 3 && len(sb.Snapshots) > 0:
+		default:
 			i := rng.IntN(len(sb.Snapshots))
 			sb.Snapshots = slices.Delete(sb.Snapshots, i, i+1)
 		}

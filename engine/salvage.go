@@ -77,7 +77,7 @@ func (im *Image) branchPoint(ctx context.Context, sb *superblock, file writelog.
 		return fmt.Errorf("%w: %s (%s)", ErrForeignLog, h.ImageURL, h.Image)
 	}
 	im.log, im.logID = log, h.Log
-	im.super.take(sb, "")
+	im.takeSuper(sb, "")
 	if err := im.branchFrom(ctx, sb, &h, file); err != nil {
 		lost := errors.Is(err, errMisfit) || errors.Is(err, backend.ErrNotFound)
 		if lost && h.Epoch < sb.Epoch && !slices.ContainsFunc(sb.Points, func(p cutOff) bool { return p.Log == h.Log }) {

@@ -164,7 +164,7 @@ func (x *scrubber) read() {
 			h, err = im.readHeader(ctx, o)
 			return err
 		}
-		return readBlocks(ctx, im.store, dataKey(im.id, uint64(o.number), uint64(o.epoch)), h, at, buf)
+		return readBlocks(ctx, im.store, im.line.dataKey(uint64(o.number), uint64(o.epoch)), h, at, buf)
 	}, func(err error) { x.done(h, n, err) })
 }
 
@@ -203,7 +203,7 @@ func (x *scrubber) damaged(err error) {
 		return
 	}
 	x.errors++
-	x.bad = dataKey(x.im.id, uint64(o.number), uint64(o.epoch))
+	x.bad = x.im.line.dataKey(uint64(o.number), uint64(o.epoch))
 	x.im.logger.Error("the scrub has found a damaged object: bring it back from a copy of the pool", "object", x.bad, "err", err)
 }
 

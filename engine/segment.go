@@ -124,6 +124,13 @@ func encodeSegment(b []byte, id uuid.UUID, head segmentHead, list iter.Seq[segme
 	return b
 }
 
+// ownSegment makes an encoded segment, or delta, of an ancestor one of the image id.
+func ownSegment(b []byte, id uuid.UUID) {
+	copy(b[16:], id[:])
+	binary.LittleEndian.PutUint32(b[12:], 0)
+	binary.LittleEndian.PutUint32(b[12:], crc32.Checksum(b, castagnoli))
+}
+
 // decodeSegment decodes a segment, or a delta, which is all of b, and calls fn for its
 // extents, ascending. The image has the given number of sectors. Whether the objects that it
 // refers to exist is for the caller to check; after an error what fn was called for means

@@ -28,6 +28,7 @@ type simExtras struct {
 	object   uint32 // most data in its data objects, in bytes
 	beside   bool   // others have images beside the owner's
 	snaps    bool   // there are snapshots
+	clones   bool   // there are clones
 }
 
 func newExtras(rng *rand.Rand) simExtras {
@@ -43,6 +44,7 @@ func newExtras(rng *rand.Rand) simExtras {
 	}
 	x.beside = rng.IntN(8) == 0
 	x.snaps = rng.IntN(4) == 0
+	x.clones = rng.IntN(4) == 0
 	return x
 }
 
@@ -65,7 +67,7 @@ func (w *world) trouble() bool {
 	if x.beside {
 		list = append(list, w.readOnly, w.neighbour)
 	}
-	if x.snaps {
+	if x.snaps || x.clones {
 		list = append(list, w.detach)
 	}
 	if len(list) == 0 || w.rng.IntN(2) == 0 {

@@ -187,6 +187,13 @@ func (m *model) match(got []uint64, floor int) int {
 	return -1
 }
 
+// matchWithin is match with a greatest number of writes.
+func (m *model) matchWithin(got []uint64, floor, ceiling int) int {
+	first := *m
+	first.history = m.history[:ceiling]
+	return first.match(got, floor)
+}
+
 // describe says how a state differs from what it must be, for people.
 func (m *model) describe(got []uint64) string {
 	k, differ := m.nearest(got, 0)

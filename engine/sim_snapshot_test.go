@@ -61,12 +61,9 @@ func (w *world) snapshots() {
 func (w *world) snapshot() {
 	w.count(countSnapshots, true)
 	m := w.owner.m
-	floor := m.acked
+	floor := w.floor()
 	if w.rng.IntN(2) == 0 {
 		w.owner.faults = simFaults{on: w.owner.faults.on}
-	}
-	if w.owner.dead || w.owner.im == nil {
-		floor = m.stored // its log is where it was
 	}
 	s := &simSnapshot{name: fmt.Sprintf("snap%d", w.nextSnap)}
 	w.nextSnap++
@@ -91,8 +88,7 @@ func (w *world) snapshot() {
 		s.id = made.ID
 		w.snaps = append(w.snaps, s)
 		w.readSnapshot(s)
-		k := m.match(s.state, floor)
-		if k < 0 || k > ceiling {
+		if m.matchWithin(s.state, floor, ceiling) < 0 {
 			w.fail("a snapshot is not the state after %d to %d writes: %s", floor, ceiling, m.describe(s.state))
 		}
 	}
@@ -195,9 +191,7 @@ func (w *world) rollBack(s *simSnapshot) {
 		w.fail("roll back: %v", err)
 	}
 	w.drop(c)
-	for len(w.late) > 0 {
-		w.lateEffect(0)
-	}
+	w.flushLate()
 	sb := w.superblock()
 	if sb.Epoch == before && err == nil && !died {
 		w.fail("roll back: nothing has happened")
@@ -229,6 +223,7 @@ func (w *world) renameSnapshot(i int) {
 		w.fail("rename a snapshot: %v", err)
 	}
 	w.drop(c)
+	w.flushLate()
 	list := w.listSnapshots()
 	k := slices.IndexFunc(list, func(x Snapshot) bool { return x.ID == s.id })
 	if k < 0 || list[k].Name != to && (list[k].Name != s.name || !died && err == nil) {

@@ -48,8 +48,10 @@ type world struct {
 	rivals       []*simRival // open the image at this time
 	snaps        []*simSnapshot
 	maybe        []string // names of snapshots that there may be, or not
-	nextSnap     int
-	frozen       bool // one of them goes on: the others do not
+	nextSnap     int      // of snapshots and clones
+	cloned       []*simClone
+	half         []string // names of clones that there may be, or not
+	frozen       bool     // one of them goes on: the others do not
 }
 
 // simRegion is a part of the image that the world uses.
@@ -506,6 +508,9 @@ func simulate(seed uint64, memory *simMemory) uint64 {
 		if w.plan.extras.snaps && w.serving() && w.rng.IntN(4) > 0 {
 			w.snapshots()
 		}
+		if w.plan.extras.clones && w.serving() && w.rng.IntN(4) > 0 {
+			w.cloning()
+		}
 		w.disturb()
 	}
 	w.run(w.plan.steps)
@@ -616,6 +621,11 @@ func (w *world) detach() {
 	if w.plan.extras.snaps {
 		for range w.rng.IntN(4) {
 			w.snapshots()
+		}
+	}
+	if w.plan.extras.clones {
+		for range w.rng.IntN(4) {
+			w.cloning()
 		}
 	}
 	w.reopen(h.m.stored, w.rng.IntN(2) == 0, false, "detached and attached again")
@@ -847,9 +857,8 @@ func (w *world) finish() {
 		w.snapshots()
 	}
 	m := h.m
-	for len(w.late) > 0 {
-		w.lateEffect(0)
-	}
+	w.flushLate()
+	w.collect()
 	c := w.newHost()
 	c.faults.on = false
 	if err := c.open(w.id, false); err != nil {
@@ -860,11 +869,14 @@ func (w *world) finish() {
 	w.awaitForgotten(c)
 	c.close()
 	w.settleSnapshots()
+	w.settleClones()
 	w.checkStore()
 	if w.rng.IntN(2) == 0 {
 		w.dropSnapshots()
 	}
 	if w.rng.IntN(4) == 0 {
 		w.damageStore()
+		return
 	}
+	w.dropClones()
 }

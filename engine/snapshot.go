@@ -1,11 +1,12 @@
 package engine
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
+	"iter"
 	"slices"
-	"strings"
 	"time"
 
 	"github.com/google/uuid"
@@ -24,7 +25,27 @@ type snapshot struct {
 	Name    string    `json:"name"`
 	Since   time.Time `json:"since"`   // when it was asked for, by the clock of who did
 	Sectors uint64    `json:"sectors"` // of the image then
+	Last    uint64    `json:"last"`    // the last record in the state
+	// Made says, of the state that a clone begins with, that the clone is there: ID is the
+	// clone's, and Name the one that it was made under.
+	Made bool `json:"made,omitempty"`
 }
+
+// named calls yield for the snapshots, and for the states that clones begin with.
+func (s *superblock) named() iter.Seq[*snapshot] {
+	return func(yield func(*snapshot) bool) {
+		for _, list := range [][]snapshot{s.Snapshots, s.Clones} {
+			for i := range list {
+				if !yield(&list[i]) {
+					return
+				}
+			}
+		}
+	}
+}
+
+// MaxClones is how many clones of it there may be.
+const MaxClones = 4096
 
 // MaxSnapshots is how many snapshots an image may have: each renewal of its lease writes
 // all of them.
@@ -46,55 +67,62 @@ func (p *snapshot) describe() Snapshot {
 
 // validSnapshots reports whether the snapshots are such as there can be.
 func (s *superblock) validSnapshots() bool {
-	if len(s.Snapshots) > MaxSnapshots {
+	if len(s.Snapshots) > MaxSnapshots || len(s.Clones) > MaxClones {
 		return false
 	}
 	names := make(map[string]bool, len(s.Snapshots))
 	ids := make(map[uuid.UUID]bool, len(s.Snapshots))
-	for i := range s.Snapshots {
-		p := &s.Snapshots[i]
-		if p.ID == uuid.Nil || ids[p.ID] || names[p.Name] || backend.CheckImageName(p.Name) != nil ||
+	for p := range s.named() {
+		if p.ID == uuid.Nil || ids[p.ID] || backend.CheckSnapshotName(p.Name) != nil ||
 			!p.Settled && p.Checkpoint != nil || p.Sectors == 0 || p.Sectors > MaxSize/SectorSize {
 			return false
 		}
-		ids[p.ID], names[p.Name] = true, true
+		ids[p.ID] = true
+	}
+	for i := range s.Snapshots {
+		if names[s.Snapshots[i].Name] {
+			return false
+		}
+		names[s.Snapshots[i].Name] = true
 	}
 	return true
 }
 
 // snapshotNamed returns the snapshot of that name, or nil.
 func (s *superblock) snapshotNamed(name string) *snapshot {
-	return s.findSnapshot(func(p snapshot) bool { return p.Name == name })
-}
-
-// snapshotOf returns the snapshot of that id, or nil.
-func (s *superblock) snapshotOf(id uuid.UUID) *snapshot {
-	return s.findSnapshot(func(p snapshot) bool { return p.ID == id })
-}
-
-func (s *superblock) findSnapshot(is func(snapshot) bool) *snapshot {
-	if i := slices.IndexFunc(s.Snapshots, is); i >= 0 {
+	if i := slices.IndexFunc(s.Snapshots, func(p snapshot) bool { return p.Name == name }); i >= 0 {
 		return &s.Snapshots[i]
 	}
 	return nil
 }
 
-// settle says that the snapshot of that id, if there is one, is the state after the
-// object, which is the last one accepted. The last checkpoint is not past it: one that
+// snapshotOf returns the snapshot of that id, or the state that the clone of that id begins
+// with, or nil.
+func (s *superblock) snapshotOf(id uuid.UUID) *snapshot {
+	for p := range s.named() {
+		if p.ID == id {
+			return p
+		}
+	}
+	return nil
+}
+
+// settle says that the snapshot of that id, or the state that the clone of that id begins
+// with, if there is one, is the state at a position, which is the last one accepted. The last checkpoint is not past it: one that
 // begins later is published later.
-func (s *superblock) settle(id uuid.UUID, object uint64) {
+func (s *superblock) settle(id uuid.UUID, at position) {
 	p := s.snapshotOf(id)
 	if p == nil || p.Settled {
 		return
 	}
 	if c := s.Checkpoint; c != nil {
-		if c.Object > object {
+		if c.Object > at.object {
 			panic("engine: a checkpoint is past the snapshot that it was to be the base of")
 		}
 		ref := *c
 		p.Checkpoint, p.Seq = &ref, s.Seq
 	}
-	p.Object, p.Settled = object, true
+	p.Object, p.Last, p.Settled = at.object, at.seq, true
 }
 
 // SnapshotOptions says how a snapshot is made.
@@ -118,6 +146,9 @@ var (
 	ErrNoSnapshot     = errors.New("no such snapshot")
 )
 
+// errWithdrawn says that somebody has removed what another one was waiting for.
+var errWithdrawn = errors.New("somebody has withdrawn it meanwhile")
+
 // snapshotPause is the time between two looks at whether an owner has made a snapshot.
 const snapshotPause = 200 * time.Millisecond
 
@@ -126,17 +157,11 @@ const snapshotPause = 200 * time.Millisecond
 // writes, after all that were acknowledged before. It fails with ErrSnapshotExists where the
 // name is taken. When ctx ends before the image's owner has made it, it is withdrawn.
 func CreateSnapshot(ctx context.Context, st backend.Store, id uuid.UUID, name string, o SnapshotOptions) (Snapshot, error) {
-	if err := CheckSnapshotName(name); err != nil {
+	if err := backend.CheckSnapshotName(name); err != nil {
 		return Snapshot{}, err
 	}
-	if o.Clock == nil {
-		o.Clock = Real{}
-	}
-	if o.Progress == nil {
-		o.Progress = func(string) {}
-	}
-	m := &snapshotMaker{st: patient{st, o.Clock}, image: id, o: o}
-	m.want = snapshot{ID: uuid.New(), Name: name, Since: time.Now().UTC().Truncate(time.Second)}
+	m := newSnapshotMaker(st, id, name, o.withDefaults())
+	m.add = (*superblock).addSnapshot
 	made, err := m.make(ctx)
 	if err != nil {
 		return Snapshot{}, err
@@ -144,13 +169,21 @@ func CreateSnapshot(ctx context.Context, st backend.Store, id uuid.UUID, name st
 	return made.describe(), nil
 }
 
-// CheckSnapshotName returns nil if name can be a snapshot's: the rule is that of images'
-// names.
-func CheckSnapshotName(name string) error {
-	if err := backend.CheckImageName(name); err != nil {
-		return errors.New(strings.Replace(err.Error(), "image name", "name of a snapshot", 1))
+func (o SnapshotOptions) withDefaults() SnapshotOptions {
+	if o.Clock == nil {
+		o.Clock = Real{}
 	}
-	return nil
+	if o.Progress == nil {
+		o.Progress = func(string) {}
+	}
+	return o
+}
+
+func newSnapshotMaker(st backend.Store, id uuid.UUID, name string, o SnapshotOptions) *snapshotMaker {
+	return &snapshotMaker{
+		st: patient{st, o.Clock}, image: id, o: o,
+		want: snapshot{ID: uuid.New(), Name: name, Since: time.Now().UTC().Truncate(time.Second)},
+	}
 }
 
 // snapshotMaker makes one snapshot.
@@ -159,21 +192,40 @@ type snapshotMaker struct {
 	image uuid.UUID
 	o     SnapshotOptions
 	want  snapshot
-	asked bool // the superblock has had it, or may have
+	add   func(*superblock, snapshot) error // adds it to those of the superblock
+	asked bool                              // the superblock has had it, or may have
+	seen  bool                              // it has been found there
+}
+
+// addSnapshot adds a snapshot, whose name is to be free.
+func (s *superblock) addSnapshot(p snapshot) error {
+	switch {
+	case s.snapshotNamed(p.Name) != nil:
+		return fmt.Errorf("%w: %s", ErrSnapshotExists, p.Name)
+	case len(s.Snapshots) == MaxSnapshots:
+		return fmt.Errorf("the image has %d snapshots, which is the limit: remove some first", MaxSnapshots)
+	}
+	s.Snapshots = append(s.Snapshots, p)
+	return nil
 }
 
 // make asks for the snapshot, and waits until it is there. Once the superblock may have it,
 // an answer that is lost or damaged is no reason to go: it would be made all the same.
 func (m *snapshotMaker) make(ctx context.Context) (*snapshot, error) {
 	who := "the owner"
+	var last error // of a look at the superblock
 	for {
 		sb, err := m.ask(ctx)
+		last = err
 		switch {
 		case err != nil && !m.asked:
+			return nil, err
+		case errors.Is(err, errWithdrawn):
 			return nil, err
 		case err != nil && !again(ctx, err):
 			return m.withdraw(ctx, who, err)
 		case err == nil:
+			m.seen = true
 			if made := sb.snapshotOf(m.want.ID); made.Settled {
 				return made, nil
 			}
@@ -185,6 +237,10 @@ func (m *snapshotMaker) make(ctx context.Context) (*snapshot, error) {
 			}
 		}
 		if err := m.o.Clock.Sleep(ctx, snapshotPause); err != nil {
+			err = cmp.Or(context.Cause(ctx), err)
+			if last != nil {
+				err = fmt.Errorf("%w; %w", err, last)
+			}
 			return m.withdraw(ctx, who, err)
 		}
 	}
@@ -208,27 +264,28 @@ func (m *snapshotMaker) ask(ctx context.Context) (sb *superblock, err error) {
 func (m *snapshotMaker) change(ctx context.Context, sb *superblock) error {
 	have := sb.snapshotOf(m.want.ID)
 	switch {
+	case sb.Removed:
+		return errRemoved
+	case have == nil && m.seen:
+		return errWithdrawn
 	case have != nil && (have.Settled || sb.Owner != nil):
 		return errNothing
 	case have == nil: // also where an attempt of which we know nothing has come to nothing
-		switch {
-		case sb.snapshotNamed(m.want.Name) != nil:
-			return fmt.Errorf("%w: %s", ErrSnapshotExists, m.want.Name)
-		case len(sb.Snapshots) == MaxSnapshots:
-			return fmt.Errorf("the image has %d snapshots, which is the limit: remove some first", MaxSnapshots)
-		}
 		m.want.Sectors = sb.Sectors
-		sb.Snapshots = append(sb.Snapshots, m.want)
+		if err := m.add(sb, m.want); err != nil {
+			return err
+		}
 	}
-	m.asked = true
-	if sb.Owner != nil {
+	if sb.Owner != nil || sb.snapshotOf(m.want.ID).Settled {
+		m.asked = true
 		return nil
 	}
 	end, err := runEnd(ctx, m.st, sb, m.o.Parallel)
 	if err != nil {
 		return fmt.Errorf("find the end of the image: %w", err)
 	}
-	sb.settle(m.want.ID, end.object)
+	sb.settle(m.want.ID, end)
+	m.asked = true
 	return nil
 }
 
@@ -250,11 +307,11 @@ func (m *snapshotMaker) withdraw(ctx context.Context, who string, why error) (ma
 	})
 	switch {
 	case err != nil:
-		return nil, fmt.Errorf("%s has not made the snapshot (%w), and it cannot be withdrawn: it may be made later: %w", who, why, err)
+		return nil, fmt.Errorf("%s has not made it (%w), and it cannot be withdrawn: it may be made later: %w", who, why, err)
 	case made != nil:
 		return made, nil
 	}
-	return nil, fmt.Errorf("%s has not made the snapshot: it is withdrawn; see lsdctl status there: %w", who, why)
+	return nil, fmt.Errorf("%s has not made it: it is withdrawn; see lsdctl status there: %w", who, why)
 }
 
 // runEnd returns where an image ends, in the store, that nobody owns. It reads no more than
@@ -277,11 +334,12 @@ func runEnd(ctx context.Context, st backend.Store, sb *superblock, parallel int)
 	return at, err
 }
 
-// dropSnapshot gives up the snapshot of that id, if there is one.
+// dropSnapshot gives up the snapshot of that id, or the state that the clone of that id begins
+// with, if there is one.
 func (s *superblock) dropSnapshot(id uuid.UUID) {
 	if p := s.snapshotOf(id); p != nil {
-		at := p.point
-		s.Snapshots = slices.DeleteFunc(s.Snapshots, func(p snapshot) bool { return p.ID == id })
+		at, its := p.point, func(p snapshot) bool { return p.ID == id }
+		s.Snapshots, s.Clones = slices.DeleteFunc(s.Snapshots, its), slices.DeleteFunc(s.Clones, its)
 		s.forget(at)
 	}
 }
@@ -293,13 +351,13 @@ func Snapshots(ctx context.Context, st backend.Store, id uuid.UUID) ([]Snapshot,
 	if err != nil {
 		return nil, err
 	}
-	return sb.describeSnapshots(), nil
+	return describeAll(sb.Snapshots), nil
 }
 
-func (s *superblock) describeSnapshots() []Snapshot {
-	list := make([]Snapshot, len(s.Snapshots))
-	for i := range s.Snapshots {
-		list[i] = s.Snapshots[i].describe()
+func describeAll(snapshots []snapshot) []Snapshot {
+	list := make([]Snapshot, len(snapshots))
+	for i := range snapshots {
+		list[i] = snapshots[i].describe()
 	}
 	return list
 }
@@ -317,7 +375,7 @@ func RemoveSnapshot(ctx context.Context, st backend.Store, id uuid.UUID, name st
 // RenameSnapshot gives a snapshot of the image id another name. It fails with ErrNoSnapshot
 // where there is none, and with ErrSnapshotExists where the new name is taken.
 func RenameSnapshot(ctx context.Context, st backend.Store, id uuid.UUID, from, to string) error {
-	if err := CheckSnapshotName(to); err != nil {
+	if err := backend.CheckSnapshotName(to); err != nil {
 		return err
 	}
 	return changeSnapshot(ctx, st, id, from, func(sb *superblock, p *snapshot) error {
@@ -332,29 +390,25 @@ func RenameSnapshot(ctx context.Context, st backend.Store, id uuid.UUID, from, t
 // changeSnapshot changes the snapshot of that name. An answer that was lost does not make
 // it do that twice.
 func changeSnapshot(ctx context.Context, st backend.Store, id uuid.UUID, name string, change func(*superblock, *snapshot) error) error {
-	p := patient{st, Real{}}
 	var of uuid.UUID // of the snapshot that is being changed
-	return p.try(ctx, func() error {
-		_, _, err := changeSuperblock(ctx, p, id, func(sb *superblock) error {
-			s := sb.snapshotNamed(name)
-			switch {
-			case s == nil && of != uuid.Nil:
-				return errNothing // that was us
-			case s == nil:
-				return fmt.Errorf("%w: %s", ErrNoSnapshot, name)
-			}
-			of = s.ID
-			return change(sb, s)
-		})
-		return err
+	return changeInsistently(ctx, st, id, func(sb *superblock) error {
+		s := sb.snapshotNamed(name)
+		switch {
+		case of != uuid.Nil && (s == nil || s.ID != of):
+			return errNothing // that was us
+		case s == nil:
+			return fmt.Errorf("%w: %s", ErrNoSnapshot, name)
+		}
+		of = s.ID
+		return change(sb, s)
 	})
 }
 
 // takeSnapshots begins to take the snapshots that the superblock asks for, as the image is
 // now.
 func (im *Image) takeSnapshots() {
-	for i := range im.super.sb.Snapshots {
-		if p := &im.super.sb.Snapshots[i]; !p.Settled && !im.taking[p.ID] {
+	for p := range im.super.sb.named() {
+		if !p.Settled && !im.taking[p.ID] {
 			im.takeSnapshot(p.ID)
 		}
 	}
@@ -375,8 +429,8 @@ func (im *Image) takeSnapshot(id uuid.UUID) {
 			return // the next owner takes it
 		}
 		// All that had been submitted is accepted, and nothing beyond.
-		object := im.accepted.object
-		im.changeSuper(func(sb *superblock) { sb.settle(id, object) }, func() { delete(im.taking, id) })
+		at := im.accepted
+		im.changeSuper(func(sb *superblock) { sb.settle(id, at) }, func() { delete(im.taking, id) })
 	})
 }
 
@@ -408,7 +462,7 @@ func (im *Image) Refresh(fn func(error)) {
 
 // tellRefreshed tells those who wait for what the superblock asks for.
 func (im *Image) tellRefreshed() {
-	if len(im.refreshers) == 0 || slices.ContainsFunc(im.super.sb.Snapshots, func(p snapshot) bool { return !p.Settled }) {
+	if len(im.refreshers) == 0 || im.super.sb.asked() {
 		return
 	}
 	waiting := im.refreshers
@@ -438,40 +492,48 @@ func (im *Image) pointsChanged(before *superblock) {
 	sb := im.super.sb
 	if !sb.fewerPoints(before) {
 		if before.asked() && !sb.asked() {
+			im.clean.heldSpace, im.clean.heldLive = 0, 0
+			im.table.reconsider()
 			im.reap()
 		}
 		return
 	}
 	im.clean.heldSpace, im.clean.heldLive = 0, 0
 	im.table.reconsider()
-	im.startLeftovers()
+	im.removeManifests(slices.DeleteFunc(slices.Clone(sb.Prev), func(c checkpointRef) bool { return slices.Contains(before.Prev, c) }))
+	if len(sb.Points) < len(before.Points) {
+		im.startLeftovers() // those of owners that had been cut off
+	}
 	im.checkpoint.removeDead()
 	im.reap()
 }
 
 // asked reports whether there is a snapshot that has not been taken.
 func (s *superblock) asked() bool {
-	return slices.ContainsFunc(s.Snapshots, func(p snapshot) bool { return !p.Settled })
+	for p := range s.named() {
+		if !p.Settled {
+			return true
+		}
+	}
+	return false
 }
 
 // fewerPoints reports whether the superblock before had points that this one has not. They
 // keep their order.
 func (s *superblock) fewerPoints(before *superblock) bool {
+	same := func(p, q *snapshot) bool { return p.ID == q.ID }
+	return lacks(s.Snapshots, before.Snapshots, same) || lacks(s.Clones, before.Clones, same) ||
+		lacks(s.Points, before.Points, func(p, q *cutOff) bool { return p.Log == q.Log })
+}
+
+// lacks reports whether now has not all that was before, in the same order.
+func lacks[T any](now, before []T, same func(*T, *T) bool) bool {
 	i := 0
-	for k := range before.Snapshots {
-		for i < len(s.Snapshots) && s.Snapshots[i].ID != before.Snapshots[k].ID {
+	for k := range before {
+		for i < len(now) && !same(&now[i], &before[k]) {
 			i++
 		}
-		if i == len(s.Snapshots) {
-			return true
-		}
-	}
-	i = 0
-	for k := range before.Points {
-		for i < len(s.Points) && s.Points[i].Log != before.Points[k].Log {
-			i++
-		}
-		if i == len(s.Points) {
+		if i == len(now) {
 			return true
 		}
 	}

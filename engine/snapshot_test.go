@@ -216,6 +216,27 @@ func TestSnapshotIsWithdrawn(t *testing.T) {
 	mustBeClean(t, st)
 }
 
+// TestPendingSnapshotIsRemoved: who waits for a snapshot that somebody removes is told so, and
+// it is not made.
+func TestPendingSnapshotIsRemoved(t *testing.T) {
+	ctx, st := context.Background(), mem.New()
+	a, id := attached(t, st, smallImage(), nil) // and stopped from here on
+	looks := 0
+	_, err := CreateSnapshot(ctx, st, id, "monday", SnapshotOptions{Nudge: func(context.Context) error {
+		if looks++; looks == 1 {
+			return RemoveSnapshot(ctx, st, id, "monday")
+		}
+		return errors.New("nobody answers")
+	}})
+	if err == nil || !strings.Contains(err.Error(), "withdrawn") || looks != 1 {
+		t.Errorf("%v, after %d looks", err, looks)
+	}
+	a.run(time.Minute)
+	if list, err := Snapshots(ctx, st, id); len(list) > 0 || err != nil {
+		t.Errorf("%+v, %v", list, err)
+	}
+}
+
 // askFor makes the superblock ask for a snapshot.
 func askFor(t *testing.T, st backend.Store, id uuid.UUID, name string) {
 	t.Helper()
@@ -289,15 +310,15 @@ func TestSnapshotNames(t *testing.T) {
 	_, err := CreateSnapshot(ctx, st, id, "monday", SnapshotOptions{})
 	oneLine(err, ErrSnapshotExists, "monday")
 	_, err = CreateSnapshot(ctx, st, id, "a@b", SnapshotOptions{})
-	oneLine(err, nil, "name of a snapshot")
+	oneLine(err, nil, "snapshot name")
 	_, err = CreateSnapshot(ctx, st, id, "", SnapshotOptions{})
-	oneLine(err, nil, "name of a snapshot")
+	oneLine(err, nil, "snapshot name")
 	_, err = CreateSnapshot(ctx, st, uuid.New(), "x", SnapshotOptions{})
 	oneLine(err, backend.ErrNotFound, "")
 	oneLine(RemoveSnapshot(ctx, st, id, "friday"), ErrNoSnapshot, "friday")
 	oneLine(RenameSnapshot(ctx, st, id, "friday", "x"), ErrNoSnapshot, "friday")
 	oneLine(RenameSnapshot(ctx, st, id, "monday", "tuesday"), ErrSnapshotExists, "tuesday")
-	oneLine(RenameSnapshot(ctx, st, id, "monday", "no/such"), nil, "name of a snapshot")
+	oneLine(RenameSnapshot(ctx, st, id, "monday", "no/such"), nil, "snapshot name")
 	if err := RenameSnapshot(ctx, st, id, "monday", "sunday"); err != nil {
 		t.Error(err)
 	}
@@ -356,20 +377,23 @@ func TestOldSuperblock(t *testing.T) {
 		t.Fatal(err)
 	}
 	sb.Seq = 0 // which that did not know
-	payload, err := frame.Decode(superMagic, sb.encode(), superVersion)
+	payload, err := frame.Decode(superMagic, sb.encode(), superOld)
 	if err != nil {
 		t.Fatal(err)
 	}
 	if _, err := st.Swap(ctx, SuperblockKey(id), v, frame.Encode(superMagic, superOld, payload)); err != nil {
 		t.Fatal(err)
 	}
+	if b, _, err := st.Load(ctx, SuperblockKey(id)); err != nil || !isOld(b) {
+		t.Error("an image without anything new is not one that the version before reads")
+	}
 	s := mustSnapshot(t, st, id, "monday", nil)
 	b, _, err := st.Load(ctx, SuperblockKey(id))
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := frame.Decode(superMagic, b, superVersion); err != nil {
-		t.Error(err)
+	if isOld(b) {
+		t.Error("an image with a snapshot is one that the version before reads, and would forget")
 	}
 	h.again()
 	if err := h.open(id, false); err != nil {
@@ -382,4 +406,28 @@ func TestOldSuperblock(t *testing.T) {
 		t.Fatal(err)
 	}
 	mustShow(t, st, id, s, 1000)
+}
+
+// TestOldOwner: an owner that could not read a superblock with snapshots is not given one.
+func TestOldOwner(t *testing.T) {
+	ctx, st := context.Background(), mem.New()
+	a, id := attached(t, st, smallImage(), nil)
+	if _, _, err := changeSuperblock(ctx, st, id, func(sb *superblock) error { sb.Owner.Reads = 0; return nil }); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := CreateSnapshot(ctx, st, id, "monday", SnapshotOptions{}); err == nil || !strings.Contains(err.Error(), "alpha") || !strings.Contains(err.Error(), "earlier lsd") {
+		t.Errorf("a snapshot is asked of an owner that does not know of such: %v", err)
+	}
+	if _, err := Clone(ctx, st, id, "clone", CloneOptions{}); err == nil || !strings.Contains(err.Error(), "earlier lsd") {
+		t.Errorf("a clone is asked of an owner that does not know of such: %v", err)
+	}
+	a.run(time.Minute)
+	a.mustWrite(1, 1)
+	a.mustReopen(id)
+	mustSnapshot(t, st, id, "monday", a)
+}
+
+func isOld(b []byte) bool {
+	_, err := frame.Decode(superMagic, b, superOld)
+	return err == nil
 }

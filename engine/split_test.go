@@ -205,7 +205,7 @@ func TestCheckNamesMissingOfGroup(t *testing.T) {
 
 // TestGroupIsChecked: objects of different batches are not taken for a group.
 func TestGroupIsChecked(t *testing.T) {
-	im := &Image{id: uuid.New()}
+	im := &Image{id: uuid.New(), line: &lineage{}}
 	at := position{object: 4, seq: 99}
 	first := &objectHeader{image: im.id, epoch: 3, seq: 5, firstSeq: 100, lastSeq: 120, log: uuid.New(), logEnd: 1 << 20, joined: true}
 	for _, c := range []struct {

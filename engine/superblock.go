@@ -58,8 +58,19 @@ type superblock struct {
 	Points []cutOff `json:"points,omitempty"`
 	// Snapshots are in the order in which they were asked for.
 	Snapshots []snapshot `json:"snapshots,omitempty"`
+	// Clones are the states that clones of the image begin with.
+	Clones []snapshot `json:"clones,omitempty"`
+	// Parent is the image that it was cloned from, which keeps the state that it began with.
+	Parent uuid.UUID `json:"parent,omitzero"`
+	// Removed says that the image has been removed, and that clones of it need part of what
+	// it was made of.
+	Removed bool `json:"removed,omitempty"`
+	// Origins are the ancestors whose objects the image is made of, up to where its own begin.
+	Origins []origin `json:"origins,omitempty"`
 	// Rollbacks are in ascending order.
 	Rollbacks []rollback `json:"rollbacks,omitempty"`
+	// RolledBack is the id of the last rollback, uuid.Nil if there was none.
+	RolledBack uuid.UUID `json:"rolled_back,omitzero"`
 	// Forgotten are states off the path to the present one that nobody needs any more: what
 	// only they are made of is to be removed.
 	Forgotten []point `json:"forgotten,omitempty"`
@@ -89,6 +100,7 @@ type owner struct {
 	Renewal uint64        `json:"renewal"`          // counts renewals
 	Since   time.Time     `json:"since"`            // by its own clock, for people
 	Client  string        `json:"client,omitempty"` // of the store, to be fenced: see backend.Fencer
+	Reads   uint32        `json:"reads,omitempty"`  // the latest version of superblocks that it reads; 0: superOld
 }
 
 // eviction asks the owner of an epoch to let go.
@@ -136,7 +148,16 @@ func (s *superblock) encode() []byte {
 	const header = frame.HeaderSize
 	room := (header + len(p) + superUnit - 1) / superUnit * superUnit
 	p = append(p, bytes.Repeat([]byte{' '}, room-header-len(p))...)
-	return frame.Encode(superMagic, superVersion, p)
+	return frame.Encode(superMagic, s.version(), p)
+}
+
+// version returns the least version that has all that there is to say: an owner of an earlier
+// lsd goes on where nothing new is used.
+func (s *superblock) version() uint32 {
+	if len(s.Snapshots)+len(s.Clones)+len(s.Origins)+len(s.Rollbacks)+len(s.Forgotten) > 0 || s.Parent != uuid.Nil || s.RolledBack != uuid.Nil || s.Removed {
+		return superVersion
+	}
+	return superOld
 }
 
 // decodeSuperblock decodes and checks the superblock of the image id.
@@ -199,6 +220,8 @@ func decodeSuperblock(b []byte, id uuid.UUID) (*superblock, error) {
 	switch {
 	case !s.validSnapshots():
 		return bad("snapshots")
+	case !s.validOrigins():
+		return bad("origins")
 	case !s.validPaths():
 		return bad("rollbacks")
 	}
@@ -221,6 +244,8 @@ func (s *superblock) clone() *superblock {
 	c.Stale = slices.Clone(s.Stale)
 	c.Points = slices.Clone(s.Points)
 	c.Snapshots = slices.Clone(s.Snapshots)
+	c.Clones = slices.Clone(s.Clones)
+	c.Origins = slices.Clone(s.Origins)
 	c.Rollbacks = slices.Clone(s.Rollbacks)
 	c.Forgotten = slices.Clone(s.Forgotten)
 	return &c
@@ -245,8 +270,8 @@ func (s *superblock) pruneEpochs() {
 	for i := range s.Points {
 		needed = min(needed, s.Points[i].base())
 	}
-	for i := range s.Snapshots {
-		if p := &s.Snapshots[i]; p.Settled {
+	for p := range s.named() {
+		if p.Settled {
 			needed = min(needed, p.base())
 		}
 	}
@@ -256,6 +281,19 @@ func (s *superblock) pruneEpochs() {
 	for len(s.Epochs) > maxEpochs && s.Epochs[1].Object <= needed+1 {
 		s.Epochs = s.Epochs[1:]
 	}
+}
+
+// changeInsistently is changeSuperblock, and repeats a change of which the outcome is not
+// known a few times. What it does must be right also where an earlier attempt has done it.
+func changeInsistently(ctx context.Context, st backend.Store, id uuid.UUID, change func(*superblock) error) error {
+	p, ok := st.(patient)
+	if !ok {
+		p = patient{st, Real{}}
+	}
+	return p.try(ctx, func() error {
+		_, _, err := changeSuperblock(ctx, p, id, change)
+		return err
+	})
 }
 
 // loadSuperblock reads the superblock of an image.
@@ -286,7 +324,14 @@ func changeSuperblock(ctx context.Context, st backend.Store, id uuid.UUID, chang
 		case err != nil:
 			return nil, "", err
 		}
-		v, err = st.Swap(ctx, SuperblockKey(id), v, s.encode())
+		if o := s.Owner; o != nil && s.version() > max(o.Reads, superOld) {
+			return nil, "", fmt.Errorf("%s, which has the image attached, runs an earlier lsd, which could not go on with that: restart its daemon with this version first", o.Host)
+		}
+		b := s.encode()
+		if _, err := decodeSuperblock(b, id); err != nil {
+			return nil, "", fmt.Errorf("change superblock of image %s: nobody could read it any more: %w", id, err)
+		}
+		v, err = st.Swap(ctx, SuperblockKey(id), v, b)
 		switch {
 		case err == nil:
 			return s, v, nil

@@ -122,7 +122,7 @@ func (c *cleaner) skip(v *victim, err error) {
 		c.leave(v.number)
 	}
 	if err != nil {
-		im.logger.Error("an object cannot be cleaned: it keeps its space", "object", dataKey(im.id, uint64(v.number), uint64(v.epoch)), "err", err)
+		im.logger.Error("an object cannot be cleaned: it keeps its space", "object", im.line.dataKey(uint64(v.number), uint64(v.epoch)), "err", err)
 		c.bad[v.number] = true
 	}
 	c.leftOut(v)
@@ -131,7 +131,7 @@ func (c *cleaner) skip(v *victim, err error) {
 // putOff leaves a victim out that cannot be read now.
 func (c *cleaner) putOff(v *victim, err error) {
 	r, im := c.running, c.im
-	im.logger.Warn("an object cannot be read to be cleaned: it keeps its space until it can", "object", dataKey(im.id, uint64(v.number), uint64(v.epoch)), "err", err)
+	im.logger.Warn("an object cannot be read to be cleaned: it keeps its space until it can", "object", im.line.dataKey(uint64(v.number), uint64(v.epoch)), "err", err)
 	c.leave(v.number)
 	if r.failed++; r.failed == cleanFailures {
 		r.victims = r.victims[:r.next]
@@ -306,14 +306,14 @@ func (im *Image) readPieces(ctx context.Context, o objectInfo, pieces []movedPie
 
 // readHeader reads the header of a data object that the table has.
 func (im *Image) readHeader(ctx context.Context, o objectInfo) (*objectHeader, error) {
-	key := dataKey(im.id, uint64(o.number), uint64(o.epoch))
+	key := im.line.dataKey(uint64(o.number), uint64(o.epoch))
 	b := make([]byte, o.headerBytes())
 	n, err := im.store.Get(ctx, key, b, 0)
 	if err != nil {
 		return nil, err
 	}
 	h, err := decodeObjectHeader(b[:n], im.sectors)
-	if err == nil && (h.image != im.id || h.seq != uint64(o.number) || h.epoch != uint64(o.epoch) || h.data != int(o.sectors)*SectorSize) {
+	if err == nil && (h.image != im.line.of(uint64(o.number)) || h.seq != uint64(o.number) || h.epoch != uint64(o.epoch) || h.data != int(o.sectors)*SectorSize) {
 		err = fmt.Errorf("%w: it is another object than its name says", ErrCorrupt)
 	}
 	if err != nil {

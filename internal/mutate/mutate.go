@@ -90,6 +90,10 @@ const (
 	StatesKept Bug = "states-kept"
 	// StatesTorn removes with a state what points need of it.
 	StatesTorn Bug = "states-torn"
+	// ReclaimTorn removes of a removed image what clones need.
+	ReclaimTorn Bug = "reclaim-torn"
+	// ReclaimKept leaves of a removed image what no clone needs.
+	ReclaimKept Bug = "reclaim-kept"
 	// MovedOverNewer lets the cleaner put back what has been overwritten meanwhile.
 	MovedOverNewer Bug = "moved-over-newer"
 	// CacheUnverified serves data from the read cache without a look at its checksums.
@@ -107,6 +111,6 @@ func All() []Bug {
 		ObjectUnverified, HeaderUnverified, LogReadUnverified, TornRecord, ProofIgnored, RecoveryStopsEarly,
 		CutOffKept, LogOverwritten, TrimEarly, DirtyDropped, DiscardUnrecorded, DiscardUndestaged,
 		LeaseIgnored, LeaseStretched, LateForgotten, LeaseNotAwaited, EpochIgnored, EpochUnrecorded, StaleLogDropped, DeletedEarly, CheckpointMixed, LateCopied, ChangesLost, DeltaForgotten, DeltaKept,
-		HalfCounted, DeadKept, SnapshotUnheld, SnapshotEarly, StatesKept, StatesTorn, MovedOverNewer, CacheUnverified, CacheImageIgnored, CacheFailedKept,
+		HalfCounted, DeadKept, SnapshotUnheld, SnapshotEarly, StatesKept, StatesTorn, ReclaimTorn, ReclaimKept, MovedOverNewer, CacheUnverified, CacheImageIgnored, CacheFailedKept,
 	}
 }

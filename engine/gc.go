@@ -1,0 +1,190 @@
+package engine
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"time"
+
+	"github.com/google/uuid"
+	"github.com/lsd-ceph/lsd/backend"
+)
+
+// GCOptions says what is to be collected of a store.
+type GCOptions struct {
+	// DryRun changes nothing.
+	DryRun bool
+	// Age is how old what somebody has begun to make, and not ended, must be to count as
+	// left behind; 0 means DefaultGCAge. Clocks of hosts are compared for that.
+	Age time.Duration
+	// Progress is told in a few words what is being done; may be nil.
+	Progress func(string)
+}
+
+// DefaultGCAge is far more than it takes to make an image.
+const DefaultGCAge = time.Hour
+
+// maxPasses bounds how often a store is gone through in one collection.
+const maxPasses = 100
+
+// Garbage is something in a store that nothing refers to any more.
+type Garbage struct {
+	Image   uuid.UUID `json:"image_id"`
+	Name    string    `json:"name"` // that it had, or was to have
+	What    string    `json:"what"`
+	Objects int       `json:"objects"` // of them
+}
+
+// GC finds what nothing in a store refers to any more, and unless o.DryRun is set removes it:
+// what is left of images that have been removed and that no clone of them needs, and what
+// is left of images that were not made to their end. What an image that has a name does not
+// need any more goes when its owner works, or it is attached.
+func GC(ctx context.Context, st backend.Store, o GCOptions) ([]Garbage, error) {
+	if o.Age == 0 {
+		o.Age = DefaultGCAge
+	}
+	if o.Progress == nil {
+		o.Progress = func(string) {}
+	}
+	g := &collector{st: patient{st, Real{}}, o: o, now: time.Now(), found: []Garbage{}}
+	for pass := 1; ; pass++ {
+		before := len(g.found)
+		if err := g.run(ctx); err != nil {
+			return g.found, err
+		}
+		if o.DryRun || len(g.found) == before || pass == maxPasses {
+			return g.found, nil
+		}
+		// What has gone may have been all that needed something of what was looked at before.
+	}
+}
+
+// collector collects garbage.
+type collector struct {
+	st    backend.Store
+	o     GCOptions
+	now   time.Time
+	named map[uuid.UUID]bool
+	found []Garbage
+}
+
+func (g *collector) run(ctx context.Context) error {
+	s := storeScan{objects: map[uuid.UUID]int{}, super: map[uuid.UUID]bool{}}
+	g.o.Progress("listing the store")
+	if err := g.st.List(ctx, "", s.note); err != nil {
+		return fmt.Errorf("list the objects of the store: %w", err)
+	}
+	if lost, err := LostDirectory(ctx, g.st); lost || err != nil {
+		if err == nil {
+			err = ErrLostDirectory
+		}
+		return err
+	}
+	// After the list: what has no name now is not a new image's.
+	names, err := backend.Names(ctx, g.st)
+	if err != nil {
+		return err
+	}
+	g.named = map[uuid.UUID]bool{}
+	for _, n := range names {
+		g.named[n.ID] = true
+	}
+	for _, id := range s.ids() {
+		if !s.super[id] {
+			continue
+		}
+		sb, _, err := loadSuperblock(ctx, g.st, id)
+		switch {
+		case errors.Is(err, backend.ErrNotFound):
+			continue
+		case err != nil:
+			return err
+		}
+		if err := g.look(ctx, sb, s.objects[id]); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (g *collector) old(t time.Time) bool { return g.now.Sub(t) >= g.o.Age }
+
+// look looks at an image that has so many objects.
+func (g *collector) look(ctx context.Context, sb *superblock, objects int) error {
+	if err := g.claims(ctx, sb); err != nil {
+		return err
+	}
+	unmade := !sb.Removed && !g.named[sb.Image] && g.old(sb.Created) && (sb.Partial || sb.untouched())
+	switch {
+	case unmade:
+		return g.collect(sb, "it was not made to its end", objects, func() error { return g.removeUnmade(ctx, sb.Image) })
+	case sb.Removed && !g.named[sb.Image]:
+		list, kept, err := unneeded(ctx, g.st, sb)
+		if err != nil {
+			return err
+		}
+		n := len(list)
+		if kept == 0 && !slices.ContainsFunc(sb.Clones, func(p snapshot) bool { return !p.Made }) {
+			n++ // the superblock
+		}
+		if n == 0 {
+			return nil
+		}
+		return g.collect(sb, "it was removed, and no clone needs this", n, func() error { return reclaim(ctx, g.st, sb.Image, nil) })
+	}
+	return nil
+}
+
+// untouched reports whether nothing that anybody has written is in the image alone: it has
+// no checkpoint of its own, with which each ownership ends in which there was something.
+func (s *superblock) untouched() bool {
+	n := len(s.Epochs)
+	return s.Owner == nil && !s.Loose && len(s.Points)+len(s.Snapshots)+len(s.Clones) == 0 &&
+		(s.Epoch == 0 || n > 0 && s.Epochs[n-1].Epoch == s.Epoch) &&
+		(s.Checkpoint == nil || !s.lineage().own(s.Checkpoint.Object))
+}
+
+// removeUnmade removes an image that was not made to its end, unless it has got a name since.
+func (g *collector) removeUnmade(ctx context.Context, id uuid.UUID) error {
+	_, _, err := changeSuperblock(ctx, g.st, id, func(sb *superblock) error {
+		if !sb.Partial && !sb.untouched() {
+			return errors.New("it is in use: look at it again")
+		}
+		return sb.remove(&RemoveOptions{Snapshots: true})
+	})
+	if err != nil {
+		return err
+	}
+	return reclaim(ctx, g.st, id, nil)
+}
+
+// claims gives up the states that an image keeps for clones that are not there.
+func (g *collector) claims(ctx context.Context, sb *superblock) error {
+	for _, p := range slices.Clone(sb.Clones) {
+		if !p.Made && !g.old(p.Since) {
+			continue
+		}
+		_, _, err := loadSuperblock(ctx, g.st, p.ID)
+		if err == nil || !errors.Is(err, backend.ErrNotFound) {
+			continue
+		}
+		err = g.collect(sb, "the state that it keeps for the clone "+p.Name+", which is not there", 0, func() error {
+			return releaseClone(ctx, g.st, sb.Image, p.ID)
+		})
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// collect notes garbage, and removes it unless this is a dry run.
+func (g *collector) collect(sb *superblock, what string, objects int, remove func() error) error {
+	g.found = append(g.found, Garbage{Image: sb.Image, Name: sb.Name, What: what, Objects: objects})
+	if g.o.DryRun {
+		return nil
+	}
+	g.o.Progress("removing what is left of " + sb.Name)
+	return remove()
+}

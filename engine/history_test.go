@@ -1,0 +1,498 @@
+package engine
+
+import (
+	"context"
+	"flag"
+	"fmt"
+	"math/rand/v2"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/google/uuid"
+	"github.com/lsd-ceph/lsd/backend"
+	"github.com/lsd-ceph/lsd/backend/mem"
+	"github.com/lsd-ceph/lsd/internal/simdisk"
+)
+
+var (
+	histories    = flag.Uint64("histories", 60, "number of seeds of TestHistories")
+	historyFirst = flag.Uint64("histories.first", 0, "first seed of TestHistories")
+)
+
+// TestHistories: whatever an image and its clones go through, each of them, each snapshot
+// and each log that was cut off has what it must have, and in the end nothing is left over.
+func TestHistories(t *testing.T) {
+	n := *histories
+	if testing.Short() {
+		n = min(n, 10)
+	}
+	for seed := *historyFirst; seed < *historyFirst+n; seed++ {
+		ok := t.Run(fmt.Sprint(seed), func(t *testing.T) {
+			y := newHistory(t, seed)
+			y.goOn()
+			y.end()
+		})
+		if !ok {
+			return
+		}
+	}
+}
+
+const (
+	historyImages = 4 // at one time
+	historySteps  = 60
+)
+
+// history is what happens to an image and to clones of it, at random.
+type history struct {
+	t      *testing.T
+	rng    *rand.Rand
+	st     backend.Store
+	images []*past // that are there; they never are none
+	names  int     // given to snapshots, clones and hosts
+	value  uint64  // the last one written
+	ops    []string
+}
+
+// blocks is what the blocks of an image are to read as.
+type blocks [snapshotBlocks]uint64
+
+// past is an image of a history.
+type past struct {
+	*history
+	name  string
+	id    uuid.UUID
+	host  *host // that has it open, or had it last
+	open  bool
+	now   blocks
+	snaps []pastSnapshot
+	cuts  []pastLog
+}
+
+type pastSnapshot struct {
+	Snapshot
+	has blocks
+}
+
+// pastLog is the log of a host that has lost the image to another one.
+type pastLog struct {
+	disk *simdisk.Disk
+	has  blocks
+}
+
+func newHistory(t *testing.T, seed uint64) *history {
+	y := &history{t: t, rng: rand.New(rand.NewPCG(seed, 5)), st: mem.New(), value: 1000}
+	h, id := attached(t, y.st, smallImage(), nil)
+	y.images = []*past{{history: y, name: "disk", id: id, host: h, open: true}}
+	t.Cleanup(func() {
+		if t.Failed() {
+			t.Logf("seed %d: %s", seed, strings.Join(y.ops, ", "))
+		}
+	})
+	return y
+}
+
+// note notes what happens next.
+func (y *history) note(format string, args ...any) {
+	y.ops = append(y.ops, fmt.Sprintf(format, args...))
+}
+
+// newName returns a name that nothing has.
+func (y *history) newName(kind string) string {
+	y.names++
+	return fmt.Sprint(kind, y.names)
+}
+
+// newHost returns a host that has not been there.
+func (y *history) newHost() *host {
+	name := y.newName("h")
+	return newHost(y.t, name, y.st, uint64(100+y.names))
+}
+
+// one returns one of the images, the oldest one more often.
+func (y *history) one() *past {
+	if y.rng.IntN(2) == 0 {
+		return y.images[0]
+	}
+	return y.images[y.rng.IntN(len(y.images))]
+}
+
+// goOn lets the history happen.
+func (y *history) goOn() {
+	for range historySteps/2 + y.rng.IntN(historySteps) {
+		y.one().step()
+		if y.rng.IntN(4) == 0 {
+			y.mustBeRight()
+		}
+	}
+	y.mustBeRight()
+}
+
+// step lets one thing happen to the image.
+func (p *past) step() {
+	switch k := p.rng.IntN(15); {
+	case k < 4 && p.open:
+		p.write()
+	case k < 5:
+		p.snapshot()
+	case k < 7:
+		p.openOrClose()
+	case k == 7 && p.open:
+		p.loseHost()
+	case k < 10 && len(p.snaps) > 0:
+		p.rollBack()
+	case k == 10 && len(p.snaps) > 0:
+		p.dropSnapshot()
+	case k == 11 && p.rng.IntN(4) == 0:
+		p.forgetLogs()
+	case k == 12 && len(p.images) < historyImages:
+		p.clone()
+	case k == 13 && len(p.images) > 1 && p.rng.IntN(2) == 0:
+		p.remove()
+	case k == 14 && p.rng.IntN(4) == 0:
+		p.collect()
+	case p.open:
+		d := time.Duration(p.rng.Int64N(int64(3 * leftoverGrace)))
+		p.note("%s waits %v", p.name, d.Round(time.Second))
+		p.host.run(d)
+	}
+}
+
+// fill gives blocks a number each that no other has.
+func (p *past) fill(first, last int) {
+	for n := first; n <= last; n++ {
+		p.value++
+		p.host.mustWrite(uint64(n), p.value)
+		p.now[n] = p.value
+	}
+}
+
+// write writes a run of blocks, in the log alone or in the store, with a checkpoint or
+// without.
+func (p *past) write() {
+	first, last := p.rng.IntN(snapshotBlocks), p.rng.IntN(snapshotBlocks)
+	if p.rng.IntN(3) == 0 {
+		first, last = 0, snapshotBlocks-1
+	}
+	how := p.rng.IntN(4)
+	p.note("%s writes %d to %d, %s", p.name, min(first, last), max(first, last), [...]string{"in the log", "destaged", "destaged", "checkpoint"}[how])
+	p.fill(min(first, last), max(first, last))
+	if how > 0 {
+		p.host.mustDestage()
+	}
+	if how == 3 {
+		p.host.mustCheckpoint()
+	}
+}
+
+// owner returns the host that has the image open, or nil.
+func (p *past) owner() *host {
+	if p.open {
+		return p.host
+	}
+	return nil
+}
+
+func (p *past) snapshot() {
+	name := p.newName("s")
+	p.note("%s@%s", p.name, name)
+	p.snaps = append(p.snaps, pastSnapshot{mustSnapshot(p.t, p.st, p.id, name, p.owner()), p.now})
+}
+
+func (p *past) dropSnapshot() {
+	i := p.rng.IntN(len(p.snaps))
+	p.note("remove %s@%s", p.name, p.snaps[i].Name)
+	mustDropSnapshot(p.t, p.st, p.id, p.snaps[i].Name)
+	p.snaps = slices.Delete(p.snaps, i, i+1)
+}
+
+func mustDropSnapshot(t *testing.T, st backend.Store, id uuid.UUID, name string) {
+	t.Helper()
+	if err := RemoveSnapshot(context.Background(), st, id, name); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// mustAttach opens the image in another process.
+func (h *host) mustAttach(id uuid.UUID) {
+	h.t.Helper()
+	h.again()
+	if err := h.open(id, false); err != nil {
+		h.t.Fatal(err)
+	}
+}
+
+func (p *past) attach() {
+	p.note("open %s", p.name)
+	p.host.mustAttach(p.id)
+	p.open = true
+}
+
+func (p *past) detach() {
+	if p.open {
+		p.note("close %s", p.name)
+		p.host.mustClose()
+		p.open = false
+	}
+}
+
+func (p *past) openOrClose() {
+	if !p.open {
+		p.attach()
+		return
+	}
+	p.detach()
+	if p.rng.IntN(2) == 0 {
+		p.check()
+	}
+}
+
+func (p *past) rollBack() {
+	p.detach()
+	s := p.snaps[p.rng.IntN(len(p.snaps))]
+	p.note("roll back to %s@%s", p.name, s.Name)
+	if err := Rollback(context.Background(), p.st, p.id, s.Name, RollbackOptions{}); err != nil {
+		p.t.Fatal(err)
+	}
+	p.now = s.has
+	if p.rng.IntN(3) > 0 {
+		p.attach()
+	}
+}
+
+// loseHost ends the process that has the image open: it comes back, or another host takes
+// the image over by force, for which what only the log has is lost.
+func (p *past) loseHost() {
+	switch p.rng.IntN(4) {
+	case 0, 1:
+		p.note("%s crashes", p.name)
+		p.host.im.Abandon()
+		p.open = false
+		p.attach()
+	case 2:
+		p.cutOff("is taken over")
+		if err := p.host.open(p.id, true); err != nil {
+			p.t.Fatal(err)
+		}
+	case 3:
+		p.cutOff("is taken over, which fails")
+		p.failToOpen()
+	}
+}
+
+// cutOff leaves writes in the log of a host that are not in the store, and gives the image to
+// a new host, which is to open it.
+func (p *past) cutOff(how string) {
+	p.note("%s %s", p.name, how)
+	p.host.mustDestage()
+	stored := p.now
+	for range p.rng.IntN(4) {
+		n := p.rng.IntN(snapshotBlocks)
+		p.fill(n, n)
+	}
+	p.cuts = append(p.cuts, pastLog{p.host.disk, p.now})
+	p.now = stored
+	next := p.newHost()
+	next.env.now = p.host.env.now
+	p.host.im.Abandon()
+	p.host = next
+}
+
+// failToOpen lets the host try to take the image over while no data object can be read, and
+// take it over then, unless nobody owns it.
+func (p *past) failToOpen() {
+	p.host.st = noDataStore{p.st}
+	err := p.host.open(p.id, true)
+	p.host.st = p.st
+	if err == nil {
+		return // it had to read none
+	}
+	sb, _, err := loadSuperblock(context.Background(), p.st, p.id)
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	if sb.Owner == nil {
+		p.note("nobody has it")
+		p.open = false
+		return
+	}
+	p.host.again()
+	if err := p.host.open(p.id, true); err != nil {
+		p.t.Fatal(err)
+	}
+}
+
+func (p *past) forgetLogs() {
+	p.note("forget logs of %s", p.name)
+	if _, err := ForgetLogs(context.Background(), p.st, p.id, uuid.Nil); err != nil {
+		p.t.Fatal(err)
+	}
+	sb, _, err := loadSuperblock(context.Background(), p.st, p.id)
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	p.cuts = p.cuts[len(p.cuts)-len(sb.Points):] // one that is not settled stays
+}
+
+// clone clones the image, or a snapshot of it.
+func (p *past) clone() {
+	c := &past{history: p.history, name: p.newName("c"), now: p.now}
+	of := ""
+	if len(p.snaps) > 0 && p.rng.IntN(2) == 0 {
+		s := p.snaps[p.rng.IntN(len(p.snaps))]
+		of, c.now = s.Name, s.has
+	}
+	p.note("clone %s@%s as %s", p.name, of, c.name)
+	c.id = mustClone(p.t, p.st, p.id, of, c.name, p.owner())
+	c.host = p.newHost()
+	p.images = append(p.images, c)
+	if p.rng.IntN(2) == 0 {
+		c.attach()
+	}
+}
+
+// remove removes the image with all its snapshots.
+func (p *past) remove() {
+	p.detach()
+	p.note("remove %s", p.name)
+	mustRemove(p.t, p.st, p.name)
+	p.images = slices.DeleteFunc(p.images, func(q *past) bool { return q == p })
+}
+
+// collect removes what nothing refers to.
+func (y *history) collect() {
+	y.note("gc")
+	if _, err := GC(context.Background(), y.st, GCOptions{}); err != nil {
+		y.t.Fatal(err)
+	}
+	mustBeSound(y.t, y.st)
+}
+
+// mustBeRight reads all images and snapshots, and now and then what can be salvaged.
+func (y *history) mustBeRight() {
+	y.t.Helper()
+	for _, p := range y.images {
+		if y.rng.IntN(4) == 0 {
+			p.salvage()
+		}
+		for _, s := range p.snaps {
+			p.show(p.name+"@"+s.Name, y.st, p.id, s.ID, &s.has)
+		}
+		if p.open {
+			y.read(p.name, p.host, &p.now)
+		} else {
+			p.show(p.name, y.st, p.id, uuid.Nil, &p.now)
+		}
+	}
+}
+
+// show opens an image or a snapshot read-only, and reads it.
+func (y *history) show(name string, st backend.Store, id, snapshot uuid.UUID, has *blocks) {
+	y.t.Helper()
+	h, err := openSnapshot(y.t, st, id, snapshot)
+	if err != nil {
+		y.t.Fatalf("open %s: %v", name, err)
+	}
+	y.read(name, h, has)
+}
+
+func (y *history) read(name string, h *host, has *blocks) {
+	y.t.Helper()
+	for n, want := range has {
+		if err, ended, v := h.do(Read, uint64(n), 0, 0); err != 0 || !ended || v != want {
+			y.t.Fatalf("block %d of %s reads as %d (%v, ended %v), want %d", n, name, v, err, ended, want)
+		}
+	}
+}
+
+// salvage copies what the logs hold that were cut off, and reads that.
+func (p *past) salvage() {
+	p.t.Helper()
+	for _, c := range p.cuts {
+		dst := mem.New()
+		saved, err := Salvage(context.Background(), c.disk, p.st, p.id, dst, "saved", nil)
+		if err != nil {
+			p.t.Fatalf("salvage of %s: %v", p.name, err)
+		}
+		p.show("what was salvaged of "+p.name, dst, saved, uuid.Nil, &c.has)
+	}
+}
+
+// check checks the image, which nobody has open.
+func (p *past) check() {
+	p.t.Helper()
+	rep, err := Check(context.Background(), p.st, p.name, "mem:/"+p.name, CheckOptions{Deep: true, Repair: p.rng.IntN(2) == 0})
+	if err != nil || !rep.Clean() {
+		p.t.Fatalf("check of %s: %v, %+v", p.name, err, rep)
+	}
+}
+
+// end removes everything, in half of all histories the first image before its clones.
+func (y *history) end() {
+	first := y.images[0]
+	if y.rng.IntN(2) == 0 {
+		for len(y.images) > 1 {
+			y.images[1+y.rng.IntN(len(y.images)-1)].remove()
+			y.mustBeRight()
+		}
+		first.settle()
+	}
+	first.remove()
+	for len(y.images) > 0 {
+		y.mustBeRight()
+		for _, p := range y.images {
+			p.detach()
+			p.check()
+		}
+		p := y.images[y.rng.IntN(len(y.images))]
+		if len(y.images) == 1 {
+			p.settle()
+		}
+		p.remove()
+	}
+	mustBeEmpty(y.t, y.st)
+}
+
+// settle gives up all that the image has but its present state, overwrites that, and checks
+// that there is nothing else in the store then.
+func (p *past) settle() {
+	if !p.open {
+		p.attach()
+	}
+	for len(p.snaps) > 0 {
+		p.dropSnapshot()
+		if p.rng.IntN(2) == 0 {
+			p.host.run(time.Minute)
+		}
+		p.mustBeRight()
+	}
+	p.forgetLogs()
+	p.detach()
+	p.attach() // what a host that was cut off may have put is looked for by the next owner
+	p.note("%s settles", p.name)
+	p.host.run(3 * leftoverGrace)
+	p.fill(0, snapshotBlocks-1)
+	p.host.mustCheckpoint()
+	p.host.run(3 * leftoverGrace)
+	p.mustBeRight()
+	if sb := p.host.im.super.sb; len(sb.Forgotten)+len(sb.Prev)+len(sb.Stale)+len(sb.Clones)+len(sb.Points) > 0 {
+		p.t.Errorf("%s has not settled: %+v", p.name, sb)
+	}
+	p.detach()
+	p.check()
+	p.collect()
+	kept := map[string]int{}
+	_ = p.st.List(context.Background(), "", func(key string) error {
+		if k := parseKey(p.id, key); strings.HasPrefix(key, p.id.String()) && k.kind != keySuper {
+			kept[key[len(p.id.String()):][:3]]++
+		} else if k.kind != keySuper && key != backend.DirectoryKey {
+			p.t.Errorf("left over: %s", key)
+		}
+		return nil
+	})
+	if kept["/d/"] > 2 || kept["/m/"] > 1 || kept["/c/"] > 1 || len(kept) != 3 {
+		p.t.Errorf("%s has settled, and the store has %v of it", p.name, kept)
+	}
+}

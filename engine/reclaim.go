@@ -1,0 +1,264 @@
+package engine
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+
+	"github.com/google/uuid"
+	"github.com/lsd-ceph/lsd/backend"
+	"github.com/lsd-ceph/lsd/internal/mutate"
+)
+
+// errRemoved is why nothing can be done with an image of which only what its clones need is
+// left.
+var errRemoved = errors.New("the image has been removed; what is left of it is for its clones")
+
+// reclaimTries bounds how often it is looked anew what the clones of an image that has been
+// removed need, because their owners have gone on meanwhile.
+const reclaimTries = 10
+
+// reclaim removes of an image that has been removed what none of its clones needs; if none
+// is left, all of it, and then what only it needed of the image that it was cloned from, if
+// that has been removed too. It may be interrupted at any time, and be repeated.
+func reclaim(ctx context.Context, st backend.Store, id uuid.UUID, progress func(done int)) error {
+	for id != uuid.Nil {
+		sb, _, err := loadSuperblock(ctx, st, id)
+		switch {
+		case errors.Is(err, backend.ErrNotFound):
+			return nil
+		case err != nil:
+			return err
+		case !sb.Removed:
+			return nil
+		}
+		gone, err := releaseGone(ctx, st, sb)
+		if err != nil {
+			return err
+		}
+		if gone {
+			continue
+		}
+		list, kept, err := unneeded(ctx, st, sb)
+		if err != nil {
+			return err
+		}
+		for i, key := range list {
+			if err := st.Delete(ctx, key); err != nil && !errors.Is(err, backend.ErrNotFound) {
+				return err
+			}
+			if progress != nil {
+				progress(i + 1)
+			}
+		}
+		switch {
+		case len(sb.Clones) > 0 && kept > 0:
+			id = sb.Parent // which may keep something for what has gone now
+			continue
+		case len(sb.Clones) > 0:
+			if slices.ContainsFunc(sb.Clones, func(p snapshot) bool { return !p.Made }) {
+				return nil // somebody is at it
+			}
+			if passed, err := passOver(ctx, st, sb); err != nil || !passed {
+				return err
+			}
+			continue
+		}
+		if sb.Parent != uuid.Nil {
+			if err := releaseClone(ctx, st, sb.Parent, id); err != nil && !errors.Is(err, backend.ErrNotFound) {
+				return err
+			}
+		}
+		if err := st.Delete(ctx, SuperblockKey(id)); err != nil && !errors.Is(err, backend.ErrNotFound) {
+			return err
+		}
+		id = sb.Parent
+	}
+	return nil
+}
+
+// releaseGone gives up the states that an image keeps for clones that are not there any more,
+// and reports whether there were any.
+func releaseGone(ctx context.Context, st backend.Store, sb *superblock) (gone bool, err error) {
+	for i := range sb.Clones {
+		p := &sb.Clones[i]
+		if !p.Made {
+			continue
+		}
+		if _, _, err := loadSuperblock(ctx, st, p.ID); !errors.Is(err, backend.ErrNotFound) {
+			continue
+		}
+		gone = true
+		if err := releaseClone(ctx, st, sb.Image, p.ID); err != nil {
+			return gone, err
+		}
+	}
+	return gone, nil
+}
+
+// passOver takes an image that has been removed, of which nobody needs anything, out of the
+// lineage: its clones are those of the image that it was cloned from, if there is one. Each
+// step may be repeated. It reports false if that one has too many clones for it.
+func passOver(ctx context.Context, st backend.Store, sb *superblock) (bool, error) {
+	full := errors.New("it has as many clones as there can be")
+	for _, p := range sb.Clones {
+		parent := sb.Parent
+		if parent != uuid.Nil {
+			err := changeInsistently(ctx, st, parent, func(up *superblock) error {
+				from := up.snapshotOf(sb.Image)
+				switch {
+				case from == nil || up.snapshotOf(p.ID) != nil:
+					return errNothing
+				case len(up.Clones) >= MaxClones:
+					return full
+				}
+				claim := *from
+				claim.ID, claim.Name = p.ID, p.Name
+				up.Clones = append(up.Clones, claim)
+				return nil
+			})
+			switch {
+			case errors.Is(err, backend.ErrNotFound):
+				parent = uuid.Nil
+			case errors.Is(err, full):
+				return false, nil
+			case err != nil:
+				return false, err
+			}
+		}
+		err := changeInsistently(ctx, st, p.ID, func(clone *superblock) error {
+			if clone.Parent != sb.Image {
+				return errNothing
+			}
+			clone.Parent = parent
+			clone.Origins = slices.DeleteFunc(clone.Origins, func(o origin) bool { return o.Image == sb.Image })
+			return nil
+		})
+		if err != nil && !errors.Is(err, backend.ErrNotFound) {
+			return false, err
+		}
+		if err := releaseClone(ctx, st, sb.Image, p.ID); err != nil {
+			return false, err
+		}
+	}
+	return true, nil
+}
+
+// unneeded returns the keys of the objects of an image that has been removed that none of its
+// clones needs, and how many others there are. Its superblock is neither.
+func unneeded(ctx context.Context, st backend.Store, sb *superblock) (list []string, kept int, err error) {
+	for range reclaimTries {
+		n := &cloneNeeds{of: sb.Image, data: map[checkpointRef]bool{}, maps: map[mapName]bool{}, manifests: map[checkpointRef]bool{}}
+		// Listed first: what a clone comes to need later it needs now.
+		var keys []string
+		if err := st.List(ctx, sb.Image.String()+"/", func(key string) error { keys = append(keys, key); return nil }); err != nil {
+			return nil, 0, err
+		}
+		keys = slices.DeleteFunc(keys, func(key string) bool { return parseKey(sb.Image, key).kind == keySuper })
+		if err = n.add(ctx, st, sb); err == nil {
+			kept = len(keys)
+			list = slices.DeleteFunc(keys, func(key string) bool { return n.needs(parseKey(sb.Image, key)) })
+			return list, kept - len(list), nil
+		}
+		if !errors.Is(err, backend.ErrNotFound) {
+			break
+		}
+	}
+	return nil, 0, fmt.Errorf("find out what clones need of image %s: %w", sb.Image, err)
+}
+
+// cloneNeeds is what the descendants of an image need of it, together.
+type cloneNeeds struct {
+	of        uuid.UUID
+	data      map[checkpointRef]bool // number and epoch
+	maps      map[mapName]bool
+	manifests map[checkpointRef]bool
+}
+
+// add adds what the clones of an image need, which has been removed: for a clone that has been
+// removed as well that is what its clones need.
+func (n *cloneNeeds) add(ctx context.Context, st backend.Store, sb *superblock) error {
+	for i := range sb.Clones {
+		p := &sb.Clones[i]
+		clone, _, err := loadSuperblock(ctx, st, p.ID)
+		switch {
+		case errors.Is(err, backend.ErrNotFound) && p.Made:
+			continue // it is gone
+		case errors.Is(err, backend.ErrNotFound):
+			err = n.addState(ctx, st, sb, &p.point) // it is being made
+		case err != nil:
+			return err
+		case clone.Removed:
+			err = n.add(ctx, st, clone)
+		default:
+			err = n.addImage(ctx, st, clone)
+		}
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// addImage adds what an image needs: its present state, and its points.
+func (n *cloneNeeds) addImage(ctx context.Context, st backend.Store, sb *superblock) error {
+	if err := n.addState(ctx, st, sb, &point{Object: maxObjectSeq, Checkpoint: sb.Checkpoint}); err != nil {
+		return err
+	}
+	for p := range sb.states() {
+		if !p.Settled {
+			continue // it will be of what the present state is made of
+		}
+		if err := n.addState(ctx, st, sb, p); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// addState adds what a state of an image needs.
+func (n *cloneNeeds) addState(ctx context.Context, st backend.Store, sb *superblock, p *point) error {
+	line := sb.lineage()
+	state := *p
+	if sb.Image != n.of && !slices.ContainsFunc(line.origins, func(o origin) bool { return o.Image == n.of }) {
+		return nil // it has nothing of it
+	}
+	if k := len(line.origins); sb.Image != n.of {
+		// What comes later is none of the ancestors'.
+		state.Object = min(state.Object, max(line.origins[k-1].Last, p.base()))
+	}
+	parts, err := loadParts(ctx, st, sb, &state)
+	if err != nil {
+		return err
+	}
+	for number, o := range parts.data {
+		if o.needed && line.of(number) == n.of {
+			n.data[checkpointRef{number, o.epoch}] = true
+		}
+	}
+	for m, needed := range parts.maps {
+		if needed && line.of(m.at.Object) == n.of {
+			n.maps[m] = true
+		}
+	}
+	if c := p.Checkpoint; c != nil && line.of(c.Object) == n.of {
+		n.manifests[*c] = true
+	}
+	return nil
+}
+
+func (n *cloneNeeds) needs(k imageKey) bool {
+	if mutate.On(mutate.ReclaimTorn) || mutate.On(mutate.ReclaimKept) {
+		return mutate.On(mutate.ReclaimKept)
+	}
+	switch k.kind {
+	case keyData:
+		return n.data[k.ref]
+	case keyManifest:
+		return n.manifests[k.ref]
+	case keyMap:
+		return n.maps[mapName{k.ref, uint32(k.part)}]
+	}
+	return false
+}
