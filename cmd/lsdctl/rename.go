@@ -53,7 +53,7 @@ func renameImage(ctx context.Context, u backend.URL, from, to string) error {
 	return withStore(ctx, u, func(ctx context.Context, st backend.Store) error {
 		err := engine.Rename(ctx, st, from, to)
 		if errors.Is(err, backend.ErrExists) {
-			return fmt.Errorf("%s exists already: choose another name, or see lsdctl info", u.Image(to))
+			return imageExists(u, to)
 		}
 		return noImage(u, from, err)
 	})

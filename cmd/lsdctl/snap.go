@@ -28,7 +28,7 @@ func (a *app) snapCommand() *cobra.Command {
 		Args:  noSuchCommand,
 		RunE:  func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
-	cmd.AddCommand(a.snapCreateCommand(), a.snapLsCommand(), a.snapRmCommand(), a.snapRenameCommand())
+	cmd.AddCommand(a.snapCreateCommand(), a.snapLsCommand(), a.snapRmCommand(), a.snapRenameCommand(), a.snapRollbackCommand())
 	return cmd
 }
 

@@ -220,7 +220,7 @@ func TestSnapTimeout(t *testing.T) {
 	for _, images := range [][]api.Image{nil, {{ID: 3, ImageID: info.ID}}} {
 		d.attach(images...)
 		_, err := lsdctlWith(t, d.socket, nil, "snap", "create", url+"@monday", "--timeout", "600ms")
-		if err == nil || !strings.Contains(err.Error(), "busy, which has the image attached, has not made the snapshot") || !strings.Contains(err.Error(), "it is withdrawn") {
+		if err == nil || !strings.Contains(err.Error(), "busy, which has the image attached, has not made it") || !strings.Contains(err.Error(), "it is withdrawn") {
 			t.Errorf("snap create: %v", err)
 		}
 		if d.refreshed() != (images != nil) {

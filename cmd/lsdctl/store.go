@@ -115,7 +115,7 @@ func (a *app) create(ctx context.Context, url string, o engine.CreateOptions) er
 	defer st.Close()
 	if _, err := engine.Create(ctx, st, name, o); err != nil {
 		if errors.Is(err, backend.ErrExists) {
-			return fmt.Errorf("%s exists already: choose another name, or see lsdctl info", u.Image(name))
+			return imageExists(u, name)
 		}
 		return timedOut(u, lostNames(u, err))
 	}
@@ -233,9 +233,9 @@ func (a *app) infoCommand() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			var info engine.Info
+			var info described
 			err = withStore(cmd.Context(), u, func(ctx context.Context, st backend.Store) error {
-				info, err = engine.Describe(ctx, st, name)
+				info, err = describe(ctx, st, name)
 				return noImage(u, name, err)
 			})
 			if err != nil {
@@ -249,6 +249,21 @@ func (a *app) infoCommand() *cobra.Command {
 	})
 }
 
+// described is what info prints.
+type described struct {
+	engine.Info
+	ParentName string `json:"parent_name,omitempty"` // that the image has now that this one was cloned from
+}
+
+func describe(ctx context.Context, st backend.Store, name string) (described, error) {
+	info, err := engine.Describe(ctx, st, name)
+	if err != nil || info.Parent == uuid.Nil {
+		return described{Info: info}, err
+	}
+	names, err := namesByID(ctx, st)
+	return described{info, names[info.Parent]}, err
+}
+
 // noImage says which image is not there.
 func noImage(u backend.URL, name string, err error) error {
 	if errors.Is(err, backend.ErrNotFound) {
@@ -260,7 +275,7 @@ func noImage(u backend.URL, name string, err error) error {
 	return nil
 }
 
-func (a *app) printInfo(u backend.URL, i engine.Info) error {
+func (a *app) printInfo(u backend.URL, i described) error {
 	return a.table(func(row func(...any)) {
 		row("image", u.Image(i.Name))
 		row("id", i.ID)
@@ -279,6 +294,9 @@ func (a *app) printInfo(u backend.URL, i engine.Info) error {
 		}
 		if len(i.Snapshots) > 0 {
 			row("snapshots", someSnapshots(u.Image(i.Name), i.Snapshots))
+		}
+		for _, r := range relatives(u, i) {
+			row(r[0], r[1])
 		}
 		for _, b := range i.CutOff {
 			row("kept for log", fmt.Sprintf("%s of %s, cut off in epoch %d: salvage it there, or lsdctl log forget", b.Log, b.Host, b.Epoch))
@@ -304,10 +322,11 @@ func (a *app) rmCommand() *cobra.Command {
 	var o engine.RemoveOptions
 	cmd := &cobra.Command{
 		Use:   "rm STORE/IMAGE",
-		Short: "Remove an image and all its data",
-		Long: `Remove an image and all its data. One that is attached is refused; --force removes
+		Short: "Remove an image and its data",
+		Long: `Remove an image and its data. One that is attached is refused; --force removes
 also that, and its users get errors. One that has snapshots is refused, unless
---snapshots says that they go with it.`,
+--snapshots says that they go with it. Clones of it go on: what they need of it
+stays in the store, without a name, until they need it no longer.`,
 		Example: `  lsdctl rm rados://rbd/vm2
   lsdctl rm rados://rbd/vm2 --snapshots
   lsdctl rm rados://rbd/vm2 --force    # its host is gone for good`,
