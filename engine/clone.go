@@ -44,7 +44,8 @@ func Clone(ctx context.Context, st backend.Store, id uuid.UUID, name string, o C
 // tell that nobody has it.
 type cloner struct {
 	*snapshotMaker
-	of string // the snapshot that is cloned, or ""
+	of     string // the snapshot that is cloned, or ""
+	naming bool   // it may have its name
 }
 
 // addClone adds the state that the clone begins with.
@@ -71,11 +72,15 @@ func (c *cloner) run(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	err = c.finish(ctx, at)
-	if err != nil {
-		err = c.undo(ctx, err)
+	switch err := c.finish(ctx, at); {
+	case err == nil:
+		return nil
+	case c.naming && !errors.Is(err, backend.ErrExists):
+		// A name that comes late would be one of nothing.
+		return fmt.Errorf("%w; it may have got its name all the same: see lsdctl ls; if not, lsdctl gc removes what was made of it", err)
+	default:
+		return c.undo(ctx, err)
 	}
-	return err
 }
 
 // finish makes the clone of the state that the image keeps for it.
@@ -101,6 +106,7 @@ func (c *cloner) finish(ctx context.Context, at *snapshot) error {
 	if err := c.note(ctx); err != nil {
 		return err
 	}
+	c.naming = true
 	return backend.Link(ctx, c.st, c.want.Name, sb.Image)
 }
 
