@@ -27,6 +27,9 @@ type CloneOptions struct {
 // of the image has made the state, nothing is made.
 func Clone(ctx context.Context, st backend.Store, id uuid.UUID, name string, o CloneOptions) (uuid.UUID, error) {
 	o.SnapshotOptions = o.SnapshotOptions.withDefaults()
+	if err := backend.CheckImageName(name); err != nil {
+		return uuid.Nil, err
+	}
 	if err := nameIsFree(ctx, st, name); err != nil {
 		return uuid.Nil, err
 	}
@@ -167,7 +170,7 @@ func (s *superblock) cloneAt(at *snapshot) (*superblock, error) {
 		return nil, errors.New("the image has used up its numbers for objects or ownerships: copy it to a new one")
 	}
 	c := &superblock{
-		Image: at.ID, Name: at.Name, Created: at.Since, Sectors: at.Sectors, BlockSize: s.BlockSize, ObjectSize: s.ObjectSize, Window: s.Window,
+		Image: at.ID, Name: at.Name, Created: time.Now().UTC().Truncate(time.Second), Sectors: at.Sectors, BlockSize: s.BlockSize, ObjectSize: s.ObjectSize, Window: s.Window,
 		Epoch: s.Epoch + 1, Checkpoint: at.Checkpoint, Seq: at.Seq, Parent: s.Image,
 	}
 	first := at.Object + 1

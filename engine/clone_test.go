@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 
 	"github.com/google/uuid"
@@ -174,7 +175,7 @@ func TestDeepClones(t *testing.T) {
 	h := mustOpen(t, st, id, 5)
 	for n := range uint64(snapshotBlocks) {
 		want := 1000 + n
-		if n < uint64(depth)/100 {
+		if 100*n+7 < uint64(depth) {
 			want = 5007 + 100*n
 		}
 		h.mustRead(n, want)
@@ -272,5 +273,83 @@ func TestRevertsTakeConstantSpace(t *testing.T) {
 	}
 	h.mustClose()
 	mustRemove(t, st, name)
+	mustBeEmpty(t, st)
+}
+
+// TestRemovalsAtOnce: images of one lineage that are removed at one time, beside a collection,
+// leave what a clone needs.
+func TestRemovalsAtOnce(t *testing.T) {
+	ctx := context.Background()
+	for n := range uint64(60) {
+		st := mem.New()
+		a, id := attached(t, st, smallImage(), nil)
+		a.mustFill(1000)
+		a.mustClose()
+		p := mustClone(t, st, id, "", "p", nil)
+		c := mustClone(t, st, p, "", "c", nil)
+		leaf := mustClone(t, st, c, "", "leaf", nil)
+		var all sync.WaitGroup
+		for _, name := range []string{"disk", "p", "c"} {
+			all.Go(func() { _ = Remove(ctx, st, name, RemoveOptions{}) }) // they may meet
+		}
+		all.Go(func() { _, _ = GC(ctx, st, GCOptions{}) })
+		all.Wait()
+		h := mustOpen(t, st, leaf, n)
+		h.mustHave(1000)
+		h.mustClose()
+		for _, name := range []string{"disk", "p", "c"} {
+			if err := Remove(ctx, st, name, RemoveOptions{}); err != nil && !errors.Is(err, backend.ErrNotFound) {
+				t.Fatal(err)
+			}
+		}
+		mustBeSound(t, st, "leaf")
+		mustRemove(t, st, "leaf")
+		if _, err := GC(ctx, st, GCOptions{}); err != nil {
+			t.Fatal(err)
+		}
+		mustBeEmpty(t, st)
+	}
+}
+
+// TestLostSuperblocks: where the superblock of a parent, or of a clone that has a name, is
+// lost, nothing is removed that the other needs.
+func TestLostSuperblocks(t *testing.T) {
+	ctx, st := context.Background(), mem.New()
+	a, id := attached(t, st, smallImage(), nil)
+	a.mustFill(1000)
+	a.mustClose()
+	clone := mustClone(t, st, id, "", "clone", nil)
+	lose := func(id uuid.UUID) (back func()) {
+		b, _, err := st.Load(ctx, SuperblockKey(id))
+		if err == nil {
+			err = st.Delete(ctx, SuperblockKey(id))
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		return func() {
+			if _, err := st.Swap(ctx, SuperblockKey(id), backend.NoVersion, b); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	back := lose(id)
+	if err := Remove(ctx, st, "disk", RemoveOptions{Force: true}); err == nil || !strings.Contains(err.Error(), "clone is a clone") {
+		t.Errorf("a parent without a superblock is removed: %v", err)
+	}
+	back()
+	back = lose(clone)
+	if err := Remove(ctx, st, "disk", RemoveOptions{}); err == nil || !strings.Contains(err.Error(), "made as clone, is missing") {
+		t.Errorf("the parent of a clone without a superblock is removed: %v", err)
+	}
+	if found, err := GC(ctx, st, GCOptions{Age: 1}); err != nil || len(found) > 0 {
+		t.Errorf("gc takes %+v for garbage beside a clone without a superblock, %v", found, err)
+	}
+	back()
+	h := mustOpen(t, st, clone, 3)
+	h.mustHave(1000)
+	h.mustClose()
+	mustRemove(t, st, "disk")
+	mustRemove(t, st, "clone")
 	mustBeEmpty(t, st)
 }

@@ -3,6 +3,7 @@ package engine
 import (
 	"context"
 	"fmt"
+	"sync"
 	"testing"
 
 	"github.com/google/uuid"
@@ -12,44 +13,52 @@ import (
 // countedStore counts what is asked of a store.
 type countedStore struct {
 	backend.Store
-	calls, bytes int
+	mu           sync.Mutex
+	calls, bytes int // guarded by mu
+}
+
+// count counts a call that has moved n bytes.
+func (s *countedStore) count(n int) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.calls, s.bytes = s.calls+1, s.bytes+n
 }
 
 func (s *countedStore) Get(ctx context.Context, key string, p []byte, off int64) (int, error) {
 	n, err := s.Store.Get(ctx, key, p, off)
-	s.calls, s.bytes = s.calls+1, s.bytes+n
+	s.count(n)
 	return n, err
 }
 
 func (s *countedStore) Stat(ctx context.Context, key string) (int64, error) {
-	s.calls++
+	s.count(0)
 	return s.Store.Stat(ctx, key)
 }
 
 func (s *countedStore) Load(ctx context.Context, key string) ([]byte, backend.Version, error) {
 	b, v, err := s.Store.Load(ctx, key)
-	s.calls, s.bytes = s.calls+1, s.bytes+len(b)
+	s.count(len(b))
 	return b, v, err
 }
 
 func (s *countedStore) Swap(ctx context.Context, key string, old backend.Version, b []byte) (backend.Version, error) {
-	s.calls, s.bytes = s.calls+1, s.bytes+len(b)
+	s.count(len(b))
 	return s.Store.Swap(ctx, key, old, b)
 }
 
 func (s *countedStore) Put(ctx context.Context, key string, b []byte) error {
-	s.calls, s.bytes = s.calls+1, s.bytes+len(b)
+	s.count(len(b))
 	return s.Store.Put(ctx, key, b)
 }
 
 func (s *countedStore) Delete(ctx context.Context, key string) error {
-	s.calls++
+	s.count(0)
 	return s.Store.Delete(ctx, key)
 }
 
 func (s *countedStore) List(ctx context.Context, prefix string, fn func(string) error) error {
-	s.calls++
-	return s.Store.List(ctx, prefix, func(key string) error { s.bytes += len(key); return fn(key) })
+	s.count(0)
+	return s.Store.List(ctx, prefix, fn)
 }
 
 // snapshotOps are what is to take the same time for images of all sizes.

@@ -107,7 +107,7 @@ func (im *Image) mapNames() map[mapName]bool {
 // garbageOf returns what a state is made of that is to be forgotten, and nothing else.
 // ours are the map objects that the image's present state knows of.
 func garbageOf(ctx context.Context, st backend.Store, sb *superblock, state *point, ours map[mapName]bool) ([]garbage, error) {
-	made, err := loadParts(ctx, st, sb, state)
+	made, err := loadOwnParts(ctx, st, sb, state)
 	if err != nil {
 		return nil, err
 	}
@@ -126,7 +126,7 @@ func garbageOf(ctx context.Context, st backend.Store, sb *superblock, state *poi
 			// has gone back to an older checkpoint.
 			continue
 		}
-		needs, err := loadParts(ctx, st, sb, p)
+		needs, err := loadOwnParts(ctx, st, sb, p)
 		if err != nil {
 			return nil, err
 		}
@@ -159,6 +159,17 @@ type statePart struct {
 	needed bool // else the state only knows of it
 }
 
+// loadOwnParts is loadParts without what ancestors have: where the checkpoint is an
+// ancestor's its manifest lists nothing else, and may be gone.
+func loadOwnParts(ctx context.Context, st backend.Store, sb *superblock, p *point) (*stateParts, error) {
+	if c := p.Checkpoint; c == nil || sb.lineage().own(c.Object) {
+		return loadParts(ctx, st, sb, p)
+	}
+	parts := &stateParts{data: map[uint64]statePart{}, maps: map[mapName]bool{}}
+	parts.replayed(sb, p)
+	return parts, nil
+}
+
 func loadParts(ctx context.Context, st backend.Store, sb *superblock, p *point) (*stateParts, error) {
 	parts := &stateParts{data: map[uint64]statePart{}, maps: map[mapName]bool{}}
 	if p.Checkpoint != nil {
@@ -175,10 +186,15 @@ func loadParts(ctx context.Context, st backend.Store, sb *superblock, p *point) 
 			}
 		}
 	}
+	parts.replayed(sb, p)
+	return parts, nil
+}
+
+// replayed adds the data objects after a state's checkpoint.
+func (s *stateParts) replayed(sb *superblock, p *point) {
 	for _, r := range sb.pathTo(p.Object).after(p.base()) {
 		for n := r.after + 1; n <= r.last; n++ {
-			parts.data[n] = statePart{sb.epochOf(n), true}
+			s.data[n] = statePart{sb.epochOf(n), true}
 		}
 	}
-	return parts, nil
 }

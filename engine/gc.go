@@ -38,7 +38,7 @@ type Garbage struct {
 
 // GC finds what nothing in a store refers to any more, and unless o.DryRun is set removes it:
 // what is left of images that have been removed and that no clone of them needs, and what
-// is left of images that were not made to their end. What an image that has a name does not
+// is left of clones and empty images that were not made to their end. What an image that has a name does not
 // need any more goes when its owner works, or it is attached.
 func GC(ctx context.Context, st backend.Store, o GCOptions) ([]Garbage, error) {
 	if o.Age == 0 {
@@ -115,7 +115,7 @@ func (g *collector) look(ctx context.Context, sb *superblock, objects int) error
 	if err := g.claims(ctx, sb); err != nil {
 		return err
 	}
-	unmade := !sb.Removed && !g.named[sb.Image] && g.old(sb.Created) && (sb.Partial || sb.untouched())
+	unmade := !sb.Removed && !g.named[sb.Image] && g.old(sb.Created) && !sb.Partial && objects == 1 && sb.untouched()
 	switch {
 	case unmade:
 		return g.collect(sb, "it was not made to its end", objects, func() error { return g.removeUnmade(ctx, sb.Image) })
@@ -147,8 +147,12 @@ func (s *superblock) untouched() bool {
 
 // removeUnmade removes an image that was not made to its end, unless it has got a name since.
 func (g *collector) removeUnmade(ctx context.Context, id uuid.UUID) error {
-	_, _, err := changeSuperblock(ctx, g.st, id, func(sb *superblock) error {
-		if !sb.Partial && !sb.untouched() {
+	names, err := backend.Names(ctx, g.st)
+	if err != nil || slices.ContainsFunc(names, func(e backend.Entry) bool { return e.ID == id }) {
+		return err
+	}
+	_, _, err = changeSuperblock(ctx, g.st, id, func(sb *superblock) error {
+		if !sb.untouched() {
 			return errors.New("it is in use: look at it again")
 		}
 		return sb.remove(&RemoveOptions{Snapshots: true})
@@ -168,6 +172,9 @@ func (g *collector) claims(ctx context.Context, sb *superblock) error {
 		_, _, err := loadSuperblock(ctx, g.st, p.ID)
 		if err == nil || !errors.Is(err, backend.ErrNotFound) {
 			continue
+		}
+		if p.Made && g.named[p.ID] {
+			continue // it is not removed but lost
 		}
 		err = g.collect(sb, "the state that it keeps for the clone "+p.Name+", which is not there", 0, func() error {
 			return releaseClone(ctx, g.st, sb.Image, p.ID)

@@ -8,6 +8,7 @@ import (
 
 	"github.com/google/uuid"
 	"github.com/lsd-ceph/lsd/backend"
+	"github.com/lsd-ceph/lsd/internal/frame"
 	"github.com/lsd-ceph/lsd/internal/plural"
 )
 
@@ -64,8 +65,10 @@ func Remove(ctx context.Context, st backend.Store, name string, o RemoveOptions)
 	switch {
 	case err == nil:
 		err = reclaim(ctx, patient{st, Real{}}, id, o.Progress)
-	case errors.Is(err, backend.ErrNotFound) || o.Force && unreadableSuper(err):
-		err = removeObjects(ctx, st, id, o.Progress)
+	case errors.Is(err, backend.ErrNotFound) || o.Force && unreadableSuper(err) && !errors.Is(err, frame.ErrVersion):
+		if err = noClones(ctx, st, id); err == nil {
+			err = removeObjects(ctx, st, id, o.Progress)
+		}
 	default:
 		return err
 	}
@@ -90,6 +93,28 @@ func (s *superblock) remove(o *RemoveOptions) error {
 	s.Clones = slices.DeleteFunc(s.Clones, func(p snapshot) bool { return !p.Settled })
 	if s.Epoch < maxEpoch {
 		s.Epoch++ // nobody has it from here on
+	}
+	return nil
+}
+
+// noClones fails if another image is made of objects of the image id, whose superblock cannot
+// be read.
+func noClones(ctx context.Context, st backend.Store, id uuid.UUID) error {
+	s := storeScan{objects: map[uuid.UUID]int{}, super: map[uuid.UUID]bool{}}
+	if err := st.List(ctx, "", s.note); err != nil {
+		return err
+	}
+	for _, other := range s.ids() {
+		if other == id || !s.super[other] || s.objects[id] == 0 {
+			continue
+		}
+		sb, _, err := loadSuperblock(ctx, st, other)
+		if err != nil {
+			return fmt.Errorf("whether %s needs anything of it is not known: %w", other, err)
+		}
+		if sb.Parent == id || slices.ContainsFunc(sb.Origins, func(o origin) bool { return o.Image == id }) {
+			return fmt.Errorf("%s is a clone that needs part of it: bring its superblock back from a copy of the pool", sb.Name)
+		}
 	}
 	return nil
 }

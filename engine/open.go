@@ -86,9 +86,6 @@ func createNameless(ctx context.Context, st backend.Store, name string, o Create
 
 // nameIsFree fails where a new image cannot have the name.
 func nameIsFree(ctx context.Context, st backend.Store, name string) error {
-	if err := backend.CheckImageName(name); err != nil {
-		return err
-	}
 	if _, err := backend.Lookup(ctx, st, name); !errors.Is(err, backend.ErrNotFound) {
 		if err == nil {
 			err = fmt.Errorf("image %s %w", name, backend.ErrExists)

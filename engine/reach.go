@@ -226,7 +226,7 @@ type goneState struct {
 func (r *reach) loadGone(ctx context.Context, st backend.Store) error {
 	for i := range r.sb.Forgotten {
 		p := &r.sb.Forgotten[i]
-		parts, err := loadParts(ctx, st, r.sb, p)
+		parts, err := loadOwnParts(ctx, st, r.sb, p)
 		if damaged(err) {
 			continue
 		}

@@ -41,6 +41,11 @@ func reclaim(ctx context.Context, st backend.Store, id uuid.UUID, progress func(
 			continue
 		}
 		list, kept, err := unneeded(ctx, st, sb)
+		if errors.Is(err, backend.ErrNotFound) {
+			if _, _, lerr := loadSuperblock(ctx, st, id); errors.Is(lerr, backend.ErrNotFound) {
+				return nil // another one was at it
+			}
+		}
 		if err != nil {
 			return err
 		}
@@ -89,8 +94,11 @@ func releaseGone(ctx context.Context, st backend.Store, sb *superblock) (gone bo
 		if _, _, err := loadSuperblock(ctx, st, p.ID); !errors.Is(err, backend.ErrNotFound) {
 			continue
 		}
+		if err := new(cloneNeeds).gone(ctx, st, p); err != nil {
+			return false, err
+		}
 		gone = true
-		if err := releaseClone(ctx, st, sb.Image, p.ID); err != nil {
+		if err := releaseClone(ctx, st, sb.Image, p.ID); err != nil && !errors.Is(err, backend.ErrNotFound) {
 			return gone, err
 		}
 	}
@@ -102,14 +110,17 @@ func releaseGone(ctx context.Context, st backend.Store, sb *superblock) (gone bo
 // step may be repeated. It reports false if that one has too many clones for it.
 func passOver(ctx context.Context, st backend.Store, sb *superblock) (bool, error) {
 	full := errors.New("it has as many clones as there can be")
+	behind := errors.New("it is not known there any more")
 	for _, p := range sb.Clones {
 		parent := sb.Parent
 		if parent != uuid.Nil {
 			err := changeInsistently(ctx, st, parent, func(up *superblock) error {
 				from := up.snapshotOf(sb.Image)
 				switch {
-				case from == nil || up.snapshotOf(p.ID) != nil:
+				case up.snapshotOf(p.ID) != nil:
 					return errNothing
+				case from == nil:
+					return behind
 				case len(up.Clones) >= MaxClones:
 					return full
 				}
@@ -118,6 +129,17 @@ func passOver(ctx context.Context, st backend.Store, sb *superblock) (bool, erro
 				up.Clones = append(up.Clones, claim)
 				return nil
 			})
+			if errors.Is(err, backend.ErrNotFound) || errors.Is(err, behind) {
+				// The parent may have been passed over itself: then it is to be looked at anew.
+				switch now, _, lerr := loadSuperblock(ctx, st, sb.Image); {
+				case errors.Is(lerr, backend.ErrNotFound):
+					return true, nil
+				case lerr != nil:
+					return false, lerr
+				case now.Parent != sb.Parent:
+					return true, nil
+				}
+			}
 			switch {
 			case errors.Is(err, backend.ErrNotFound):
 				parent = uuid.Nil
@@ -128,17 +150,24 @@ func passOver(ctx context.Context, st backend.Store, sb *superblock) (bool, erro
 			}
 		}
 		err := changeInsistently(ctx, st, p.ID, func(clone *superblock) error {
-			if clone.Parent != sb.Image {
+			switch clone.Parent {
+			case parent:
 				return errNothing
+			case sb.Image:
+			default:
+				return behind
 			}
 			clone.Parent = parent
 			clone.Origins = slices.DeleteFunc(clone.Origins, func(o origin) bool { return o.Image == sb.Image })
 			return nil
 		})
+		if errors.Is(err, behind) {
+			return false, nil
+		}
 		if err != nil && !errors.Is(err, backend.ErrNotFound) {
 			return false, err
 		}
-		if err := releaseClone(ctx, st, sb.Image, p.ID); err != nil {
+		if err := releaseClone(ctx, st, sb.Image, p.ID); err != nil && !errors.Is(err, backend.ErrNotFound) {
 			return false, err
 		}
 	}
@@ -146,17 +175,32 @@ func passOver(ctx context.Context, st backend.Store, sb *superblock) (bool, erro
 }
 
 // unneeded returns the keys of the objects of an image that has been removed that none of its
-// clones needs, and how many others there are. Its superblock is neither.
+// clones needs, and how many others there are. Its superblock is neither. What clones need
+// only becomes less, but others that remove images pass some over meanwhile: what is found
+// counts if no superblock of a removed image on the way has changed. sb becomes what that of
+// the image is by then.
 func unneeded(ctx context.Context, st backend.Store, sb *superblock) (list []string, kept int, err error) {
 	for range reclaimTries {
-		n := &cloneNeeds{of: sb.Image, data: map[checkpointRef]bool{}, maps: map[mapName]bool{}, manifests: map[checkpointRef]bool{}}
-		// Listed first: what a clone comes to need later it needs now.
+		n := &cloneNeeds{of: sb.Image, data: map[checkpointRef]bool{}, maps: map[mapName]bool{}, manifests: map[checkpointRef]bool{}, seen: map[uuid.UUID]backend.Version{}}
 		var keys []string
 		if err := st.List(ctx, sb.Image.String()+"/", func(key string) error { keys = append(keys, key); return nil }); err != nil {
 			return nil, 0, err
 		}
 		keys = slices.DeleteFunc(keys, func(key string) bool { return parseKey(sb.Image, key).kind == keySuper })
+		now, version, lerr := loadSuperblock(ctx, st, sb.Image)
+		if lerr != nil {
+			return nil, 0, lerr
+		}
+		*sb = *now
+		n.seen[sb.Image] = version
 		if err = n.add(ctx, st, sb); err == nil {
+			same, err := n.unchanged(ctx, st)
+			if err != nil {
+				return nil, 0, err
+			}
+			if !same {
+				continue
+			}
 			kept = len(keys)
 			list = slices.DeleteFunc(keys, func(key string) bool { return n.needs(parseKey(sb.Image, key)) })
 			return list, kept - len(list), nil
@@ -165,15 +209,55 @@ func unneeded(ctx context.Context, st backend.Store, sb *superblock) (list []str
 			break
 		}
 	}
+	if err == nil {
+		err = errors.New("others remove images at the same time: try again")
+	}
 	return nil, 0, fmt.Errorf("find out what clones need of image %s: %w", sb.Image, err)
 }
 
 // cloneNeeds is what the descendants of an image need of it, together.
 type cloneNeeds struct {
 	of        uuid.UUID
-	data      map[checkpointRef]bool // number and epoch
+	seen      map[uuid.UUID]backend.Version // superblocks of removed images that were looked at
+	named     map[uuid.UUID]bool            // images with names, once that was asked for
+	data      map[checkpointRef]bool        // number and epoch
 	maps      map[mapName]bool
 	manifests map[checkpointRef]bool
+}
+
+// unchanged reports whether the superblocks of removed images are as they were looked at.
+func (n *cloneNeeds) unchanged(ctx context.Context, st backend.Store) (bool, error) {
+	for id, v := range n.seen {
+		_, now, err := loadSuperblock(ctx, st, id)
+		switch {
+		case errors.Is(err, backend.ErrNotFound):
+			return false, nil
+		case err != nil:
+			return false, err
+		case now != v:
+			return false, nil
+		}
+	}
+	return true, nil
+}
+
+// gone fails unless a clone of which there is no superblock has no name either: else it was
+// not removed but lost.
+func (n *cloneNeeds) gone(ctx context.Context, st backend.Store, p *snapshot) error {
+	if n.named == nil {
+		names, err := backend.Names(ctx, st)
+		if err != nil {
+			return err
+		}
+		n.named = map[uuid.UUID]bool{}
+		for _, e := range names {
+			n.named[e.ID] = true
+		}
+	}
+	if n.named[p.ID] {
+		return fmt.Errorf("the superblock of %s, made as %s, is missing, and it has a name: bring it back from a copy of the pool, or remove it with lsdctl rm", p.ID, p.Name)
+	}
+	return nil
 }
 
 // add adds what the clones of an image need, which has been removed: for a clone that has been
@@ -181,15 +265,16 @@ type cloneNeeds struct {
 func (n *cloneNeeds) add(ctx context.Context, st backend.Store, sb *superblock) error {
 	for i := range sb.Clones {
 		p := &sb.Clones[i]
-		clone, _, err := loadSuperblock(ctx, st, p.ID)
+		clone, version, err := loadSuperblock(ctx, st, p.ID)
 		switch {
 		case errors.Is(err, backend.ErrNotFound) && p.Made:
-			continue // it is gone
+			err = n.gone(ctx, st, p)
 		case errors.Is(err, backend.ErrNotFound):
 			err = n.addState(ctx, st, sb, &p.point) // it is being made
 		case err != nil:
 			return err
 		case clone.Removed:
+			n.seen[p.ID] = version
 			err = n.add(ctx, st, clone)
 		default:
 			err = n.addImage(ctx, st, clone)
@@ -205,6 +290,12 @@ func (n *cloneNeeds) add(ctx context.Context, st backend.Store, sb *superblock) 
 func (n *cloneNeeds) addImage(ctx context.Context, st backend.Store, sb *superblock) error {
 	if err := n.addState(ctx, st, sb, &point{Object: maxObjectSeq, Checkpoint: sb.Checkpoint}); err != nil {
 		return err
+	}
+	line := sb.lineage()
+	for _, p := range sb.Forgotten { // it is read once more before they go
+		if c := p.Checkpoint; c != nil && line.of(c.Object) == n.of {
+			n.manifests[*c] = true
+		}
 	}
 	for p := range sb.states() {
 		if !p.Settled {

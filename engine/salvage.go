@@ -41,7 +41,13 @@ func Salvage(ctx context.Context, file writelog.File, src backend.Store, srcID u
 	}
 	err = w.copyAll(ctx, id)
 	if err == nil {
-		_, _, err = changeSuperblock(ctx, dst, id, func(sb *superblock) error { sb.Partial = false; return nil })
+		_, _, err = changeSuperblock(ctx, dst, id, func(sb *superblock) error {
+			if sb.Removed {
+				return errRemoved
+			}
+			sb.Partial = false
+			return nil
+		})
 	}
 	if err == nil {
 		// The name comes last: half an image is nobody's, also if this process dies.
