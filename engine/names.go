@@ -75,7 +75,10 @@ func Remove(ctx context.Context, st backend.Store, name string, o RemoveOptions)
 	if err != nil {
 		return fmt.Errorf("remove image %s: %w", name, err)
 	}
-	return backend.Unlink(ctx, st, name, id)
+	if err := backend.Unlink(ctx, st, name, id); err != nil && !errors.Is(err, backend.ErrNotFound) {
+		return err
+	}
+	return nil
 }
 
 // remove makes the image one that has been removed, in an epoch that nobody owns.

@@ -75,6 +75,11 @@ func reclaim(ctx context.Context, st backend.Store, id uuid.UUID, progress func(
 				return err
 			}
 		}
+		// The name first: what has one and no superblock has lost it.
+		err = backend.Unlink(ctx, st, sb.Name, id)
+		if err != nil && !errors.Is(err, backend.ErrNotFound) && !errors.Is(err, backend.ErrConflict) {
+			return err
+		}
 		if err := st.Delete(ctx, SuperblockKey(id)); err != nil && !errors.Is(err, backend.ErrNotFound) {
 			return err
 		}
