@@ -74,6 +74,7 @@ func mustRemove(t *testing.T, st backend.Store, name string) {
 // TestClone: a clone begins as its parent was, and each goes on for itself; in whatever order
 // they are removed, the other is whole, and nothing is left in the end.
 func TestClone(t *testing.T) {
+	t.Parallel()
 	for _, order := range [][]string{{"disk", "c1", "c2"}, {"c2", "disk", "c1"}, {"c1", "c2", "disk"}, {"disk", "c2", "c1"}} {
 		t.Run(strings.Join(order, " "), func(t *testing.T) {
 			st := mem.New()
@@ -150,6 +151,7 @@ func TestClone(t *testing.T) {
 // where nothing was written since, from the first one's objects, also when all between are
 // gone.
 func TestDeepClones(t *testing.T) {
+	t.Parallel()
 	depth := 1000
 	if testing.Short() {
 		depth = 50
@@ -220,6 +222,7 @@ func TestCloneNames(t *testing.T) {
 // and over, as XCP-ng reverts a disk: no round takes more space, or asks more of the store,
 // than one of the first.
 func TestRevertsTakeConstantSpace(t *testing.T) {
+	t.Parallel()
 	const early = 40
 	rounds := 200
 	if testing.Short() {
@@ -279,6 +282,7 @@ func TestRevertsTakeConstantSpace(t *testing.T) {
 // TestRemovalsAtOnce: images of one lineage that are removed at one time, beside a collection,
 // leave what a clone needs.
 func TestRemovalsAtOnce(t *testing.T) {
+	t.Parallel()
 	ctx := context.Background()
 	for n := range uint64(60) {
 		st := mem.New()

@@ -24,9 +24,10 @@ var (
 // TestHistories: whatever an image and its clones go through, each of them, each snapshot
 // and each log that was cut off has what it must have, and in the end nothing is left over.
 func TestHistories(t *testing.T) {
+	t.Parallel()
 	n := *histories
 	if testing.Short() {
-		n = min(n, 10)
+		n = min(n, 5)
 	}
 	for seed := *historyFirst; seed < *historyFirst+n; seed++ {
 		ok := t.Run(fmt.Sprint(seed), func(t *testing.T) {

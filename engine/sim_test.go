@@ -29,7 +29,11 @@ const enoughSeeds = 500
 // which everything fails, one for each seed; docs/reliability.md says what they
 // are like and how to replay one.
 func TestSimulation(t *testing.T) {
+	t.Parallel()
 	for _, seed := range simRegressions {
+		if testing.Short() {
+			break // these are for the long form, without the race detector
+		}
 		if _, err := runSeed(seed, new(simMemory)); err != nil {
 			report(t, seed, err)
 		}
@@ -54,6 +58,7 @@ func report(t *testing.T, seed uint64, err error) {
 // TestSimulationReplays: two runs of a seed do the same, so that a seed that
 // failed fails again.
 func TestSimulationReplays(t *testing.T) {
+	t.Parallel()
 	for seed := range uint64(min(20, defaultSeeds)) {
 		first, err := runSeed(seed, new(simMemory))
 		if err != nil {
