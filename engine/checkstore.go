@@ -26,9 +26,9 @@ func CheckStore(ctx context.Context, st backend.Store, url string, repair bool) 
 	rep := newReport(url)
 	st = patient{st, Real{}}
 	// The names come last: an image that is being made has its superblock first.
-	s := storeScan{objects: map[uuid.UUID]int{}, super: map[uuid.UUID]bool{}}
-	if err := st.List(ctx, "", s.note); err != nil {
-		return nil, fmt.Errorf("list the objects of the store: %w", err)
+	s, err := scanStore(ctx, st)
+	if err != nil {
+		return nil, err
 	}
 	rep.Objects = s.total
 	names, err := backend.Names(ctx, st)
@@ -113,6 +113,28 @@ type storeScan struct {
 	objects map[uuid.UUID]int // of each image
 	super   map[uuid.UUID]bool
 	strange []string
+}
+
+// scanStore lists a store.
+func scanStore(ctx context.Context, st backend.Store) (*storeScan, error) {
+	s := &storeScan{objects: map[uuid.UUID]int{}, super: map[uuid.UUID]bool{}}
+	if err := st.List(ctx, "", s.note); err != nil {
+		return nil, fmt.Errorf("list the objects of the store: %w", err)
+	}
+	return s, nil
+}
+
+// namedImages returns the images that have a name.
+func namedImages(ctx context.Context, st backend.Store) (map[uuid.UUID]bool, error) {
+	names, err := backend.Names(ctx, st)
+	if err != nil {
+		return nil, err
+	}
+	named := make(map[uuid.UUID]bool, len(names))
+	for _, e := range names {
+		named[e.ID] = true
+	}
+	return named, nil
 }
 
 func (s *storeScan) note(key string) error {
@@ -243,13 +265,9 @@ func (s *storeScan) checkNames(ctx context.Context, st backend.Store, names []ba
 func (s *storeScan) checkNameless(ctx context.Context, st backend.Store, rep *CheckReport) error {
 	// Read again: an image that was just being made when it was listed has its
 	// name by now.
-	names, err := backend.Names(ctx, st)
+	named, err := namedImages(ctx, st)
 	if err != nil {
 		return err
-	}
-	named := map[uuid.UUID]bool{}
-	for _, n := range names {
-		named[n.ID] = true
 	}
 	for id, n := range s.objects {
 		if named[id] {

@@ -3,7 +3,6 @@ package engine
 import (
 	"context"
 	"errors"
-	"fmt"
 	"slices"
 	"time"
 
@@ -38,8 +37,8 @@ type Garbage struct {
 
 // GC finds what nothing in a store refers to any more, and unless o.DryRun is set removes it:
 // what is left of images that have been removed and that no clone of them needs, and what
-// is left of clones and empty images that were not made to their end. What an image that has a name does not
-// need any more goes when its owner works, or it is attached.
+// is left of clones and empty images that were not made to their end. What an image that has
+// a name does not need any more goes when its owner works, or it is attached.
 func GC(ctx context.Context, st backend.Store, o GCOptions) ([]Garbage, error) {
 	if o.Age == 0 {
 		o.Age = DefaultGCAge
@@ -70,10 +69,10 @@ type collector struct {
 }
 
 func (g *collector) run(ctx context.Context) error {
-	s := storeScan{objects: map[uuid.UUID]int{}, super: map[uuid.UUID]bool{}}
 	g.o.Progress("listing the store")
-	if err := g.st.List(ctx, "", s.note); err != nil {
-		return fmt.Errorf("list the objects of the store: %w", err)
+	s, err := scanStore(ctx, g.st)
+	if err != nil {
+		return err
 	}
 	if lost, err := LostDirectory(ctx, g.st); lost || err != nil {
 		if err == nil {
@@ -82,13 +81,8 @@ func (g *collector) run(ctx context.Context) error {
 		return err
 	}
 	// After the list: what has no name now is not a new image's.
-	names, err := backend.Names(ctx, g.st)
-	if err != nil {
+	if g.named, err = namedImages(ctx, g.st); err != nil {
 		return err
-	}
-	g.named = map[uuid.UUID]bool{}
-	for _, n := range names {
-		g.named[n.ID] = true
 	}
 	for _, id := range s.ids() {
 		if !s.super[id] {
@@ -147,8 +141,8 @@ func (s *superblock) untouched() bool {
 
 // removeUnmade removes an image that was not made to its end, unless it has got a name since.
 func (g *collector) removeUnmade(ctx context.Context, id uuid.UUID) error {
-	names, err := backend.Names(ctx, g.st)
-	if err != nil || slices.ContainsFunc(names, func(e backend.Entry) bool { return e.ID == id }) {
+	named, err := namedImages(ctx, g.st)
+	if err != nil || named[id] {
 		return err
 	}
 	_, _, err = changeSuperblock(ctx, g.st, id, func(sb *superblock) error {

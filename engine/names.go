@@ -103,8 +103,8 @@ func (s *superblock) remove(o *RemoveOptions) error {
 // noClones fails if another image is made of objects of the image id, whose superblock cannot
 // be read.
 func noClones(ctx context.Context, st backend.Store, id uuid.UUID) error {
-	s := storeScan{objects: map[uuid.UUID]int{}, super: map[uuid.UUID]bool{}}
-	if err := st.List(ctx, "", s.note); err != nil {
+	s, err := scanStore(ctx, st)
+	if err != nil {
 		return err
 	}
 	for _, other := range s.ids() {
@@ -132,8 +132,14 @@ func removeObjects(ctx context.Context, st backend.Store, id uuid.UUID, progress
 	if err := st.List(ctx, id.String()+"/", func(key string) error { keys = append(keys, key); return nil }); err != nil {
 		return err
 	}
-	for i, k := range keys {
-		if err := st.Delete(ctx, k); err != nil && !errors.Is(err, backend.ErrNotFound) {
+	return deleteKeys(ctx, st, keys, progress)
+}
+
+// deleteKeys deletes objects, of which any may be gone. progress, if not nil, is told how many
+// are.
+func deleteKeys(ctx context.Context, st backend.Store, keys []string, progress func(done int)) error {
+	for i, key := range keys {
+		if err := st.Delete(ctx, key); err != nil && !errors.Is(err, backend.ErrNotFound) {
 			return err
 		}
 		if progress != nil {

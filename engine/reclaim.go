@@ -49,13 +49,8 @@ func reclaim(ctx context.Context, st backend.Store, id uuid.UUID, progress func(
 		if err != nil {
 			return err
 		}
-		for i, key := range list {
-			if err := st.Delete(ctx, key); err != nil && !errors.Is(err, backend.ErrNotFound) {
-				return err
-			}
-			if progress != nil {
-				progress(i + 1)
-			}
+		if err := deleteKeys(ctx, st, list, progress); err != nil {
+			return err
 		}
 		switch {
 		case len(sb.Clones) > 0 && kept > 0:
@@ -250,14 +245,11 @@ func (n *cloneNeeds) unchanged(ctx context.Context, st backend.Store) (bool, err
 // not removed but lost.
 func (n *cloneNeeds) gone(ctx context.Context, st backend.Store, p *snapshot) error {
 	if n.named == nil {
-		names, err := backend.Names(ctx, st)
+		named, err := namedImages(ctx, st)
 		if err != nil {
 			return err
 		}
-		n.named = map[uuid.UUID]bool{}
-		for _, e := range names {
-			n.named[e.ID] = true
-		}
+		n.named = named
 	}
 	if n.named[p.ID] {
 		return fmt.Errorf("the superblock of %s, made as %s, is missing, and it has a name: bring it back from a copy of the pool, or remove it with lsdctl rm", p.ID, p.Name)
