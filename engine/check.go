@@ -328,7 +328,7 @@ func unreadableSuper(err error) bool {
 
 // sameStates reports whether two superblocks lead to the same states.
 func sameStates(a, b *superblock) bool {
-	return a.Epoch == b.Epoch && sameRef(a.Checkpoint, b.Checkpoint) && len(a.Epochs) == len(b.Epochs) && len(a.Rollbacks) == len(b.Rollbacks) && len(a.Forgotten) == len(b.Forgotten) &&
+	return a.Epoch == b.Epoch && a.span() == b.span() && sameRef(a.Checkpoint, b.Checkpoint) && len(a.Epochs) == len(b.Epochs) && len(a.Rollbacks) == len(b.Rollbacks) && len(a.Forgotten) == len(b.Forgotten) &&
 		slices.EqualFunc(a.Points, b.Points, func(p, q cutOff) bool { return p.Log == q.Log && p.same(&q.point) }) &&
 		slices.EqualFunc(a.Snapshots, b.Snapshots, sameSnapshot) && slices.EqualFunc(a.Clones, b.Clones, sameSnapshot)
 }

@@ -90,7 +90,7 @@ func (c *checker) checkView(ctx context.Context, v *view) error {
 		}
 	}
 	x := &viewCheck{
-		c: c, v: v, errs: map[int]error{}, touched: newBitset(segmentsOf(c.im.sectors)),
+		c: c, v: v, errs: map[int]error{}, touched: newBitset(segmentsOf(c.im.span.Load())),
 		live: make([]uint32, v.objects()), now: make([]uint32, v.objects()), died: make([]uint32, v.objects()),
 	}
 	for _, t := range v.tail {
@@ -303,7 +303,7 @@ func readBlocks(ctx context.Context, st backend.Store, key string, h *objectHead
 // goThroughMap reads every segment of the view's map.
 func (x *viewCheck) goThroughMap(ctx context.Context) error {
 	var list []uint32
-	for i := range segmentsOf(x.c.im.sectors) {
+	for i := range segmentsOf(x.c.im.span.Load()) {
 		if !x.v.m.empty(i) || x.touched.has(i) {
 			list = append(list, i)
 		}
@@ -322,12 +322,12 @@ func (x *viewCheck) segment(ctx context.Context, i uint32) error {
 	if at := x.v.m.places(i); at[kindWhole].size > 0 {
 		var err error
 		var wrong *segmentError
-		span, err = readSegment(ctx, c.st, c.im.line, at, i, c.im.sectors)
+		span, err = readSegment(ctx, c.st, c.im.line, at, i, c.im.span.Load())
 		switch {
 		case errors.As(err, &wrong) && damaged(err):
 			if !x.counted {
 				x.holes.Store(true)
-				c.add(Finding{Object: wrong.key, Problem: c.of(x.v, err.Error()), Action: fmt.Sprintf("%s, of the image's bytes %d to %d", fromCopy, segmentStart(i)*SectorSize, min(segmentStart(i+1), c.im.sectors)*SectorSize-1), vanished: errors.Is(err, backend.ErrNotFound)})
+				c.add(Finding{Object: wrong.key, Problem: c.of(x.v, err.Error()), Action: fmt.Sprintf("%s, of the image's bytes %d to %d", fromCopy, segmentStart(i)*SectorSize, min(segmentStart(i+1), c.im.span.Load())*SectorSize-1), vanished: errors.Is(err, backend.ErrNotFound)})
 			}
 			return nil
 		case err != nil:
@@ -400,7 +400,7 @@ func (x *viewCheck) count(i uint32, span *extmap.Span) {
 	next := span.Next
 	if x.touched.has(i) {
 		m := x.replay(i, span)
-		end := min(segmentStart(i+1), x.c.im.sectors)
+		end := min(segmentStart(i+1), x.c.im.span.Load())
 		next = func(s uint64) (extmap.Extent, bool) {
 			if s >= end {
 				return extmap.Extent{}, false
@@ -422,8 +422,8 @@ func (x *viewCheck) count(i uint32, span *extmap.Span) {
 
 // replay returns a map that has segment i as it is after the view's last object.
 func (x *viewCheck) replay(i uint32, span *extmap.Span) *extmap.Map {
-	lo, hi := segmentStart(i), min(segmentStart(i+1), x.c.im.sectors)
-	m := extmap.New(x.c.im.sectors)
+	lo, hi := segmentStart(i), min(segmentStart(i+1), x.c.im.span.Load())
+	m := extmap.New(x.c.im.span.Load())
 	m.Attach(span)
 	var now uint32
 	m.Replaced = func(loc uint64, _ uint32) {

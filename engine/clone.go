@@ -173,6 +173,9 @@ func (s *superblock) cloneAt(at *snapshot) (*superblock, error) {
 		Image: at.ID, Name: at.Name, Created: time.Now().UTC().Truncate(time.Second), Sectors: at.Sectors, BlockSize: s.BlockSize, ObjectSize: s.ObjectSize, Window: s.Window,
 		Epoch: s.Epoch + 1, Checkpoint: at.Checkpoint, Seq: at.Seq, Parent: s.Image,
 	}
+	if span := s.span(); span > c.Sectors {
+		c.Span = span
+	}
 	first := at.Object + 1
 	for _, o := range s.Origins {
 		if o.Last < at.Object {

@@ -328,7 +328,7 @@ func (im *Image) putObject(key string, object []byte, header int) error {
 	if err != nil {
 		return err
 	}
-	if _, err := decodeObjectHeader(there[:n], im.sectors); err != nil {
+	if _, err := decodeObjectHeader(there[:n], im.span.Load()); err != nil {
 		return fmt.Errorf("object %s, which is there: %w", key, err) // not another writer's: it may be the answer that is damaged
 	}
 	if n != header || !bytes.Equal(there, object[:header]) {

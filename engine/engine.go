@@ -185,6 +185,9 @@ type Config struct {
 	// ReadCacheDevice is the read cache's file on the ring of the image's reactor;
 	// without it workers read it.
 	ReadCacheDevice aio.Device
+	// Resized, if not nil, is told on the reactor that the image has another size, in
+	// sectors, than it was opened with, or than this was told before.
+	Resized func(sectors uint64)
 	// Logger gets what an operator should know. Default: slog.Default().
 	Logger *slog.Logger
 }

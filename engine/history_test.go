@@ -2,11 +2,13 @@ package engine
 
 import (
 	"context"
+	"errors"
 	"flag"
 	"fmt"
 	"math/rand/v2"
 	"slices"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -58,7 +60,10 @@ type history struct {
 }
 
 // blocks is what the blocks of an image are to read as.
-type blocks [snapshotBlocks]uint64
+type blocks struct {
+	size uint64 // of the image, in blocks
+	at   [snapshotBlocks]uint64
+}
 
 // past is an image of a history.
 type past struct {
@@ -86,7 +91,7 @@ type pastLog struct {
 func newHistory(t *testing.T, seed uint64) *history {
 	y := &history{t: t, rng: rand.New(rand.NewPCG(seed, 5)), st: mem.New(), value: 1000}
 	h, id := attached(t, y.st, smallImage(), nil)
-	y.images = []*past{{history: y, name: "disk", id: id, host: h, open: true}}
+	y.images = []*past{{history: y, name: "disk", id: id, host: h, open: true, now: blocks{size: smallImage().Size / 4096}}}
 	t.Cleanup(func() {
 		if t.Failed() {
 			t.Logf("seed %d: %s", seed, strings.Join(y.ops, ", "))
@@ -133,7 +138,7 @@ func (y *history) goOn() {
 
 // step lets one thing happen to the image.
 func (p *past) step() {
-	switch k := p.rng.IntN(15); {
+	switch k := p.rng.IntN(17); {
 	case k < 4 && p.open:
 		p.write()
 	case k < 5:
@@ -154,6 +159,8 @@ func (p *past) step() {
 		p.remove()
 	case k == 14 && p.rng.IntN(4) == 0:
 		p.collect()
+	case k > 14:
+		p.resize()
 	case p.open:
 		d := time.Duration(p.rng.Int64N(int64(3 * leftoverGrace)))
 		p.note("%s waits %v", p.name, d.Round(time.Second))
@@ -165,9 +172,41 @@ func (p *past) step() {
 func (p *past) fill(first, last int) {
 	for n := first; n <= last; n++ {
 		p.value++
+		if uint64(n) >= p.now.size {
+			if err, _, _ := p.host.do(Write, uint64(n), p.value, 0); err != syscall.EINVAL {
+				p.t.Fatalf("block %d of %s, which has %d, is written: %v", n, p.name, p.now.size, err)
+			}
+			continue
+		}
 		p.host.mustWrite(uint64(n), p.value)
-		p.now[n] = p.value
+		p.now.at[n] = p.value
 	}
+}
+
+// resize makes the image larger, or smaller if somebody has it open.
+func (p *past) resize() {
+	size := 1 + p.rng.Uint64N(snapshotBlocks+20)
+	if p.rng.IntN(2) == 0 {
+		size = 1 + p.rng.Uint64N(2*smallImage().Size/4096)
+	}
+	p.note("resize %s to %d blocks", p.name, size)
+	err := Grow(context.Background(), p.st, p.id, size*4096)
+	switch {
+	case size >= p.now.size && err != nil, size < p.now.size && !errors.Is(err, ErrShrinks):
+		p.t.Fatalf("grow %s from %d blocks to %d: %v", p.name, p.now.size, size, err)
+	case size < p.now.size && p.open:
+		p.host.mustShrink(size * 4096)
+		for n := size; n < snapshotBlocks; n++ {
+			p.now.at[n] = 0
+		}
+	case size < p.now.size:
+		return
+	case p.open:
+		if err := p.host.nudge(context.Background()); err != nil {
+			p.t.Fatal(err)
+		}
+	}
+	p.now.size = size
 }
 
 // write writes a run of blocks, in the log alone or in the store, with a checkpoint or
@@ -199,7 +238,11 @@ func (p *past) owner() *host {
 func (p *past) snapshot() {
 	name := p.newName("s")
 	p.note("%s@%s", p.name, name)
-	p.snaps = append(p.snaps, pastSnapshot{mustSnapshot(p.t, p.st, p.id, name, p.owner()), p.now})
+	s := mustSnapshot(p.t, p.st, p.id, name, p.owner())
+	if s.Size != p.now.size*4096 {
+		p.t.Fatalf("%s has %d blocks, and its snapshot %d bytes", p.name, p.now.size, s.Size)
+	}
+	p.snaps = append(p.snaps, pastSnapshot{s, p.now})
 }
 
 func (p *past) dropSnapshot() {
@@ -401,7 +444,16 @@ func (y *history) show(name string, st backend.Store, id, snapshot uuid.UUID, ha
 
 func (y *history) read(name string, h *host, has *blocks) {
 	y.t.Helper()
-	for n, want := range has {
+	if now := h.im.Sectors() / 8; now != has.size {
+		y.t.Fatalf("%s has %d blocks, want %d", name, now, has.size)
+	}
+	for n, want := range has.at {
+		if uint64(n) >= has.size {
+			if err, _, _ := h.do(Read, uint64(n), 0, 0); err != syscall.EINVAL {
+				y.t.Fatalf("block %d of %s, which has %d, is read: %v", n, name, has.size, err)
+			}
+			continue
+		}
 		if err, ended, v := h.do(Read, uint64(n), 0, 0); err != 0 || !ended || v != want {
 			y.t.Fatalf("block %d of %s reads as %d (%v, ended %v), want %d", n, name, v, err, ended, want)
 		}

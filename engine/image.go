@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -30,7 +31,6 @@ type Image struct {
 	cfg      Config
 	logger   *slog.Logger
 	readOnly bool
-	sectors  uint64
 	object   uint64 // size of a data object's data, in sectors
 	parallel int    // reads from the store that recovery makes at one time
 	window   int    // data objects beyond the last accepted one that may be put
@@ -42,10 +42,15 @@ type Image struct {
 	reads    *readcache.Client // of cache
 	cacheDev aio.Device        // the cache's file; nil: it is read on workers
 
+	// The reactor changes it; workers read it as well, to check what they decode.
+	span atomic.Uint64 // the image's largest size, which its map and log may refer to, in sectors
+
 	// The reactor owns all that follows.
-	env   Env
-	state State
-	why   error // why it is not active any more
+	env     Env
+	state   State
+	why     error  // why it is not active any more
+	sectors uint64 // the image's size
+	shrink  *shrinker
 
 	dirty *extmap.Map // what is in the log and not in an accepted object: log positions in sectors
 	objs  *pagedMap   // what is in accepted objects
@@ -687,6 +692,9 @@ func (im *Image) fence(s State, why error) {
 	im.checkpoint.fail(why)
 	im.reaper.tell(why)
 	im.endRefreshing(why)
+	if im.shrink != nil {
+		im.shrink.end(why)
+	}
 	if fn := im.super.release; fn != nil {
 		im.super.release = nil
 		fn(why)

@@ -18,7 +18,7 @@ func (im *Image) checkInvariants() {
 	im.checkLive()
 	lo, hi := im.accepted.logEnd/SectorSize, im.log.Head()/SectorSize
 	for s := uint64(0); ; {
-		e, ok := im.dirty.Next(s, im.sectors)
+		e, ok := im.dirty.Next(s, im.span.Load())
 		if !ok {
 			break
 		}
@@ -38,7 +38,7 @@ func (im *Image) checkInvariants() {
 func (im *Image) checkLive() {
 	live := map[uint32]uint32{}
 	for _, i := range im.objs.ring {
-		for s, end := segmentStart(i), min(segmentStart(i+1), im.sectors); ; {
+		for s, end := segmentStart(i), min(segmentStart(i+1), im.span.Load()); ; {
 			e, ok := im.objs.Next(s, end)
 			if !ok {
 				break
@@ -52,7 +52,7 @@ func (im *Image) checkLive() {
 		}
 	}
 	whole := true
-	for i := range segmentsOf(im.sectors) {
+	for i := range segmentsOf(im.span.Load()) {
 		whole = whole && im.objs.here(i)
 	}
 	for i, c := range im.objs.changes {

@@ -191,10 +191,11 @@ func newImage(ctx context.Context, st backend.Store, sb *superblock, o *OpenOpti
 	im := &Image{
 		id: sb.Image, line: sb.lineage(), store: st, cfg: o.Config.withDefaults(), readOnly: o.ReadOnly,
 		sectors: sb.Sectors, object: uint64(sb.ObjectSize / SectorSize), window: sb.Window,
-		dirty: extmap.New(sb.Sectors), parallel: cmp.Or(o.Parallel, defaultParallel),
+		dirty: extmap.New(sb.span()), parallel: cmp.Or(o.Parallel, defaultParallel),
 	}
+	im.span.Store(sb.span())
 	im.shared = im.cfg.Shared
-	im.objs = newPagedMap(sb.Sectors, &im.shared.Map)
+	im.objs = newPagedMap(sb.span(), &im.shared.Map)
 	im.logger = im.cfg.Logger
 	im.cache, im.cacheDev = im.cfg.ReadCache, im.cfg.ReadCacheDevice
 	im.reads = im.cache.Client()

@@ -54,7 +54,7 @@ func recoverAsIs(ctx context.Context, st backend.Store, sb *superblock, o *OpenO
 		return nil, fmt.Errorf("snapshot %s has been asked for, and not been taken yet", p.Name)
 	}
 	sb = sb.clone()
-	sb.Sectors = p.Sectors
+	sb.setSectors(p.Sectors)
 	im := newImage(ctx, st, sb, o)
 	im.takeSuper(sb, "")
 	return im, im.recoverPoint(ctx, sb, &p.point)

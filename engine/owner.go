@@ -46,6 +46,7 @@ type superWriter struct {
 func (im *Image) takeSuper(sb *superblock, version backend.Version) {
 	s := &im.super
 	s.sb, s.version, s.holds = sb, version, sb.holds()
+	im.fit(sb)
 	if !s.holds.pending {
 		im.pending = nil
 		return

@@ -57,6 +57,13 @@ func newPagedMap(sectors uint64, b *Budget) *pagedMap {
 	}
 }
 
+// grow makes the map one of an image of so many sectors, which are more than it has.
+func (p *pagedMap) grow(sectors uint64) {
+	n := segmentsOf(sectors)
+	p.Grow(sectors)
+	p.resident, p.used, p.changed = p.resident.grown(n), p.used.grown(n), p.changed.grown(n)
+}
+
 // here reports whether segment i is in memory, or empty.
 func (p *pagedMap) here(i uint32) bool {
 	return p.resident.has(i) || p.empty(i) && !p.changed.has(i)
@@ -201,9 +208,14 @@ type bitset []uint64
 
 func newBitset(n uint32) bitset { return make(bitset, (n+63)/64) }
 
-func (b bitset) has(i uint32) bool { return b[i/64]&(1<<(i%64)) != 0 }
-func (b bitset) set(i uint32)      { b[i/64] |= 1 << (i % 64) }
-func (b bitset) clear(i uint32)    { b[i/64] &^= 1 << (i % 64) }
+// grown returns the set with room for n segments, which are more than it has room for.
+func (b bitset) grown(n uint32) bitset { return slices.Concat(b, newBitset(n)[len(b):]) }
+
+// has reports whether i is a member; one for which there is no room is none.
+func (b bitset) has(i uint32) bool { return int(i/64) < len(b) && b[i/64]&(1<<(i%64)) != 0 }
+
+func (b bitset) set(i uint32)   { b[i/64] |= 1 << (i % 64) }
+func (b bitset) clear(i uint32) { b[i/64] &^= 1 << (i % 64) }
 
 // each calls fn for the members in ascending order.
 func (b bitset) each(fn func(uint32)) {

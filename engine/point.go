@@ -37,6 +37,8 @@ type cutOff struct {
 	Log   uuid.UUID `json:"log"`   // its write log
 	Host  string    `json:"host"`  // who had it
 	Since time.Time `json:"since"`
+	// Sectors is the image's size then; 0, of one that an earlier lsd made: as it is now.
+	Sectors uint64 `json:"sectors,omitempty"`
 }
 
 // maxCutOffs bounds these points of an image: when there are more, the oldest goes.
@@ -159,7 +161,7 @@ func (s *superblock) heldManifest(c checkpointRef) bool {
 // looked at the store.
 func (s *superblock) cutOff() {
 	o := s.Owner
-	s.addCutOff(cutOff{point: point{Checkpoint: s.Checkpoint}, Epoch: s.Epoch, Log: o.Log, Host: o.Host, Since: o.Since})
+	s.addCutOff(cutOff{point: point{Checkpoint: s.Checkpoint}, Epoch: s.Epoch, Log: o.Log, Host: o.Host, Since: o.Since, Sectors: s.Sectors})
 }
 
 // addCutOff keeps the state at which another ownership ended.

@@ -30,7 +30,7 @@ func (im *Image) fetchSegment(at places, i uint32, fn func(*extmap.Span, error))
 	var span *extmap.Span
 	if at[kindDelta].size == 0 {
 		im.askStore(func(ctx context.Context) (err error) {
-			span, err = readSegment(ctx, im.store, im.line, at, i, im.sectors)
+			span, err = readSegment(ctx, im.store, im.line, at, i, im.span.Load())
 			return err
 		}, func(err error) { fn(span, err) })
 		return
@@ -54,11 +54,11 @@ func (im *Image) fetchSegment(at places, i uint32, fn func(*extmap.Span, error))
 		}, func() { fn(span, nil) })
 	}
 	im.askStore(func(ctx context.Context) (err error) {
-		span, err = readSegment(ctx, im.store, im.line, whole, i, im.sectors)
+		span, err = readSegment(ctx, im.store, im.line, whole, i, im.span.Load())
 		return err
 	}, done)
 	im.askStore(func(ctx context.Context) error {
-		return readPart(ctx, im.store, im.line, at[kindDelta], segmentPart{i, kindDelta}, im.sectors, func(e segmentExtent) { delta = append(delta, e) })
+		return readPart(ctx, im.store, im.line, at[kindDelta], segmentPart{i, kindDelta}, im.span.Load(), func(e segmentExtent) { delta = append(delta, e) })
 	}, done)
 }
 

@@ -175,7 +175,7 @@ func (im *Image) loadSegmentNow(ctx context.Context, i uint32) error {
 	var span *extmap.Span
 	if !im.objs.empty(i) {
 		var err error
-		if span, err = readSegment(ctx, im.store, im.line, im.objs.places(i), i, im.sectors); err != nil {
+		if span, err = readSegment(ctx, im.store, im.line, im.objs.places(i), i, im.span.Load()); err != nil {
 			return err
 		}
 	}
@@ -226,7 +226,7 @@ func (im *Image) loadHeader(ctx context.Context, sb *superblock, seq uint64) (*o
 	if n < size {
 		return fail(fmt.Errorf("%w: it ends after %d bytes, its header has %d", ErrCorrupt, n, size))
 	}
-	h, err := decodeObjectHeader(b[:size], im.sectors)
+	h, err := decodeObjectHeader(b[:size], im.span.Load())
 	if err != nil {
 		return fail(err)
 	}
@@ -261,7 +261,7 @@ func readWhole(ctx context.Context, st backend.Store, key string) ([]byte, error
 }
 
 func (im *Image) loadManifest(ctx context.Context, c checkpointRef) (*manifest, error) {
-	return loadManifest(ctx, im.store, im.line, c, im.sectors)
+	return loadManifest(ctx, im.store, im.line, c, im.span.Load())
 }
 
 // loadManifest reads the manifest of a checkpoint of an image of so many sectors at most.
@@ -359,7 +359,7 @@ func (im *Image) recoverLog(ctx context.Context, o *OpenOptions) (first uint64, 
 	im.accepted.logEnd = start.Pos
 	im.sealed = im.accepted
 	before := im.accepted
-	err = im.log.Recover(ctx, start, im.sectors, o.Boot, func(r writelog.Record) error {
+	err = im.log.Recover(ctx, start, im.span.Load(), o.Boot, func(r writelog.Record) error {
 		im.recoverRecord(r, before)
 		before.seq, before.logEnd = r.Seq, r.End
 		return nil

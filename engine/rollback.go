@@ -92,7 +92,8 @@ func (s *superblock) rollBack(to *snapshot, end position) {
 	for p := range s.states() {
 		later(p)
 	}
-	s.Checkpoint, s.Seq, s.Sectors = base.Checkpoint, base.Seq, to.Sectors
+	s.Checkpoint, s.Seq = base.Checkpoint, base.Seq
+	s.setSectors(to.Sectors)
 	s.forget(before)
 }
 

@@ -34,7 +34,7 @@ func Salvage(ctx context.Context, file writelog.File, src backend.Store, srcID u
 		progress = func(uint64, uint64) {}
 	}
 	w := &copier{im: im, dst: dst, progress: progress}
-	size := im.sectors * SectorSize
+	size := im.sectors * SectorSize // then
 	id, err := createNameless(ctx, dst, dstName, CreateOptions{Size: size, BlockSize: sb.BlockSize, ObjectSize: max(sb.ObjectSize, leastObjectSize(size))}, true)
 	if err != nil {
 		return uuid.Nil, err
@@ -96,6 +96,11 @@ func (im *Image) branchPoint(ctx context.Context, sb *superblock, file writelog.
 
 // branchFrom is branchPoint for a log that is the image's, with the header h.
 func (im *Image) branchFrom(ctx context.Context, sb *superblock, h *writelog.Header, file writelog.File) error {
+	for i := range sb.Points {
+		if p := &sb.Points[i]; p.Log == h.Log && p.Sectors > 0 {
+			im.sectors = p.Sectors
+		}
+	}
 	base, end := im.branchOf(sb, h)
 	if err := im.recoverPoint(ctx, sb, &point{Object: end, Settled: end != maxObjectSeq, Checkpoint: base}); err != nil {
 		return err

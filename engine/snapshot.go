@@ -122,7 +122,7 @@ func (s *superblock) settle(id uuid.UUID, at position) {
 		ref := *c
 		p.Checkpoint, p.Seq = &ref, s.Seq
 	}
-	p.Object, p.Last, p.Settled = at.object, at.seq, true
+	p.Object, p.Last, p.Sectors, p.Settled = at.object, at.seq, s.Sectors, true
 }
 
 // SnapshotOptions says how a snapshot is made.

@@ -16,8 +16,11 @@ import (
 
 const (
 	superMagic   = "LSDSUPER"
-	superVersion = 4
-	// superOld is a version that is read as well: it has no snapshots.
+	superVersion = 5
+	// superSnapshots is a version that is read as well: its images have kept their size, or
+	// grown.
+	superSnapshots = 4
+	// superOld is a version that is read as well: it has no snapshots either.
 	superOld = 3
 	// superUnit is what the length of a superblock is a multiple of, in bytes.
 	superUnit = 4096
@@ -35,6 +38,7 @@ type superblock struct {
 	Name       string         `json:"name"` // the directory has the one that counts
 	Created    time.Time      `json:"created"`
 	Sectors    uint64         `json:"sectors"`
+	Span       uint64         `json:"span,omitempty"` // the largest size of any of its states, in sectors, if that is not Sectors
 	BlockSize  uint32         `json:"block_size"`
 	ObjectSize uint32         `json:"object_size"`
 	Epoch      uint64         `json:"epoch"`
@@ -154,15 +158,30 @@ func (s *superblock) encode() []byte {
 // version returns the least version that has all that there is to say: an owner of an earlier
 // lsd goes on where nothing new is used.
 func (s *superblock) version() uint32 {
-	if len(s.Snapshots)+len(s.Clones)+len(s.Origins)+len(s.Rollbacks)+len(s.Forgotten) > 0 || s.Parent != uuid.Nil || s.RolledBack != uuid.Nil || s.Removed {
+	if s.Span > 0 {
 		return superVersion
+	}
+	if len(s.Snapshots)+len(s.Clones)+len(s.Origins)+len(s.Rollbacks)+len(s.Forgotten) > 0 || s.Parent != uuid.Nil || s.RolledBack != uuid.Nil || s.Removed {
+		return superSnapshots
 	}
 	return superOld
 }
 
+// span returns the largest size of any of the image's states, in sectors: what is beyond is
+// referred to by nothing of the image, nor of what it was cloned from.
+func (s *superblock) span() uint64 { return max(s.Span, s.Sectors) }
+
+// setSectors changes the image's size.
+func (s *superblock) setSectors(n uint64) {
+	span := max(s.span(), n)
+	if s.Sectors, s.Span = n, span; span == n {
+		s.Span = 0
+	}
+}
+
 // decodeSuperblock decodes and checks the superblock of the image id.
 func decodeSuperblock(b []byte, id uuid.UUID) (*superblock, error) {
-	p, err := frame.Decode(superMagic, b, superVersion, superOld)
+	p, err := frame.Decode(superMagic, b, superVersion, superSnapshots, superOld)
 	if err != nil {
 		return nil, err
 	}
@@ -180,6 +199,8 @@ func decodeSuperblock(b []byte, id uuid.UUID) (*superblock, error) {
 		return bad("block_size")
 	case s.Sectors == 0 || s.Sectors > MaxSize/SectorSize || s.Sectors%uint64(s.BlockSize/SectorSize) != 0:
 		return bad("sectors")
+	case s.Span > 0 && (s.Span <= s.Sectors || s.Span > MaxSize/SectorSize):
+		return bad("span")
 	case s.ObjectSize < MinObjectSize || s.ObjectSize > MaxObjectSize:
 		return bad("object_size")
 	case s.Window < 1 || s.Window > maxWindow:

@@ -312,7 +312,7 @@ func (im *Image) readHeader(ctx context.Context, o objectInfo) (*objectHeader, e
 	if err != nil {
 		return nil, err
 	}
-	h, err := decodeObjectHeader(b[:n], im.sectors)
+	h, err := decodeObjectHeader(b[:n], im.span.Load())
 	if err == nil && (h.image != im.line.of(uint64(o.number)) || h.seq != uint64(o.number) || h.epoch != uint64(o.epoch) || h.data != int(o.sectors)*SectorSize) {
 		err = fmt.Errorf("%w: it is another object than its name says", ErrCorrupt)
 	}

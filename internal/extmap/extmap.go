@@ -86,6 +86,15 @@ func New(sectors uint64) *Map {
 	return &Map{sectors: sectors, dir: make([]*block, (sectors+span-1)/span)}
 }
 
+// Grow makes the address space one of so many sectors, which are not fewer than it has.
+func (m *Map) Grow(sectors uint64) {
+	if sectors < m.sectors {
+		panic("extmap: a map cannot shrink")
+	}
+	m.sectors = sectors
+	m.dir = append(m.dir, New(sectors).dir[len(m.dir):]...)
+}
+
 // Sectors returns the size of the address space.
 func (m *Map) Sectors() uint64 { return m.sectors }
 

@@ -1,0 +1,191 @@
+package engine
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+
+	"github.com/google/uuid"
+	"github.com/lsd-ceph/lsd/backend"
+)
+
+// Errors of a change of size; they are matched.
+var (
+	// ErrShrinks says that an image was to be made smaller by what only makes one larger.
+	ErrShrinks = errors.New("it would lose what is beyond its new end")
+	errShrunk  = errors.New("the image is being made smaller")
+)
+
+// checkSize fails unless the image may have so many bytes.
+func (s *superblock) checkSize(size uint64) error {
+	o := CreateOptions{Size: size, BlockSize: s.BlockSize, ObjectSize: s.ObjectSize}
+	return o.check()
+}
+
+// Grow makes the image id of size bytes, which is a multiple of its block size and at most
+// MaxSize, whoever has it attached: that one goes on with the new size once it looks at the
+// superblock, at a renewal of its lease or at Refresh. What is beyond its end so far reads as
+// zeroes. It is one change of the superblock. One that is larger is refused with ErrShrinks.
+func Grow(ctx context.Context, st backend.Store, id uuid.UUID, size uint64) error {
+	return changeInsistently(ctx, st, id, func(sb *superblock) error {
+		switch sectors := size / SectorSize; {
+		case sb.Removed:
+			return errRemoved
+		case size%SectorSize == 0 && sb.Sectors == sectors:
+			return errNothing
+		case size < sb.Sectors*SectorSize:
+			return ErrShrinks
+		default:
+			if err := sb.checkSize(size); err != nil {
+				return err
+			}
+			sb.setSectors(sectors)
+			return nil
+		}
+	})
+}
+
+// fit makes the image as large as the superblock says it is, or as it is going to be.
+func (im *Image) fit(sb *superblock) {
+	if n := sb.span(); n > im.span.Load() {
+		im.dirty.Grow(n)
+		im.objs.grow(n)
+		im.span.Store(n)
+	}
+	sectors := sb.Sectors
+	if im.shrink != nil {
+		sectors = min(sectors, im.shrink.to)
+	}
+	if sectors == im.sectors {
+		return
+	}
+	im.sectors = sectors
+	if im.env != nil && im.cfg.Resized != nil {
+		im.cfg.Resized(sectors)
+	}
+}
+
+const (
+	// shrinkStep is how much is discarded at one time, in sectors: that takes some time of
+	// the reactor for each page of the map.
+	shrinkStep = 1 << 30 / SectorSize
+	// shrinkDestage is how many steps are destaged at one time: until then each page has its
+	// place in memory.
+	shrinkDestage = 64
+)
+
+// shrinker makes an image smaller. What is beyond its new end is discarded, as by a client, so
+// that it reads as zeroes if the image grows again; the superblock has the new size when all
+// of that is in the store. If it ends before, the image has its old size, and may have lost
+// any part of what was to go. The reactor owns it.
+type shrinker struct {
+	im       *Image
+	from, to uint64 // the size, in sectors
+	next     uint64 // the first sector that is not discarded
+	steps    int
+	request  Request
+	progress func(done, total uint64)
+	fn       func(error)
+}
+
+// Shrink makes the image of size bytes, of which it has more. Requests beyond that fail from
+// now on, and what is there is lost. fn is told when the superblock says so, or why it does
+// not: then the image has the size that it had, and what was to go may be there or not.
+// progress, which may be nil, is told how many bytes of those to go are discarded. Shrink is
+// called on the reactor, as fn and progress are.
+func (im *Image) Shrink(size uint64, progress func(done, total uint64), fn func(error)) {
+	if progress == nil {
+		progress = func(uint64, uint64) {}
+	}
+	sb := im.super.sb
+	err := sb.checkSize(size)
+	switch {
+	case im.state != Active:
+		err = im.ended()
+	case im.readOnly:
+		err = errors.New("the image is open read-only")
+	case im.shrink != nil:
+		err = errShrunk
+	case err == nil && size/SectorSize >= im.sectors:
+		err = fmt.Errorf("it has %d bytes: that is no more than %d", im.sectors*SectorSize, size)
+	}
+	if err != nil {
+		fn(err)
+		return
+	}
+	s := &shrinker{im: im, from: im.sectors, to: size / SectorSize, next: size / SectorSize, progress: progress, fn: fn}
+	s.request.Done = s
+	im.shrink = s
+	im.fit(sb)
+	s.step()
+}
+
+// ended returns why an image that is not active is not.
+func (im *Image) ended() error { return cmp.Or(im.why, errDetached) }
+
+// step discards the next piece.
+func (s *shrinker) step() {
+	im, r := s.im, &s.request
+	switch {
+	case im.state != Active:
+		s.end(im.ended())
+	case im.usedUp():
+		s.end(errors.New("the image has used up its numbers for objects: copy it to a new one"))
+	case s.next == s.from:
+		im.Destage(s.destaged)
+	default:
+		r.Op, r.Sector, r.Sectors = Discard, s.next, uint32(min(s.from-s.next, shrinkStep))
+		r.Err, r.Leased, r.at, r.seq, r.pending = 0, false, 0, 0, 0
+		im.write(r)
+	}
+}
+
+// RequestDone implements Completer: a piece has been discarded.
+func (s *shrinker) RequestDone(r *Request) {
+	if r.Err != 0 {
+		s.end(cmp.Or(s.im.why, error(r.Err)))
+		return
+	}
+	s.next += uint64(r.Sectors)
+	s.progress((s.next-s.to)*SectorSize, (s.from-s.to)*SectorSize)
+	if s.steps++; s.steps%shrinkDestage == 0 {
+		s.im.Destage(s.destaged)
+		return
+	}
+	s.im.afterTurn(s.step)
+}
+
+// destaged goes on when what has been discarded is in the store.
+func (s *shrinker) destaged(err error) {
+	switch {
+	case err != nil:
+		s.end(err)
+	case s.next < s.from:
+		s.im.afterTurn(s.step)
+	default:
+		s.im.changeSuper(func(sb *superblock) {
+			if sb.Sectors == s.from {
+				sb.setSectors(s.to)
+			}
+		}, func() {
+			err := error(nil)
+			if now := s.im.super.sb.Sectors; now != s.to {
+				err = fmt.Errorf("somebody has changed its size to %d bytes meanwhile", now*SectorSize)
+			}
+			s.end(err)
+		})
+	}
+}
+
+// end ends it: with an error the image has the size that the superblock says.
+func (s *shrinker) end(err error) {
+	if s.im.shrink != s {
+		return // by the end of the image's service
+	}
+	s.im.shrink = nil
+	if s.im.state != Fenced && s.im.state != Released {
+		s.im.fit(s.im.super.sb)
+	}
+	s.fn(err)
+}

@@ -1,0 +1,318 @@
+package engine
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/google/uuid"
+	"github.com/lsd-ceph/lsd/backend"
+	"github.com/lsd-ceph/lsd/backend/mem"
+)
+
+// shrinkTo makes the image, which the host has open, smaller.
+func (h *host) shrinkTo(size uint64) error {
+	err := errors.New("not ended")
+	h.im.Shrink(size, nil, func(e error) { err = e })
+	h.run(0)
+	return err
+}
+
+func (h *host) mustShrink(size uint64) {
+	h.t.Helper()
+	if err := h.shrinkTo(size); err != nil {
+		h.t.Fatalf("shrink to %d bytes: %v", size, err)
+	}
+}
+
+// mustGrow makes the image larger; the host has it open, if it is not nil.
+func mustGrow(t *testing.T, st backend.Store, id uuid.UUID, size uint64, h *host) {
+	t.Helper()
+	if err := Grow(context.Background(), st, id, size); err != nil {
+		t.Fatal(err)
+	}
+	if h != nil {
+		if err := h.nudge(context.Background()); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+// mustEnd makes sure that the image has so many blocks, and none beyond.
+func (h *host) mustEnd(blocks uint64) {
+	h.t.Helper()
+	if have := h.im.Sectors() / 8; have != blocks {
+		h.t.Fatalf("the image has %d blocks, want %d", have, blocks)
+	}
+	if err, _, _ := h.do(Read, blocks, 0, 0); err != syscall.EINVAL {
+		h.t.Errorf("a block beyond the end is read: %v", err)
+	}
+	if err, _, _ := h.do(Write, blocks, 1, 0); err != syscall.EINVAL {
+		h.t.Errorf("a block beyond the end is written: %v", err)
+	}
+	if err, _, _ := h.do(Read, blocks-1, 0, 0); err != 0 {
+		h.t.Errorf("the last block: %v", err)
+	}
+}
+
+// TestResizeLarger: an image grows while it is attached, more than once, and what is written beyond
+// its old end is there after whatever may come; so it is with one that is not attached.
+func TestResizeLarger(t *testing.T) {
+	st := mem.New()
+	h, id := attached(t, st, CreateOptions{Size: 10 * 4096}, nil)
+	h.mustWrite(9, 9)
+	last := uint64(9)
+	for i, blocks := range []uint64{11, 1000, 1 << 20, 1 << 28, 1 << 34} { // up to 64 TiB
+		told := uint64(0)
+		h.im.cfg.Resized = func(sectors uint64) { told = sectors }
+		mustGrow(t, st, id, blocks*4096, h)
+		if told != blocks*8 {
+			t.Errorf("told of %d sectors, want %d", told, blocks*8)
+		}
+		h.mustEnd(blocks)
+		h.mustRead(blocks-1, 0)
+		h.mustWrite(blocks-1, blocks-1)
+		switch i {
+		case 1:
+			h.mustCheckpoint()
+		case 2:
+			h.mustDestage()
+			h.im.Abandon()
+			h.mustAttach(id)
+		case 3:
+			h.mustReopen(id)
+		}
+		h.mustRead(last, last)
+		last = blocks - 1
+		h.mustRead(last, last)
+	}
+	h.mustClose()
+	mustBeSound(t, st, "disk")
+	h.mustAttach(id)
+	for _, n := range []uint64{9, 10, 999, 1<<20 - 1, 1<<28 - 1, 1<<34 - 1} {
+		h.mustRead(n, n)
+	}
+	if sb := h.im.super.sb; sb.Span != 0 || sb.version() != superOld {
+		t.Errorf("an image that has only grown has span %d and version %d", sb.Span, sb.version())
+	}
+}
+
+// TestGrowElsewhere: the owner finds that somebody else has made the image larger when it
+// renews its lease.
+func TestGrowElsewhere(t *testing.T) {
+	st := mem.New()
+	h, id := attached(t, st, smallImage(), nil)
+	mustGrow(t, st, id, 2*smallImage().Size, nil)
+	h.run(h.im.renewEvery() + time.Second)
+	h.mustEnd(2 * smallImage().Size / 4096)
+}
+
+// TestGrowWhileStoring: a checkpoint that has begun before an image grows goes on.
+func TestGrowWhileStoring(t *testing.T) {
+	st := mem.New()
+	h, id := attached(t, st, CreateOptions{Size: 4096, ObjectSize: MinObjectSize}, nil)
+	h.mustWrite(0, 1)
+	h.mustDestage()
+	mustGrow(t, st, id, 1<<40, nil) // which the checkpoint's first change of the superblock finds
+	r := &Request{Op: Write, Sector: (1<<28 - 1) * 8, Sectors: 8, Buf: make([]byte, 4096)}
+	fill(r.Buf, 2, r.Sector)
+	written, stored := false, false
+	r.Done = doneFunc(func(r *Request) { written = r.Err == 0 })
+	h.im.cfg.Resized = func(uint64) {
+		if h.im.checkpoint.running == nil {
+			t.Error("no checkpoint is running")
+		}
+		h.im.Submit(r)
+	}
+	h.im.checkpoint.now(func(err error) { stored = err == nil })
+	h.run(time.Minute)
+	h.mustWrite(0, 3)
+	if !stored || !written {
+		t.Errorf("the checkpoint has ended: %v, and the write: %v", stored, written)
+	}
+	h.mustReopen(id)
+	h.mustRead(1<<28-1, 2)
+	h.mustRead(0, 3)
+}
+
+// TestResizeSmaller: what was beyond the new end is gone, also when the image grows again; snapshots
+// and clones keep their size and what they had.
+func TestResizeSmaller(t *testing.T) {
+	ctx, st := context.Background(), mem.New()
+	h, id := attached(t, st, smallImage(), nil)
+	full := smallImage().Size / 4096
+	h.mustFill(1000)
+	h.mustWrite(full-1, 77)
+	snap := mustSnapshot(t, st, id, "full", h)
+	clone := mustClone(t, st, id, "", "clone", h)
+	h.mustWrite(40, 4000) // in the log alone
+	h.mustShrink(20 * 4096)
+	h.mustEnd(20)
+	small := mustSnapshot(t, st, id, "small", h)
+	if snap.Size != full*4096 || small.Size != 20*4096 {
+		t.Errorf("snapshots have %d and %d bytes", snap.Size, small.Size)
+	}
+	smaller := mustClone(t, st, id, "small", "smaller", nil)
+	h.mustReopen(id)
+	h.mustEnd(20)
+	mustGrow(t, st, id, 2*full*4096, h)
+	for _, n := range []uint64{20, 40, 63, full - 1, full} {
+		h.mustRead(n, 0)
+	}
+	h.mustRead(19, 1019)
+	h.mustWrite(21, 2100)
+	h.mustReopen(id)
+	h.mustRead(20, 0)
+	h.mustRead(21, 2100)
+	h.mustClose()
+
+	mustShow(t, st, id, snap, 1000)
+	r, err := openSnapshot(t, st, id, small.ID)
+	if err != nil {
+		t.Fatal(err)
+	}
+	r.mustRead(19, 1019)
+	if err, _, _ := r.do(Read, 20, 0, 0); err != syscall.EINVAL {
+		t.Errorf("a snapshot is read beyond its end: %v", err)
+	}
+	c := mustOpen(t, st, clone, 5)
+	c.mustHave(1000)
+	c.mustRead(full-1, 77)
+	c.mustShrink(30 * 4096) // smaller than its parent's state, in the midst of what that has
+	mustGrow(t, st, clone, 4*full*4096, c)
+	c.mustRead(29, 1029)
+	c.mustRead(30, 0)
+	c.mustRead(full-1, 0)
+	c.mustWrite(4*full-1, 5)
+	c.mustClose()
+	d := mustOpen(t, st, smaller, 6)
+	d.mustEnd(20)
+	mustGrow(t, st, smaller, full*4096, d) // larger than the parent's state, which had more before
+	d.mustRead(19, 1019)
+	d.mustRead(20, 0)
+	d.mustRead(full-1, 0)
+	d.mustClose()
+	mustBeSound(t, st, "disk", "clone", "smaller")
+
+	h.mustRollBack(id, "full")
+	h.mustEnd(full)
+	h.mustHave(1000)
+	h.mustClose()
+	h.mustRollBack(id, "small")
+	h.mustEnd(20)
+	h.mustClose()
+	mustBeSound(t, st, "disk", "clone", "smaller")
+	for _, name := range []string{"disk", "smaller", "clone"} {
+		mustRemove(t, st, name)
+	}
+	if _, err := GC(ctx, st, GCOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	mustBeEmpty(t, st)
+}
+
+// TestShrinkIsCutShort: an image that was being made smaller when its host died has its old
+// size, and goes on; and so has one of which another host takes the ownership.
+func TestShrinkIsCutShort(t *testing.T) {
+	st := mem.New()
+	h, id := attached(t, st, smallImage(), nil)
+	full := smallImage().Size / 4096
+	h.mustFill(1000)
+	h.mustDestage()
+	var why error
+	h.im.Shrink(20*4096, nil, func(err error) { why = err })
+	if h.im.Sectors() != 160 {
+		t.Errorf("the image has %d sectors while it is being made smaller", h.im.Sectors())
+	}
+	h.im.Shrink(10*4096, nil, func(err error) {
+		if !errors.Is(err, errShrunk) {
+			t.Errorf("another one at the same time: %v", err)
+		}
+	})
+	h.im.Abandon()
+	if why == nil {
+		t.Error("an image that has died has been made smaller")
+	}
+	h.mustAttach(id)
+	h.mustEnd(full)
+	h.mustRead(19, 1019)
+	why = nil
+	h.im.Shrink(20*4096, nil, func(err error) { why = err })
+	h.im.Close(func(error) {})
+	h.run(time.Minute)
+	if why == nil {
+		t.Error("an image that was closed meanwhile has been made smaller")
+	}
+	h.mustAttach(id)
+	h.mustEnd(full)
+	h.mustShrink(20 * 4096)
+	h.mustClose()
+	mustBeSound(t, st, "disk")
+}
+
+// TestShrinkSalvage: a log that was cut off is salvaged with the size that the image had.
+func TestShrinkSalvage(t *testing.T) {
+	st := mem.New()
+	h, id := attached(t, st, smallImage(), nil)
+	h.mustFill(1000)
+	h.mustDestage()
+	h.mustWrite(63, 6300) // in the log alone
+	h.im.Abandon()
+	next := newHost(t, "beta", st, 2)
+	next.env.now = h.env.now
+	if err := next.open(id, true); err != nil {
+		t.Fatal(err)
+	}
+	next.mustShrink(20 * 4096)
+	next.mustClose()
+	dst := mem.New()
+	saved, err := Salvage(context.Background(), h.disk, st, id, dst, "saved", nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	r := mustOpen(t, dst, saved, 3)
+	r.mustEnd(smallImage().Size / 4096)
+	r.mustRead(62, 1062)
+	r.mustRead(63, 6300)
+}
+
+// TestWrongSizes: what cannot be is refused, and changes nothing.
+func TestWrongSizes(t *testing.T) {
+	ctx, st := context.Background(), mem.New()
+	h, id := attached(t, st, smallImage(), nil)
+	for _, size := range []uint64{0, 1, 4095, smallImage().Size + 512, MaxSize + 4096, 1<<64 - 4096} {
+		if err := Grow(ctx, st, id, size); err == nil || size < smallImage().Size && !errors.Is(err, ErrShrinks) {
+			t.Errorf("grow to %d bytes: %v", size, err)
+		}
+		if err := h.shrinkTo(size); err == nil {
+			t.Errorf("shrink to %d bytes", size)
+		}
+	}
+	if err := h.shrinkTo(smallImage().Size); err == nil {
+		t.Error("shrunk to the size that it has")
+	}
+	if err := Grow(ctx, st, id, smallImage().Size); err != nil {
+		t.Errorf("grown to the size that it has: %v", err)
+	}
+	if err := Grow(ctx, st, uuid.New(), 4096); !errors.Is(err, backend.ErrNotFound) {
+		t.Errorf("an image that is not there: %v", err)
+	}
+	h.mustEnd(smallImage().Size / 4096)
+	small := mem.New()
+	other, err := Create(ctx, small, "disk", CreateOptions{Size: 1 << 30, ObjectSize: MinObjectSize})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := Grow(ctx, small, other, MaxSize); err != nil != (leastObjectSize(MaxSize) > MinObjectSize) {
+		t.Errorf("grown to what its objects are too small for: %v", err)
+	}
+	for _, sb := range []superblock{{Sectors: 8, Span: 8}, {Sectors: 8, Span: 1}, {Sectors: 8, Span: MaxSize/SectorSize + 1}} {
+		sb.Image, sb.BlockSize, sb.ObjectSize, sb.Window = id, 4096, MinObjectSize, 1
+		if _, err := decodeSuperblock(sb.encode(), id); err == nil {
+			t.Error(fmt.Sprintf("span %d of %d sectors is taken", sb.Span, sb.Sectors))
+		}
+	}
+}
