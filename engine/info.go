@@ -44,6 +44,8 @@ type Holder struct {
 	Since   time.Time     `json:"since"`
 	Lease   time.Duration `json:"lease_ns"`
 	Renewal uint64        `json:"renewals"`
+	// Command says that it is a command that runs there, not a daemon: see OwnedError.
+	Command bool `json:"command,omitempty"`
 }
 
 // Describe returns what the store says of the image of that name.
@@ -87,5 +89,5 @@ func (s *superblock) holder() *Holder {
 	if s.Owner == nil {
 		return nil
 	}
-	return &Holder{Host: s.Owner.Host, Log: s.Owner.Log, Since: s.Owner.Since, Lease: s.Owner.Lease, Renewal: s.Owner.Renewal}
+	return &Holder{Host: s.Owner.Host, Log: s.Owner.Log, Since: s.Owner.Since, Lease: s.Owner.Lease, Renewal: s.Owner.Renewal, Command: s.Owner.Volatile}
 }

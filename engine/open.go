@@ -59,6 +59,9 @@ type OpenOptions struct {
 	Host string
 	// Boot identifies this boot of the host; uuid.Nil if that is not known.
 	Boot uuid.UUID
+	// Volatile says that Log is in the memory of this process. If that dies, another host
+	// needs no force once the lease is over, and no state is kept for the log.
+	Volatile bool
 	// Force takes the image over from a live owner, which is asked to let go.
 	Force bool
 	// Lease is how long a renewal of the ownership is good for; 0 means
@@ -79,10 +82,16 @@ type OwnedError struct {
 	Host  string
 	Since time.Time
 	Lease time.Duration
+	// Command says that it is not attached, but in the hands of a command there.
+	Command bool
 }
 
 // Error returns one line that says what to do.
 func (e *OwnedError) Error() string {
+	if e.Command {
+		return fmt.Sprintf("%s is in use by a command on %s since %s: wait until that has ended; if it was killed, until %v later",
+			e.Image, e.Host, e.Since.Local().Format("2006-01-02 15:04:05"), e.Lease)
+	}
 	return fmt.Sprintf("%s is attached by %s since %s: detach it there, or take it over with --force",
 		e.Image, e.Host, e.Since.Local().Format("2006-01-02 15:04:05"))
 }
@@ -393,7 +402,7 @@ func (im *Image) confirmEnd(ctx context.Context, sb *superblock, version backend
 
 // owned returns the error for an image that has an owner.
 func owned(by *owner, o *OpenOptions) error {
-	return &OwnedError{Image: o.URL, Host: by.Host, Since: by.Since, Lease: by.Lease}
+	return &OwnedError{Image: o.URL, Host: by.Host, Since: by.Since, Lease: by.Lease, Command: by.Volatile}
 }
 
 // leaseStep is the pause between two looks at an image whose owner has so long a lease.
@@ -430,7 +439,7 @@ func (im *Image) acquire(ctx context.Context, o *OpenOptions, ours bool) (*super
 			return nil, errReleased
 		}
 		if sb.Owner != nil && !ours {
-			if !o.Force {
+			if !o.Force && !sb.Owner.Volatile {
 				return nil, owned(sb.Owner, o)
 			}
 			// The change below is of the very state that was found over: an owner
@@ -450,7 +459,7 @@ func (im *Image) acquire(ctx context.Context, o *OpenOptions, ours bool) (*super
 		before := sb.Owner
 		sb.Epoch++
 		sb.Evict = nil
-		sb.Owner = &owner{Host: o.Host, Log: im.logID, Lease: o.Lease, Since: time.Now().UTC().Truncate(time.Second), Client: im.client(), Reads: superVersion}
+		sb.Owner = &owner{Host: o.Host, Log: im.logID, Lease: o.Lease, Since: time.Now().UTC().Truncate(time.Second), Client: im.client(), Volatile: o.Volatile, Reads: superVersion}
 		version, err = im.store.Swap(ctx, SuperblockKey(im.id), version, sb.encode())
 		if errors.Is(err, backend.ErrConflict) {
 			continue
@@ -479,17 +488,24 @@ func (im *Image) inherit(sb *superblock, ours bool) {
 }
 
 // waitForOwner asks the owner to let go, and returns the superblock when it has,
-// or when its lease has gone unrenewed for its whole length on this host's clock.
+// or when its lease has gone unrenewed for its whole length on this host's clock. Without
+// force the owner is not asked, and one that is alive makes it fail with an OwnedError.
 // The wait counts only while the store answers: while it does not, the owner
 // cannot renew either. It fails with ErrConflict when somebody else has become
 // the owner.
 func (im *Image) waitForOwner(ctx context.Context, o *OpenOptions) (*superblock, backend.Version, error) {
 	sb, version, err := changeSuperblock(ctx, im.store, im.id, func(sb *superblock) error {
+		if !o.Force {
+			return errNothing
+		}
 		sb.Evict = &eviction{Epoch: sb.Epoch, By: o.Host}
 		return nil
 	})
 	if err != nil || sb.Owner == nil {
 		return sb, version, err
+	}
+	if !o.Force && !sb.Owner.Volatile {
+		return nil, "", owned(sb.Owner, o)
 	}
 	o.Progress(fmt.Sprintf("waiting for %s to let go, at most %v after its last sign of life", sb.Owner.Host, sb.Owner.Lease))
 	step := leaseStep(sb.Owner.Lease)
@@ -511,6 +527,8 @@ func (im *Image) waitForOwner(ctx context.Context, o *OpenOptions) (*superblock,
 			return sb, version, nil
 		case sb.Epoch != epoch:
 			return nil, "", backend.ErrConflict
+		case !o.Force && sb.Owner.Renewal != renewal:
+			return nil, "", owned(sb.Owner, o)
 		case sb.Owner.Renewal != renewal || now-before > sb.Owner.Lease/4+step:
 			renewal, seen = sb.Owner.Renewal, now
 		case now-seen > sb.Owner.Lease, mutate.On(mutate.LeaseNotAwaited):

@@ -33,7 +33,8 @@ type host struct {
 	disk *simdisk.Disk
 	im   *Image
 	// shared is what its image shares with others; may be nil.
-	shared *Shared
+	shared   *Shared
+	volatile bool // its log is as one in memory
 	// others run while this host waits in Open.
 	others []*host
 	// opening guards env.now in Now and Sleep, and the others' running: Open reads with
@@ -103,7 +104,7 @@ func (h *host) mustReopen(id uuid.UUID) {
 
 func (h *host) open(id uuid.UUID, force bool) error {
 	im, err := Open(context.Background(), h.st, id, OpenOptions{
-		Log: h.disk, URL: "mem:/disk", Host: h.name, Force: force, Clock: h, Lease: 10 * time.Second,
+		Log: h.disk, URL: "mem:/disk", Host: h.name, Force: force, Volatile: h.volatile, Clock: h, Lease: 10 * time.Second,
 		Config: Config{CheckpointEvery: 8, BatchAge: time.Hour, Logger: quiet, Shared: h.shared},
 	})
 	if err == nil {
@@ -799,4 +800,41 @@ func TestDetachLeavesNoOldCheckpoints(t *testing.T) {
 			}
 		}
 	}
+}
+
+// TestVolatileOwner: an owner whose log is in memory keeps the image as long as it lives.
+// Once its lease is over nobody needs force to have it, and nothing is kept for its log.
+func TestVolatileOwner(t *testing.T) {
+	st := mem.New()
+	id := newImageIn(t, st)
+	h, next := newHost(t, "alpha", st, 1), newHost(t, "beta", st, 2)
+	h.volatile = true
+	if err := h.open(id, false); err != nil {
+		t.Fatal(err)
+	}
+	h.mustWrite(1, 1)
+	h.mustDestage()
+	h.mustWrite(2, 2)
+	next.others = []*host{h}
+	var owned *OwnedError
+	if err := next.open(id, false); !errors.As(err, &owned) || !owned.Command || owned.Host != "alpha" {
+		t.Fatalf("opened beside one that lives: %v", err)
+	}
+	began := next.env.now
+	h.im.Abandon()
+	next.others = nil
+	if err := next.open(id, false); err != nil {
+		t.Fatal(err)
+	}
+	if waited := next.env.now - began; waited < 10*time.Second || waited > 15*time.Second {
+		t.Errorf("waited %v for a lease of 10s", waited)
+	}
+	if sb := next.im.super.sb; len(sb.Points) != 0 || sb.Owner.Volatile {
+		t.Errorf("the superblock is %+v", sb)
+	}
+	next.mustRead(1, 1)
+	next.mustRead(2, 0)
+	next.mustWrite(2, 3)
+	next.mustClose()
+	mustBeClean(t, st)
 }

@@ -104,7 +104,10 @@ type owner struct {
 	Renewal uint64        `json:"renewal"`          // counts renewals
 	Since   time.Time     `json:"since"`            // by its own clock, for people
 	Client  string        `json:"client,omitempty"` // of the store, to be fenced: see backend.Fencer
-	Reads   uint32        `json:"reads,omitempty"`  // the latest version of superblocks that it reads; 0: superOld
+	// Volatile says that the log is in the memory of a process, which writes nothing that it
+	// could not write anew. If its lease is over it has died, and nobody misses its log.
+	Volatile bool   `json:"volatile,omitempty"`
+	Reads    uint32 `json:"reads,omitempty"` // the latest version of superblocks that it reads; 0: superOld
 }
 
 // eviction asks the owner of an epoch to let go.

@@ -162,7 +162,7 @@ func (d *Daemon) planImage(ctx context.Context, rec *record, q api.AttachRequest
 	if err := d.planLog(rec, q.Cache); err != nil {
 		return err
 	}
-	if info.Owner != nil && !q.Force && !exists(rec.Log) && d.twin(rec) == nil {
+	if info.Owner != nil && !info.Owner.Command && !q.Force && !exists(rec.Log) && d.twin(rec) == nil {
 		return &engine.OwnedError{Image: rec.URL, Host: info.Owner.Host, Since: info.Owner.Since, Lease: info.Owner.Lease}
 	}
 	return nil

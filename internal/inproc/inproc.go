@@ -1,0 +1,197 @@
+// Package inproc runs an image in this process, for commands that write to one that nobody
+// has attached. There is no device and no ring, and the write log is in memory: what has been
+// written is in the store after Destage, or Close, and not before. If the process dies,
+// others can have the image as soon as its lease is over, without force.
+package inproc
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"syscall"
+	"time"
+
+	"github.com/google/uuid"
+	"github.com/lsd-ceph/lsd/backend"
+	"github.com/lsd-ceph/lsd/cache/writelog"
+	"github.com/lsd-ceph/lsd/engine"
+)
+
+const (
+	// logSize is the size of the write log's file: it bounds what has been written and is
+	// not in the store.
+	logSize = writelog.DataOffset + 16*writelog.SegmentSize
+	// mirror is how much of the newest part of the log the image has in its own memory.
+	mirror = 2 * writelog.SegmentSize
+	// maxRequest bounds one request to the image, in bytes.
+	maxRequest = 1 << 20
+	// maxDiscard bounds one discard, in bytes: see engine.Image.Shrink.
+	maxDiscard = 1 << 30
+	// lease is short: if the process dies, others wait for so long.
+	lease = 15 * time.Second
+	// quietPoll is the pause between two looks whether an image that has ended is quiet.
+	quietPoll = time.Millisecond
+)
+
+// Options says how an image is opened.
+type Options struct {
+	URL      string       // names the image in messages
+	Progress func(string) // is told in a few words what takes time; may be nil
+	// Logger gets what an operator should know; nil: warnings go to slog.Default, and what
+	// is of less weight nowhere.
+	Logger *slog.Logger
+}
+
+// Image is an open image. Its methods may be called by any goroutine, but for Close.
+type Image struct {
+	loop  *loop
+	image *engine.Image // the loop's
+}
+
+// Open takes the image id, which nobody else may have, and returns it when it can be used.
+// It fails with an *engine.OwnedError where somebody has it.
+func Open(ctx context.Context, st backend.Store, id uuid.UUID, o Options) (*Image, error) {
+	host, err := os.Hostname()
+	if err != nil {
+		return nil, fmt.Errorf("name of this host: %w", err)
+	}
+	log := newMemory(logSize)
+	im, err := engine.Open(ctx, st, id, engine.OpenOptions{
+		Log: log, URL: o.URL, Host: host, Volatile: true, Lease: lease, Progress: o.Progress,
+		Config: engine.Config{Logger: o.Logger, PaceFrom: 1},
+	})
+	if err != nil {
+		return nil, err
+	}
+	i := &Image{loop: newLoop(), image: im}
+	dev := &device{loop: i.loop, memory: log}
+	go i.loop.run(func() {
+		im.Start(i.loop, dev, make([]byte, mirror))
+	}, im.EndTurn)
+	return i, nil
+}
+
+// Size returns the image's size in bytes.
+func (i *Image) Size() uint64 {
+	var n uint64
+	i.call(func() { n = i.image.Sectors() * engine.SectorSize })
+	return n
+}
+
+// call runs fn on the loop and waits for it.
+func (i *Image) call(fn func()) {
+	ran := make(chan struct{})
+	i.loop.Post(func() { fn(); close(ran) })
+	<-ran
+}
+
+// await has begin started on the loop, and waits until it tells how it ended, or until ctx
+// ends: what it began goes on then.
+func await(ctx context.Context, i *Image, begin func(fn func(error))) error {
+	done := make(chan error, 1)
+	i.loop.Post(func() { begin(func(err error) { done <- err }) })
+	select {
+	case err := <-done:
+		return err
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+}
+
+// WriteAt writes p at the byte off, both of whole sectors. If ctx ends before it has, p is the
+// image's until that is closed.
+func (i *Image) WriteAt(ctx context.Context, p []byte, off uint64) error {
+	for len(p) > 0 {
+		n := min(len(p), maxRequest)
+		if err := i.do(ctx, engine.Request{Op: engine.Write, Sector: off / engine.SectorSize, Sectors: uint32(n / engine.SectorSize), Buf: p[:n]}); err != nil {
+			return fmt.Errorf("write %d bytes at %d: %w", n, off, err)
+		}
+		p, off = p[n:], off+uint64(n)
+	}
+	return nil
+}
+
+// ReadAt fills p from the byte off on, both of whole sectors. If ctx ends before it has, p is
+// the image's until that is closed.
+func (i *Image) ReadAt(ctx context.Context, p []byte, off uint64) error {
+	for len(p) > 0 {
+		n := min(len(p), maxRequest)
+		if err := i.do(ctx, engine.Request{Op: engine.Read, Sector: off / engine.SectorSize, Sectors: uint32(n / engine.SectorSize), Buf: p[:n]}); err != nil {
+			return fmt.Errorf("read %d bytes at %d: %w", n, off, err)
+		}
+		p, off = p[n:], off+uint64(n)
+	}
+	return nil
+}
+
+// Discard makes n bytes from off on, both of whole sectors, read as zeroes.
+func (i *Image) Discard(ctx context.Context, off, n uint64) error {
+	for n > 0 {
+		k := min(n, maxDiscard)
+		if err := i.do(ctx, engine.Request{Op: engine.Discard, Sector: off / engine.SectorSize, Sectors: uint32(k / engine.SectorSize)}); err != nil {
+			return fmt.Errorf("discard %d bytes at %d: %w", k, off, err)
+		}
+		n, off = n-k, off+k
+	}
+	return nil
+}
+
+// done tells of the end of a request.
+type done struct{ fn func(error) }
+
+// RequestDone implements engine.Completer.
+func (d done) RequestDone(r *engine.Request) {
+	if r.Err != 0 {
+		d.fn(r.Err)
+		return
+	}
+	d.fn(nil)
+}
+
+// do makes one request.
+func (i *Image) do(ctx context.Context, r engine.Request) error {
+	err := await(ctx, i, func(fn func(error)) {
+		r.Done = done{fn}
+		i.image.Submit(&r)
+	})
+	if errors.Is(err, syscall.EIO) {
+		why := ""
+		i.call(func() { why = i.image.Stats().Why })
+		if why != "" {
+			err = errors.New(why)
+		}
+	}
+	return err
+}
+
+// Destage returns when everything that has been written is in the store.
+func (i *Image) Destage(ctx context.Context) error { return await(ctx, i, i.image.Destage) }
+
+// Shrink makes the image of size bytes, of which it has more: see engine.Image.Shrink.
+// progress may be nil.
+func (i *Image) Shrink(ctx context.Context, size uint64, progress func(done, total uint64)) error {
+	return await(ctx, i, func(fn func(error)) { i.image.Shrink(size, progress, fn) })
+}
+
+// Refresh has the image do what its superblock asks for.
+func (i *Image) Refresh(ctx context.Context) error { return await(ctx, i, i.image.Refresh) }
+
+// Close writes what is left to the store, gives the image back, and ends what runs of it. If
+// ctx ends before, or that cannot be done, the image is left as if this process had died. It
+// is called once, when nothing else is.
+func (i *Image) Close(ctx context.Context) error {
+	err := await(ctx, i, i.image.Close)
+	if err != nil {
+		err = fmt.Errorf("give the image back: %w", err)
+	}
+	i.call(i.image.Abandon)
+	for quiet := false; ; time.Sleep(quietPoll) {
+		if i.call(func() { quiet = i.image.Quiet() }); quiet {
+			break
+		}
+	}
+	i.loop.stop()
+	return err
+}
