@@ -46,6 +46,9 @@ func Grow(ctx context.Context, st backend.Store, id uuid.UUID, size uint64) erro
 	})
 }
 
+// CheckSize fails unless the image may have so many bytes. It is called on the reactor.
+func (im *Image) CheckSize(size uint64) error { return im.super.sb.checkSize(size) }
+
 // fit makes the image as large as the superblock says it is, or as it is going to be.
 func (im *Image) fit(sb *superblock) {
 	if n := sb.span(); n > im.span.Load() {
@@ -73,6 +76,8 @@ const (
 	// shrinkDestage is how many steps are destaged at one time: until then each page has its
 	// place in memory.
 	shrinkDestage = 64
+	// shrinkLooks is how many segments of the map are looked at in one turn.
+	shrinkLooks = 1024
 )
 
 // shrinker makes an image smaller. What is beyond its new end is discarded, as by a client, so
@@ -98,8 +103,7 @@ func (im *Image) Shrink(size uint64, progress func(done, total uint64), fn func(
 	if progress == nil {
 		progress = func(uint64, uint64) {}
 	}
-	sb := im.super.sb
-	err := sb.checkSize(size)
+	err := im.CheckSize(size)
 	switch {
 	case im.state != Active:
 		err = im.ended()
@@ -117,16 +121,23 @@ func (im *Image) Shrink(size uint64, progress func(done, total uint64), fn func(
 	s := &shrinker{im: im, from: im.sectors, to: size / SectorSize, next: size / SectorSize, progress: progress, fn: fn}
 	s.request.Done = s
 	im.shrink = s
-	im.fit(sb)
+	im.fit(im.super.sb)
 	s.step()
 }
 
 // ended returns why an image that is not active is not.
 func (im *Image) ended() error { return cmp.Or(im.why, errDetached) }
 
-// step discards the next piece.
+// step discards the next piece in which there may be something.
 func (s *shrinker) step() {
 	im, r := s.im, &s.request
+	for looks := 0; s.next < s.from && !s.shows(); looks++ {
+		s.next = min(segmentStart(segmentOf(s.next)+1), s.from)
+		if looks == shrinkLooks {
+			im.afterTurn(s.step)
+			return
+		}
+	}
 	switch {
 	case im.state != Active:
 		s.end(im.ended())
@@ -139,6 +150,18 @@ func (s *shrinker) step() {
 		r.Err, r.Leased, r.at, r.seq, r.pending = 0, false, 0, 0, 0
 		im.write(r)
 	}
+}
+
+// shows reports whether something other than zeroes may be read from the next sector on to the
+// end of its segment.
+func (s *shrinker) shows() bool {
+	im, i := s.im, segmentOf(s.next)
+	end := min(segmentStart(i+1), s.from)
+	if _, ok := im.dirty.Next(s.next, end); ok || !im.ready(i) {
+		return true
+	}
+	_, ok := im.objs.Next(s.next, end)
+	return ok
 }
 
 // RequestDone implements Completer: a piece has been discarded.

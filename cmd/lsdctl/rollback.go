@@ -61,11 +61,8 @@ func (a *app) rollBack(ctx context.Context, u backend.URL, image, snap string) e
 
 // detachFirst says where the image id, which a host has attached, is to be detached.
 func (a *app) detachFirst(ctx context.Context, id uuid.UUID, host string) error {
-	list, _ := a.attachedHere(ctx)
-	for _, im := range list {
-		if im.ImageID == id && im.Snapshot == uuid.Nil && !im.ReadOnly {
-			return fmt.Errorf("it is attached by %s, here, as %s: lsdctl del %s first", host, im.Device, im.Device)
-		}
+	if im := a.attachment(ctx, id); im != nil {
+		return fmt.Errorf("it is attached by %s, here, as %s: lsdctl del %s first", host, im.Device, im.Device)
 	}
 	return fmt.Errorf("it is attached by %s: lsdctl del it there first", host)
 }

@@ -133,11 +133,14 @@ func (d *stubDaemon) attach(images ...api.Image) {
 	d.images, d.asked = images, nil
 }
 
-func (d *stubDaemon) refreshed() bool {
+// was reports whether the daemon was asked that.
+func (d *stubDaemon) was(asked string) bool {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	return slices.Contains(d.asked, "POST /v1/images/3/refresh")
+	return slices.Contains(d.asked, asked)
 }
+
+func (d *stubDaemon) refreshed() bool { return d.was("POST /v1/images/3/refresh") }
 
 // TestSnapAttached: what this host's daemon has attached is looked at by it at once, and
 // not removed.

@@ -84,7 +84,7 @@ type Image struct {
 	URL       string    `json:"image"` // "null" for a null device; a snapshot's as it was when it was attached
 	ImageID   uuid.UUID `json:"image_id"`
 	Snapshot  uuid.UUID `json:"snapshot_id,omitzero"` // if that is what is attached
-	Size      uint64    `json:"size_bytes"`
+	Size      uint64    `json:"size_bytes"`           // of the device; the image's is in Stats
 	BlockSize uint32    `json:"block_size"`
 	State     string    `json:"state"`
 	Error     string    `json:"error,omitempty"` // why it is not active
@@ -100,6 +100,13 @@ type Image struct {
 	StoreDownSince *time.Time    `json:"store_down_since,omitempty"`
 	Stats          *engine.Stats `json:"stats,omitempty"` // nil while it is not open
 	Advice         []string      `json:"advice,omitempty"`
+}
+
+// ResizeRequest asks for another size of an image that is attached: the answer is the Image,
+// whose Size is that of its device.
+type ResizeRequest struct {
+	Size   uint64 `json:"size_bytes"`
+	Shrink bool   `json:"shrink,omitempty"` // it may become smaller, and lose what is beyond
 }
 
 // DetachRequest asks for the end of a device.

@@ -79,6 +79,11 @@ func (c *Client) Refresh(ctx context.Context, id int, progress func(Progress)) e
 	return c.stream(ctx, imagePath(id)+"/refresh", struct{}{}, progress, nil)
 }
 
+// Resize gives an attached image another size.
+func (c *Client) Resize(ctx context.Context, id int, r ResizeRequest, progress func(Progress)) (im Image, err error) {
+	return im, c.stream(ctx, imagePath(id)+"/resize", r, progress, &im)
+}
+
 // Shutdown ends the daemon.
 func (c *Client) Shutdown(ctx context.Context, r ShutdownRequest, progress func(Progress)) (d Done, err error) {
 	return d, c.stream(ctx, PathShutdown, r, progress, &d)

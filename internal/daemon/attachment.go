@@ -78,6 +78,22 @@ func newAttachment(d *Daemon, rec record, state string) *attachment {
 
 func (a *attachment) name() string { return fmt.Sprintf("/dev/ublkb%d", a.id) }
 
+// takeWait is how long somebody who wants to change an attachment waits for another one who
+// is at it: most are done by then.
+const takeWait = time.Second
+
+// take takes op, which the caller gives back.
+func (a *attachment) take(ctx context.Context) error {
+	ctx, stop := context.WithTimeout(ctx, takeWait)
+	defer stop()
+	select {
+	case a.op <- struct{}{}:
+		return nil
+	case <-ctx.Done():
+		return fmt.Errorf("%s is being attached, detached or changed: wait for that", a.name())
+	}
+}
+
 func (a *attachment) record() record {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -389,6 +405,7 @@ func (a *attachment) bringUp(ctx context.Context, o bringUpOptions) error {
 	}
 	a.setDisk(dk)
 	a.setState(api.StateActive, nil)
+	a.logFit(a.fitDevice(ctx, dk))
 	return nil
 }
 
@@ -416,7 +433,16 @@ func (a *attachment) bringUpDevice(ctx context.Context, k kernel, dk *disk, ther
 	ctx, stop := context.WithTimeout(ctx, startTimeout)
 	defer stop()
 	if !there {
-		err := a.save(func(r *record) { r.Boot, r.PID, r.LogID, r.Taken = a.d.env.boot, os.Getpid(), dk.logID, false })
+		size := a.record().Size
+		if dk.image != nil { // which may have another size by now
+			var err error
+			if size, err = dk.size(ctx); err != nil {
+				return err
+			}
+		}
+		err := a.save(func(r *record) {
+			r.Boot, r.PID, r.LogID, r.Taken, r.Size = a.d.env.boot, os.Getpid(), dk.logID, false, size
+		})
 		if err != nil {
 			return err
 		}
@@ -514,7 +540,7 @@ func (a *attachment) openDisk(ctx context.Context, rec record, there bool, o bri
 	}
 	dk, err := openDisk(ctx, diskOptions{
 		rec: rec, store: st, log: log, host: a.d.cfg.Host, env: a.d.env, shared: a.d.shared,
-		force: o.force, progress: o.progress, logger: a.logger, cache: a.d.readCache,
+		force: o.force, progress: o.progress, resized: a.resized, logger: a.logger, cache: a.d.readCache,
 	})
 	if err != nil {
 		return nil, explainOpen(rec, err)

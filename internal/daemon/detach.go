@@ -35,10 +35,8 @@ const (
 // detach removes a device for a user. Nothing acknowledged is lost without
 // force; with it, what is not in the store by the timeout stays in the log.
 func (a *attachment) detach(ctx context.Context, q api.DetachRequest, progress func(api.Progress)) (api.Done, error) {
-	select {
-	case a.op <- struct{}{}:
-	default:
-		return api.Done{}, fmt.Errorf("%s is being attached or detached: wait for that", a.name())
+	if err := a.take(ctx); err != nil {
+		return api.Done{}, err
 	}
 	defer func() { <-a.op }()
 	setDefault(&q.Timeout, defaultDetachTimeout)

@@ -67,6 +67,7 @@ type diskOptions struct {
 	shared   *shared
 	force    bool
 	progress func(api.Progress)
+	resized  func(sectors uint64) // is told on the reactor
 	logger   *slog.Logger
 	cache    *readCache
 }
@@ -99,6 +100,7 @@ func openDisk(ctx context.Context, o diskOptions) (_ *disk, err error) {
 			Shared:          o.shared.engine,
 			ReadCache:       o.cache.Cache,
 			ReadCacheDevice: o.cache.device(d.reactor),
+			Resized:         o.resized,
 			Logger:          o.logger,
 		},
 	}
@@ -231,11 +233,16 @@ func (d *disk) close(ctx context.Context, progress func(api.Progress)) error {
 		case <-d.closed:
 			ended <- d.err
 		case <-d.reactor.Done():
-			ended <- fmt.Errorf("the image's reactor ended: %w", errors.Join(reactor.ErrStopped, d.reactor.Err()))
+			ended <- d.died()
 		case <-ctx.Done():
 		}
 	}()
 	return d.follow(ctx, "writing to the store", ended, progress)
+}
+
+// died is the error of a disk whose reactor has ended.
+func (d *disk) died() error {
+	return fmt.Errorf("the image's reactor ended: %w", errors.Join(reactor.ErrStopped, d.reactor.Err()))
 }
 
 // errNotInTime says that a wait has ended before what it waited for.
@@ -251,7 +258,7 @@ func (d *disk) follow(ctx context.Context, what string, done <-chan error, progr
 		case err := <-done:
 			return err
 		case <-d.reactor.Done():
-			return fmt.Errorf("the image's reactor ended: %w", errors.Join(reactor.ErrStopped, d.reactor.Err()))
+			return d.died()
 		case <-ctx.Done():
 			return errors.Join(errNotInTime, context.Cause(ctx))
 		case <-tick.C:

@@ -36,6 +36,7 @@ type fakeKernel struct {
 	holders map[int][]string    // guarded by mu
 	addErr  error               // guarded by mu: of the next Add
 	slots   int                 // of each device
+	rigid   atomic.Bool         // it cannot change the size of a device
 }
 
 func newFakeKernel() *fakeKernel {
@@ -44,11 +45,11 @@ func newFakeKernel() *fakeKernel {
 
 // fakeDevice is one device, and the hold of one server on it.
 type fakeDevice struct {
-	k      *fakeKernel
-	params ublk.Params
-	pid    int
+	k   *fakeKernel
+	pid int
 
 	mu      sync.Mutex
+	params  ublk.Params      // guarded by mu; but for its size it does not change
 	state   ublk.State       // guarded by mu
 	handler ublk.Handler     // guarded by mu
 	reactor *reactor.Reactor // guarded by mu
@@ -196,6 +197,24 @@ func (d *fakeDevice) Stop(ctx context.Context, force bool) error {
 
 func (d *fakeDevice) Delete(ctx context.Context, _ bool) error {
 	return d.k.Delete(ctx, d.params.ID)
+}
+
+// Params implements device.
+func (d *fakeDevice) Params() ublk.Params {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.params
+}
+
+// Resize implements device.
+func (d *fakeDevice) Resize(_ context.Context, size uint64) error {
+	if d.k.rigid.Load() {
+		return fmt.Errorf("fake: %w", unix.EOPNOTSUPP)
+	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.params.SizeBytes = size
+	return nil
 }
 
 // Rest asks of the reactor what a real device does.

@@ -43,6 +43,10 @@ func (d *Daemon) handler() http.Handler {
 	mux.HandleFunc("POST "+api.PathImages+"/{id}/refresh", d.about(func(w http.ResponseWriter, r *http.Request, a *attachment) {
 		stream(w, r, &struct{}{}, func(ctx context.Context, p func(api.Progress)) (any, error) { return api.Done{}, a.refresh(ctx, p) })
 	}))
+	mux.HandleFunc("POST "+api.PathImages+"/{id}/resize", d.about(func(w http.ResponseWriter, r *http.Request, a *attachment) {
+		var q api.ResizeRequest
+		stream(w, r, &q, func(ctx context.Context, p func(api.Progress)) (any, error) { return a.resize(ctx, q, p) })
+	}))
 	mux.HandleFunc("POST "+api.PathImages+"/{id}/detach", d.serveDetach)
 	mux.HandleFunc("POST "+api.PathShutdown, func(w http.ResponseWriter, r *http.Request) {
 		var q api.ShutdownRequest

@@ -25,6 +25,8 @@ type device interface {
 	Start(context.Context, *reactor.Reactor, ublk.Handler) error
 	Stop(ctx context.Context, force bool) error
 	Delete(ctx context.Context, force bool) error
+	Params() ublk.Params
+	Resize(ctx context.Context, size uint64) error
 	Rest() (bool, error)
 	Close() error
 	Done() <-chan struct{}

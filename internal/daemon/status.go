@@ -101,6 +101,9 @@ func advise(im api.Image) []string {
 	if s == nil {
 		return out
 	}
+	if text := sizeAdvice(im); text != "" {
+		add("%s", text)
+	}
 	if s.StoreDown && s.LeaseLeft == 0 && !im.ReadOnly && im.State == api.StateActive {
 		add("the lease has run out, since the store does not answer (%s): writes wait until it is renewed, for another host may take the image; see to the store; a longer --lease lasts longer", s.LastStoreError)
 	} else if s.StoreDown {

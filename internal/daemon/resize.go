@@ -1,0 +1,179 @@
+package daemon
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+
+	"github.com/lsd-ceph/lsd/engine"
+	"github.com/lsd-ceph/lsd/internal/api"
+	"github.com/lsd-ceph/lsd/internal/bytesize"
+	"golang.org/x/sys/unix"
+)
+
+// resize gives the image another size, and its device as far as the kernel can do that.
+func (a *attachment) resize(ctx context.Context, q api.ResizeRequest, progress func(api.Progress)) (api.Image, error) {
+	if err := a.take(ctx); err != nil {
+		return api.Image{}, err
+	}
+	defer func() { <-a.op }()
+	rec := a.record()
+	if rec.Null || rec.ReadOnly {
+		return api.Image{}, fmt.Errorf("%s is not an image that can be written to", a.name())
+	}
+	err := a.withDisk(func(dk *disk) error {
+		size, err := dk.size(ctx)
+		switch {
+		case err != nil:
+			return err
+		case q.Size >= size:
+			return a.grow(ctx, dk, q.Size, progress)
+		case !q.Shrink:
+			return engine.ErrShrinks
+		default:
+			return a.shrink(ctx, dk, q.Size, progress)
+		}
+	})
+	if err != nil {
+		return api.Image{}, err
+	}
+	a.logger.Info("resized", "bytes", q.Size)
+	return a.describe(ctx), nil
+}
+
+// grow makes the image larger, or its device as large as the image.
+func (a *attachment) grow(ctx context.Context, dk *disk, size uint64, progress func(api.Progress)) error {
+	if err := engine.Grow(ctx, dk.store, a.record().ImageID, size); err != nil {
+		return err
+	}
+	if err := dk.refresh(ctx, progress); err != nil {
+		return err
+	}
+	if err := a.fitDevice(ctx, dk); err != nil && !errors.Is(err, unix.EOPNOTSUPP) {
+		return err
+	}
+	return nil
+}
+
+// shrink makes the image smaller. Its device is first: whoever uses that is to see at once
+// what there is not any more.
+func (a *attachment) shrink(ctx context.Context, dk *disk, size uint64, progress func(api.Progress)) error {
+	var wrong error
+	if err := call(ctx, dk.reactor, func() { wrong = dk.image.CheckSize(size) }); err != nil || wrong != nil {
+		return cmp.Or(wrong, err)
+	}
+	err := dk.dev.Resize(ctx, size)
+	if errors.Is(err, unix.EOPNOTSUPP) {
+		return errors.New("this kernel cannot change the size of a device: lsdctl del it first")
+	}
+	if err == nil {
+		err = dk.shrink(ctx, size, progress)
+	}
+	if ferr := a.fitDevice(context.WithoutCancel(ctx), dk); err == nil {
+		err = ferr
+	}
+	return err
+}
+
+// fitDevice gives the device of a disk the size of its image. The error matches
+// unix.EOPNOTSUPP where the kernel cannot do that: then the device gets it when the image is
+// attached the next time.
+func (a *attachment) fitDevice(ctx context.Context, dk *disk) error {
+	if dk.image == nil || dk.dev == nil {
+		return nil
+	}
+	ctx, stop := context.WithTimeout(ctx, deviceTimeout)
+	defer stop()
+	size, err := dk.size(ctx)
+	if err != nil {
+		return err
+	}
+	if dk.dev.Params().SizeBytes != size {
+		if err := dk.dev.Resize(ctx, size); err != nil {
+			return err
+		}
+		a.logger.Info("the device has another size", "bytes", size)
+	}
+	if a.record().Size == size {
+		return nil
+	}
+	return a.save(func(r *record) { r.Size = size })
+}
+
+// resized is told on the reactor that the image has another size than before.
+func (a *attachment) resized(uint64) { go a.follow() }
+
+// follow gives the device the size that the image has got, unless it has that already.
+func (a *attachment) follow() {
+	if dk := a.getDisk(); dk == nil || a.fits(dk) {
+		return // without a disk it is brought up with the size that it has by then
+	}
+	select {
+	case a.op <- struct{}{}:
+	case <-a.d.ctx.Done():
+		return
+	}
+	defer func() { <-a.op }()
+	if dk := a.getDisk(); dk != nil && a.d.find(a.id) == a {
+		a.logFit(a.fitDevice(a.d.ctx, dk))
+	}
+}
+
+// fits reports whether the device of a disk has the size of its image.
+func (a *attachment) fits(dk *disk) bool {
+	ctx, stop := context.WithTimeout(a.d.ctx, statsTimeout)
+	defer stop()
+	size, err := dk.size(ctx)
+	return err == nil && dk.dev != nil && dk.dev.Params().SizeBytes == size
+}
+
+// logFit logs why the device has not the size of its image.
+func (a *attachment) logFit(err error) {
+	switch {
+	case errors.Is(err, unix.EOPNOTSUPP):
+		a.logger.Warn("the image has another size, which its device gets when it is attached the next time: this kernel cannot change it")
+	case err != nil:
+		a.logger.Error("give the device the size of its image", "err", err)
+	}
+}
+
+// size returns the size of the image in bytes.
+func (d *disk) size(ctx context.Context) (n uint64, err error) {
+	err = call(ctx, d.reactor, func() { n = d.image.Sectors() * engine.SectorSize })
+	return n, err
+}
+
+// shrink makes the image smaller. What it began goes on when ctx ends.
+func (d *disk) shrink(ctx context.Context, size uint64, progress func(api.Progress)) error {
+	done := make(chan error, 1)
+	discarded := make(chan api.Progress, 1)
+	tell := func(n, total uint64) {
+		select {
+		case discarded <- api.Progress{What: "discarding what goes", Done: n, Total: total}:
+		default:
+		}
+	}
+	err := call(ctx, d.reactor, func() { d.image.Shrink(size, tell, func(err error) { done <- err }) })
+	for err == nil {
+		select {
+		case p := <-discarded:
+			progress(p)
+		case err := <-done:
+			return err
+		case <-d.reactor.Done():
+			return d.died()
+		case <-ctx.Done():
+			return fmt.Errorf("it goes on without you: see lsdctl status: %w", context.Cause(ctx))
+		}
+	}
+	return err
+}
+
+// sizeAdvice says what to do about a device that has not the size of its image.
+func sizeAdvice(im api.Image) string {
+	if im.Stats == nil || im.Stats.Size == im.Size || im.State != api.StateActive {
+		return ""
+	}
+	return fmt.Sprintf("the image has %s, its device %s until it is attached the next time (lsdctl del, then add): this kernel cannot change that", bytesize.Human(im.Stats.Size), bytesize.Human(im.Size))
+}

@@ -1,0 +1,161 @@
+package daemon
+
+import (
+	"context"
+	"errors"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/lsd-ceph/lsd/engine"
+	"github.com/lsd-ceph/lsd/internal/api"
+)
+
+// resize gives the device id of the host, and its image, another size.
+func (h *host) resize(id int, size uint64, shrink bool) (api.Image, error) {
+	return h.find(id).resize(context.Background(), api.ResizeRequest{Size: size, Shrink: shrink}, func(api.Progress) {})
+}
+
+// awaitSize waits until the device, and its image, have a size.
+func (h *host) awaitSize(id int, device, image uint64) api.Image {
+	h.w.t.Helper()
+	var im api.Image
+	for deadline := time.Now().Add(20 * time.Second); time.Now().Before(deadline); time.Sleep(5 * time.Millisecond) {
+		im = h.await(id, api.StateActive)
+		d, err := h.w.kernel.get(id)
+		if err == nil && im.Size == device && d.Params().SizeBytes == device && im.Stats.Size == image {
+			return im
+		}
+	}
+	h.w.t.Fatalf("device %d has %d bytes, its image %d; want %d and %d", id, im.Size, im.Stats.Size, device, image)
+	return im
+}
+
+// TestResize: an image and its device become larger and smaller while they are attached, and
+// the next daemon knows it.
+func TestResize(t *testing.T) {
+	w := newWorld(t)
+	h := w.newHost()
+	id := h.add(api.AttachRequest{ID: -1})
+	const old = 64 << 20
+	w.kernel.write(t, id, 8, 1)
+	if res := w.kernel.do(t, id, engine.Write, old/512, make([]byte, 4096)); res >= 0 {
+		t.Fatalf("a write beyond the end: %d", res)
+	}
+	for _, size := range []uint64{2 * old, old / 2, 3 * old} {
+		im, err := h.resize(id, size, true)
+		if err != nil || im.Size != size || im.Stats.Size != size || len(im.Advice) > 0 {
+			t.Fatalf("resize to %d: %+v, %v", size, im, err)
+		}
+		h.awaitSize(id, size, size)
+		w.kernel.check(t, id, 8, 1)
+		last := size/512 - 8
+		w.kernel.check(t, id, last, 0)
+		w.kernel.write(t, id, last, 7)
+	}
+	w.kernel.check(t, id, old/512-8, 0) // gone when it was made smaller
+	h.crash()
+	h.start()
+	h.awaitSize(id, 3*old, 3*old)
+	w.kernel.check(t, id, 3*old/512-8, 7)
+
+	// Another host makes it larger, and nobody tells this one.
+	if err := engine.Grow(context.Background(), w.store, w.imageID("vm1"), 4*old); err != nil {
+		t.Fatal(err)
+	}
+	h.awaitSize(id, 4*old, 4*old)
+	// And once more while no daemon is there.
+	h.crash()
+	if err := engine.Grow(context.Background(), w.store, w.imageID("vm1"), 5*old); err != nil {
+		t.Fatal(err)
+	}
+	h.start()
+	h.awaitSize(id, 5*old, 5*old)
+	w.kernel.check(t, id, 3*old/512-8, 7)
+	if _, err := h.del(id, api.DetachRequest{}); err != nil {
+		t.Fatal(err)
+	}
+	if im, err := h.attachReq(api.AttachRequest{ID: -1}); err != nil || im.Size != 5*old {
+		t.Errorf("attached anew: %+v, %v", im, err)
+	}
+}
+
+// TestResizeRigid: where the kernel cannot change a device's size an image grows all the same,
+// and its device has that the next time; it does not become smaller.
+func TestResizeRigid(t *testing.T) {
+	w := newWorld(t)
+	w.kernel.rigid.Store(true)
+	h := w.newHost()
+	id := h.add(api.AttachRequest{ID: -1})
+	const old = 64 << 20
+	im, err := h.resize(id, 2*old, false)
+	if err != nil || im.Size != old || im.Stats.Size != 2*old || len(im.Advice) != 1 || !strings.Contains(im.Advice[0], "lsdctl del, then add") {
+		t.Fatalf("%+v, %v", im, err)
+	}
+	if _, err := h.resize(id, old/2, true); err == nil || !strings.Contains(err.Error(), "lsdctl del it first") {
+		t.Errorf("made smaller: %v", err)
+	}
+	h.awaitSize(id, old, 2*old)
+	if _, err := h.del(id, api.DetachRequest{}); err != nil {
+		t.Fatal(err)
+	}
+	if im, err := h.attachReq(api.AttachRequest{ID: -1}); err != nil || im.Size != 2*old {
+		t.Errorf("attached anew: %+v, %v", im, err)
+	}
+}
+
+// TestResizeRefused: what is refused changes nothing.
+func TestResizeRefused(t *testing.T) {
+	w := newWorld(t)
+	h := w.newHost()
+	const old = 64 << 20
+	id := h.add(api.AttachRequest{ID: -1})
+	if _, err := h.resize(id, old/2, false); !errors.Is(err, engine.ErrShrinks) {
+		t.Errorf("made smaller without leave: %v", err)
+	}
+	for _, size := range []uint64{0, 4095, old + 512, engine.MaxSize + 4096} {
+		if _, err := h.resize(id, size, true); err == nil {
+			t.Errorf("resized to %d", size)
+		}
+	}
+	h.awaitSize(id, old, old)
+	null := h.add(api.AttachRequest{ID: -1, Null: true, Size: old})
+	if _, err := h.resize(null, 2*old, false); err == nil {
+		t.Error("a null device was resized")
+	}
+	a := h.find(id)
+	a.op <- struct{}{}
+	if _, err := h.resize(id, 2*old, false); err == nil || !strings.Contains(err.Error(), "wait for that") {
+		t.Errorf("resized while somebody is at it: %v", err)
+	}
+	<-a.op
+}
+
+// TestShrinkFails: if an image cannot be made smaller its device has its old size.
+func TestShrinkFails(t *testing.T) {
+	w := newWorld(t)
+	h := w.newHost()
+	id := h.add(api.AttachRequest{ID: -1, Lease: time.Hour})
+	w.kernel.write(t, id, 8, 1)
+	ended := make(chan error)
+	w.outage.Set(true)
+	go func() {
+		_, err := h.resize(id, 32<<20, true)
+		ended <- err
+	}()
+	for h.await(id, api.StateActive).Stats.Size != 32<<20 {
+		time.Sleep(time.Millisecond)
+	}
+	if d, err := w.kernel.get(id); err != nil || d.Params().SizeBytes != 32<<20 {
+		t.Errorf("the device has %d bytes while it is made smaller: %v", d.Params().SizeBytes, err)
+	}
+	h.find(id).getDisk().refuse() // as the end of the image's service
+	if err := <-ended; err == nil {
+		t.Error("made smaller")
+	}
+	w.outage.Set(false)
+	h.crash()
+	h.start()
+	h.awaitSize(id, 64<<20, 64<<20)
+	w.kernel.check(t, id, 8, 1)
+}
