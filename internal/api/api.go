@@ -109,6 +109,11 @@ type ResizeRequest struct {
 	Shrink bool   `json:"shrink,omitempty"` // it may become smaller, and lose what is beyond
 }
 
+// RollbackRequest asks for an attached image as it was at a snapshot: the answer is the Image.
+type RollbackRequest struct {
+	Snapshot string `json:"snapshot"` // its name
+}
+
 // DetachRequest asks for the end of a device.
 type DetachRequest struct {
 	Force   bool          `json:"force,omitempty"`

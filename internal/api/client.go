@@ -84,6 +84,11 @@ func (c *Client) Resize(ctx context.Context, id int, r ResizeRequest, progress f
 	return im, c.stream(ctx, imagePath(id)+"/resize", r, progress, &im)
 }
 
+// RollBack makes an attached image, whose device nobody has open, what it was at a snapshot.
+func (c *Client) RollBack(ctx context.Context, id int, r RollbackRequest, progress func(Progress)) (im Image, err error) {
+	return im, c.stream(ctx, imagePath(id)+"/rollback", r, progress, &im)
+}
+
 // Shutdown ends the daemon.
 func (c *Client) Shutdown(ctx context.Context, r ShutdownRequest, progress func(Progress)) (d Done, err error) {
 	return d, c.stream(ctx, PathShutdown, r, progress, &d)

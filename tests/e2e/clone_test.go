@@ -119,7 +119,7 @@ func TestClones(t *testing.T) {
 	h.must("clone", url, "live")
 	h.refused([]string{"clone", url, "copy"}, l.url("copy")+" exists already")
 	h.refused([]string{"clone", url + "@none", "new"}, "no such snapshot: none")
-	h.refused([]string{"snap", "rollback", url + "@base"}, "attached by clones, here, as "+d.dev+": lsdctl del "+d.dev+" first")
+	h.refused([]string{"snap", "rollback", url + "@base"}, d.dev+" is in use by mount ")
 
 	c := l.mount(h.add(l.url("copy")), "copy")
 	l.check(c, nil)
@@ -135,8 +135,10 @@ func TestClones(t *testing.T) {
 	l.detach(c)
 	l.relatives()
 
-	h.must("snap", "rollback", url+"@base")
-	d = l.mount(h.add(url), "disk")
+	d.dev = h.add(url)
+	h.must("snap", "rollback", url+"@base") // nothing has the device open
+	h.awaitActive(d.dev)
+	d = l.mount(d.dev, "disk")
 	l.check(d, nil)
 	l.detach(d)
 	c = l.mount(h.add(l.url("copy")), "copy")
