@@ -8,6 +8,7 @@ import (
 
 	"github.com/google/uuid"
 	"github.com/lsd-ceph/lsd/backend"
+	"github.com/lsd-ceph/lsd/internal/mutate"
 )
 
 // Errors of a change of size; they are matched.
@@ -131,6 +132,9 @@ func (im *Image) ended() error { return cmp.Or(im.why, errDetached) }
 // step discards the next piece in which there may be something.
 func (s *shrinker) step() {
 	im, r := s.im, &s.request
+	if mutate.On(mutate.ShrinkKept) {
+		s.next = s.from
+	}
 	for looks := 0; s.next < s.from && !s.shows(); looks++ {
 		s.next = min(segmentStart(segmentOf(s.next)+1), s.from)
 		if looks == shrinkLooks {
@@ -143,6 +147,8 @@ func (s *shrinker) step() {
 		s.end(im.ended())
 	case im.usedUp():
 		s.end(errors.New("the image has used up its numbers for objects: copy it to a new one"))
+	case s.next == s.from && mutate.On(mutate.ShrinkEarly):
+		s.destaged(nil)
 	case s.next == s.from:
 		im.Destage(s.destaged)
 	default:

@@ -29,6 +29,7 @@ type simExtras struct {
 	beside   bool   // others have images beside the owner's
 	snaps    bool   // there are snapshots
 	clones   bool   // there are clones
+	resizes  bool   // the image becomes smaller, and larger again
 }
 
 func newExtras(rng *rand.Rand) simExtras {
@@ -45,6 +46,7 @@ func newExtras(rng *rand.Rand) simExtras {
 	x.beside = rng.IntN(8) == 0
 	x.snaps = rng.IntN(4) == 0
 	x.clones = rng.IntN(4) == 0
+	x.resizes = rng.IntN(6) == 0
 	return x
 }
 

@@ -170,6 +170,9 @@ func (h *simHost) open(id uuid.UUID, force bool) (err error) {
 	h.hung = 0
 	h.out, h.left, h.broken, h.badReads, h.dead, h.injected = nil, nil, false, false, false, 0
 	h.opening = true
+	if !h.readOnly {
+		w.regrow(id)
+	}
 	config := w.plan.config
 	if h.shared = h.beside.sharedOf(); h.shared == nil {
 		h.shared = NewShared(Limits{Map: w.plan.mapMemory, Destage: w.plan.destageMemory, Reads: w.plan.readMemory})
@@ -450,6 +453,10 @@ func (h *simHost) readAll(id string) []uint64 {
 		first := c
 		n := w.cellsFrom(c, 2048/cell)
 		c += n
+		if w.sectorOf(first) >= h.im.Sectors() {
+			continue // it is smaller: that is as if it read as zeroes
+		}
+		n = min(n, (h.im.Sectors()-w.sectorOf(first))/cell)
 		ended := false
 		r := &Request{Op: Read, Sector: w.sectorOf(first), Sectors: uint32(n * cell), Buf: uring.AlignedBuffer(int(n) * int(cell) * SectorSize)}
 		r.Done = doneFunc(func(r *Request) {

@@ -344,7 +344,7 @@ func (w *world) count(kind int, happened bool) {
 
 // act submits a request.
 func (w *world) act(h *simHost) {
-	if len(h.out) > 24 {
+	if len(h.out) > 24 || h.im.Sectors() != w.plan.extras.sectors { // its clients know nothing of another size
 		return
 	}
 	switch k := w.rng.IntN(20); {
@@ -510,6 +510,9 @@ func simulate(seed uint64, memory *simMemory) uint64 {
 		}
 		if w.plan.extras.clones && w.serving() && w.rng.IntN(4) > 0 {
 			w.cloning()
+		}
+		if w.plan.extras.resizes && w.serving() && w.rng.IntN(4) > 0 {
+			w.resize()
 		}
 		w.disturb()
 	}

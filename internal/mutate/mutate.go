@@ -86,6 +86,10 @@ const (
 	SnapshotUnheld Bug = "snapshot-unheld"
 	// SnapshotEarly takes a snapshot without what is in the log alone.
 	SnapshotEarly Bug = "snapshot-early"
+	// ShrinkKept leaves what is beyond the new end of an image where it is.
+	ShrinkKept Bug = "shrink-kept"
+	// ShrinkEarly says that an image is smaller before what goes is gone from the store.
+	ShrinkEarly Bug = "shrink-early"
 	// StatesKept forgets states and not what only they were made of.
 	StatesKept Bug = "states-kept"
 	// StatesTorn removes with a state what points need of it.
@@ -111,6 +115,6 @@ func All() []Bug {
 		ObjectUnverified, HeaderUnverified, LogReadUnverified, TornRecord, ProofIgnored, RecoveryStopsEarly,
 		CutOffKept, LogOverwritten, TrimEarly, DirtyDropped, DiscardUnrecorded, DiscardUndestaged,
 		LeaseIgnored, LeaseStretched, LateForgotten, LeaseNotAwaited, EpochIgnored, EpochUnrecorded, StaleLogDropped, DeletedEarly, CheckpointMixed, LateCopied, ChangesLost, DeltaForgotten, DeltaKept,
-		HalfCounted, DeadKept, SnapshotUnheld, SnapshotEarly, StatesKept, StatesTorn, ReclaimTorn, ReclaimKept, MovedOverNewer, CacheUnverified, CacheImageIgnored, CacheFailedKept,
+		HalfCounted, DeadKept, SnapshotUnheld, SnapshotEarly, ShrinkKept, ShrinkEarly, StatesKept, StatesTorn, ReclaimTorn, ReclaimKept, MovedOverNewer, CacheUnverified, CacheImageIgnored, CacheFailedKept,
 	}
 }
