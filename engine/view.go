@@ -267,7 +267,7 @@ func (v *View) overtaken(ctx context.Context, err error) error {
 	case v.snapshot != uuid.Nil && now.snapshotOf(v.snapshot) == nil:
 		return fmt.Errorf("%w: the snapshot has been removed", ErrOvertaken)
 	case !sameFor(v.snapshot, v.im.super.sb, now):
-		return fmt.Errorf("%w: the image has gone on meanwhile", ErrOvertaken)
+		return fmt.Errorf("%w: the image has gone on meanwhile: make a snapshot, and read that", ErrOvertaken)
 	}
 	return missingPart(err)
 }
