@@ -50,6 +50,7 @@ const (
 type history struct {
 	t      *testing.T
 	rng    *rand.Rand
+	looks  *rand.Rand // of what is looked at beside it
 	st     backend.Store
 	images []*past // that are there; they never are none
 	names  int     // given to snapshots, clones and hosts
@@ -84,7 +85,7 @@ type pastLog struct {
 }
 
 func newHistory(t *testing.T, seed uint64) *history {
-	y := &history{t: t, rng: rand.New(rand.NewPCG(seed, 5)), st: mem.New(), value: 1000}
+	y := &history{t: t, rng: rand.New(rand.NewPCG(seed, 5)), looks: rand.New(rand.NewPCG(seed, 6)), st: mem.New(), value: 1000}
 	h, id := attached(t, y.st, smallImage(), nil)
 	y.images = []*past{{history: y, name: "disk", id: id, host: h, open: true}}
 	t.Cleanup(func() {
@@ -378,6 +379,9 @@ func (y *history) mustBeRight() {
 		if y.rng.IntN(4) == 0 {
 			p.salvage()
 		}
+		if y.looks.IntN(4) == 0 {
+			p.compare()
+		}
 		for _, s := range p.snaps {
 			p.show(p.name+"@"+s.Name, y.st, p.id, s.ID, &s.has)
 		}
@@ -405,6 +409,36 @@ func (y *history) read(name string, h *host, has *blocks) {
 		if err, ended, v := h.do(Read, uint64(n), 0, 0); err != 0 || !ended || v != want {
 			y.t.Fatalf("block %d of %s reads as %d (%v, ended %v), want %d", n, name, v, err, ended, want)
 		}
+	}
+}
+
+// compare compares two snapshots, or none with one: what has changed, on top of the first, is
+// the second.
+func (p *past) compare() {
+	p.t.Helper()
+	if len(p.snaps) == 0 {
+		return
+	}
+	to := &p.snaps[p.looks.IntN(len(p.snaps))]
+	v := mustView(p.t, p.st, p.id, to.ID)
+	var from *View
+	var got blocks
+	if k := p.looks.IntN(len(p.snaps) + 1); k < len(p.snaps) {
+		from, got = mustView(p.t, p.st, p.id, p.snaps[k].ID), p.snaps[k].has
+	}
+	err := DiffData(p.t.Context(), from, v, func(r Range, data []byte) (err error) {
+		for at := r.Offset; at < r.Offset+r.Length && err == nil; at += objectBlock {
+			n := uint64(0)
+			if !r.Zero {
+				n, err = stamp(data[:objectBlock], at/SectorSize)
+				data = data[objectBlock:]
+			}
+			got[at/objectBlock] = n
+		}
+		return err
+	})
+	if err != nil || got != to.has {
+		p.t.Fatalf("what has changed in %s to %s: %v, %v, want %v", p.name, to.Name, err, got, to.has)
 	}
 }
 

@@ -51,7 +51,7 @@ const (
 	viewPatience = 6
 	// viewGap is up to how far apart two pieces of an object may be, in sectors, to be read
 	// together with what is between them, and viewRead how much is read together, in bytes.
-	viewGap  = 64
+	viewGap  = 32
 	viewRead = 4 << 20
 )
 
