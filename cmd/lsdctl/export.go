@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
@@ -200,7 +199,8 @@ func (m *measured) show(r engine.Range) {
 	m.progress.show(api.Progress{What: m.what, Done: m.done, Total: m.Data})
 }
 
-// convert makes qcow2 of the raw file that a target has been written as.
+// convert makes qcow2 of the raw file that a target has been written as, and which is one of
+// its parts.
 func (a *app) convert(ctx context.Context, t *target) error {
 	a.progress.show(api.Progress{What: "converting " + t.name})
 	raw := t.f
@@ -217,9 +217,6 @@ func (a *app) convert(ctx context.Context, t *target) error {
 		return context.Cause(ctx)
 	case err != nil:
 		return fmt.Errorf("qemu-img: %w: %s: nothing of %s is kept", err, api.OneLine(errors.New(string(out))), t.name)
-	}
-	if err := os.Remove(raw.Name()); err != nil {
-		return err
 	}
 	return nil
 }

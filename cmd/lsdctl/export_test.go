@@ -14,6 +14,7 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	"github.com/lsd-ceph/lsd/engine"
 	"github.com/lsd-ceph/lsd/internal/rbddiff"
@@ -189,16 +190,31 @@ func TestExportQcow2(t *testing.T) {
 	if _, err := lsdctl(t, "export", d.url, filepath.Join(dir, "x.qcow2")); err == nil || !strings.Contains(err.Error(), "apt install qemu-utils") {
 		t.Errorf("without qemu-img: %v", err)
 	}
-	// One that fails leaves nothing.
-	fake := t.TempDir()
-	if err := os.WriteFile(filepath.Join(fake, "qemu-img"), []byte("#!/bin/sh\necho it cannot >&2\nexit 3\n"), 0o755); err != nil {
-		t.Fatal(err)
-	}
-	t.Setenv("PATH", fake)
-	if _, err := lsdctl(t, "export", d.url, byFlag, "--force", "--format", "qcow2"); err == nil || !strings.Contains(err.Error(), "it cannot") || strings.Contains(err.Error(), "\n") {
-		t.Errorf("qemu-img fails: %v", err)
-	}
 	mustHold(t, dir, "disk.img", "disk.qcow2", "disk.raw")
+}
+
+// TestExportQcow2Fails: a conversion that fails or is interrupted leaves nothing.
+func TestExportQcow2Fails(t *testing.T) {
+	url := "file://" + t.TempDir() + "/store/vm1"
+	must(t, "create", url, "--size", "1M")
+	dir, fake := t.TempDir(), t.TempDir()
+	t.Setenv("PATH", fake)
+	for _, x := range []struct{ script, want string }{
+		{"echo it cannot >&2\nexit 3", "it cannot"},
+		{"exec /bin/sleep 60", "deadline exceeded"},
+	} {
+		if err := os.WriteFile(filepath.Join(fake, "qemu-img"), []byte("#!/bin/sh\n"+x.script+"\n"), 0o755); err != nil {
+			t.Fatal(err)
+		}
+		ctx, stop := context.WithTimeout(t.Context(), time.Second)
+		defer stop()
+		cmd := newApp(io.Discard, os.Stderr).command()
+		cmd.SetArgs([]string{"export", url, filepath.Join(dir, "disk.qcow2")})
+		if err := cmd.ExecuteContext(ctx); err == nil || !strings.Contains(err.Error(), x.want) || strings.Contains(err.Error(), "\n") {
+			t.Errorf("%v, want %q", err, x.want)
+		}
+		mustHold(t, dir)
+	}
 }
 
 // TestExportFails: what cannot be read, or written, to its end leaves nothing, and a file that
