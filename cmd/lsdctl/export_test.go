@@ -21,9 +21,12 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// exportSize is the size of images that are exported here: the second segment of the map is
-// short, and not a whole number of MiB.
-const exportSize = 66<<20 + 4096
+// Sizes of images that are exported here, which are not whole numbers of MiB. The large one
+// has two segments of the map.
+const (
+	exportSize = 5<<20 + 4096
+	exportLong = 66<<20 + 4096
+)
 
 // drawn is a disk that is written at random, and what is on it.
 type drawn struct {
@@ -33,22 +36,25 @@ type drawn struct {
 	states map[string][]byte // of its snapshots; "" is what the store has now
 }
 
-func newDrawn(t *testing.T, url string, seed uint64) *drawn {
+func newDrawn(t *testing.T, url string, seed, size uint64) *drawn {
 	t.Helper()
-	must(t, "create", url, "--size", fmt.Sprint(exportSize), "--object-size", "1M")
-	d := &drawn{disk: newDisk(t, url), rng: rand.New(rand.NewPCG(seed, 1)), now: make([]byte, exportSize), states: map[string][]byte{}}
+	must(t, "create", url, "--size", fmt.Sprint(size), "--object-size", "1M")
+	d := &drawn{disk: newDisk(t, url), rng: rand.New(rand.NewPCG(seed, 1)), now: make([]byte, size), states: map[string][]byte{}}
 	d.attach()
 	return d
 }
 
-// draw writes and discards here and there: at the beginning, around the end of the map's first
-// segment, and at the end.
+// draw writes and discards here and there: at the beginning and at the end, which has the end
+// of the first of two segments of the map.
 func (d *drawn) draw(n int) {
 	d.t.Helper()
 	for range n {
 		k := 4096 * (1 + d.rng.IntN(30))
-		at := []int{0, 64<<20 - 1<<20, exportSize - 2<<20}[d.rng.IntN(3)] + 4096*d.rng.IntN(400)
-		p := d.now[at:min(at+k, exportSize)]
+		at := 4096 * d.rng.IntN(300)
+		if d.rng.IntN(2) > 0 {
+			at = len(d.now) - 4096*(1+d.rng.IntN(700))
+		}
+		p := d.now[at:min(at+k, len(d.now))]
 		if d.rng.IntN(4) == 0 {
 			clear(p)
 			d.write(engine.Discard, at, p)
@@ -116,7 +122,7 @@ func mustHold(t *testing.T, dir string, want ...string) {
 // TestExport: a snapshot, and the image, as a file and as a stream; a file that is there is
 // replaced only if that is asked for.
 func TestExport(t *testing.T) {
-	d := newDrawn(t, "file://"+t.TempDir()+"/store/vm1", 1)
+	d := newDrawn(t, "file://"+t.TempDir()+"/store/vm1", 1, exportLong)
 	d.draw(50)
 	d.take("monday")
 	d.draw(20)
@@ -152,7 +158,7 @@ func TestExport(t *testing.T) {
 	}
 	mustHave(t, file, d.states[""])
 	e := printed[exported](t, "export", d.at("monday"), link, "--force")
-	if e.File != link || e.Format != "raw" || e.Size != exportSize || e.Data == 0 || e.Data > 6<<20 || e.Zeroes != 0 {
+	if e.File != link || e.Format != "raw" || e.Size != exportLong || e.Data == 0 || e.Data > 6<<20 || e.Zeroes != 0 {
 		t.Errorf("export --json: %+v", e)
 	}
 	mustHave(t, file, d.states["monday"])
@@ -167,7 +173,7 @@ func TestExportQcow2(t *testing.T) {
 	if _, err := exec.LookPath("qemu-img"); err != nil {
 		t.Skip("qemu-img is not installed")
 	}
-	d := newDrawn(t, "file://"+t.TempDir()+"/store/vm1", 2)
+	d := newDrawn(t, "file://"+t.TempDir()+"/store/vm1", 2, exportSize)
 	d.draw(50)
 	d.stop()
 	dir := t.TempDir()
@@ -220,7 +226,7 @@ func TestExportQcow2Fails(t *testing.T) {
 // TestExportFails: what cannot be read, or written, to its end leaves nothing, and a file that
 // was there stays as it was.
 func TestExportFails(t *testing.T) {
-	d := newDrawn(t, "file://"+t.TempDir()+"/store/vm1", 3)
+	d := newDrawn(t, "file://"+t.TempDir()+"/store/vm1", 3, exportSize)
 	d.draw(300)
 	d.stop()
 	dir := t.TempDir()
@@ -279,7 +285,7 @@ func TestExportFull(t *testing.T) {
 			t.Error(err)
 		}
 	}()
-	d := newDrawn(t, "file://"+t.TempDir()+"/store/vm1", 4)
+	d := newDrawn(t, "file://"+t.TempDir()+"/store/vm1", 4, exportSize)
 	d.draw(200)
 	d.stop()
 	for _, what := range []string{"export", "export-diff"} {
@@ -294,7 +300,7 @@ func TestExportFull(t *testing.T) {
 // TestExportToDevice: all of a device is written, zeroes as well, as far as the image goes; one
 // that is too small is not touched.
 func TestExportToDevice(t *testing.T) {
-	d := newDrawn(t, "file://"+t.TempDir()+"/store/vm1", 5)
+	d := newDrawn(t, "file://"+t.TempDir()+"/store/vm1", 5, exportSize)
 	d.draw(50)
 	d.stop()
 	a := newApp(io.Discard, os.Stderr)
@@ -362,7 +368,7 @@ func TestExportTargets(t *testing.T) {
 
 // TestExportOfAttached: it is said that an image is attached, on standard error.
 func TestExportOfAttached(t *testing.T) {
-	d := newDrawn(t, "file://"+t.TempDir()+"/store/vm1", 6)
+	d := newDrawn(t, "file://"+t.TempDir()+"/store/vm1", 6, exportSize)
 	d.draw(10)
 	d.take("s")
 	d.destage()
@@ -437,7 +443,7 @@ func TestExportDiff(t *testing.T) {
 		seeds = 1
 	}
 	for seed := range seeds {
-		d := newDrawn(t, "file://"+t.TempDir()+"/store/vm1", 100+seed)
+		d := newDrawn(t, "file://"+t.TempDir()+"/store/vm1", 100+seed, exportSize)
 		for n := range 8 {
 			d.draw(10 + d.rng.IntN(30))
 			switch k := d.rng.IntN(4); {
