@@ -257,3 +257,20 @@ func (im *Image) applied(b *batch) {
 	}
 	im.clean.maybe()
 }
+
+// enterObject does to a map what accepting a data object does for n sectors from s, of which the
+// object has the data at off, or which are zeroes. base is that of a cleaner's object, else 0.
+// applyPart does the same for an image that is open, and accounts for it.
+func enterObject(m *extmap.Map, object, base uint64, zero bool, s, n uint64, off int) {
+	ref := refOfSeq(object)
+	switch {
+	case zero:
+		m.Remove(s, n)
+	case base != 0:
+		for _, r := range movable(m, base, s, n, nil) {
+			m.Insert(r.Sector, uint64(r.N), ref.loc(off+int(r.Sector-s)))
+		}
+	default:
+		m.Insert(s, n, ref.loc(off))
+	}
+}

@@ -437,27 +437,10 @@ func (x *viewCheck) replay(i uint32, span *extmap.Span) *extmap.Map {
 		for ; k < len(t.extents) && t.extents[k].sector < hi; k++ {
 			e := t.extents[k]
 			s, end := max(e.sector, lo), min(e.sector+uint64(e.n), hi)
-			t.enter(m, e, s, end-s, int(t.offsets[k])+int(s-e.sector))
+			enterObject(m, t.seq, t.base, e.zero, s, end-s, int(t.offsets[k])+int(s-e.sector))
 		}
 	}
 	return m
-}
-
-// enter does to a map what accepting the object does for n sectors from s of its
-// extent e, whose data is at the offset off: applyPart does the same for an image
-// that is open, and accounts for it.
-func (t tailObject) enter(m *extmap.Map, e objectExtentInfo, s, n uint64, off int) {
-	ref := refOfSeq(t.seq)
-	switch {
-	case e.zero:
-		m.Remove(s, n)
-	case t.cleaned():
-		for _, r := range movable(m, t.base, s, n, nil) {
-			m.Insert(r.Sector, uint64(r.N), ref.loc(off+int(r.Sector-s)))
-		}
-	default:
-		m.Insert(s, n, ref.loc(off))
-	}
 }
 
 // raise makes *p at least v.

@@ -52,6 +52,7 @@ const (
 type history struct {
 	t      *testing.T
 	rng    *rand.Rand
+	looks  *rand.Rand // of what is looked at beside it
 	st     backend.Store
 	images []*past // that are there; they never are none
 	names  int     // given to snapshots, clones and hosts
@@ -89,7 +90,7 @@ type pastLog struct {
 }
 
 func newHistory(t *testing.T, seed uint64) *history {
-	y := &history{t: t, rng: rand.New(rand.NewPCG(seed, 5)), st: mem.New(), value: 1000}
+	y := &history{t: t, rng: rand.New(rand.NewPCG(seed, 5)), looks: rand.New(rand.NewPCG(seed, 6)), st: mem.New(), value: 1000}
 	h, id := attached(t, y.st, smallImage(), nil)
 	y.images = []*past{{history: y, name: "disk", id: id, host: h, open: true, now: blocks{size: smallImage().Size / 4096}}}
 	t.Cleanup(func() {
@@ -238,7 +239,7 @@ func (p *past) owner() *host {
 func (p *past) snapshot() {
 	name := p.newName("s")
 	p.note("%s@%s", p.name, name)
-	s := mustSnapshot(p.t, p.st, p.id, name, p.owner())
+	s := mustSnap(p.t, p.st, p.id, name, p.owner())
 	if s.Size != p.now.size*4096 {
 		p.t.Fatalf("%s has %d blocks, and its snapshot %d bytes", p.name, p.now.size, s.Size)
 	}
@@ -421,6 +422,9 @@ func (y *history) mustBeRight() {
 		if y.rng.IntN(4) == 0 {
 			p.salvage()
 		}
+		if y.looks.IntN(4) == 0 {
+			p.compare()
+		}
 		for _, s := range p.snaps {
 			p.show(p.name+"@"+s.Name, y.st, p.id, s.ID, &s.has)
 		}
@@ -457,6 +461,41 @@ func (y *history) read(name string, h *host, has *blocks) {
 		if err, ended, v := h.do(Read, uint64(n), 0, 0); err != 0 || !ended || v != want {
 			y.t.Fatalf("block %d of %s reads as %d (%v, ended %v), want %d", n, name, v, err, ended, want)
 		}
+	}
+}
+
+// compare compares two snapshots, or none with one: what has changed, on top of the first, is
+// the second.
+func (p *past) compare() {
+	p.t.Helper()
+	if len(p.snaps) == 0 {
+		return
+	}
+	to := &p.snaps[p.looks.IntN(len(p.snaps))]
+	v := mustView(p.t, p.st, p.id, to.ID)
+	var from *View
+	var got blocks
+	if k := p.looks.IntN(len(p.snaps) + 1); k < len(p.snaps) {
+		from, got = mustView(p.t, p.st, p.id, p.snaps[k].ID), p.snaps[k].has
+	}
+	err := DiffData(p.t.Context(), from, v, func(r Range, data []byte) (err error) {
+		for at := r.Offset; at < r.Offset+r.Length && err == nil; at += objectBlock {
+			n := uint64(0)
+			if !r.Zero {
+				n, err = stamp(data[:objectBlock], at/SectorSize)
+				data = data[objectBlock:]
+			}
+			got.at[at/objectBlock] = n
+		}
+		return err
+	})
+	if size := v.Size() / objectBlock; size != to.has.size {
+		p.t.Fatalf("the view of %s has %d blocks, want %d", to.Name, size, to.has.size)
+	}
+	got.size = to.has.size
+	clear(got.at[min(got.size, snapshotBlocks):])
+	if err != nil || got != to.has {
+		p.t.Fatalf("what has changed in %s to %s: %v, %v, want %v", p.name, to.Name, err, got, to.has)
 	}
 }
 

@@ -490,3 +490,15 @@ func TestRecoveryOfDiscard(t *testing.T) {
 		t.Errorf("%d segments were read, and %+v is left", st.mapGets, e)
 	}
 }
+
+// loadSegmentNow brings segment i into memory of an image that is not started.
+func (im *Image) loadSegmentNow(ctx context.Context, i uint32) error {
+	if im.ready(i) {
+		return nil
+	}
+	span, err := readSegment(ctx, im.store, im.line, im.objs.places(i), i, im.sectors)
+	if err == nil {
+		im.enterSegment(i, span)
+	}
+	return err
+}

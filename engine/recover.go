@@ -10,7 +10,6 @@ import (
 	"github.com/google/uuid"
 	"github.com/lsd-ceph/lsd/backend"
 	"github.com/lsd-ceph/lsd/cache/writelog"
-	"github.com/lsd-ceph/lsd/internal/extmap"
 	"github.com/lsd-ceph/lsd/internal/mutate"
 	"github.com/lsd-ceph/lsd/internal/parallel"
 )
@@ -163,23 +162,6 @@ func (im *Image) goesOn(at position, group []*objectHeader, h *objectHeader) err
 	if len(group) == maxGroup || h.epoch != first.epoch || h.lastSeq != first.lastSeq || h.log != first.log || h.logEnd != first.logEnd {
 		return fmt.Errorf("object %s: %w: it is not of the group that object %d is of", im.line.dataKey(h.seq, h.epoch), ErrCorrupt, first.seq)
 	}
-	return nil
-}
-
-// loadSegmentNow brings segment i into memory. It blocks, and is for the time before
-// Start.
-func (im *Image) loadSegmentNow(ctx context.Context, i uint32) error {
-	if im.ready(i) {
-		return nil
-	}
-	var span *extmap.Span
-	if !im.objs.empty(i) {
-		var err error
-		if span, err = readSegment(ctx, im.store, im.line, im.objs.places(i), i, im.span.Load()); err != nil {
-			return err
-		}
-	}
-	im.enterSegment(i, span)
 	return nil
 }
 

@@ -151,7 +151,7 @@ func TestResizeSmaller(t *testing.T) {
 	h.mustWrite(40, 4000) // in the log alone
 	h.mustShrink(20 * 4096)
 	h.mustEnd(20)
-	small := mustSnapshot(t, st, id, "small", h)
+	small := mustSnap(t, st, id, "small", h)
 	if snap.Size != full*4096 || small.Size != 20*4096 {
 		t.Errorf("snapshots have %d and %d bytes", snap.Size, small.Size)
 	}

@@ -26,14 +26,13 @@ func Salvage(ctx context.Context, file writelog.File, src backend.Store, srcID u
 	o := OpenOptions{ReadOnly: true, URL: dstName}
 	im := newImage(ctx, src, sb, &o)
 	defer im.cancel()
-	im.sums.init()
 	if err := im.branchPoint(ctx, sb, file); err != nil {
 		return uuid.Nil, err
 	}
 	if progress == nil {
 		progress = func(uint64, uint64) {}
 	}
-	w := &copier{im: im, dst: dst, progress: progress}
+	w := &copier{im: im, v: newView(im, uuid.Nil, im.parallel), dst: dst, progress: progress}
 	size := im.sectors * SectorSize // then
 	id, err := createNameless(ctx, dst, dstName, CreateOptions{Size: size, BlockSize: sb.BlockSize, ObjectSize: max(sb.ObjectSize, leastObjectSize(size))}, true)
 	if err != nil {
@@ -137,7 +136,8 @@ func (im *Image) branchOf(sb *superblock, h *writelog.Header) (base *checkpointR
 
 // copier writes a salvaged image.
 type copier struct {
-	im       *Image
+	im       *Image // whose log there is
+	v        *View  // of what the store has of it
 	dst      backend.Store
 	progress func(done, total uint64)
 	total    uint64 // sectors to write, at most
@@ -177,11 +177,12 @@ func (c *copier) copyAll(ctx context.Context, id uuid.UUID) error {
 // copySegment copies what a segment of the image holds.
 func (c *copier) copySegment(ctx context.Context, i uint32) error {
 	im := c.im
-	if err := im.loadSegmentNow(ctx, i); err != nil {
+	span, err := c.v.segment(ctx, i)
+	if err != nil {
 		return err
 	}
 	start := segmentStart(i)
-	for _, r := range im.runs(start, min(start+segmentSectors, im.sectors)) {
+	for _, r := range im.runs(span, start, min(start+segmentSectors, im.sectors)) {
 		for r.N > 0 {
 			n := min(r.N, 256, uint32((c.limit-len(c.data))/SectorSize))
 			if err := c.add(ctx, r, n); err != nil {
@@ -197,7 +198,6 @@ func (c *copier) copySegment(ctx context.Context, i uint32) error {
 			}
 		}
 	}
-	im.objs.evict()
 	return nil
 }
 
@@ -221,9 +221,9 @@ type run struct {
 	dirty bool
 }
 
-// runs returns the data of [s, end), the log's over the store's, in ascending
-// order.
-func (im *Image) runs(s, end uint64) []run {
+// runs returns the data of [s, end), the log's over the store's, which span has, in
+// ascending order.
+func (im *Image) runs(span *extmap.Span, s, end uint64) []run {
 	var list []run
 	for s < end {
 		d, ok := im.dirty.Next(s, end)
@@ -232,7 +232,7 @@ func (im *Image) runs(s, end uint64) []run {
 			stop = d.Sector
 		}
 		for s < stop {
-			e, ok := im.objs.Next(s, stop)
+			e, ok := nextIn(span, s, stop)
 			if !ok {
 				break
 			}
@@ -258,11 +258,10 @@ func (c *copier) add(ctx context.Context, r run, n uint32) error {
 	if r.dirty {
 		err = c.im.log.ReadBlocking(c.data[k:], r.Loc, c.im.log.Buffer(int(n)*SectorSize+2*writelog.BlockSize))
 	} else {
-		info := c.im.table.find(refOf(r.Loc).seq())
-		if info == nil {
-			return fmt.Errorf("%w: the map refers to data object %d, which is not there", ErrCorrupt, refOf(r.Loc).seq())
+		var part viewPart
+		if part, err = c.v.part(r.Loc, c.data[k:]); err == nil {
+			err = c.v.readObject(ctx, part.info, part.off, part.dst)
 		}
-		err = c.im.readObject(ctx, *info, offsetOf(r.Loc), c.data[k:])
 	}
 	if err != nil {
 		return err

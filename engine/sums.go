@@ -5,7 +5,7 @@ import (
 	"sync"
 )
 
-// maxSums bounds the checksums that an image keeps at hand: 4 MiB.
+// maxSums bounds the checksums that an image keeps at hand: 4 MiB, unless it is a View.
 const maxSums = 1 << 20
 
 // sumCache keeps the checksums of the objects that were used last. Workers share
@@ -15,6 +15,7 @@ type sumCache struct {
 	held  map[uint32]*list.Element // guarded by mu
 	order *list.List               // of sumEntry, newest first; guarded by mu
 	count int                      // sums held; guarded by mu
+	most  int                      // that are; fixed once it is in use
 }
 
 type sumEntry struct {
@@ -23,7 +24,7 @@ type sumEntry struct {
 }
 
 func (c *sumCache) init() {
-	c.held, c.order = map[uint32]*list.Element{}, list.New()
+	c.held, c.order, c.most = map[uint32]*list.Element{}, list.New(), maxSums
 }
 
 // clear lets go of all of them.
@@ -55,7 +56,7 @@ func (c *sumCache) add(number uint32, sums []uint32) {
 	}
 	c.held[number] = c.order.PushFront(sumEntry{number, sums})
 	c.count += len(sums)
-	for c.count > maxSums {
+	for c.count > c.most {
 		e := c.order.Back()
 		old := c.order.Remove(e).(sumEntry)
 		delete(c.held, old.number)

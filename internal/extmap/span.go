@@ -1,7 +1,8 @@
 package extmap
 
 // A Span holds the extents of some consecutive pages outside of a map: to be put
-// into one, or copied or taken out of one. One goroutine at a time may use it.
+// into one, or copied or taken out of one. One goroutine at a time may use it; any number may
+// read one that nobody changes.
 type Span struct {
 	first uint64 // page
 	pages []*page
