@@ -153,9 +153,13 @@ func (s *shrinker) step() {
 }
 
 // shows reports whether something other than zeroes may be read from the next sector on to the
-// end of its segment.
+// end of its segment, or is going to be: what waits for room in the log at the beginning may be
+// writes beyond the new end. The first discard is behind them.
 func (s *shrinker) shows() bool {
 	im, i := s.im, segmentOf(s.next)
+	if s.steps == 0 && im.blocked.n > 0 {
+		return true
+	}
 	end := min(segmentStart(i+1), s.from)
 	if _, ok := im.dirty.Next(s.next, end); ok || !im.ready(i) {
 		return true

@@ -10,6 +10,7 @@ import (
 
 	"github.com/google/uuid"
 	"github.com/lsd-ceph/lsd/backend"
+	"github.com/lsd-ceph/lsd/backend/faultstore"
 	"github.com/lsd-ceph/lsd/backend/mem"
 )
 
@@ -315,4 +316,38 @@ func TestWrongSizes(t *testing.T) {
 			t.Error(fmt.Sprintf("span %d of %d sectors is taken", sb.Span, sb.Sectors))
 		}
 	}
+}
+
+// TestShrinkBesideBlockedWrites: a write beyond the new end that waits for room in the log when
+// the image is made smaller does not come back when that grows.
+func TestShrinkBesideBlockedWrites(t *testing.T) {
+	outage := faultstore.NewSwitch()
+	st := faultstore.New(mem.New(), faultstore.If(outage.On, faultstore.Fault{Before: backend.ErrTemporary}))
+	h, id := attached(t, st, smallImage(), nil)
+	full := smallImage().Size / 4096
+	outage.Set(true)
+	ended := 0
+	for n := uint64(0); h.im.blocked.n == 0; n++ {
+		r := &Request{Op: Write, Sector: n % 20 * 8, Sectors: 8, Buf: make([]byte, 4096), Done: doneFunc(func(*Request) { ended++ })}
+		fill(r.Buf, n+1, r.Sector)
+		h.im.Submit(r)
+		h.im.EndTurn()
+	}
+	r := &Request{Op: Write, Sector: (full - 1) * 8, Sectors: 8, Buf: make([]byte, 4096), Done: doneFunc(func(*Request) {})}
+	fill(r.Buf, 7, r.Sector)
+	h.im.Submit(r)
+	err := errors.New("not ended")
+	h.im.Shrink(20*4096, nil, func(e error) { err = e })
+	h.run(time.Second)
+	outage.Set(false)
+	h.run(time.Minute)
+	if err != nil {
+		t.Fatal(err)
+	}
+	mustGrow(t, st, id, full*4096, h)
+	h.mustRead(full-1, 0)
+	h.mustReopen(id)
+	h.mustRead(full-1, 0)
+	h.mustClose()
+	mustBeSound(t, st, "disk")
 }
