@@ -23,6 +23,11 @@ func (a *attachment) resize(ctx context.Context, q api.ResizeRequest, progress f
 		return api.Image{}, fmt.Errorf("%s is not an image that can be written to", a.name())
 	}
 	err := a.withDisk(func(dk *disk) error {
+		if dk.image == nil { // it serves errors
+			a.mu.Lock()
+			defer a.mu.Unlock()
+			return fmt.Errorf("its image is not open (%s)", errText(a.err))
+		}
 		size, err := dk.size(ctx)
 		switch {
 		case err != nil:
@@ -122,6 +127,9 @@ func (a *attachment) follow() {
 
 // fits reports whether the device of a disk has the size of its image.
 func (a *attachment) fits(dk *disk) bool {
+	if dk.image == nil {
+		return true // it serves errors, whatever its size
+	}
 	ctx, stop := context.WithTimeout(a.d.ctx, statsTimeout)
 	defer stop()
 	size, err := dk.size(ctx)
@@ -138,7 +146,7 @@ func (a *attachment) logFit(err error) {
 	}
 }
 
-// size returns the size of the image in bytes.
+// size returns the size of the image, which is to be there, in bytes.
 func (d *disk) size(ctx context.Context) (n uint64, err error) {
 	err = call(ctx, d.reactor, func() { n = d.image.Sectors() * engine.SectorSize })
 	return n, err

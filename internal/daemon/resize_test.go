@@ -9,6 +9,7 @@ import (
 
 	"github.com/lsd-ceph/lsd/engine"
 	"github.com/lsd-ceph/lsd/internal/api"
+	"golang.org/x/sys/unix"
 )
 
 // resize gives the device id of the host, and its image, another size.
@@ -158,4 +159,31 @@ func TestShrinkFails(t *testing.T) {
 	h.start()
 	h.awaitSize(id, 64<<20, 64<<20)
 	w.kernel.check(t, id, 8, 1)
+}
+
+// TestResizeFailed: an image that cannot be taken up is not resized, and its users go on
+// getting errors.
+func TestResizeFailed(t *testing.T) {
+	w := newWorld(t)
+	h := w.newHost()
+	id := h.add(api.AttachRequest{ID: -1})
+	w.kernel.write(t, id, 8, 1)
+	if err := h.find(id).flush(context.Background(), func(api.Progress) {}); err != nil {
+		t.Fatal(err)
+	}
+	h.crash()
+	w.damage.Store(1 << 30)
+	h.start()
+	h.await(id, api.StateFailed)
+	dk := h.find(id).getDisk()
+	if _, err := h.resize(id, 128<<20, false); err == nil || !strings.Contains(err.Error(), "its image is not open") {
+		t.Errorf("resized: %v", err)
+	}
+	h.find(id).follow()
+	if dk.dead() {
+		t.Error("the reactor has died")
+	}
+	if res := w.kernel.do(t, id, engine.Read, 8, make([]byte, 4096)); res != -int32(unix.EIO) {
+		t.Errorf("read: %d", res)
+	}
 }
