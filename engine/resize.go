@@ -46,8 +46,14 @@ func Grow(ctx context.Context, st backend.Store, id uuid.UUID, size uint64) erro
 	})
 }
 
-// CheckSize fails unless the image may have so many bytes. It is called on the reactor.
-func (im *Image) CheckSize(size uint64) error { return im.super.sb.checkSize(size) }
+// CheckSize fails unless the image may be given so many bytes now: not while it is being made
+// smaller. It is called on the reactor.
+func (im *Image) CheckSize(size uint64) error {
+	if im.shrink != nil {
+		return errShrunk
+	}
+	return im.super.sb.checkSize(size)
+}
 
 // fit makes the image as large as the superblock says it is, or as it is going to be.
 func (im *Image) fit(sb *superblock) {
@@ -109,8 +115,6 @@ func (im *Image) Shrink(size uint64, progress func(done, total uint64), fn func(
 		err = im.ended()
 	case im.readOnly:
 		err = errors.New("the image is open read-only")
-	case im.shrink != nil:
-		err = errShrunk
 	case err == nil && size/SectorSize >= im.sectors:
 		err = fmt.Errorf("it has %d bytes: that is no more than %d", im.sectors*SectorSize, size)
 	}

@@ -29,6 +29,9 @@ func (a *attachment) resize(ctx context.Context, q api.ResizeRequest, progress f
 			return fmt.Errorf("its image is not open (%s)", errText(a.err))
 		}
 		size, err := dk.size(ctx)
+		if err == nil {
+			err = dk.checkSize(ctx, q.Size)
+		}
 		switch {
 		case err != nil:
 			return err
@@ -64,10 +67,6 @@ func (a *attachment) grow(ctx context.Context, dk *disk, size uint64, progress f
 // shrink makes the image smaller. Its device is first: whoever uses that is to see at once
 // what there is not any more.
 func (a *attachment) shrink(ctx context.Context, dk *disk, size uint64, progress func(api.Progress)) error {
-	var wrong error
-	if err := call(ctx, dk.reactor, func() { wrong = dk.image.CheckSize(size) }); err != nil || wrong != nil {
-		return cmp.Or(wrong, err)
-	}
 	err := dk.dev.Resize(ctx, size)
 	if errors.Is(err, unix.EOPNOTSUPP) {
 		return errors.New("this kernel cannot change the size of a device: lsdctl del it first")
@@ -150,6 +149,13 @@ func (a *attachment) logFit(err error) {
 func (d *disk) size(ctx context.Context) (n uint64, err error) {
 	err = call(ctx, d.reactor, func() { n = d.image.Sectors() * engine.SectorSize })
 	return n, err
+}
+
+// checkSize fails unless the image may be given a size now.
+func (d *disk) checkSize(ctx context.Context, size uint64) error {
+	var wrong error
+	err := call(ctx, d.reactor, func() { wrong = d.image.CheckSize(size) })
+	return cmp.Or(err, wrong)
 }
 
 // shrink makes the image smaller. What it began goes on when ctx ends.

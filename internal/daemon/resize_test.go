@@ -187,3 +187,43 @@ func TestResizeFailed(t *testing.T) {
 		t.Errorf("read: %d", res)
 	}
 }
+
+// TestResizeWhileShrinking: while an image is being made smaller for somebody who has gone, it
+// is not said to have its old size for good.
+func TestResizeWhileShrinking(t *testing.T) {
+	w := newWorld(t)
+	h := w.newHost()
+	id := h.add(api.AttachRequest{ID: -1, Lease: time.Hour})
+	w.kernel.write(t, id, 64<<20/512-8, 1)
+	w.outage.Set(true)
+	ctx, stop := context.WithCancel(context.Background())
+	ended := make(chan error)
+	go func() {
+		_, err := h.find(id).resize(ctx, api.ResizeRequest{Size: 32 << 20, Shrink: true}, func(api.Progress) {})
+		ended <- err
+	}()
+	for h.await(id, api.StateActive).Stats.Size != 32<<20 {
+		time.Sleep(time.Millisecond)
+	}
+	stop()
+	if err := <-ended; err == nil || !strings.Contains(err.Error(), "goes on without you") {
+		t.Errorf("it has not gone on: %v", err)
+	}
+	for _, size := range []uint64{16 << 20, 32 << 20, 64 << 20, 128 << 20} {
+		if _, err := h.resize(id, size, true); err == nil || !strings.Contains(err.Error(), "is being made smaller") {
+			t.Errorf("resized to %d meanwhile: %v", size, err)
+		}
+	}
+	w.outage.Set(false)
+	h.awaitSize(id, 32<<20, 32<<20)
+	for {
+		if _, err := h.resize(id, 64<<20, false); err == nil {
+			break
+		} else if !strings.Contains(err.Error(), "is being made smaller") {
+			t.Fatal(err)
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
+	h.awaitSize(id, 64<<20, 64<<20)
+	w.kernel.check(t, id, 64<<20/512-8, 0)
+}
