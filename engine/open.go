@@ -368,7 +368,7 @@ func (im *Image) examineLog(ctx context.Context, o *OpenOptions) (*writelog.Log,
 func (im *Image) confirmEnd(ctx context.Context, sb *superblock, version backend.Version, o *OpenOptions) error {
 	wait := time.Duration(0)
 	if sb.Owner != nil {
-		if !o.Force {
+		if !o.Force && !sb.Owner.Volatile {
 			return owned(sb.Owner, o)
 		}
 		wait = sb.Owner.Lease

@@ -838,3 +838,62 @@ func TestVolatileOwner(t *testing.T) {
 	next.mustClose()
 	mustBeClean(t, st)
 }
+
+// TestVolatileOwnerGivesUp: what an owner whose log is in memory has put beyond what it could
+// bring into the store, before it let another host have the image, is removed.
+func TestVolatileOwnerGivesUp(t *testing.T) {
+	fails := faultstore.NewSwitch()
+	inner := mem.New()
+	st := faultstore.New(inner, faultstore.If(faultstore.All(fails.On, faultstore.Method(faultstore.Put), faultstore.Key("*/d/00000001.*")), faultstore.Fault{Before: backend.ErrTemporary}))
+	id := newImageIn(t, inner)
+	h, next := newHost(t, "alpha", st, 1), newHost(t, "beta", inner, 2)
+	h.volatile = true
+	if err := h.open(id, false); err != nil {
+		t.Fatal(err)
+	}
+	fails.Set(true)
+	for n := uint64(1); n <= 2; n++ {
+		h.mustWrite(n, n)
+		h.im.Destage(func(error) {})
+		h.run(0)
+	}
+	if n := objectsOf(t, inner, id, "d"); n != 1 {
+		t.Fatalf("the store has %d data objects, want the second one alone", n)
+	}
+	next.others = []*host{h}
+	if err := next.open(id, true); err != nil {
+		t.Fatal(err)
+	}
+	if h.im.state != Released {
+		t.Fatalf("the owner is %v", h.im.state)
+	}
+	next.run(2 * leftoverGrace)
+	next.mustRead(1, 0)
+	next.mustRead(2, 0)
+	next.mustClose()
+	mustBeClean(t, inner)
+}
+
+// TestLogBesideVolatileOwner: a host comes back with a log from which the store has everything
+// while an owner whose log was in memory has died before it said where the one before ended.
+func TestLogBesideVolatileOwner(t *testing.T) {
+	st := mem.New()
+	id := newImageIn(t, st)
+	h := newHost(t, "alpha", st, 1)
+	if err := h.open(id, false); err != nil {
+		t.Fatal(err)
+	}
+	h.mustWrite(1, 1)
+	h.mustClose() // and the process dies before it has removed the log
+	if _, _, err := changeSuperblock(t.Context(), st, id, func(sb *superblock) error {
+		sb.Epoch++
+		sb.Owner = &owner{Host: "gamma", Log: uuid.New(), Lease: 10 * time.Second, Volatile: true, Reads: superVersion}
+		return nil
+	}); err != nil {
+		t.Fatal(err)
+	}
+	h.mustAttach(id)
+	h.mustRead(1, 1)
+	h.mustClose()
+	mustBeClean(t, st)
+}
