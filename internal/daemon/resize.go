@@ -87,6 +87,8 @@ func (a *attachment) fitDevice(ctx context.Context, dk *disk) error {
 	if dk.image == nil || dk.dev == nil {
 		return nil
 	}
+	a.fit.Lock()
+	defer a.fit.Unlock()
 	ctx, stop := context.WithTimeout(ctx, deviceTimeout)
 	defer stop()
 	size, err := dk.size(ctx)

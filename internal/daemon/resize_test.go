@@ -227,3 +227,36 @@ func TestResizeWhileShrinking(t *testing.T) {
 	h.awaitSize(id, 64<<20, 64<<20)
 	w.kernel.check(t, id, 64<<20/512-8, 0)
 }
+
+// TestResizeWhileTakenUp: an image becomes larger once more while its device gets the size that
+// it had when it was taken up.
+func TestResizeWhileTakenUp(t *testing.T) {
+	w := newWorld(t)
+	h := w.newHost()
+	id := h.add(api.AttachRequest{ID: -1})
+	h.crash()
+	const old = 64 << 20
+	if err := engine.Grow(context.Background(), w.store, w.imageID("vm1"), 2*old); err != nil {
+		t.Fatal(err)
+	}
+	ended, over := make(chan error, 1), make(chan struct{})
+	meanwhile := func() {
+		defer close(over)
+		go func() {
+			_, err := h.resize(id, 3*old, false)
+			ended <- err
+		}()
+		for h.await(id, api.StateActive).Stats.Size != 3*old {
+			time.Sleep(time.Millisecond)
+		}
+		time.Sleep(100 * time.Millisecond) // in which it would end if it did not wait
+	}
+	w.kernel.resizes.Store(&meanwhile)
+	h.start()
+	<-over
+	if err := <-ended; err != nil {
+		t.Fatal(err)
+	}
+	time.Sleep(20 * time.Millisecond)
+	h.awaitSize(id, 3*old, 3*old)
+}
