@@ -19,8 +19,11 @@ func (a *attachment) resize(ctx context.Context, q api.ResizeRequest, progress f
 	}
 	defer func() { <-a.op }()
 	rec := a.record()
-	if rec.Null || rec.ReadOnly {
+	switch {
+	case rec.Null || rec.ReadOnly:
 		return api.Image{}, fmt.Errorf("%s is not an image that can be written to", a.name())
+	case rec.Phase == phaseDetaching: // it has no device any more
+		return api.Image{}, fmt.Errorf("%s is being detached: wait for that", a.name())
 	}
 	err := a.withDisk(func(dk *disk) error {
 		if dk.image == nil { // it serves errors

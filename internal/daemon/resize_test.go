@@ -260,3 +260,15 @@ func TestResizeWhileTakenUp(t *testing.T) {
 	time.Sleep(20 * time.Millisecond)
 	h.awaitSize(id, 3*old, 3*old)
 }
+
+// TestResizeDetaching: an image whose device has gone is not resized while it is being closed.
+func TestResizeDetaching(t *testing.T) {
+	w := newWorld(t)
+	h := w.newHost()
+	id, _ := h.detachLater(t)
+	for _, size := range []uint64{32 << 20, 128 << 20} {
+		if _, err := h.resize(id, size, true); err == nil || !strings.Contains(err.Error(), "is being detached") {
+			t.Errorf("resized to %d: %v", size, err)
+		}
+	}
+}
