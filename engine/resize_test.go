@@ -254,30 +254,38 @@ func TestShrinkIsCutShort(t *testing.T) {
 	mustBeSound(t, st, "disk")
 }
 
-// TestShrinkSalvage: a log that was cut off is salvaged with the size that the image had.
+// TestShrinkSalvage: a log that was cut off is salvaged with the size that the image had, also
+// if an earlier lsd has cut it off, which did not note that.
 func TestShrinkSalvage(t *testing.T) {
-	st := mem.New()
-	h, id := attached(t, st, smallImage(), nil)
-	h.mustFill(1000)
-	h.mustDestage()
-	h.mustWrite(63, 6300) // in the log alone
-	h.im.Abandon()
-	next := newHost(t, "beta", st, 2)
-	next.env.now = h.env.now
-	if err := next.open(id, true); err != nil {
-		t.Fatal(err)
+	for _, earlier := range []bool{false, true} {
+		st := mem.New()
+		h, id := attached(t, st, smallImage(), nil)
+		h.mustFill(1000)
+		h.mustDestage()
+		h.mustWrite(63, 6300) // in the log alone
+		h.im.Abandon()
+		next := newHost(t, "beta", st, 2)
+		next.env.now = h.env.now
+		if err := next.open(id, true); err != nil {
+			t.Fatal(err)
+		}
+		if earlier {
+			if _, _, err := changeSuperblock(t.Context(), st, id, func(sb *superblock) error { sb.Points[0].Sectors = 0; return nil }); err != nil {
+				t.Fatal(err)
+			}
+		}
+		next.mustShrink(20 * 4096)
+		next.mustClose()
+		dst := mem.New()
+		saved, err := Salvage(context.Background(), h.disk, st, id, dst, "saved", nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		r := mustOpen(t, dst, saved, 3)
+		r.mustEnd(smallImage().Size / 4096)
+		r.mustRead(62, 1062)
+		r.mustRead(63, 6300)
 	}
-	next.mustShrink(20 * 4096)
-	next.mustClose()
-	dst := mem.New()
-	saved, err := Salvage(context.Background(), h.disk, st, id, dst, "saved", nil)
-	if err != nil {
-		t.Fatal(err)
-	}
-	r := mustOpen(t, dst, saved, 3)
-	r.mustEnd(smallImage().Size / 4096)
-	r.mustRead(62, 1062)
-	r.mustRead(63, 6300)
 }
 
 // TestWrongSizes: what cannot be is refused, and changes nothing.
@@ -314,6 +322,12 @@ func TestWrongSizes(t *testing.T) {
 		sb.Image, sb.BlockSize, sb.ObjectSize, sb.Window = id, 4096, MinObjectSize, 1
 		if _, err := decodeSuperblock(sb.encode(), id); err == nil {
 			t.Error(fmt.Sprintf("span %d of %d sectors is taken", sb.Span, sb.Sectors))
+		}
+	}
+	for _, sectors := range []uint64{MaxSize/SectorSize + 1, 1<<55 + 8} {
+		sb := superblock{Image: id, Sectors: 8, BlockSize: 4096, ObjectSize: MinObjectSize, Window: 1, Points: []cutOff{{Sectors: sectors}}}
+		if _, err := decodeSuperblock(sb.encode(), id); err == nil {
+			t.Errorf("a log of an image of %d sectors is taken", sectors)
 		}
 	}
 }
