@@ -135,6 +135,9 @@ func (im *Image) ended() error { return cmp.Or(im.why, errDetached) }
 // step discards the next piece in which there may be something.
 func (s *shrinker) step() {
 	im, r := s.im, &s.request
+	if im.shrink != s {
+		return // it has ended
+	}
 	for looks := 0; s.next < s.from && !s.shows(); looks++ {
 		s.next = min(segmentStart(segmentOf(s.next)+1), s.from)
 		if looks == shrinkLooks {
@@ -215,6 +218,9 @@ func (s *shrinker) end(err error) {
 		return // by the end of the image's service
 	}
 	s.im.shrink = nil
+	if s.im.super.sb.Sectors == s.to {
+		err = nil // in the very change that has ended the service, perhaps
+	}
 	if s.im.state != Fenced && s.im.state != Released {
 		s.im.fit(s.im.super.sb)
 	}

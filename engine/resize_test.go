@@ -254,6 +254,26 @@ func TestShrinkIsCutShort(t *testing.T) {
 	mustBeSound(t, st, "disk")
 }
 
+// TestShrinkEndsWithOwnership: an image that has become smaller with the change of the superblock
+// that gave it up has become smaller.
+func TestShrinkEndsWithOwnership(t *testing.T) {
+	st := mem.New()
+	h, id := attached(t, st, smallImage(), nil)
+	h.im.super.renew = true
+	h.im.updateSuper() // what comes while this runs goes with the next one
+	err := errors.New("not ended")
+	h.im.Shrink(20*4096, nil, func(e error) { err = e })
+	h.im.release(func(error) {})
+	h.run(time.Second)
+	info, derr := Describe(t.Context(), st, "disk")
+	if derr != nil || info.ID != id || info.Owner != nil || info.Size != 20*4096 {
+		t.Fatalf("%+v, %v", info, derr)
+	}
+	if err != nil {
+		t.Errorf("it has become smaller, and its owner was told: %v", err)
+	}
+}
+
 // TestShrinkSalvage: a log that was cut off is salvaged with the size that the image had, also
 // if an earlier lsd has cut it off, which did not note that.
 func TestShrinkSalvage(t *testing.T) {
