@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math/rand/v2"
 	"syscall"
 	"testing"
 	"time"
@@ -12,6 +13,7 @@ import (
 	"github.com/lsd-ceph/lsd/backend"
 	"github.com/lsd-ceph/lsd/backend/faultstore"
 	"github.com/lsd-ceph/lsd/backend/mem"
+	"github.com/lsd-ceph/lsd/internal/extmap"
 )
 
 // shrinkTo makes the image, which the host has open, smaller.
@@ -384,4 +386,107 @@ func TestShrinkBesideBlockedWrites(t *testing.T) {
 	h.mustRead(full-1, 0)
 	h.mustClose()
 	mustBeSound(t, st, "disk")
+}
+
+// TestResizeSectors: an image of blocks of one sector becomes larger and smaller by any number
+// of them, at random, and goes on to have what was written and zeroes elsewhere.
+func TestResizeSectors(t *testing.T) {
+	n := 5
+	if testing.Short() {
+		n = 2
+	}
+	for seed := range uint64(n) {
+		t.Run(fmt.Sprint(seed), func(t *testing.T) { resizeSectors(t, seed) })
+	}
+}
+
+func resizeSectors(t *testing.T, seed uint64) {
+	const most = 3*segmentSectors + 1001
+	rng := rand.New(rand.NewPCG(seed, 9))
+	st := mem.New()
+	sectors := 1 + rng.Uint64N(most)
+	h, id := attached(t, st, CreateOptions{Size: sectors * SectorSize, BlockSize: SectorSize, ObjectSize: MinObjectSize}, nil)
+	has := map[uint64]uint64{} // by sector
+	near := func() uint64 {    // a sector at a border of something, or anywhere
+		at := []uint64{sectors, segmentSectors, 2 * segmentSectors, extmap.PageSectors, rng.Uint64N(most)}[rng.IntN(5)]
+		return min(max(at+rng.Uint64N(40), 20)-20, most)
+	}
+	check := func() {
+		t.Helper()
+		if h.im.Sectors() != sectors {
+			t.Fatalf("it has %d sectors, want %d", h.im.Sectors(), sectors)
+		}
+		for s, want := range has {
+			if s >= sectors {
+				continue
+			}
+			r := h.request(Read, s, 1)
+			if got, err := stamp(r.Buf, s); r.Err != 0 || err != nil || got != want {
+				t.Fatalf("sector %d of %d reads as %d (%v, %v), want %d", s, sectors, got, r.Err, err, want)
+			}
+		}
+	}
+	for value := uint64(1); value < 150; value++ {
+		switch rng.IntN(9) {
+		case 0, 1, 2, 3:
+			s := near()
+			if s >= sectors {
+				continue
+			}
+			r := h.request(Write, s, uint32(min(1+rng.Uint64N(20), sectors-s)), value)
+			if r.Err != 0 {
+				t.Fatal(r.Err)
+			}
+			for k := range uint64(r.Sectors) {
+				has[s+k] = value
+			}
+		case 4, 5, 6:
+			to := max(near(), 1)
+			if to < sectors {
+				h.mustShrink(to * SectorSize)
+				for s := range has {
+					if s >= to {
+						has[s] = 0
+					}
+				}
+			} else {
+				mustGrow(t, st, id, to*SectorSize, h)
+			}
+			sectors = to
+		case 7:
+			h.mustCheckpoint()
+		case 8:
+			if rng.IntN(2) == 0 {
+				h.mustReopen(id)
+			} else {
+				h.im.Abandon()
+				h.mustAttach(id)
+			}
+		}
+		if rng.IntN(8) == 0 {
+			check()
+		}
+	}
+	check()
+	mustGrow(t, st, id, most*2*SectorSize, h)
+	sectors = most * 2
+	check()
+	h.mustClose()
+	mustBeSound(t, st, "disk")
+}
+
+// request makes a request for sectors, which is filled with a number if it is a write.
+func (h *host) request(op Op, sector uint64, sectors uint32, n ...uint64) *Request {
+	h.t.Helper()
+	ended := false
+	r := &Request{Op: op, Sector: sector, Sectors: sectors, Buf: make([]byte, sectors*SectorSize), Done: doneFunc(func(*Request) { ended = true })}
+	if op == Write {
+		fill(r.Buf, n[0], sector)
+	}
+	h.im.Submit(r)
+	h.run(0)
+	if !ended {
+		h.t.Fatal("a request has not ended")
+	}
+	return r
 }
