@@ -231,13 +231,13 @@ func (m *snapshotMaker) make(ctx context.Context) (*snapshot, error) {
 			}
 			who = sb.Owner.Host + ", which has the image attached,"
 			m.o.Progress("waiting for " + sb.Owner.Host)
-			if sb.Owner.Volatile {
-				// One that lives makes it in its time, as any owner does.
-				_ = endCommand(ctx, m.st, m.image, OpenOptions{Clock: m.o.Clock})
-			}
 			if m.o.Nudge != nil && m.o.Nudge(ctx) == nil {
 				m.o.Nudge = nil // what it has not done by now takes its time
 				continue
+			}
+			if sb.Owner.Volatile {
+				// One that lives makes it in its time, as any owner does.
+				_ = endCommand(ctx, m.st, m.image, OpenOptions{Clock: m.o.Clock})
 			}
 		}
 		if err := m.o.Clock.Sleep(ctx, snapshotPause); err != nil {
