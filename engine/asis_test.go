@@ -84,3 +84,38 @@ func TestReadOnlyIsNotOlder(t *testing.T) {
 	b.mustRead(1, 4)
 	b.mustRead(2, 20)
 }
+
+// TestGrowBesideReaders: an image grows, and is written to beyond its old end, while somebody
+// opens it who has looked at its superblock before.
+func TestGrowBesideReaders(t *testing.T) {
+	ctx, inner := context.Background(), mem.New()
+	h, id := attached(t, inner, CreateOptions{Size: 10 * 4096, ObjectSize: MinObjectSize}, nil)
+	h.mustWrite(9, 9)
+	h.mustCheckpoint()
+	prying := &manifestStore{Store: inner}
+	prying.hook = func() {
+		mustGrow(t, inner, id, 1<<30, h)
+		h.mustWrite(1<<18-1, 5)
+		h.mustDestage()
+	}
+	im, err := Open(ctx, prying, id, OpenOptions{ReadOnly: true, Config: Config{Logger: quiet}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	b := newHost(t, "beta", inner, 2)
+	b.im = im
+	im.Start(b.env, nil, nil)
+	b.mustRead(9, 9)
+	b.mustRead(1<<18-1, 5)
+	prying.hook = func() {
+		mustGrow(t, inner, id, 2<<30, h)
+		h.mustWrite(1<<19-1, 6)
+		h.mustDestage()
+	}
+	if rep, err := Check(ctx, prying, "disk", "mem:/disk", CheckOptions{Deep: true}); err != nil || !rep.Clean() {
+		t.Errorf("check: %v, %+v", err, rep)
+	}
+	if prying.hook != nil {
+		t.Error("no manifest was read: this tests nothing")
+	}
+}

@@ -139,7 +139,7 @@ func (y *history) goOn() {
 
 // step lets one thing happen to the image.
 func (p *past) step() {
-	switch k := p.rng.IntN(17); {
+	switch k := p.rng.IntN(18); {
 	case k < 4 && p.open:
 		p.write()
 	case k < 5:
@@ -160,6 +160,8 @@ func (p *past) step() {
 		p.remove()
 	case k == 14 && p.rng.IntN(4) == 0:
 		p.collect()
+	case k == 17 && p.open && p.now.size > 1:
+		p.shrinkHalfway()
 	case k > 14:
 		p.resize()
 	case p.open:
@@ -269,10 +271,115 @@ func (h *host) mustAttach(id uuid.UUID) {
 	}
 }
 
+// attach opens the image, now and then with a log in memory, which is a new one each time.
 func (p *past) attach() {
-	p.note("open %s", p.name)
+	volatile := p.rng.IntN(4) == 0
+	if volatile || p.host.volatile {
+		now := p.host.env.now
+		p.host = p.newHost()
+		p.host.env.now, p.host.volatile = now, volatile
+	}
+	p.note("open %s (in memory: %v)", p.name, volatile)
 	p.host.mustAttach(p.id)
 	p.open = true
+}
+
+// die ends the process that has the image open. It comes back; or, if its log was in memory,
+// another host opens the image, while that process may just not run, and then does. What only
+// a log in memory has is lost.
+func (p *past) die() {
+	old := p.host
+	if !old.volatile {
+		old.im.Abandon()
+		old.mustAttach(p.id)
+		return
+	}
+	paused := p.rng.IntN(2) == 0
+	p.note("whose log is in memory, paused: %v", paused)
+	if !paused {
+		old.im.Abandon()
+	}
+	p.host = p.newHost()
+	p.host.env.now, p.host.volatile = old.env.now, p.rng.IntN(2) == 0
+	p.host.mustAttach(p.id)
+	if !paused {
+		return
+	}
+	old.env.now = p.host.env.now
+	if _, _, _ = old.do(Write, 0, 1, time.Second); old.im.state == Active {
+		p.t.Fatalf("two hosts have %s", p.name)
+	}
+	old.run(time.Minute)
+}
+
+// shrinkHalfway begins to make the image smaller, and has its host die in the midst of that,
+// or take a snapshot.
+func (p *past) shrinkHalfway() {
+	size := 1 + p.rng.Uint64N(min(p.now.size-1, snapshotBlocks))
+	if p.host.volatile {
+		p.host.mustDestage()
+	}
+	ended, failed := false, error(nil)
+	p.host.im.Shrink(size*4096, nil, func(err error) { ended, failed = true, err })
+	steps := p.rng.IntN(40)
+	for range steps {
+		p.host.im.EndTurn()
+		if p.host.disk.Step() || p.host.env.runJob() || p.host.env.tellDone() {
+			continue
+		}
+		if t := p.host.env.next(); t != nil && t.at <= p.host.env.now {
+			p.host.env.fire()
+		}
+	}
+	p.note("%s becomes of %d blocks, ended after %d steps: %v", p.name, size, steps, ended)
+	before := p.now
+	if p.rng.IntN(2) == 0 {
+		p.note("%s dies", p.name)
+		p.die()
+		ended = ended && failed == nil
+		p.look(p.host, &before, size, ended)
+		p.now = before
+		return
+	}
+	was, name := ended, p.newName("s")
+	p.note("%s@%s", p.name, name)
+	s := mustSnap(p.t, p.st, p.id, name, p.host)
+	p.host.run(time.Minute)
+	if !ended || failed != nil {
+		p.t.Fatalf("%s has not become smaller: %v", p.name, failed)
+	}
+	p.look(p.host, &p.now, size, true)
+	h, err := openSnapshot(p.t, p.st, p.id, s.ID)
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	p.look(h, &before, size, was)
+	p.snaps = append(p.snaps, pastSnapshot{s, before})
+}
+
+// look reads what was being made of so many blocks, and had what has says: it is smaller now,
+// as it must be if that has ended, or any part of what goes is there. has has that then.
+func (p *past) look(h *host, has *blocks, size uint64, ended bool) {
+	p.t.Helper()
+	now := h.im.Sectors() / 8
+	if now != size && (ended || now != has.size) {
+		p.t.Fatalf("%s has %d blocks, want %d, or %d (%v)", p.name, now, size, has.size, !ended)
+	}
+	for n := size; n < snapshotBlocks; n++ {
+		gone := n >= now
+		if !gone {
+			err, ended, v := h.do(Read, n, 0, 0)
+			if err != 0 || !ended || v != 0 && v != has.at[n] {
+				p.t.Fatalf("block %d of %s reads as %d (%v, ended %v), want %d or 0", n, p.name, v, err, ended, has.at[n])
+			}
+			gone = v == 0
+		}
+		if gone {
+			has.at[n] = 0
+		}
+	}
+	has.size = now
+	p.read(p.name, h, has)
 }
 
 func (p *past) detach() {
@@ -313,9 +420,13 @@ func (p *past) loseHost() {
 	switch p.rng.IntN(4) {
 	case 0, 1:
 		p.note("%s crashes", p.name)
-		p.host.im.Abandon()
-		p.open = false
-		p.attach()
+		if p.host.volatile {
+			p.host.mustDestage()
+			stored := p.now
+			p.writeSome()
+			p.now = stored
+		}
+		p.die()
 	case 2:
 		p.cutOff("is taken over")
 		if err := p.host.open(p.id, true); err != nil {
@@ -333,16 +444,23 @@ func (p *past) cutOff(how string) {
 	p.note("%s %s", p.name, how)
 	p.host.mustDestage()
 	stored := p.now
-	for range p.rng.IntN(4) {
-		n := p.rng.IntN(snapshotBlocks)
-		p.fill(n, n)
+	p.writeSome()
+	if !p.host.volatile {
+		p.cuts = append(p.cuts, pastLog{p.host.disk, p.now})
 	}
-	p.cuts = append(p.cuts, pastLog{p.host.disk, p.now})
 	p.now = stored
 	next := p.newHost()
 	next.env.now = p.host.env.now
 	p.host.im.Abandon()
 	p.host = next
+}
+
+// writeSome writes a few blocks, or none, in the log alone.
+func (p *past) writeSome() {
+	for range p.rng.IntN(4) {
+		n := p.rng.IntN(snapshotBlocks)
+		p.fill(n, n)
+	}
 }
 
 // failToOpen lets the host try to take the image over while no data object can be read, and

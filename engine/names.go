@@ -61,6 +61,13 @@ func Remove(ctx context.Context, st backend.Store, name string, o RemoveOptions)
 	if err != nil {
 		return err
 	}
+	if !o.Force {
+		// What cannot be read is the matter of what follows.
+		var owned *OwnedError
+		if err := endCommand(ctx, patient{st, Real{}}, id, OpenOptions{URL: o.URL, Clock: Real{}}); errors.As(err, &owned) {
+			return err
+		}
+	}
 	err = changeInsistently(ctx, st, id, func(sb *superblock) error { return sb.remove(&o) })
 	switch {
 	case err == nil:

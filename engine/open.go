@@ -368,7 +368,7 @@ func (im *Image) examineLog(ctx context.Context, o *OpenOptions) (*writelog.Log,
 func (im *Image) confirmEnd(ctx context.Context, sb *superblock, version backend.Version, o *OpenOptions) error {
 	wait := time.Duration(0)
 	if sb.Owner != nil {
-		if !o.Force {
+		if !o.Force && !sb.Owner.Volatile {
 			return owned(sb.Owner, o)
 		}
 		wait = sb.Owner.Lease
@@ -398,6 +398,34 @@ func (im *Image) confirmEnd(ctx context.Context, sb *superblock, version backend
 		return fmt.Errorf("end the ownership that was being taken: %w", err)
 	}
 	return errReleased
+}
+
+// endCommand ends the ownership of a command that has died, when its lease is over. It fails
+// with an OwnedError where that is alive. What else may own the image it leaves alone.
+func endCommand(ctx context.Context, st backend.Store, id uuid.UUID, o OpenOptions) error {
+	sb, _, err := loadSuperblock(ctx, st, id)
+	if err != nil || sb.Owner == nil || !sb.Owner.Volatile {
+		return err
+	}
+	if o.Progress == nil {
+		o.Progress = func(string) {}
+	}
+	o.ReadOnly = true
+	im := newImage(ctx, st, sb, &o)
+	defer im.dropUnopened()
+	sb, version, err := im.waitForOwner(ctx, &o)
+	switch {
+	case errors.Is(err, backend.ErrConflict):
+		return nil // somebody else has it
+	case err != nil || sb.Owner == nil:
+		return err
+	}
+	sb.cutOff()
+	sb.Owner, sb.Evict = nil, nil
+	if _, err := st.Swap(ctx, SuperblockKey(id), version, sb.encode()); err != nil && !errors.Is(err, backend.ErrConflict) {
+		return fmt.Errorf("end the ownership of a command that has died: %w", err)
+	}
+	return nil
 }
 
 // owned returns the error for an image that has an owner.

@@ -11,14 +11,15 @@ import (
 
 // openAsIs opens an image, or a snapshot, read-only, as the store has it now. Its owner may
 // go on while it is read, and remove what the superblock had led to: a new checkpoint is the
-// sign, and the image is read anew. Checkpoints are rare beside that.
+// sign; or it is larger, and has objects that refer beyond its old end. Then the image is read
+// anew. Both are rare beside that.
 func openAsIs(ctx context.Context, st backend.Store, sb *superblock, o *OpenOptions) (*Image, error) {
 	for {
 		im, err := recoverAsIs(ctx, st, sb, o)
 		if im == nil {
 			return nil, err
 		}
-		if err == nil || errors.Is(err, backend.ErrNotFound) {
+		if err == nil || errors.Is(err, backend.ErrNotFound) || errors.Is(err, ErrCorrupt) {
 			switch now, _, lerr := loadSuperblock(ctx, st, sb.Image); {
 			case lerr != nil:
 				err = lerr
@@ -27,7 +28,7 @@ func openAsIs(ctx context.Context, st backend.Store, sb *superblock, o *OpenOpti
 				o.Progress("reading the image anew, for its owner has gone on")
 				sb = now
 				continue
-			case err != nil:
+			case errors.Is(err, backend.ErrNotFound):
 				err = missingPart(err)
 			}
 		}

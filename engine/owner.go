@@ -200,10 +200,10 @@ func (im *Image) updateSuper() {
 	next.pruneEpochs()
 	releasing := s.release != nil
 	if releasing {
+		next.Loose = s.loose
 		if s.gaveUp {
 			next.cutOff()
 		}
-		next.Loose = s.loose
 		next.Owner, next.Evict = nil, nil
 	}
 	began := im.env.Now()

@@ -838,3 +838,136 @@ func TestVolatileOwner(t *testing.T) {
 	next.mustClose()
 	mustBeClean(t, st)
 }
+
+// TestVolatileOwnerGivesUp: what an owner whose log is in memory has put beyond what it could
+// bring into the store, before it let another host have the image, is removed.
+func TestVolatileOwnerGivesUp(t *testing.T) {
+	fails := faultstore.NewSwitch()
+	inner := mem.New()
+	st := faultstore.New(inner, faultstore.If(faultstore.All(fails.On, faultstore.Method(faultstore.Put), faultstore.Key("*/d/00000001.*")), faultstore.Fault{Before: backend.ErrTemporary}))
+	id := newImageIn(t, inner)
+	h, next := newHost(t, "alpha", st, 1), newHost(t, "beta", inner, 2)
+	h.volatile = true
+	if err := h.open(id, false); err != nil {
+		t.Fatal(err)
+	}
+	fails.Set(true)
+	for n := uint64(1); n <= 2; n++ {
+		h.mustWrite(n, n)
+		h.im.Destage(func(error) {})
+		h.run(0)
+	}
+	if n := objectsOf(t, inner, id, "d"); n != 1 {
+		t.Fatalf("the store has %d data objects, want the second one alone", n)
+	}
+	next.others = []*host{h}
+	if err := next.open(id, true); err != nil {
+		t.Fatal(err)
+	}
+	if h.im.state != Released {
+		t.Fatalf("the owner is %v", h.im.state)
+	}
+	next.run(2 * leftoverGrace)
+	next.mustRead(1, 0)
+	next.mustRead(2, 0)
+	next.mustClose()
+	mustBeClean(t, inner)
+}
+
+// TestLogBesideVolatileOwner: a host comes back with a log from which the store has everything
+// while an owner whose log was in memory has died before it said where the one before ended.
+func TestLogBesideVolatileOwner(t *testing.T) {
+	st := mem.New()
+	id := newImageIn(t, st)
+	h := newHost(t, "alpha", st, 1)
+	if err := h.open(id, false); err != nil {
+		t.Fatal(err)
+	}
+	h.mustWrite(1, 1)
+	h.mustClose() // and the process dies before it has removed the log
+	if _, _, err := changeSuperblock(t.Context(), st, id, func(sb *superblock) error {
+		sb.Epoch++
+		sb.Owner = &owner{Host: "gamma", Log: uuid.New(), Lease: 10 * time.Second, Volatile: true, Reads: superVersion}
+		return nil
+	}); err != nil {
+		t.Fatal(err)
+	}
+	h.mustAttach(id)
+	h.mustRead(1, 1)
+	h.mustClose()
+	mustBeClean(t, st)
+}
+
+// TestCommandDied: of an image that a command had that has died, whoever needs it to be nobody's
+// has that after the lease; beside one that lives it is refused, or made by that.
+func TestCommandDied(t *testing.T) {
+	ctx := t.Context()
+	for _, tt := range []struct {
+		name    string
+		do      func(st backend.Store, id uuid.UUID, clock Clock) error
+		refused bool // beside one that lives
+	}{
+		{"roll back", func(st backend.Store, id uuid.UUID, clock Clock) error {
+			return Rollback(ctx, st, id, "first", RollbackOptions{Clock: clock})
+		}, true},
+		{"snapshot", func(st backend.Store, id uuid.UUID, clock Clock) error {
+			_, err := CreateSnapshot(ctx, st, id, "second", SnapshotOptions{Clock: clock})
+			return err
+		}, false},
+		{"clone", func(st backend.Store, id uuid.UUID, clock Clock) error {
+			_, err := Clone(ctx, st, id, "clone", CloneOptions{SnapshotOptions: SnapshotOptions{Clock: clock}})
+			return err
+		}, false},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			for _, lives := range []bool{true, false} {
+				st := mem.New()
+				id := newImageIn(t, st)
+				mustSnapshot(t, st, id, "first", nil)
+				h, clock := newHost(t, "alpha", st, 1), newHost(t, "beta", st, 2)
+				h.volatile = true
+				if err := h.open(id, false); err != nil {
+					t.Fatal(err)
+				}
+				h.mustWrite(1, 1)
+				if lives {
+					clock.others = []*host{h}
+				} else {
+					h.im.Abandon()
+				}
+				err := tt.do(st, id, clock)
+				var owned *OwnedError
+				if refused := errors.As(err, &owned); lives && tt.refused && !refused || !(lives && tt.refused) && err != nil {
+					t.Errorf("beside one that lives, %v: %v", lives, err)
+				}
+				if info, err := Describe(ctx, st, "disk"); err != nil || (info.Owner != nil) != lives {
+					t.Errorf("%+v, %v", info, err)
+				}
+				if !lives && clock.env.now > 15*time.Second {
+					t.Errorf("it took %v", clock.env.now)
+				}
+				if !lives {
+					mustBeClean(t, st)
+				}
+			}
+		})
+	}
+}
+
+// TestRemoveAfterCommand: an image that a command had that has died is removed without force.
+func TestRemoveAfterCommand(t *testing.T) {
+	t.Parallel()
+	st := mem.New()
+	id := newImageIn(t, st)
+	if _, _, err := changeSuperblock(t.Context(), st, id, func(sb *superblock) error {
+		sb.Epoch++
+		sb.Owner = &owner{Host: "gamma", Log: uuid.New(), Lease: MinLease, Volatile: true, Reads: superVersion}
+		return nil
+	}); err != nil {
+		t.Fatal(err)
+	}
+	if err := Remove(t.Context(), st, "disk", RemoveOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	mustBeEmpty(t, st)
+}

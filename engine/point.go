@@ -157,11 +157,12 @@ func (s *superblock) heldManifest(c checkpointRef) bool {
 }
 
 // cutOff keeps the state at which the present ownership ends for the sake of its
-// log, in which there is more, if there is one that may turn up. Where it ends is known once the next owner has
-// looked at the store.
+// log, in which there is more, if there is one that may turn up. Where it ends is known once
+// the next owner has looked at the store.
 func (s *superblock) cutOff() {
 	o := s.Owner
 	if o.Volatile {
+		s.Loose = true // no point says so
 		return
 	}
 	s.addCutOff(cutOff{point: point{Checkpoint: s.Checkpoint}, Epoch: s.Epoch, Log: o.Log, Host: o.Host, Since: o.Since, Sectors: s.Sectors})

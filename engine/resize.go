@@ -47,8 +47,14 @@ func Grow(ctx context.Context, st backend.Store, id uuid.UUID, size uint64) erro
 	})
 }
 
-// CheckSize fails unless the image may have so many bytes. It is called on the reactor.
-func (im *Image) CheckSize(size uint64) error { return im.super.sb.checkSize(size) }
+// CheckSize fails unless the image may be given so many bytes now: not while it is being made
+// smaller. It is called on the reactor.
+func (im *Image) CheckSize(size uint64) error {
+	if im.shrink != nil {
+		return errShrunk
+	}
+	return im.super.sb.checkSize(size)
+}
 
 // fit makes the image as large as the superblock says it is, or as it is going to be.
 func (im *Image) fit(sb *superblock) {
@@ -110,8 +116,6 @@ func (im *Image) Shrink(size uint64, progress func(done, total uint64), fn func(
 		err = im.ended()
 	case im.readOnly:
 		err = errors.New("the image is open read-only")
-	case im.shrink != nil:
-		err = errShrunk
 	case err == nil && size/SectorSize >= im.sectors:
 		err = fmt.Errorf("it has %d bytes: that is no more than %d", im.sectors*SectorSize, size)
 	}
@@ -132,6 +136,9 @@ func (im *Image) ended() error { return cmp.Or(im.why, errDetached) }
 // step discards the next piece in which there may be something.
 func (s *shrinker) step() {
 	im, r := s.im, &s.request
+	if im.shrink != s {
+		return // it has ended
+	}
 	if mutate.On(mutate.ShrinkKept) {
 		s.next = s.from
 	}
@@ -159,9 +166,13 @@ func (s *shrinker) step() {
 }
 
 // shows reports whether something other than zeroes may be read from the next sector on to the
-// end of its segment.
+// end of its segment, or is going to be: what waits for room in the log at the beginning may be
+// writes beyond the new end. The first discard is behind them.
 func (s *shrinker) shows() bool {
 	im, i := s.im, segmentOf(s.next)
+	if s.steps == 0 && im.blocked.n > 0 {
+		return true
+	}
 	end := min(segmentStart(i+1), s.from)
 	if _, ok := im.dirty.Next(s.next, end); ok || !im.ready(i) {
 		return true
@@ -213,6 +224,9 @@ func (s *shrinker) end(err error) {
 		return // by the end of the image's service
 	}
 	s.im.shrink = nil
+	if s.im.super.sb.Sectors == s.to {
+		err = nil // in the very change that has ended the service, perhaps
+	}
 	if s.im.state != Fenced && s.im.state != Released {
 		s.im.fit(s.im.super.sb)
 	}

@@ -4,13 +4,16 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math/rand/v2"
 	"syscall"
 	"testing"
 	"time"
 
 	"github.com/google/uuid"
 	"github.com/lsd-ceph/lsd/backend"
+	"github.com/lsd-ceph/lsd/backend/faultstore"
 	"github.com/lsd-ceph/lsd/backend/mem"
+	"github.com/lsd-ceph/lsd/internal/extmap"
 )
 
 // shrinkTo makes the image, which the host has open, smaller.
@@ -253,30 +256,58 @@ func TestShrinkIsCutShort(t *testing.T) {
 	mustBeSound(t, st, "disk")
 }
 
-// TestShrinkSalvage: a log that was cut off is salvaged with the size that the image had.
-func TestShrinkSalvage(t *testing.T) {
+// TestShrinkEndsWithOwnership: an image that has become smaller with the change of the superblock
+// that gave it up has become smaller.
+func TestShrinkEndsWithOwnership(t *testing.T) {
 	st := mem.New()
 	h, id := attached(t, st, smallImage(), nil)
-	h.mustFill(1000)
-	h.mustDestage()
-	h.mustWrite(63, 6300) // in the log alone
-	h.im.Abandon()
-	next := newHost(t, "beta", st, 2)
-	next.env.now = h.env.now
-	if err := next.open(id, true); err != nil {
-		t.Fatal(err)
+	h.im.super.renew = true
+	h.im.updateSuper() // what comes while this runs goes with the next one
+	err := errors.New("not ended")
+	h.im.Shrink(20*4096, nil, func(e error) { err = e })
+	h.im.release(func(error) {})
+	h.run(time.Second)
+	info, derr := Describe(t.Context(), st, "disk")
+	if derr != nil || info.ID != id || info.Owner != nil || info.Size != 20*4096 {
+		t.Fatalf("%+v, %v", info, derr)
 	}
-	next.mustShrink(20 * 4096)
-	next.mustClose()
-	dst := mem.New()
-	saved, err := Salvage(context.Background(), h.disk, st, id, dst, "saved", nil)
 	if err != nil {
-		t.Fatal(err)
+		t.Errorf("it has become smaller, and its owner was told: %v", err)
 	}
-	r := mustOpen(t, dst, saved, 3)
-	r.mustEnd(smallImage().Size / 4096)
-	r.mustRead(62, 1062)
-	r.mustRead(63, 6300)
+}
+
+// TestShrinkSalvage: a log that was cut off is salvaged with the size that the image had, also
+// if an earlier lsd has cut it off, which did not note that.
+func TestShrinkSalvage(t *testing.T) {
+	for _, earlier := range []bool{false, true} {
+		st := mem.New()
+		h, id := attached(t, st, smallImage(), nil)
+		h.mustFill(1000)
+		h.mustDestage()
+		h.mustWrite(63, 6300) // in the log alone
+		h.im.Abandon()
+		next := newHost(t, "beta", st, 2)
+		next.env.now = h.env.now
+		if err := next.open(id, true); err != nil {
+			t.Fatal(err)
+		}
+		if earlier {
+			if _, _, err := changeSuperblock(t.Context(), st, id, func(sb *superblock) error { sb.Points[0].Sectors = 0; return nil }); err != nil {
+				t.Fatal(err)
+			}
+		}
+		next.mustShrink(20 * 4096)
+		next.mustClose()
+		dst := mem.New()
+		saved, err := Salvage(context.Background(), h.disk, st, id, dst, "saved", nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		r := mustOpen(t, dst, saved, 3)
+		r.mustEnd(smallImage().Size / 4096)
+		r.mustRead(62, 1062)
+		r.mustRead(63, 6300)
+	}
 }
 
 // TestWrongSizes: what cannot be is refused, and changes nothing.
@@ -315,4 +346,147 @@ func TestWrongSizes(t *testing.T) {
 			t.Error(fmt.Sprintf("span %d of %d sectors is taken", sb.Span, sb.Sectors))
 		}
 	}
+	for _, sectors := range []uint64{MaxSize/SectorSize + 1, 1<<55 + 8} {
+		sb := superblock{Image: id, Sectors: 8, BlockSize: 4096, ObjectSize: MinObjectSize, Window: 1, Points: []cutOff{{Sectors: sectors}}}
+		if _, err := decodeSuperblock(sb.encode(), id); err == nil {
+			t.Errorf("a log of an image of %d sectors is taken", sectors)
+		}
+	}
+}
+
+// TestShrinkBesideBlockedWrites: a write beyond the new end that waits for room in the log when
+// the image is made smaller does not come back when that grows.
+func TestShrinkBesideBlockedWrites(t *testing.T) {
+	outage := faultstore.NewSwitch()
+	st := faultstore.New(mem.New(), faultstore.If(outage.On, faultstore.Fault{Before: backend.ErrTemporary}))
+	h, id := attached(t, st, smallImage(), nil)
+	full := smallImage().Size / 4096
+	outage.Set(true)
+	ended := 0
+	for n := uint64(0); h.im.blocked.n == 0; n++ {
+		r := &Request{Op: Write, Sector: n % 20 * 8, Sectors: 8, Buf: make([]byte, 4096), Done: doneFunc(func(*Request) { ended++ })}
+		fill(r.Buf, n+1, r.Sector)
+		h.im.Submit(r)
+		h.im.EndTurn()
+	}
+	r := &Request{Op: Write, Sector: (full - 1) * 8, Sectors: 8, Buf: make([]byte, 4096), Done: doneFunc(func(*Request) {})}
+	fill(r.Buf, 7, r.Sector)
+	h.im.Submit(r)
+	err := errors.New("not ended")
+	h.im.Shrink(20*4096, nil, func(e error) { err = e })
+	h.run(time.Second)
+	outage.Set(false)
+	h.run(time.Minute)
+	if err != nil {
+		t.Fatal(err)
+	}
+	mustGrow(t, st, id, full*4096, h)
+	h.mustRead(full-1, 0)
+	h.mustReopen(id)
+	h.mustRead(full-1, 0)
+	h.mustClose()
+	mustBeSound(t, st, "disk")
+}
+
+// TestResizeSectors: an image of blocks of one sector becomes larger and smaller by any number
+// of them, at random, and goes on to have what was written and zeroes elsewhere.
+func TestResizeSectors(t *testing.T) {
+	n := 5
+	if testing.Short() {
+		n = 2
+	}
+	for seed := range uint64(n) {
+		t.Run(fmt.Sprint(seed), func(t *testing.T) { resizeSectors(t, seed) })
+	}
+}
+
+func resizeSectors(t *testing.T, seed uint64) {
+	const most = 3*segmentSectors + 1001
+	rng := rand.New(rand.NewPCG(seed, 9))
+	st := mem.New()
+	sectors := 1 + rng.Uint64N(most)
+	h, id := attached(t, st, CreateOptions{Size: sectors * SectorSize, BlockSize: SectorSize, ObjectSize: MinObjectSize}, nil)
+	has := map[uint64]uint64{} // by sector
+	near := func() uint64 {    // a sector at a border of something, or anywhere
+		at := []uint64{sectors, segmentSectors, 2 * segmentSectors, extmap.PageSectors, rng.Uint64N(most)}[rng.IntN(5)]
+		return min(max(at+rng.Uint64N(40), 20)-20, most)
+	}
+	check := func() {
+		t.Helper()
+		if h.im.Sectors() != sectors {
+			t.Fatalf("it has %d sectors, want %d", h.im.Sectors(), sectors)
+		}
+		for s, want := range has {
+			if s >= sectors {
+				continue
+			}
+			r := h.request(Read, s, 1)
+			if got, err := stamp(r.Buf, s); r.Err != 0 || err != nil || got != want {
+				t.Fatalf("sector %d of %d reads as %d (%v, %v), want %d", s, sectors, got, r.Err, err, want)
+			}
+		}
+	}
+	for value := uint64(1); value < 150; value++ {
+		switch rng.IntN(9) {
+		case 0, 1, 2, 3:
+			s := near()
+			if s >= sectors {
+				continue
+			}
+			r := h.request(Write, s, uint32(min(1+rng.Uint64N(20), sectors-s)), value)
+			if r.Err != 0 {
+				t.Fatal(r.Err)
+			}
+			for k := range uint64(r.Sectors) {
+				has[s+k] = value
+			}
+		case 4, 5, 6:
+			to := max(near(), 1)
+			if to < sectors {
+				h.mustShrink(to * SectorSize)
+				for s := range has {
+					if s >= to {
+						has[s] = 0
+					}
+				}
+			} else {
+				mustGrow(t, st, id, to*SectorSize, h)
+			}
+			sectors = to
+		case 7:
+			h.mustCheckpoint()
+		case 8:
+			if rng.IntN(2) == 0 {
+				h.mustReopen(id)
+			} else {
+				h.im.Abandon()
+				h.mustAttach(id)
+			}
+		}
+		if rng.IntN(8) == 0 {
+			check()
+		}
+	}
+	check()
+	mustGrow(t, st, id, most*2*SectorSize, h)
+	sectors = most * 2
+	check()
+	h.mustClose()
+	mustBeSound(t, st, "disk")
+}
+
+// request makes a request for sectors, which is filled with a number if it is a write.
+func (h *host) request(op Op, sector uint64, sectors uint32, n ...uint64) *Request {
+	h.t.Helper()
+	ended := false
+	r := &Request{Op: op, Sector: sector, Sectors: sectors, Buf: make([]byte, sectors*SectorSize), Done: doneFunc(func(*Request) { ended = true })}
+	if op == Write {
+		fill(r.Buf, n[0], sector)
+	}
+	h.im.Submit(r)
+	h.run(0)
+	if !ended {
+		h.t.Fatal("a request has not ended")
+	}
+	return r
 }

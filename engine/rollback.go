@@ -21,13 +21,16 @@ type RollbackOptions struct {
 // Rollback makes the image id what it was at the snapshot of that name, its size included.
 // It is one change of the superblock, whatever is in the image. All snapshots stay; what only
 // the state until now was made of is removed by whoever attaches the image next. One that is
-// attached is refused with an OwnedError; where there is no such snapshot the error matches
+// attached is refused with an OwnedError, and so is one that a command has that lives; where there is no such snapshot the error matches
 // ErrNoSnapshot.
 func Rollback(ctx context.Context, st backend.Store, id uuid.UUID, name string, o RollbackOptions) error {
 	if o.Clock == nil {
 		o.Clock = Real{}
 	}
 	p := patient{st, o.Clock}
+	if err := endCommand(ctx, p, id, OpenOptions{URL: o.URL, Clock: o.Clock}); err != nil {
+		return err
+	}
 	try := uuid.New() // so that an attempt is known of which the answer is lost
 	var before *uuid.UUID
 	return p.try(ctx, func() error {

@@ -97,7 +97,9 @@ func (im *Image) branchPoint(ctx context.Context, sb *superblock, file writelog.
 func (im *Image) branchFrom(ctx context.Context, sb *superblock, h *writelog.Header, file writelog.File) error {
 	for i := range sb.Points {
 		if p := &sb.Points[i]; p.Log == h.Log && p.Sectors > 0 {
-			im.sectors = p.Sectors
+			sb = sb.clone()
+			sb.setSectors(p.Sectors)
+			im.takeSuper(sb, "")
 		}
 	}
 	base, end := im.branchOf(sb, h)

@@ -235,6 +235,10 @@ func (m *snapshotMaker) make(ctx context.Context) (*snapshot, error) {
 				m.o.Nudge = nil // what it has not done by now takes its time
 				continue
 			}
+			if sb.Owner.Volatile {
+				// One that lives makes it in its time, as any owner does.
+				_ = endCommand(ctx, m.st, m.image, OpenOptions{Clock: m.o.Clock})
+			}
 		}
 		if err := m.o.Clock.Sleep(ctx, snapshotPause); err != nil {
 			err = cmp.Or(context.Cause(ctx), err)

@@ -82,8 +82,8 @@ type superblock struct {
 	// whose logs held what no store has.
 	Lost uint64 `json:"lost,omitempty"`
 	// Loose says that the last owner has given the image up while objects of its cleaner
-	// were under way, or before it knew where the ownership before it ended: the next one
-	// finds that.
+	// were under way, or before it knew where the ownership before it ended, or, where no
+	// point is kept for its log, before the store had all of it: the next one finds that.
 	Loose bool `json:"loose,omitempty"`
 }
 
@@ -176,6 +176,11 @@ func (s *superblock) span() uint64 { return max(s.Span, s.Sectors) }
 
 // setSectors changes the image's size.
 func (s *superblock) setSectors(n uint64) {
+	for i := range s.Points {
+		if p := &s.Points[i]; p.Sectors == 0 {
+			p.Sectors = s.Sectors // as far as is known
+		}
+	}
 	span := max(s.span(), n)
 	if s.Sectors, s.Span = n, span; span == n {
 		s.Span = 0
@@ -238,6 +243,11 @@ func decodeSuperblock(b []byte, id uuid.UUID) (*superblock, error) {
 	}
 	for p := range s.states() {
 		if p.Object > maxObjectSeq || !s.validRef(p.Checkpoint) || p.Settled && p.base() > p.Object {
+			return bad("points")
+		}
+	}
+	for i := range s.Points {
+		if s.Points[i].Sectors > MaxSize/SectorSize {
 			return bad("points")
 		}
 	}

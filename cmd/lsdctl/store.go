@@ -362,7 +362,7 @@ func (a *app) remove(ctx context.Context, u backend.URL, name string, o engine.R
 	err = engine.Remove(ctx, st, name, o)
 	a.progress.end()
 	var owned *engine.OwnedError
-	if errors.As(err, &owned) {
+	if errors.As(err, &owned) && !owned.Command {
 		return fmt.Errorf("%s is attached by %s: detach it there with lsdctl del; --force removes it all the same", u.Image(name), owned.Host)
 	}
 	return noImage(u, name, err)

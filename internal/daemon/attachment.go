@@ -54,6 +54,8 @@ type attachment struct {
 	stop context.CancelFunc // of the keeper; guarded by op
 	kept chan struct{}      // closed when the keeper has ended; guarded by op; nil without one
 
+	fit sync.Mutex // held by who gives the device the size of the image: the keeper, or who holds op
+
 	damaged int // attempts in a row that met damage in the store; the keeper's
 
 	mu        sync.Mutex

@@ -32,11 +32,12 @@ import (
 // real ones, and requests are put in by the test.
 type fakeKernel struct {
 	mu      sync.Mutex
-	devs    map[int]*fakeDevice // guarded by mu
-	holders map[int][]string    // guarded by mu
-	addErr  error               // guarded by mu: of the next Add
-	slots   int                 // of each device
-	rigid   atomic.Bool         // it cannot change the size of a device
+	devs    map[int]*fakeDevice    // guarded by mu
+	holders map[int][]string       // guarded by mu
+	addErr  error                  // guarded by mu: of the next Add
+	slots   int                    // of each device
+	rigid   atomic.Bool            // it cannot change the size of a device
+	resizes atomic.Pointer[func()] // is called once, before it does
 }
 
 func newFakeKernel() *fakeKernel {
@@ -210,6 +211,9 @@ func (d *fakeDevice) Params() ublk.Params {
 func (d *fakeDevice) Resize(_ context.Context, size uint64) error {
 	if d.k.rigid.Load() {
 		return fmt.Errorf("fake: %w", unix.EOPNOTSUPP)
+	}
+	if fn := d.k.resizes.Swap(nil); fn != nil {
+		(*fn)()
 	}
 	d.mu.Lock()
 	defer d.mu.Unlock()

@@ -19,11 +19,22 @@ func (a *attachment) resize(ctx context.Context, q api.ResizeRequest, progress f
 	}
 	defer func() { <-a.op }()
 	rec := a.record()
-	if rec.Null || rec.ReadOnly {
+	switch {
+	case rec.Null || rec.ReadOnly:
 		return api.Image{}, fmt.Errorf("%s is not an image that can be written to", a.name())
+	case rec.Phase == phaseDetaching: // it has no device any more
+		return api.Image{}, fmt.Errorf("%s is being detached: wait for that", a.name())
 	}
 	err := a.withDisk(func(dk *disk) error {
+		if dk.image == nil { // it serves errors
+			a.mu.Lock()
+			defer a.mu.Unlock()
+			return fmt.Errorf("its image is not open (%s)", errText(a.err))
+		}
 		size, err := dk.size(ctx)
+		if err == nil {
+			err = dk.checkSize(ctx, q.Size)
+		}
 		switch {
 		case err != nil:
 			return err
@@ -59,10 +70,6 @@ func (a *attachment) grow(ctx context.Context, dk *disk, size uint64, progress f
 // shrink makes the image smaller. Its device is first: whoever uses that is to see at once
 // what there is not any more.
 func (a *attachment) shrink(ctx context.Context, dk *disk, size uint64, progress func(api.Progress)) error {
-	var wrong error
-	if err := call(ctx, dk.reactor, func() { wrong = dk.image.CheckSize(size) }); err != nil || wrong != nil {
-		return cmp.Or(wrong, err)
-	}
 	err := dk.dev.Resize(ctx, size)
 	if errors.Is(err, unix.EOPNOTSUPP) {
 		return errors.New("this kernel cannot change the size of a device: lsdctl del it first")
@@ -83,6 +90,8 @@ func (a *attachment) fitDevice(ctx context.Context, dk *disk) error {
 	if dk.image == nil || dk.dev == nil {
 		return nil
 	}
+	a.fit.Lock()
+	defer a.fit.Unlock()
 	ctx, stop := context.WithTimeout(ctx, deviceTimeout)
 	defer stop()
 	size, err := dk.size(ctx)
@@ -122,6 +131,9 @@ func (a *attachment) follow() {
 
 // fits reports whether the device of a disk has the size of its image.
 func (a *attachment) fits(dk *disk) bool {
+	if dk.image == nil {
+		return true // it serves errors, whatever its size
+	}
 	ctx, stop := context.WithTimeout(a.d.ctx, statsTimeout)
 	defer stop()
 	size, err := dk.size(ctx)
@@ -138,10 +150,17 @@ func (a *attachment) logFit(err error) {
 	}
 }
 
-// size returns the size of the image in bytes.
+// size returns the size of the image, which is to be there, in bytes.
 func (d *disk) size(ctx context.Context) (n uint64, err error) {
 	err = call(ctx, d.reactor, func() { n = d.image.Sectors() * engine.SectorSize })
 	return n, err
+}
+
+// checkSize fails unless the image may be given a size now.
+func (d *disk) checkSize(ctx context.Context, size uint64) error {
+	var wrong error
+	err := call(ctx, d.reactor, func() { wrong = d.image.CheckSize(size) })
+	return cmp.Or(err, wrong)
 }
 
 // shrink makes the image smaller. What it began goes on when ctx ends.

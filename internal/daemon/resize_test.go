@@ -9,6 +9,7 @@ import (
 
 	"github.com/lsd-ceph/lsd/engine"
 	"github.com/lsd-ceph/lsd/internal/api"
+	"golang.org/x/sys/unix"
 )
 
 // resize gives the device id of the host, and its image, another size.
@@ -158,4 +159,116 @@ func TestShrinkFails(t *testing.T) {
 	h.start()
 	h.awaitSize(id, 64<<20, 64<<20)
 	w.kernel.check(t, id, 8, 1)
+}
+
+// TestResizeFailed: an image that cannot be taken up is not resized, and its users go on
+// getting errors.
+func TestResizeFailed(t *testing.T) {
+	w := newWorld(t)
+	h := w.newHost()
+	id := h.add(api.AttachRequest{ID: -1})
+	w.kernel.write(t, id, 8, 1)
+	if err := h.find(id).flush(context.Background(), func(api.Progress) {}); err != nil {
+		t.Fatal(err)
+	}
+	h.crash()
+	w.damage.Store(1 << 30)
+	h.start()
+	h.await(id, api.StateFailed)
+	dk := h.find(id).getDisk()
+	if _, err := h.resize(id, 128<<20, false); err == nil || !strings.Contains(err.Error(), "its image is not open") {
+		t.Errorf("resized: %v", err)
+	}
+	h.find(id).follow()
+	if dk.dead() {
+		t.Error("the reactor has died")
+	}
+	if res := w.kernel.do(t, id, engine.Read, 8, make([]byte, 4096)); res != -int32(unix.EIO) {
+		t.Errorf("read: %d", res)
+	}
+}
+
+// TestResizeWhileShrinking: while an image is being made smaller for somebody who has gone, it
+// is not said to have its old size for good.
+func TestResizeWhileShrinking(t *testing.T) {
+	w := newWorld(t)
+	h := w.newHost()
+	id := h.add(api.AttachRequest{ID: -1, Lease: time.Hour})
+	w.kernel.write(t, id, 64<<20/512-8, 1)
+	w.outage.Set(true)
+	ctx, stop := context.WithCancel(context.Background())
+	ended := make(chan error)
+	go func() {
+		_, err := h.find(id).resize(ctx, api.ResizeRequest{Size: 32 << 20, Shrink: true}, func(api.Progress) {})
+		ended <- err
+	}()
+	for h.await(id, api.StateActive).Stats.Size != 32<<20 {
+		time.Sleep(time.Millisecond)
+	}
+	stop()
+	if err := <-ended; err == nil || !strings.Contains(err.Error(), "goes on without you") {
+		t.Errorf("it has not gone on: %v", err)
+	}
+	for _, size := range []uint64{16 << 20, 32 << 20, 64 << 20, 128 << 20} {
+		if _, err := h.resize(id, size, true); err == nil || !strings.Contains(err.Error(), "is being made smaller") {
+			t.Errorf("resized to %d meanwhile: %v", size, err)
+		}
+	}
+	w.outage.Set(false)
+	h.awaitSize(id, 32<<20, 32<<20)
+	for {
+		if _, err := h.resize(id, 64<<20, false); err == nil {
+			break
+		} else if !strings.Contains(err.Error(), "is being made smaller") {
+			t.Fatal(err)
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
+	h.awaitSize(id, 64<<20, 64<<20)
+	w.kernel.check(t, id, 64<<20/512-8, 0)
+}
+
+// TestResizeWhileTakenUp: an image becomes larger once more while its device gets the size that
+// it had when it was taken up.
+func TestResizeWhileTakenUp(t *testing.T) {
+	w := newWorld(t)
+	h := w.newHost()
+	id := h.add(api.AttachRequest{ID: -1})
+	h.crash()
+	const old = 64 << 20
+	if err := engine.Grow(context.Background(), w.store, w.imageID("vm1"), 2*old); err != nil {
+		t.Fatal(err)
+	}
+	ended, over := make(chan error, 1), make(chan struct{})
+	meanwhile := func() {
+		defer close(over)
+		go func() {
+			_, err := h.resize(id, 3*old, false)
+			ended <- err
+		}()
+		for h.await(id, api.StateActive).Stats.Size != 3*old {
+			time.Sleep(time.Millisecond)
+		}
+		time.Sleep(100 * time.Millisecond) // in which it would end if it did not wait
+	}
+	w.kernel.resizes.Store(&meanwhile)
+	h.start()
+	<-over
+	if err := <-ended; err != nil {
+		t.Fatal(err)
+	}
+	time.Sleep(20 * time.Millisecond)
+	h.awaitSize(id, 3*old, 3*old)
+}
+
+// TestResizeDetaching: an image whose device has gone is not resized while it is being closed.
+func TestResizeDetaching(t *testing.T) {
+	w := newWorld(t)
+	h := w.newHost()
+	id, _ := h.detachLater(t)
+	for _, size := range []uint64{32 << 20, 128 << 20} {
+		if _, err := h.resize(id, size, true); err == nil || !strings.Contains(err.Error(), "is being detached") {
+			t.Errorf("resized to %d: %v", size, err)
+		}
+	}
 }
