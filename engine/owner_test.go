@@ -616,11 +616,11 @@ func TestRemovedImageFences(t *testing.T) {
 		t.Fatal(err)
 	}
 	var owned *OwnedError
-	if err := Remove(context.Background(), st, "disk", RemoveOptions{URL: "mem:/disk"}); !errors.As(err, &owned) {
+	if _, err := Remove(context.Background(), st, "disk", RemoveOptions{URL: "mem:/disk"}); !errors.As(err, &owned) {
 		t.Fatalf("rm of an attached image: %v", err)
 	}
 	a.mustWrite(1, 1)
-	if err := Remove(context.Background(), st, "disk", RemoveOptions{URL: "mem:/disk", Force: true}); err != nil {
+	if err := removeWhole(st, "disk", RemoveOptions{URL: "mem:/disk", Force: true}); err != nil {
 		t.Fatal(err)
 	}
 	a.run(time.Minute)

@@ -11,18 +11,30 @@ import (
 	"github.com/lsd-ceph/lsd/internal/mutate"
 )
 
-// errRemoved is why nothing can be done with an image of which only what its clones need is
-// left.
-var errRemoved = errors.New("the image has been removed; what is left of it is for its clones")
+// ErrRemoved is matched where nothing can be done with an image because it has been removed:
+// what is left of it is for its clones, or has not been reclaimed yet.
+var ErrRemoved = errors.New("the image has been removed")
+
+// errLostClone is why it cannot be told what the clones of an image need.
+var errLostClone = errors.New("a clone is lost")
 
 // reclaimTries bounds how often it is looked anew what the clones of an image that has been
 // removed need, because their owners have gone on meanwhile.
 const reclaimTries = 10
 
-// reclaim removes of an image that has been removed what none of its clones needs; if none
+// Reclaim removes of an image that has been removed what none of its clones needs; if none
 // is left, all of it, and then what only it needed of the image that it was cloned from, if
-// that has been removed too. It may be interrupted at any time, and be repeated.
-func reclaim(ctx context.Context, st backend.Store, id uuid.UUID, progress func(done int)) error {
+// that has been removed too. It may be interrupted at any time, and be repeated; what is left
+// then, GC finds. Where the image has not been removed, or is gone, it does nothing. progress, if
+// not nil, is told how many objects of how many are gone, for each image anew.
+func Reclaim(ctx context.Context, st backend.Store, id uuid.UUID, progress func(done, total int)) error {
+	if err := reclaim(ctx, patient{st, Real{}}, id, progress); err != nil {
+		return fmt.Errorf("reclaim what image %s, which has been removed, was made of: %w", id, err)
+	}
+	return nil
+}
+
+func reclaim(ctx context.Context, st backend.Store, id uuid.UUID, progress func(done, total int)) error {
 	for id != uuid.Nil {
 		sb, _, err := loadSuperblock(ctx, st, id)
 		switch {
@@ -71,8 +83,7 @@ func reclaim(ctx context.Context, st backend.Store, id uuid.UUID, progress func(
 			}
 		}
 		// The name first: what has one and no superblock has lost it.
-		err = backend.Unlink(ctx, st, sb.Name, id)
-		if err != nil && !errors.Is(err, backend.ErrNotFound) && !errors.Is(err, backend.ErrConflict) {
+		if err := unlinkAll(ctx, st, id); err != nil {
 			return err
 		}
 		if err := st.Delete(ctx, SuperblockKey(id)); err != nil && !errors.Is(err, backend.ErrNotFound) {
@@ -252,7 +263,7 @@ func (n *cloneNeeds) gone(ctx context.Context, st backend.Store, p *snapshot) er
 		n.named = named
 	}
 	if n.named[p.ID] {
-		return fmt.Errorf("the superblock of %s, made as %s, is missing, and it has a name: bring it back from a copy of the pool, or remove it with lsdctl rm", p.ID, p.Name)
+		return fmt.Errorf("%w: the superblock of %s, made as %s, is missing, and it has a name: bring it back from a copy of the pool, or remove it with lsdctl rm", errLostClone, p.ID, p.Name)
 	}
 	return nil
 }

@@ -270,14 +270,15 @@ func leave(t *testing.T, store string, st backend.Store) {
 			t.Fatal(err)
 		}
 	}
-	if err := engine.Remove(ctx, st, "half", engine.RemoveOptions{Progress: func(int) { stop() }}); err == nil {
-		t.Fatal("it was removed")
+	id, err := engine.Remove(ctx, st, "half", engine.RemoveOptions{})
+	if err != nil || id != half.ID {
+		t.Fatal(id, err)
 	}
-	ctx = context.Background()
-	for name, id := range map[string]uuid.UUID{"lost": lost.ID, "half": half.ID} {
-		if err := backend.Unlink(ctx, st, name, id); err != nil {
-			t.Fatal(err)
-		}
+	if err := engine.Reclaim(ctx, st, id, func(int, int) { stop() }); err == nil {
+		t.Fatal("all of it was reclaimed")
+	}
+	if err := backend.Unlink(context.Background(), st, "lost", lost.ID); err != nil {
+		t.Fatal(err)
 	}
 }
 

@@ -358,8 +358,13 @@ func (a *app) remove(ctx context.Context, u backend.URL, name string, o engine.R
 		}
 	}
 	o.URL = u.Image(name)
-	o.Progress = func(n int) { a.progress.show(api.Progress{What: fmt.Sprintf("removed %d objects", n)}) }
-	err = engine.Remove(ctx, st, name, o)
+	o.Progress = func(done, total int) {
+		a.progress.show(api.Progress{What: fmt.Sprintf("removed %d of %d objects", done, total)})
+	}
+	id, err := engine.Remove(ctx, st, name, o)
+	if err == nil {
+		err = engine.Reclaim(ctx, st, id, o.Progress)
+	}
 	a.progress.end()
 	var owned *engine.OwnedError
 	if errors.As(err, &owned) {
