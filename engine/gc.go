@@ -37,9 +37,10 @@ type Garbage struct {
 }
 
 // GC finds what nothing in a store refers to any more, and unless o.DryRun is set removes it:
-// what is left of images that have been removed and that no clone of them needs, their names
-// as well where the removal has not come to these, and what is left of clones and empty images that were not made to their end. What an image that has
-// a name does not need any more goes when its owner works, or it is attached.
+// what is left of images that have been removed and that no clone of them needs, their names as
+// well where the removal has not come to these, and what is left of clones and empty images that
+// were not made to their end. What an image that has a name does not need any more goes when its
+// owner works, or it is attached.
 func GC(ctx context.Context, st backend.Store, o GCOptions) ([]Garbage, error) {
 	if o.Age == 0 {
 		o.Age = DefaultGCAge
