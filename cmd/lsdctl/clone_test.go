@@ -19,9 +19,14 @@ import (
 // printed decodes what a command prints as JSON.
 func printed[T any](t *testing.T, args ...string) (v T) {
 	t.Helper()
-	out := must(t, append(args, "--json")...)
+	return decoded[T](t, must(t, append(args, "--json")...))
+}
+
+// decoded returns what a command has printed as JSON.
+func decoded[T any](t *testing.T, out string) (v T) {
+	t.Helper()
 	if err := json.Unmarshal([]byte(out), &v); err != nil {
-		t.Fatalf("lsdctl %v: %v in %q", args, err, out)
+		t.Fatalf("%v in %q", err, out)
 	}
 	return v
 }

@@ -162,6 +162,8 @@ func TestBadInput(t *testing.T) {
 		{"create " + store + "/new@monday --size 1M", "an image is wanted here"},
 		{"info " + store + "/there@monday", "an image is wanted here"},
 		{"rm " + store + "/there@monday", "an image is wanted here"},
+		{"rm " + store + "/other --wait --no-wait", "give one of them"},
+		{"rm " + store + "/other --wait=maybe", "--wait"},
 		{"rm " + store + "/there", store + "/there: it has 1 snapshot, which would go with it: remove them first, or say --snapshots"},
 		{"rename", "STORE/IMAGE is missing"},
 		{"rename " + store + "/there", "NEW is missing"},
@@ -345,7 +347,9 @@ func TestCorrupt(t *testing.T) {
 	if out := must(t, "ls", store); !strings.Contains(out, "corrupt") {
 		t.Errorf("ls: %s", out)
 	}
-	must(t, "rm", store+"/vm1", "--force")
+	if out := must(t, "rm", store+"/vm1", "--force"); !strings.HasPrefix(out, "removed "+store+"/vm1\nreclaimed its space") {
+		t.Errorf("rm --force: %q", out)
+	}
 }
 
 // TestHelp: every command has an example and a line about itself.

@@ -133,10 +133,13 @@ func (d *stubDaemon) attach(images ...api.Image) {
 	d.images, d.asked = images, nil
 }
 
-func (d *stubDaemon) refreshed() bool {
+func (d *stubDaemon) refreshed() bool { return d.was("POST /v1/images/3/refresh") }
+
+// was reports whether the daemon was asked that.
+func (d *stubDaemon) was(request string) bool {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	return slices.Contains(d.asked, "POST /v1/images/3/refresh")
+	return slices.Contains(d.asked, request)
 }
 
 // TestSnapAttached: what this host's daemon has attached is looked at by it at once, and
