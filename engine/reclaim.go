@@ -35,7 +35,10 @@ func Reclaim(ctx context.Context, st backend.Store, id uuid.UUID, progress func(
 }
 
 func reclaim(ctx context.Context, st backend.Store, id uuid.UUID, progress func(done, total int)) error {
-	for id != uuid.Nil {
+	if id == uuid.Nil {
+		return nil
+	}
+	for {
 		sb, _, err := loadSuperblock(ctx, st, id)
 		switch {
 		case errors.Is(err, backend.ErrNotFound):
@@ -66,8 +69,7 @@ func reclaim(ctx context.Context, st backend.Store, id uuid.UUID, progress func(
 		}
 		switch {
 		case len(sb.Clones) > 0 && kept > 0:
-			id = sb.Parent // which may keep something for what has gone now
-			continue
+			return reclaim(ctx, st, sb.Parent, progress) // which may keep something for what has gone now
 		case len(sb.Clones) > 0:
 			if slices.ContainsFunc(sb.Clones, func(p snapshot) bool { return !p.Made }) {
 				return nil // somebody is at it
@@ -82,6 +84,10 @@ func reclaim(ctx context.Context, st backend.Store, id uuid.UUID, progress func(
 				return err
 			}
 		}
+		// The superblock last: as long as it is there a repetition comes by its ancestors.
+		if err := reclaim(ctx, st, sb.Parent, progress); err != nil {
+			return err
+		}
 		// The name first: what has one and no superblock has lost it.
 		if err := unlinkAll(ctx, st, id); err != nil {
 			return err
@@ -89,9 +95,8 @@ func reclaim(ctx context.Context, st backend.Store, id uuid.UUID, progress func(
 		if err := st.Delete(ctx, SuperblockKey(id)); err != nil && !errors.Is(err, backend.ErrNotFound) {
 			return err
 		}
-		id = sb.Parent
+		return nil
 	}
-	return nil
 }
 
 // releaseGone gives up the states that an image keeps for clones that are not there any more,

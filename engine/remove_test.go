@@ -214,3 +214,32 @@ func TestReclaimStops(t *testing.T) {
 	}
 	mustBeEmpty(t, st)
 }
+
+// TestReclaimAncestors: wherever the reclamation of the last clone of an image that has been
+// removed stops, the next one goes on with it, up to the image.
+func TestReclaimAncestors(t *testing.T) {
+	for n, more := 1, true; more; n++ {
+		st := mem.New()
+		h, id := attached(t, st, smallImage(), nil)
+		h.mustFill(1000)
+		h.mustClose()
+		middle := mustClone(t, st, id, "", "middle", nil)
+		last := mustClone(t, st, middle, "", "last", nil)
+		for _, name := range []string{"disk", "middle"} {
+			mustRemove(t, st, name)
+		}
+		if _, err := Remove(context.Background(), st, "last", RemoveOptions{}); err != nil {
+			t.Fatal(err)
+		}
+		ending := &endingStore{st, n, true}
+		err := Reclaim(context.Background(), ending, last, nil)
+		more = err != nil
+		if more != (ending.n <= 0) {
+			t.Errorf("%v, %d changes are left", err, ending.n)
+		}
+		if err := Reclaim(context.Background(), st, last, nil); err != nil {
+			t.Error(err)
+		}
+		mustBeEmpty(t, st)
+	}
+}
