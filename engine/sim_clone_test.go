@@ -291,6 +291,20 @@ func (w *world) settleClones() {
 		w.lookAtClone(c)
 		w.checkImage(c.name)
 	}
+	w.measure()
+}
+
+// measure measures the store: what it says adds up, and whose images are whole nothing is unknown.
+func (w *world) measure() {
+	u, err := addedUp(w.inner)
+	if err != nil || u.Unknown > 0 || u.Strange > 0 {
+		w.fail("usage: %+v, %v", u, err)
+	}
+	for _, im := range u.Images {
+		if im.Error != "" {
+			w.fail("usage of %s: %s", im.Name, im.Error)
+		}
+	}
 }
 
 // collect removes what is left of images that nobody has.
