@@ -2,6 +2,7 @@ package engine
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"strings"
 	"testing"
@@ -283,4 +284,52 @@ func TestUsageAsks(t *testing.T) {
 			t.Errorf("%d GiB: %d calls, %d bytes live, want %d: %+v", size>>30, st.calls, u.Total.Live, live, u)
 		}
 	}
+}
+
+// meanwhileStore has something happen before the first look at the manifest of a checkpoint.
+type meanwhileStore struct {
+	backend.Store
+	happen func()
+}
+
+func (s *meanwhileStore) Stat(ctx context.Context, key string) (int64, error) {
+	if do := s.happen; do != nil && strings.Contains(key, "/c/") {
+		s.happen = nil
+		do()
+	}
+	return s.Store.Stat(ctx, key)
+}
+
+// TestUsageMeanwhile: an image whose owner makes a new checkpoint, and removes the one before it,
+// while the store is measured is looked at anew.
+func TestUsageMeanwhile(t *testing.T) {
+	st := mem.New()
+	_, id := filled(t, st)
+	manifests := func() (keys []string) {
+		_ = st.List(context.Background(), id.String()+"/c/", func(key string) error { keys = append(keys, key); return nil })
+		return keys
+	}
+	before := manifests()
+	u, err := MeasureStore(context.Background(), &meanwhileStore{st, func() {
+		h := mustOpen(t, st, id, 7)
+		h.mustFill(5000)
+		h.mustClose()
+		h.again()
+		if err := h.open(id, false); err != nil {
+			t.Fatal(err)
+		}
+		h.run(3 * leftoverGrace)
+		h.mustClose()
+	}}, UsageOptions{Parallel: 1})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := st.Stat(context.Background(), before[0]); !errors.Is(err, backend.ErrNotFound) {
+		t.Fatalf("%s is still there: %v", before[0], err)
+	}
+	if u.Images[0].Error != "" || u.Unknown > 0 {
+		t.Errorf("%+v", u)
+	}
+	_, images := measured(t, st)
+	mustUse(t, "an image that was filled anew", images["disk"].Space, 64, 0, 0, 0)
 }
