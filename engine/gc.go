@@ -124,7 +124,7 @@ func (g *collector) look(ctx context.Context, sb *superblock, objects int) error
 // removed looks at an image that has been removed. Its name may be there still.
 func (g *collector) removed(ctx context.Context, sb *superblock) error {
 	id, named := sb.Image, g.named[sb.Image]
-	list, kept, err := unneeded(ctx, g.st, sb)
+	list, kept, err := unneeded(ctx, g.st, sb, 0)
 	if errors.Is(err, errLostClone) {
 		return nil // CheckStore tells
 	}
@@ -151,7 +151,7 @@ func (g *collector) removed(ctx context.Context, sb *superblock) error {
 			}
 			delete(g.named, id)
 		}
-		return reclaim(ctx, g.st, id, g.progress(sb))
+		return reclaim(ctx, g.st, id, reclaimBatch, g.progress(sb))
 	})
 }
 
@@ -186,7 +186,7 @@ func (g *collector) removeUnmade(ctx context.Context, id uuid.UUID) error {
 	if err != nil {
 		return err
 	}
-	return reclaim(ctx, g.st, id, nil)
+	return reclaim(ctx, g.st, id, reclaimBatch, nil)
 }
 
 // claims gives up the states that an image keeps for clones that are not there.

@@ -243,3 +243,29 @@ func TestReclaimAncestors(t *testing.T) {
 		mustBeEmpty(t, st)
 	}
 }
+
+// TestReclaimBatches: an image of more objects than are listed at one time goes whole.
+func TestReclaimBatches(t *testing.T) {
+	ctx, st := context.Background(), mem.New()
+	id := newImageIn(t, st)
+	const objects, batch = 8, 3
+	for n := range uint64(objects) {
+		if err := st.Put(ctx, dataKey(id, n+1, 1), []byte("x")); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if _, err := Remove(ctx, st, "disk", RemoveOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	if found, err := GC(ctx, st, GCOptions{DryRun: true}); err != nil || len(found) != 1 || found[0].Objects != objects+1 {
+		t.Errorf("gc finds %+v, %v", found, err)
+	}
+	gone, most := 0, 0
+	if err := reclaim(ctx, st, id, batch, func(_, total int) { gone++; most = max(most, total) }); err != nil {
+		t.Fatal(err)
+	}
+	if gone != objects || most != batch {
+		t.Errorf("%d objects are gone, in batches of %d", gone, most)
+	}
+	mustBeEmpty(t, st)
+}
