@@ -123,6 +123,9 @@ func Check(ctx context.Context, st backend.Store, name, url string, o CheckOptio
 	case err != nil:
 		return nil, err
 	}
+	if removed, err := isRemoved(ctx, patient{st, Real{}}, id); removed || err != nil {
+		return nil, removedError(removed, err)
+	}
 	return checkImage(ctx, st, id, url, o)
 }
 

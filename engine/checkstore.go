@@ -311,7 +311,11 @@ func (s *storeScan) checkNameless(ctx context.Context, st backend.Store, rep *Ch
 
 // describeRemoved notes what is left of an image that has been removed.
 func describeRemoved(ctx context.Context, st backend.Store, rep *CheckReport, sb *superblock) error {
-	list, kept, err := unneeded(ctx, st, sb)
+	list, kept, err := unneeded(ctx, st, sb, 0)
+	if errors.Is(err, errLostClone) {
+		rep.Notes = append(rep.Notes, fmt.Sprintf("%s was removed; what clones of it need cannot be told: %v", sb.Name, err))
+		return nil
+	}
 	if err != nil {
 		return err
 	}

@@ -64,9 +64,18 @@ func mustBeEmpty(t *testing.T, st backend.Store) {
 	})
 }
 
+// removeWhole removes an image, and then what it was made of.
+func removeWhole(st backend.Store, name string, o RemoveOptions) error {
+	id, err := Remove(context.Background(), st, name, o)
+	if err != nil {
+		return err
+	}
+	return Reclaim(context.Background(), st, id, nil)
+}
+
 func mustRemove(t *testing.T, st backend.Store, name string) {
 	t.Helper()
-	if err := Remove(context.Background(), st, name, RemoveOptions{URL: "mem:/" + name, Snapshots: true}); err != nil {
+	if err := removeWhole(st, name, RemoveOptions{URL: "mem:/" + name, Snapshots: true}); err != nil {
 		t.Fatal(err)
 	}
 }
@@ -294,7 +303,7 @@ func TestRemovalsAtOnce(t *testing.T) {
 		leaf := mustClone(t, st, c, "", "leaf", nil)
 		var all sync.WaitGroup
 		for _, name := range []string{"disk", "p", "c"} {
-			all.Go(func() { _ = Remove(ctx, st, name, RemoveOptions{}) }) // they may meet
+			all.Go(func() { _ = removeWhole(st, name, RemoveOptions{}) }) // they may meet
 		}
 		all.Go(func() { _, _ = GC(ctx, st, GCOptions{}) })
 		all.Wait()
@@ -302,7 +311,7 @@ func TestRemovalsAtOnce(t *testing.T) {
 		h.mustHave(1000)
 		h.mustClose()
 		for _, name := range []string{"disk", "p", "c"} {
-			if err := Remove(ctx, st, name, RemoveOptions{}); err != nil && !errors.Is(err, backend.ErrNotFound) {
+			if err := removeWhole(st, name, RemoveOptions{}); err != nil && !errors.Is(err, backend.ErrNotFound) {
 				t.Fatal(err)
 			}
 		}
@@ -338,13 +347,16 @@ func TestLostSuperblocks(t *testing.T) {
 		}
 	}
 	back := lose(id)
-	if err := Remove(ctx, st, "disk", RemoveOptions{Force: true}); err == nil || !strings.Contains(err.Error(), "clone is a clone") {
+	if _, err := Remove(ctx, st, "disk", RemoveOptions{Force: true}); err == nil || !strings.Contains(err.Error(), "clone is a clone") {
 		t.Errorf("a parent without a superblock is removed: %v", err)
 	}
 	back()
 	back = lose(clone)
-	if err := Remove(ctx, st, "disk", RemoveOptions{}); err == nil || !strings.Contains(err.Error(), "made as clone, is missing") {
-		t.Errorf("the parent of a clone without a superblock is removed: %v", err)
+	if err := removeWhole(st, "disk", RemoveOptions{}); err == nil || !strings.Contains(err.Error(), "made as clone, is missing") {
+		t.Errorf("what the parent of a clone without a superblock was made of is removed: %v", err)
+	}
+	if rep, err := CheckStore(ctx, st, "mem:", false); err != nil || len(rep.Errors) != 1 || !strings.Contains(fmt.Sprint(rep.Notes), "what clones of it need cannot be told") {
+		t.Errorf("check of the store beside a clone without a superblock: %v, %+v", err, rep)
 	}
 	if found, err := GC(ctx, st, GCOptions{Age: 1}); err != nil || len(found) > 0 {
 		t.Errorf("gc takes %+v for garbage beside a clone without a superblock, %v", found, err)
@@ -353,7 +365,9 @@ func TestLostSuperblocks(t *testing.T) {
 	h := mustOpen(t, st, clone, 3)
 	h.mustHave(1000)
 	h.mustClose()
-	mustRemove(t, st, "disk")
+	if err := Reclaim(ctx, st, id, nil); err != nil {
+		t.Error(err)
+	}
 	mustRemove(t, st, "clone")
 	mustBeEmpty(t, st)
 }

@@ -81,10 +81,7 @@ func createNameless(ctx context.Context, st backend.Store, name string, o Create
 
 // nameIsFree fails where a new image cannot have the name.
 func nameIsFree(ctx context.Context, st backend.Store, name string) error {
-	if _, err := backend.Lookup(ctx, st, name); !errors.Is(err, backend.ErrNotFound) {
-		if err == nil {
-			err = fmt.Errorf("image %s %w", name, backend.ErrExists)
-		}
+	if err := freeName(ctx, st, name); err != nil {
 		return err
 	}
 	return notLost(ctx, st)

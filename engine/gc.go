@@ -3,6 +3,7 @@ package engine
 import (
 	"context"
 	"errors"
+	"fmt"
 	"slices"
 	"time"
 
@@ -36,9 +37,10 @@ type Garbage struct {
 }
 
 // GC finds what nothing in a store refers to any more, and unless o.DryRun is set removes it:
-// what is left of images that have been removed and that no clone of them needs, and what
-// is left of clones and empty images that were not made to their end. What an image that has
-// a name does not need any more goes when its owner works, or it is attached.
+// what is left of images that have been removed and that no clone of them needs, their names as
+// well where the removal has not come to these, and what is left of clones and empty images that
+// were not made to their end. What an image that has a name does not need any more goes when its
+// owner works, or it is attached.
 func GC(ctx context.Context, st backend.Store, o GCOptions) ([]Garbage, error) {
 	if o.Age == 0 {
 		o.Age = DefaultGCAge
@@ -113,21 +115,51 @@ func (g *collector) look(ctx context.Context, sb *superblock, objects int) error
 	switch {
 	case unmade:
 		return g.collect(sb, "it was not made to its end", objects, func() error { return g.removeUnmade(ctx, sb.Image) })
-	case sb.Removed && !g.named[sb.Image]:
-		list, kept, err := unneeded(ctx, g.st, sb)
-		if err != nil {
-			return err
-		}
-		n := len(list)
-		if kept == 0 && !slices.ContainsFunc(sb.Clones, func(p snapshot) bool { return !p.Made }) {
-			n++ // the superblock
-		}
-		if n == 0 {
-			return nil
-		}
-		return g.collect(sb, "it was removed, and no clone needs this", n, func() error { return reclaim(ctx, g.st, sb.Image, nil) })
+	case sb.Removed:
+		return g.removed(ctx, sb)
 	}
 	return nil
+}
+
+// removed looks at an image that has been removed. Its name may be there still.
+func (g *collector) removed(ctx context.Context, sb *superblock) error {
+	id, named := sb.Image, g.named[sb.Image]
+	list, kept, err := unneeded(ctx, g.st, sb, 0)
+	if errors.Is(err, errLostClone) {
+		return nil // CheckStore tells
+	}
+	if err != nil {
+		return err
+	}
+	n := len(list)
+	if kept == 0 && !slices.ContainsFunc(sb.Clones, func(p snapshot) bool { return !p.Made }) {
+		n++ // the superblock
+	}
+	what := "it was removed, and no clone needs this"
+	switch {
+	case n == 0 && !named:
+		return nil
+	case n == 0:
+		what = "the name, which it has still although it was removed"
+	case named:
+		what = "it was removed, but for its name, and no clone needs this"
+	}
+	return g.collect(sb, what, n, func() error {
+		if named {
+			if err := unlinkAll(ctx, g.st, id); err != nil {
+				return err
+			}
+			delete(g.named, id)
+		}
+		return reclaim(ctx, g.st, id, reclaimBatch, g.progress(sb))
+	})
+}
+
+// progress returns what is told of the removal of an image's objects.
+func (g *collector) progress(sb *superblock) func(done, total int) {
+	return func(done, total int) {
+		g.o.Progress(fmt.Sprintf("removing what is left of %s: %d of %d objects", sb.Name, done, total))
+	}
 }
 
 // untouched reports whether nothing that anybody has written is in the image alone: it has
@@ -154,7 +186,7 @@ func (g *collector) removeUnmade(ctx context.Context, id uuid.UUID) error {
 	if err != nil {
 		return err
 	}
-	return reclaim(ctx, g.st, id, nil)
+	return reclaim(ctx, g.st, id, reclaimBatch, nil)
 }
 
 // claims gives up the states that an image keeps for clones that are not there.

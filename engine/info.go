@@ -21,7 +21,10 @@ type Info struct {
 	Evicting   string    `json:"evict_asked_by,omitempty"`
 	Checkpoint uint64    `json:"checkpoint_object,omitempty"`
 	CutOff     []Branch  `json:"cut_off,omitempty"`
-	Parent     uuid.UUID `json:"parent,omitzero"` // the image that it was cloned from
+	// Removed says that there is no such image any more: whoever removed it was interrupted
+	// before the name was gone.
+	Removed bool      `json:"removed,omitempty"`
+	Parent  uuid.UUID `json:"parent,omitzero"` // the image that it was cloned from
 	// Clones are those of the image: their ids, and the names that they were made under.
 	Clones []Snapshot `json:"clones,omitempty"`
 	// Snapshots are in the order in which they were asked for.
@@ -60,7 +63,7 @@ func Describe(ctx context.Context, st backend.Store, name string) (Info, error) 
 	}
 	info := Info{
 		Name: name, ID: id, Size: sb.Sectors * SectorSize, BlockSize: sb.BlockSize, ObjectSize: sb.ObjectSize,
-		Created: sb.Created, Epoch: sb.Epoch,
+		Created: sb.Created, Epoch: sb.Epoch, Removed: sb.Removed,
 	}
 	info.Owner = sb.holder()
 	if sb.Evict != nil {

@@ -438,5 +438,5 @@ func cloneTwice(st backend.Store, id uuid.UUID, between func(last uuid.UUID)) er
 		return err
 	}
 	between(last)
-	return Remove(ctx, st, "middle", RemoveOptions{})
+	return removeWhole(st, "middle", RemoveOptions{})
 }

@@ -20,6 +20,14 @@ func Rename(ctx context.Context, st backend.Store, from, to string) error {
 	if err != nil {
 		return err
 	}
+	if removed, err := isRemoved(ctx, st, id); removed || err != nil {
+		return removedError(removed, err)
+	}
+	if from != to {
+		if err := freeName(ctx, st, to); err != nil {
+			return err
+		}
+	}
 	if err := backend.Rename(ctx, st, from, to); err != nil {
 		return err
 	}
@@ -46,46 +54,115 @@ func (e *SnapshotsError) Error() string {
 
 // RemoveOptions says how an image is removed.
 type RemoveOptions struct {
-	URL       string         // names the image in messages
-	Force     bool           // also one that has an owner, or cannot be read
-	Snapshots bool           // also one that has snapshots, which go with it
-	Progress  func(done int) // is told how many objects are gone; may be nil
+	URL       string // names the image in messages
+	Force     bool   // also one that has an owner, or cannot be read
+	Snapshots bool   // also one that has snapshots, which go with it
+	// Progress is told how many objects of how many are gone, where the data of one that cannot
+	// be read has to go first; may be nil.
+	Progress func(done, total int)
 }
 
-// Remove removes the image of that name. All its objects go, but for those that clones of it
-// need: these go when no clone needs them any more. Unless the options say otherwise, one that
-// has an owner is refused with an OwnedError, and one that has snapshots with a
-// SnapshotsError. A removal that was interrupted can be repeated, since the name goes last.
-func Remove(ctx context.Context, st backend.Store, name string, o RemoveOptions) error {
+// Remove removes the image of that name and returns its id: from its return on there is no such
+// image. It takes as much of the store whatever is in the image: the data stays, for Reclaim of
+// the id, or GC. Unless the options say otherwise, one that has an owner is refused with an
+// OwnedError, and one that has snapshots with a SnapshotsError. A removal that was interrupted
+// can be repeated, since the name goes last, or be left to GC. Of an image that cannot be read,
+// or has lost its superblock, the data goes first: nothing but its name says what it was.
+func Remove(ctx context.Context, st backend.Store, name string, o RemoveOptions) (uuid.UUID, error) {
 	id, err := backend.Lookup(ctx, st, name)
 	if err != nil {
-		return err
+		return uuid.Nil, err
 	}
-	if !o.Force {
-		// What cannot be read is the matter of what follows.
-		var owned *OwnedError
-		if err := endCommand(ctx, patient{st, Real{}}, id, OpenOptions{URL: o.URL, Clock: Real{}}); errors.As(err, &owned) {
-			return err
+	remove := func() error {
+		return changeInsistently(ctx, st, id, func(sb *superblock) error { return sb.remove(&o) })
+	}
+	var owned *OwnedError
+	if err = remove(); errors.As(err, &owned) && owned.Command {
+		if err = endCommand(ctx, patient{st, Real{}}, id, OpenOptions{URL: o.URL, Clock: Real{}}); err == nil {
+			err = remove()
 		}
 	}
-	err = changeInsistently(ctx, st, id, func(sb *superblock) error { return sb.remove(&o) })
-	switch {
-	case err == nil:
-		err = reclaim(ctx, patient{st, Real{}}, id, o.Progress)
-	case errors.Is(err, backend.ErrNotFound) || o.Force && unreadableSuper(err) && !errors.Is(err, frame.ErrVersion):
+	if errors.Is(err, backend.ErrNotFound) || o.Force && unreadableSuper(err) && !errors.Is(err, frame.ErrVersion) {
 		if err = noClones(ctx, st, id); err == nil {
 			err = removeObjects(ctx, st, id, o.Progress)
 		}
-	default:
-		return err
+		if err != nil {
+			err = fmt.Errorf("remove image %s: %w", name, err)
+		}
 	}
 	if err != nil {
-		return fmt.Errorf("remove image %s: %w", name, err)
+		return uuid.Nil, err
 	}
-	if err := backend.Unlink(ctx, st, name, id); err != nil && !errors.Is(err, backend.ErrNotFound) {
-		return err
+	if err := unlinkAll(ctx, st, id); err != nil {
+		return uuid.Nil, fmt.Errorf("remove the name %s, whose image is removed: try again: %w", name, err)
+	}
+	return id, nil
+}
+
+// unlinkAll takes away the names that an image has which has been removed: the superblock may
+// have another one than the directory.
+func unlinkAll(ctx context.Context, st backend.Store, id uuid.UUID) error {
+	for moved := true; moved; {
+		names, err := backend.Names(ctx, st)
+		if err != nil {
+			return err
+		}
+		moved = false
+		for _, e := range names {
+			if e.ID != id {
+				continue
+			}
+			err := backend.Unlink(ctx, st, e.Name, id)
+			if errors.Is(err, backend.ErrNotFound) || errors.Is(err, backend.ErrConflict) {
+				moved = true // somebody has renamed it, or is at it too
+			} else if err != nil {
+				return err
+			}
+		}
 	}
 	return nil
+}
+
+// isRemoved reports whether an image has been removed, and its name perhaps not yet taken away.
+// Where that cannot be told it has not.
+func isRemoved(ctx context.Context, st backend.Store, id uuid.UUID) (bool, error) {
+	sb, _, err := loadSuperblock(ctx, st, id)
+	switch {
+	case err == nil:
+		return sb.Removed, nil
+	case errors.Is(err, backend.ErrNotFound) || unreadableSuper(err):
+		return false, nil
+	}
+	return false, err
+}
+
+// removedError returns the error of an image that has been removed, which matches
+// backend.ErrNotFound too, or else err.
+func removedError(removed bool, err error) error {
+	if removed {
+		return fmt.Errorf("%w: %w", backend.ErrNotFound, ErrRemoved)
+	}
+	return err
+}
+
+// freeName fails with an error that matches backend.ErrExists where an image has the name. From
+// one that has been removed, by somebody who was interrupted at that, it takes the name away.
+func freeName(ctx context.Context, st backend.Store, name string) error {
+	id, err := backend.Lookup(ctx, st, name)
+	if errors.Is(err, backend.ErrNotFound) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	removed, err := isRemoved(ctx, st, id)
+	switch {
+	case err != nil:
+		return err
+	case removed:
+		return unlinkAll(ctx, st, id)
+	}
+	return fmt.Errorf("image %s %w", name, backend.ErrExists)
 }
 
 // remove makes the image one that has been removed, in an epoch that nobody owns.
@@ -131,7 +208,7 @@ func noClones(ctx context.Context, st backend.Store, id uuid.UUID) error {
 
 // removeObjects removes all objects of an image. The superblock goes first, so that
 // nobody attaches an image whose objects are on their way out.
-func removeObjects(ctx context.Context, st backend.Store, id uuid.UUID, progress func(done int)) error {
+func removeObjects(ctx context.Context, st backend.Store, id uuid.UUID, progress func(done, total int)) error {
 	if err := st.Delete(ctx, SuperblockKey(id)); err != nil && !errors.Is(err, backend.ErrNotFound) {
 		return err
 	}
@@ -143,14 +220,14 @@ func removeObjects(ctx context.Context, st backend.Store, id uuid.UUID, progress
 }
 
 // deleteKeys deletes objects, of which any may be gone. progress, if not nil, is told how many
-// are.
-func deleteKeys(ctx context.Context, st backend.Store, keys []string, progress func(done int)) error {
+// of them are.
+func deleteKeys(ctx context.Context, st backend.Store, keys []string, progress func(done, total int)) error {
 	for i, key := range keys {
 		if err := st.Delete(ctx, key); err != nil && !errors.Is(err, backend.ErrNotFound) {
 			return err
 		}
 		if progress != nil {
-			progress(i + 1)
+			progress(i+1, len(keys))
 		}
 	}
 	return nil

@@ -141,8 +141,8 @@ func Open(ctx context.Context, st backend.Store, id uuid.UUID, o OpenOptions) (*
 	o.Config = o.Config.withDefaults()
 	recovery := patient{prompt{st, o.Config.StoreTimeout}, o.Clock}
 	sb, _, err := loadSuperblock(ctx, recovery, id)
-	if err == nil && sb.Removed {
-		err = fmt.Errorf("%w: %w", backend.ErrNotFound, errRemoved)
+	if err == nil {
+		err = removedError(sb.Removed, nil)
 	}
 	if err != nil {
 		return nil, err
@@ -462,7 +462,7 @@ func (im *Image) acquire(ctx context.Context, o *OpenOptions, ours bool) (*super
 		}
 		switch {
 		case sb.Removed:
-			return nil, errRemoved
+			return nil, ErrRemoved
 		case ours && (sb.Owner == nil || sb.Owner.Log != im.logID):
 			return nil, errReleased
 		}

@@ -617,11 +617,11 @@ func TestRemovedImageFences(t *testing.T) {
 		t.Fatal(err)
 	}
 	var owned *OwnedError
-	if err := Remove(context.Background(), st, "disk", RemoveOptions{URL: "mem:/disk"}); !errors.As(err, &owned) {
+	if _, err := Remove(context.Background(), st, "disk", RemoveOptions{URL: "mem:/disk"}); !errors.As(err, &owned) {
 		t.Fatalf("rm of an attached image: %v", err)
 	}
 	a.mustWrite(1, 1)
-	if err := Remove(context.Background(), st, "disk", RemoveOptions{URL: "mem:/disk", Force: true}); err != nil {
+	if err := removeWhole(st, "disk", RemoveOptions{URL: "mem:/disk", Force: true}); err != nil {
 		t.Fatal(err)
 	}
 	a.run(time.Minute)
@@ -966,8 +966,6 @@ func TestRemoveAfterCommand(t *testing.T) {
 	}); err != nil {
 		t.Fatal(err)
 	}
-	if err := Remove(t.Context(), st, "disk", RemoveOptions{}); err != nil {
-		t.Fatal(err)
-	}
+	mustRemove(t, st, "disk")
 	mustBeEmpty(t, st)
 }

@@ -11,19 +11,39 @@ import (
 	"github.com/lsd-ceph/lsd/internal/mutate"
 )
 
-// errRemoved is why nothing can be done with an image of which only what its clones need is
-// left.
-var errRemoved = errors.New("the image has been removed; what is left of it is for its clones")
+// ErrRemoved is matched where nothing can be done with an image because it has been removed:
+// what is left of it is for its clones, or has not been reclaimed yet.
+var ErrRemoved = errors.New("the image has been removed")
+
+// errLostClone is why it cannot be told what the clones of an image need.
+var errLostClone = errors.New("a clone is lost")
 
 // reclaimTries bounds how often it is looked anew what the clones of an image that has been
 // removed need, because their owners have gone on meanwhile.
 const reclaimTries = 10
 
-// reclaim removes of an image that has been removed what none of its clones needs; if none
+// reclaimBatch bounds how many objects of an image without clones are listed at one time, so that
+// a large one takes no more memory, some 25 MiB, of the daemon that reclaims it.
+const reclaimBatch = 1 << 18
+
+// Reclaim removes of an image that has been removed what none of its clones needs; if none
 // is left, all of it, and then what only it needed of the image that it was cloned from, if
-// that has been removed too. It may be interrupted at any time, and be repeated.
-func reclaim(ctx context.Context, st backend.Store, id uuid.UUID, progress func(done int)) error {
-	for id != uuid.Nil {
+// that has been removed too. It may be interrupted at any time, and be repeated; what is left
+// then, GC finds. Where the image has not been removed, or is gone, it does nothing. progress, if
+// not nil, is told how many objects of how many are gone, for each image anew.
+func Reclaim(ctx context.Context, st backend.Store, id uuid.UUID, progress func(done, total int)) error {
+	if err := reclaim(ctx, patient{st, Real{}}, id, reclaimBatch, progress); err != nil {
+		return fmt.Errorf("reclaim what image %s, which has been removed, was made of: %w", id, err)
+	}
+	return nil
+}
+
+// reclaim is Reclaim in batches of so many objects.
+func reclaim(ctx context.Context, st backend.Store, id uuid.UUID, batch int, progress func(done, total int)) error {
+	if id == uuid.Nil {
+		return nil
+	}
+	for {
 		sb, _, err := loadSuperblock(ctx, st, id)
 		switch {
 		case errors.Is(err, backend.ErrNotFound):
@@ -40,7 +60,7 @@ func reclaim(ctx context.Context, st backend.Store, id uuid.UUID, progress func(
 		if gone {
 			continue
 		}
-		list, kept, err := unneeded(ctx, st, sb)
+		list, kept, err := unneeded(ctx, st, sb, batch)
 		if errors.Is(err, backend.ErrNotFound) {
 			if _, _, lerr := loadSuperblock(ctx, st, id); errors.Is(lerr, backend.ErrNotFound) {
 				return nil // another one was at it
@@ -53,9 +73,10 @@ func reclaim(ctx context.Context, st backend.Store, id uuid.UUID, progress func(
 			return err
 		}
 		switch {
+		case len(list) == batch && len(sb.Clones) == 0:
+			continue // there may be more
 		case len(sb.Clones) > 0 && kept > 0:
-			id = sb.Parent // which may keep something for what has gone now
-			continue
+			return reclaim(ctx, st, sb.Parent, batch, progress) // which may keep something for what has gone now
 		case len(sb.Clones) > 0:
 			if slices.ContainsFunc(sb.Clones, func(p snapshot) bool { return !p.Made }) {
 				return nil // somebody is at it
@@ -70,17 +91,19 @@ func reclaim(ctx context.Context, st backend.Store, id uuid.UUID, progress func(
 				return err
 			}
 		}
+		// The superblock last: as long as it is there a repetition comes by its ancestors.
+		if err := reclaim(ctx, st, sb.Parent, batch, progress); err != nil {
+			return err
+		}
 		// The name first: what has one and no superblock has lost it.
-		err = backend.Unlink(ctx, st, sb.Name, id)
-		if err != nil && !errors.Is(err, backend.ErrNotFound) && !errors.Is(err, backend.ErrConflict) {
+		if err := unlinkAll(ctx, st, id); err != nil {
 			return err
 		}
 		if err := st.Delete(ctx, SuperblockKey(id)); err != nil && !errors.Is(err, backend.ErrNotFound) {
 			return err
 		}
-		id = sb.Parent
+		return nil
 	}
-	return nil
 }
 
 // releaseGone gives up the states that an image keeps for clones that are not there any more,
@@ -178,15 +201,27 @@ func passOver(ctx context.Context, st backend.Store, sb *superblock) (bool, erro
 // clones needs, and how many others there are. Its superblock is neither. What clones need
 // only becomes less, but others that remove images pass some over meanwhile: what is found
 // counts if no superblock of a removed image on the way has changed. sb becomes what that of
-// the image is by then.
-func unneeded(ctx context.Context, st backend.Store, sb *superblock) (list []string, kept int, err error) {
+// the image is by then. most bounds, if it is not 0, how many keys there are where there are no
+// clones; with clones all are listed, for those that are needed would be again.
+func unneeded(ctx context.Context, st backend.Store, sb *superblock, most int) (list []string, kept int, err error) {
+	enough := errors.New("enough")
 	for range reclaimTries {
 		n := &cloneNeeds{of: sb.Image, data: map[checkpointRef]bool{}, maps: map[mapName]bool{}, manifests: map[checkpointRef]bool{}, seen: map[uuid.UUID]backend.Version{}}
 		var keys []string
-		if err := st.List(ctx, sb.Image.String()+"/", func(key string) error { keys = append(keys, key); return nil }); err != nil {
-			return nil, 0, err
+		bounded := most > 0 && len(sb.Clones) == 0 // nor will there be any
+		lerr := st.List(ctx, sb.Image.String()+"/", func(key string) error {
+			switch {
+			case parseKey(sb.Image, key).kind == keySuper:
+				return nil
+			case bounded && len(keys) == most:
+				return enough
+			}
+			keys = append(keys, key)
+			return nil
+		})
+		if lerr != nil && !errors.Is(lerr, enough) {
+			return nil, 0, lerr
 		}
-		keys = slices.DeleteFunc(keys, func(key string) bool { return parseKey(sb.Image, key).kind == keySuper })
 		now, version, lerr := loadSuperblock(ctx, st, sb.Image)
 		if lerr != nil {
 			return nil, 0, lerr
@@ -252,7 +287,7 @@ func (n *cloneNeeds) gone(ctx context.Context, st backend.Store, p *snapshot) er
 		n.named = named
 	}
 	if n.named[p.ID] {
-		return fmt.Errorf("the superblock of %s, made as %s, is missing, and it has a name: bring it back from a copy of the pool, or remove it with lsdctl rm", p.ID, p.Name)
+		return fmt.Errorf("%w: the superblock of %s, made as %s, is missing, and it has a name: bring it back from a copy of the pool, or remove it with lsdctl rm", errLostClone, p.ID, p.Name)
 	}
 	return nil
 }

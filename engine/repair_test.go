@@ -314,7 +314,7 @@ func TestRepairWithdraws(t *testing.T) {
 			h.mustClose()
 		}, 1},
 		{"removed", func(c miscounted) {
-			if err := Remove(context.Background(), c.st, "disk", RemoveOptions{URL: "mem:/disk"}); err != nil {
+			if err := removeWhole(c.st, "disk", RemoveOptions{URL: "mem:/disk"}); err != nil {
 				c.t.Fatal(err)
 			}
 		}, 0},

@@ -32,7 +32,7 @@ func Grow(ctx context.Context, st backend.Store, id uuid.UUID, size uint64) erro
 	return changeInsistently(ctx, st, id, func(sb *superblock) error {
 		switch sectors := size / SectorSize; {
 		case sb.Removed:
-			return errRemoved
+			return ErrRemoved
 		case size%SectorSize == 0 && sb.Sectors == sectors:
 			return errNothing
 		case size < sb.Sectors*SectorSize:

@@ -47,7 +47,7 @@ func Rollback(ctx context.Context, st backend.Store, id uuid.UUID, name string, 
 			to := sb.snapshotNamed(name)
 			switch {
 			case sb.Removed:
-				return errRemoved
+				return ErrRemoved
 			case to == nil:
 				return fmt.Errorf("%w: %s", ErrNoSnapshot, name)
 			case !to.Settled:

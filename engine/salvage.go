@@ -42,7 +42,7 @@ func Salvage(ctx context.Context, file writelog.File, src backend.Store, srcID u
 	if err == nil {
 		_, _, err = changeSuperblock(ctx, dst, id, func(sb *superblock) error {
 			if sb.Removed {
-				return errRemoved
+				return ErrRemoved
 			}
 			sb.Partial = false
 			return nil

@@ -1,7 +1,5 @@
 package engine
 
-import "context"
-
 // sharedOf returns what images of h's process share, nil if h is nil.
 func (h *simHost) sharedOf() *Shared {
 	if h == nil {
@@ -79,7 +77,7 @@ func (w *world) neighbour() {
 	for len(w.late) > 0 { // what comes later would be nobody's
 		w.lateEffect(0)
 	}
-	if err := Remove(context.Background(), w.inner, "other", RemoveOptions{URL: "mem:/other"}); err != nil {
+	if err := removeWhole(w.inner, "other", RemoveOptions{URL: "mem:/other"}); err != nil {
 		w.fail("remove another image: %v", err)
 	}
 }

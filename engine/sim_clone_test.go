@@ -25,6 +25,9 @@ func (w *world) cloning() {
 		w.clone()
 	case k == 2:
 		w.removeClone(w.rng.IntN(len(w.cloned)))
+		for len(w.removed) > 0 && w.rng.IntN(2) == 0 {
+			w.reclaim()
+		}
 	case k == 3:
 		w.cloneOfClone(w.cloned[w.rng.IntN(len(w.cloned))])
 	default:
@@ -167,21 +170,57 @@ func (w *world) removeClone(i int) {
 	w.count(countClonesGone, true)
 	c := w.caller()
 	var err error
-	if w.call(c, func() { err = Remove(context.Background(), c.store, s.name, RemoveOptions{URL: "mem:/" + s.name}) }) || err != nil {
+	if w.call(c, func() { _, err = Remove(context.Background(), c.store, s.name, RemoveOptions{URL: "mem:/" + s.name}) }) || err != nil {
 		if c.injected == 0 && err != nil {
 			w.fail("remove clone %s: %v", s.name, err)
 		}
 		w.flushLate()
-		w.mustRemove(s.name)
+		switch w.rng.IntN(3) {
+		case 0:
+			w.mustRemove(s.name)
+		case 1: // as far as it has come somebody else sees to it, if it has begun
+			w.collect()
+			if _, err := backend.Lookup(context.Background(), w.inner, s.name); err == nil {
+				w.mustRemove(s.name)
+			}
+		default: // somebody takes it for granted that it is gone
+			if err := freeName(context.Background(), w.inner, s.name); err != nil {
+				w.mustRemove(s.name)
+			}
+		}
 	}
 	w.drop(c)
+	w.removed = append(w.removed, s)
 }
 
-// mustRemove removes an image that is there, or half there.
+// reclaim removes what an image was made of that was removed, now or some time ago, or it does
+// not come to its end; then somebody else does it later.
+func (w *world) reclaim() {
+	i := w.rng.IntN(len(w.removed))
+	s := w.removed[i]
+	c := w.caller()
+	defer w.drop(c)
+	var err error
+	died := w.call(c, func() { err = Reclaim(context.Background(), c.store, s.id, nil) })
+	w.flushLate()
+	w.count(countReclaims, !died && err == nil)
+	switch {
+	case !died && err == nil:
+		w.removed = slices.Delete(w.removed, i, i+1)
+	case c.injected == 0 && err != nil:
+		w.fail("reclaim clone %s: %v", s.name, err)
+	}
+}
+
+// mustRemove removes an image that is there, or half there. What it was made of is reclaimed by
+// whoever does so later.
 func (w *world) mustRemove(name string) {
-	err := Remove(context.Background(), w.inner, name, RemoveOptions{URL: "mem:/" + name, Snapshots: true})
+	_, err := Remove(context.Background(), w.inner, name, RemoveOptions{URL: "mem:/" + name, Snapshots: true})
 	if err != nil && !errors.Is(err, backend.ErrNotFound) {
 		w.fail("remove %s: %v", name, err)
+	}
+	if _, err := backend.Lookup(context.Background(), w.inner, name); !errors.Is(err, backend.ErrNotFound) {
+		w.fail("%s, which was removed, is there: %v", name, err)
 	}
 }
 
@@ -198,10 +237,23 @@ func (w *world) dropClones() {
 	for len(all) > 0 {
 		i := w.rng.IntN(len(all))
 		w.mustRemove(all[i].name)
+		w.removed = append(w.removed, all[i])
 		all = slices.Delete(all, i, i+1)
+		switch w.rng.IntN(3) {
+		case 0:
+			w.collect()
+		case 1:
+			w.reclaim()
+		}
 		for _, s := range all {
 			w.lookAtClone(s)
 		}
+	}
+	if w.rng.IntN(2) == 0 {
+		w.collect()
+	}
+	for len(w.removed) > 0 {
+		w.reclaim()
 	}
 	err := w.inner.List(context.Background(), "", func(key string) error {
 		if key != backend.DirectoryKey && !w.strays[key] {
@@ -238,6 +290,20 @@ func (w *world) settleClones() {
 	for _, c := range w.cloned {
 		w.lookAtClone(c)
 		w.checkImage(c.name)
+	}
+	w.measure()
+}
+
+// measure measures the store: what it says adds up, and whose images are whole nothing is unknown.
+func (w *world) measure() {
+	u, err := addedUp(w.inner)
+	if err != nil || u.Unknown > 0 || u.Strange > 0 {
+		w.fail("usage: %+v, %v", u, err)
+	}
+	for _, im := range u.Images {
+		if im.Error != "" {
+			w.fail("usage of %s: %s", im.Name, im.Error)
+		}
 	}
 }
 

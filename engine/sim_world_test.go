@@ -50,8 +50,9 @@ type world struct {
 	maybe        []string // names of snapshots that there may be, or not
 	nextSnap     int      // of snapshots and clones
 	cloned       []*simClone
-	half         []string // names of clones that there may be, or not
-	frozen       bool     // one of them goes on: the others do not
+	removed      []*simClone // of what these were made of something may be left
+	half         []string    // names of clones that there may be, or not
+	frozen       bool        // one of them goes on: the others do not
 }
 
 // simRegion is a part of the image that the world uses.
@@ -841,7 +842,7 @@ func (w *world) salvage(a *simHost, has int) {
 	}
 	c.kill()
 	w.drop(c)
-	if err := Remove(ctx, w.inner, "saved", RemoveOptions{URL: "mem:/saved", Force: true}); err != nil {
+	if err := removeWhole(w.inner, "saved", RemoveOptions{URL: "mem:/saved", Force: true}); err != nil {
 		w.fail("remove what was salvaged: %v", err)
 	}
 }

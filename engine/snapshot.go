@@ -269,7 +269,7 @@ func (m *snapshotMaker) change(ctx context.Context, sb *superblock) error {
 	have := sb.snapshotOf(m.want.ID)
 	switch {
 	case sb.Removed:
-		return errRemoved
+		return ErrRemoved
 	case have == nil && m.seen:
 		return errWithdrawn
 	case have != nil && (have.Settled || sb.Owner != nil):

@@ -330,7 +330,7 @@ func TestSnapshotNames(t *testing.T) {
 		t.Error(err)
 	}
 	var some *SnapshotsError
-	if err := Remove(ctx, st, "disk", RemoveOptions{URL: "mem:/disk"}); !errors.As(err, &some) || some.Count != 2 {
+	if _, err := Remove(ctx, st, "disk", RemoveOptions{URL: "mem:/disk"}); !errors.As(err, &some) || some.Count != 2 {
 		t.Errorf("an image with snapshots is removed: %v", err)
 	}
 	if err := Rename(ctx, st, "disk", "other"); err != nil {
@@ -343,7 +343,7 @@ func TestSnapshotNames(t *testing.T) {
 	if sb, _, err := loadSuperblock(ctx, st, id); err != nil || sb.Name != "other" {
 		t.Errorf("the superblock has the name %q, %v", sb.Name, err)
 	}
-	if err := Remove(ctx, st, "other", RemoveOptions{URL: "mem:/other", Snapshots: true}); err != nil {
+	if err := removeWhole(st, "other", RemoveOptions{URL: "mem:/other", Snapshots: true}); err != nil {
 		t.Error(err)
 	}
 }

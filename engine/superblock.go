@@ -66,8 +66,8 @@ type superblock struct {
 	Clones []snapshot `json:"clones,omitempty"`
 	// Parent is the image that it was cloned from, which keeps the state that it began with.
 	Parent uuid.UUID `json:"parent,omitzero"`
-	// Removed says that the image has been removed, and that clones of it need part of what
-	// it was made of.
+	// Removed says that the image has been removed: what is left of it has not been reclaimed
+	// yet, or clones of it need that. It never becomes false again.
 	Removed bool `json:"removed,omitempty"`
 	// Origins are the ancestors whose objects the image is made of, up to where its own begin.
 	Origins []origin `json:"origins,omitempty"`

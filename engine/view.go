@@ -84,8 +84,8 @@ func OpenView(ctx context.Context, st backend.Store, id uuid.UUID, o ViewOptions
 	o.Config = o.Config.withDefaults()
 	recovery := patient{prompt{st, o.Config.StoreTimeout}, o.Clock}
 	sb, _, err := loadSuperblock(ctx, recovery, id)
-	if err == nil && sb.Removed {
-		err = fmt.Errorf("%w: %w", backend.ErrNotFound, errRemoved)
+	if err == nil {
+		err = removedError(sb.Removed, nil)
 	}
 	if err != nil {
 		return nil, err

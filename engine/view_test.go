@@ -164,7 +164,7 @@ func TestViewOvertaken(t *testing.T) {
 	if err := last.ReadAt(ctx, make([]byte, 4096), 0); !errors.Is(err, ErrCorrupt) || errors.Is(err, ErrOvertaken) {
 		t.Errorf("an object is missing: %v", err)
 	}
-	if err := Remove(ctx, st, "disk", RemoveOptions{Force: true}); err != nil {
+	if _, err := Remove(ctx, st, "disk", RemoveOptions{Force: true}); err != nil {
 		t.Fatal(err)
 	}
 	fails(last, "the image has been removed")

@@ -121,6 +121,8 @@ func (a *app) checkURL(ctx context.Context, url string, o engine.CheckOptions) (
 	if imageErr == nil {
 		rep, imageErr = a.checkImage(ctx, u, name, o)
 		switch {
+		case errors.Is(imageErr, engine.ErrRemoved):
+			return nil, noImage(u, name, imageErr)
 		case imageErr == nil && rep.ID == uuid.Nil: // its name could not be looked up
 		case errors.Is(imageErr, backend.ErrNotFound), errors.Is(imageErr, backend.ErrPermanent):
 		default:

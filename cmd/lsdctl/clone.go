@@ -121,7 +121,8 @@ type child struct {
 	MadeAs  string    `json:"made_as"`
 	Created time.Time `json:"created"`
 	Size    uint64    `json:"size_bytes"` // of the image then
-	// Removed says that it has no name any more: clones of it still need the image.
+	// Removed says that it has no name any more: clones of it still need the image, or its
+	// space is not reclaimed yet.
 	Removed bool `json:"removed,omitempty"`
 	// Pending says that the image's owner has not yet come to what it begins as.
 	Pending bool `json:"pending,omitempty"`
@@ -132,7 +133,8 @@ func (a *app) childrenCommand() *cobra.Command {
 		Use:   "children STORE/IMAGE",
 		Short: "List the clones of an image",
 		Long: `List the clones of an image: the name that each has now, and the one that it was
-made under. One that has been removed is listed while clones of it need the image.`,
+made under. One that has been removed is listed while clones of it need the image, or
+its space is not reclaimed yet.`,
 		Example: `  lsdctl children rados://rbd/debian
   lsdctl children rados://rbd/debian --json`,
 		Args: exactArgs("STORE/IMAGE"),

@@ -19,9 +19,14 @@ import (
 // printed decodes what a command prints as JSON.
 func printed[T any](t *testing.T, args ...string) (v T) {
 	t.Helper()
-	out := must(t, append(args, "--json")...)
+	return decoded[T](t, must(t, append(args, "--json")...))
+}
+
+// decoded returns what a command has printed as JSON.
+func decoded[T any](t *testing.T, out string) (v T) {
+	t.Helper()
 	if err := json.Unmarshal([]byte(out), &v); err != nil {
-		t.Fatalf("lsdctl %v: %v in %q", args, err, out)
+		t.Fatalf("%v in %q", err, out)
 	}
 	return v
 }
@@ -277,14 +282,15 @@ func leave(t *testing.T, store string, st backend.Store) {
 			t.Fatal(err)
 		}
 	}
-	if err := engine.Remove(ctx, st, "half", engine.RemoveOptions{Progress: func(int) { stop() }}); err == nil {
-		t.Fatal("it was removed")
+	id, err := engine.Remove(ctx, st, "half", engine.RemoveOptions{})
+	if err != nil || id != half.ID {
+		t.Fatal(id, err)
 	}
-	ctx = context.Background()
-	for name, id := range map[string]uuid.UUID{"lost": lost.ID, "half": half.ID} {
-		if err := backend.Unlink(ctx, st, name, id); err != nil {
-			t.Fatal(err)
-		}
+	if err := engine.Reclaim(ctx, st, id, func(int, int) { stop() }); err == nil {
+		t.Fatal("all of it was reclaimed")
+	}
+	if err := backend.Unlink(context.Background(), st, "lost", lost.ID); err != nil {
+		t.Fatal(err)
 	}
 }
 

@@ -140,7 +140,7 @@ func (a *app) export(ctx context.Context, u backend.URL, image, snap, file, form
 
 // exportRaw writes all of a state of an image.
 func (a *app) exportRaw(ctx context.Context, v *engine.View, t *target) (exported, error) {
-	m, err := a.measure(ctx, nil, v, t)
+	m, err := a.survey(ctx, nil, v, t)
 	if err != nil {
 		return m.exported, err
 	}
@@ -173,8 +173,8 @@ type measured struct {
 	progress *progress
 }
 
-// measure finds out how much has changed between two states, which it takes to read the map.
-func (a *app) measure(ctx context.Context, from, to *engine.View, t *target) (*measured, error) {
+// survey finds out how much has changed between two states, which it takes to read the map.
+func (a *app) survey(ctx context.Context, from, to *engine.View, t *target) (*measured, error) {
 	m := &measured{exported: exported{Size: to.Size()}, what: "writing " + t.name, progress: a.progress}
 	if t.stream != nil {
 		m.what = "exporting"

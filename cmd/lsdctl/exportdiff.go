@@ -59,7 +59,7 @@ func (a *app) exportDiff(ctx context.Context, u backend.URL, image, from, to, fi
 
 // writeDiff writes what has changed between two states.
 func (a *app) writeDiff(ctx context.Context, from, to *engine.View, h rbddiff.Header, t *target) (exported, error) {
-	m, err := a.measure(ctx, from, to, t)
+	m, err := a.survey(ctx, from, to, t)
 	if err != nil {
 		return m.exported, err
 	}

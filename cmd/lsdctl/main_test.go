@@ -182,6 +182,8 @@ func TestBadInput(t *testing.T) {
 		{"create " + store + "/new@monday --size 1M", "an image is wanted here"},
 		{"info " + store + "/there@monday", "an image is wanted here"},
 		{"rm " + store + "/there@monday", "an image is wanted here"},
+		{"rm " + store + "/other --wait --no-wait", "give one of them"},
+		{"rm " + store + "/other --wait=maybe", "--wait"},
 		{"rm " + store + "/there", store + "/there: it has 1 snapshot, which would go with it: remove them first, or say --snapshots"},
 		{"rename", "STORE/IMAGE is missing"},
 		{"rename " + store + "/there", "NEW is missing"},
@@ -272,6 +274,17 @@ func TestBadInput(t *testing.T) {
 		{"children " + store + "/none", store + "/none: no such image"},
 		{"children " + store + "/there@monday", "an image is wanted here"},
 		{"children mem:x", "tests"},
+		{"df", "STORE is missing"},
+		{"df " + store + " x", "too much"},
+		{"df file://" + dir + "/none", "no store"},
+		{"df mem:x", "tests"},
+		{"tree", "STORE[/IMAGE] is missing"},
+		{"tree " + store + " x", "too much"},
+		{"tree " + store + "/none", "neither an image nor a store"},
+		{"tree file://" + dir + "/other", "neither an image nor a store"},
+		{"tree " + store + "/there@monday", "neither an image nor a store"},
+		{"tree mem:x/y", "tests"},
+		{"tree vm1", "not a URL"},
 		{"gc", "STORE is missing"},
 		{"gc " + store + " x", "too much"},
 		{"gc file://" + dir + "/none", "no store"},
@@ -365,7 +378,9 @@ func TestCorrupt(t *testing.T) {
 	if out := must(t, "ls", store); !strings.Contains(out, "corrupt") {
 		t.Errorf("ls: %s", out)
 	}
-	must(t, "rm", store+"/vm1", "--force")
+	if out := must(t, "rm", store+"/vm1", "--force"); !strings.HasPrefix(out, "removed "+store+"/vm1\nreclaimed its space") {
+		t.Errorf("rm --force: %q", out)
+	}
 }
 
 // TestHelp: every command has an example and a line about itself.

@@ -214,7 +214,10 @@ func (a *app) printImages(list []listed) error {
 				continue
 			}
 			owner := "-"
-			if i.Owner != nil {
+			switch {
+			case i.Removed:
+				owner = "removed, but for its name: lsdctl rm it again"
+			case i.Owner != nil:
 				owner = i.Owner.Host
 			}
 			row(i.Name, bytesize.Human(i.Size), i.BlockSize, i.Created.Local().Format(time.DateTime), owner)
@@ -266,10 +269,12 @@ func describe(ctx context.Context, st backend.Store, name string) (described, er
 
 // noImage says which image is not there.
 func noImage(u backend.URL, name string, err error) error {
-	if errors.Is(err, backend.ErrNotFound) {
+	switch {
+	case errors.Is(err, engine.ErrRemoved):
+		return fmt.Errorf("%s: %w, but for its name: lsdctl rm it again", u.Image(name), engine.ErrRemoved)
+	case errors.Is(err, backend.ErrNotFound):
 		return fmt.Errorf("%s: no such image: see lsdctl ls %s", u.Image(name), u)
-	}
-	if err != nil {
+	case err != nil:
 		return fmt.Errorf("%s: %w", u.Image(name), err)
 	}
 	return nil
@@ -284,9 +289,12 @@ func (a *app) printInfo(u backend.URL, i described) error {
 		row("object size", bytesize.Human(uint64(i.ObjectSize)))
 		row("created", i.Created.Local().Format(time.DateTime))
 		row("epoch", i.Epoch)
-		if i.Owner == nil {
+		switch {
+		case i.Removed:
+			row("state", "removed, but for its name: lsdctl rm it again")
+		case i.Owner == nil:
 			row("attached by", "nobody")
-		} else {
+		default:
 			row("attached by", fmt.Sprintf("%s since %s, lease %v", i.Owner.Host, i.Owner.Since.Local().Format(time.DateTime), i.Owner.Lease))
 		}
 		if i.Evicting != "" {
@@ -316,54 +324,4 @@ func someSnapshots(url string, list []engine.Snapshot) string {
 		text = fmt.Sprintf("%d, the last: %s; see lsdctl snap ls %s", len(list), strings.Join(names, ", "), url)
 	}
 	return text
-}
-
-func (a *app) rmCommand() *cobra.Command {
-	var o engine.RemoveOptions
-	cmd := &cobra.Command{
-		Use:   "rm STORE/IMAGE",
-		Short: "Remove an image and its data",
-		Long: `Remove an image and its data. One that is attached is refused; --force removes
-also that, and its users get errors. One that has snapshots is refused, unless
---snapshots says that they go with it. Clones of it go on: what they need of it
-stays in the store, without a name, until they need it no longer.`,
-		Example: `  lsdctl rm rados://rbd/vm2
-  lsdctl rm rados://rbd/vm2 --snapshots
-  lsdctl rm rados://rbd/vm2 --force    # its host is gone for good`,
-		Args: exactArgs("STORE/IMAGE"),
-		RunE: func(cmd *cobra.Command, args []string) error {
-			u, name, err := parseImage(args[0])
-			if err != nil {
-				return err
-			}
-			return a.remove(cmd.Context(), u, name, o)
-		},
-	}
-	cmd.Flags().BoolVar(&o.Force, "force", false, "also an image that is attached or damaged")
-	cmd.Flags().BoolVar(&o.Snapshots, "snapshots", false, "also an image that has snapshots: they go with it")
-	return cmd
-}
-
-func (a *app) remove(ctx context.Context, u backend.URL, name string, o engine.RemoveOptions) error {
-	st, err := openStore(ctx, u)
-	if err != nil {
-		return err
-	}
-	defer st.Close()
-	if o.Snapshots && !o.Force {
-		if id, err := backend.Lookup(ctx, st, name); err == nil {
-			if err := a.notAttached(ctx, id, uuid.Nil); err != nil {
-				return err
-			}
-		}
-	}
-	o.URL = u.Image(name)
-	o.Progress = func(n int) { a.progress.show(api.Progress{What: fmt.Sprintf("removed %d objects", n)}) }
-	err = engine.Remove(ctx, st, name, o)
-	a.progress.end()
-	var owned *engine.OwnedError
-	if errors.As(err, &owned) && !owned.Command {
-		return fmt.Errorf("%s is attached by %s: detach it there with lsdctl del; --force removes it all the same", u.Image(name), owned.Host)
-	}
-	return noImage(u, name, err)
 }

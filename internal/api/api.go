@@ -25,6 +25,7 @@ const (
 	PathFeatures  = "/v1/features"   // GET: Features
 	PathImages    = "/v1/images"     // GET: []Image; POST AttachRequest: stream of Image
 	PathReadCache = "/v1/read-cache" // GET: ReadCache
+	PathReclaim   = "/v1/reclaim"    // POST ReclaimRequest: stream of Done
 	PathShutdown  = "/v1/shutdown"   // POST ShutdownRequest: stream of Done
 )
 
@@ -130,6 +131,13 @@ type ShutdownRequest struct {
 	// Detach removes the devices; else they wait for the next daemon.
 	Detach  bool          `json:"detach,omitempty"`
 	Timeout time.Duration `json:"timeout_ns,omitempty"`
+}
+
+// ReclaimRequest asks the daemon to reclaim in the background what a removed image was made of.
+// It is written down before it is answered, so the next daemon goes on where this one ends.
+type ReclaimRequest struct {
+	Store   string    `json:"store"` // URL
+	ImageID uuid.UUID `json:"image_id"`
 }
 
 // Features is what the kernel's ublk driver can do.

@@ -89,6 +89,12 @@ func (c *Client) RollBack(ctx context.Context, id int, r RollbackRequest, progre
 	return im, c.stream(ctx, imagePath(id)+"/rollback", r, progress, &im)
 }
 
+// Reclaim has the daemon reclaim in the background what a removed image was made of. It
+// returns when that is written down.
+func (c *Client) Reclaim(ctx context.Context, r ReclaimRequest) error {
+	return c.stream(ctx, PathReclaim, r, nil, nil)
+}
+
 // Shutdown ends the daemon.
 func (c *Client) Shutdown(ctx context.Context, r ShutdownRequest, progress func(Progress)) (d Done, err error) {
 	return d, c.stream(ctx, PathShutdown, r, progress, &d)

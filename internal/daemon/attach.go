@@ -185,6 +185,8 @@ func (d *Daemon) describeImage(ctx context.Context, u backend.URL, name string) 
 	switch {
 	case errors.Is(err, backend.ErrNotFound):
 		return info, fmt.Errorf("%s: no such image: see lsdctl ls %s, or make it with lsdctl create", url, u)
+	case err == nil && info.Removed:
+		return info, fmt.Errorf("%s: %w, but for its name: lsdctl rm it again", url, engine.ErrRemoved)
 	case err != nil:
 		return info, fmt.Errorf("%s: %w", url, err)
 	}

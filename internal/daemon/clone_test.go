@@ -31,6 +31,19 @@ func (h *host) clone(id int, name string) uuid.UUID {
 	return made
 }
 
+// remove removes an image, and then what it was made of.
+func (w *world) remove(name string) {
+	w.t.Helper()
+	ctx := context.Background()
+	id, err := engine.Remove(ctx, w.store, name, engine.RemoveOptions{})
+	if err == nil {
+		err = engine.Reclaim(ctx, w.store, id, nil)
+	}
+	if err != nil {
+		w.t.Fatal(err)
+	}
+}
+
 // TestClone: an image that is attached is cloned, and the clone attached beside it, which
 // goes on when the image has been removed, with the daemons that come later, too.
 func TestClone(t *testing.T) {
@@ -52,9 +65,7 @@ func TestClone(t *testing.T) {
 	if done, err := h.del(id, api.DetachRequest{}); err != nil || len(done.Remarks) != 0 {
 		t.Errorf("detach: %v, %v", done, err)
 	}
-	if err := engine.Remove(context.Background(), w.store, "vm1", engine.RemoveOptions{}); err != nil {
-		t.Fatal(err)
-	}
+	w.remove("vm1")
 	h.crash()
 	h.start()
 	w.kernel.check(t, clone, 8, 1)
@@ -65,9 +76,7 @@ func TestClone(t *testing.T) {
 	if r, l := h.files(); r != 0 || l != 0 {
 		t.Errorf("%d records and %d logs are left", r, l)
 	}
-	if err := engine.Remove(context.Background(), w.store, "copy", engine.RemoveOptions{}); err != nil {
-		t.Fatal(err)
-	}
+	w.remove("copy")
 	if list, err := engine.GC(context.Background(), w.store, engine.GCOptions{DryRun: true, Age: 1}); err != nil || len(list) != 0 {
 		t.Errorf("left behind: %+v, %v", list, err)
 	}

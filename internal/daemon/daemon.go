@@ -72,6 +72,7 @@ type Daemon struct {
 	cfg     Config
 	logger  *slog.Logger
 	records records
+	reclaim *reclaimer
 	env     hostEnv
 	shared  *shared
 	openSt  func(context.Context, backend.URL) (backend.Store, error)
@@ -157,6 +158,7 @@ func newDaemon(cfg Config) (*Daemon, error) {
 	}
 	d.ctx, d.cancel = context.WithCancel(context.Background())
 	d.serving, d.end = context.WithCancel(d.ctx)
+	d.reclaim = newReclaimer(d.serving, filepath.Join(cfg.StateDir, "reclaims"), d.logger, func(ctx context.Context, u backend.URL) (backend.Store, error) { return d.openSt(ctx, u) })
 	d.readCache = openReadCache(cfg.ReadCache, cfg.ReadCacheSize, d.logger)
 	return d, nil
 }
@@ -331,7 +333,7 @@ func (d *Daemon) takeUp() error {
 		a.startKeeper()
 	}
 	d.reportStrangers()
-	return nil
+	return d.reclaim.takeUp()
 }
 
 // reportStrangers logs the ublk devices that wait for a server and are not in
@@ -415,6 +417,7 @@ func (d *Daemon) leave(q exitRequest) []string {
 	}
 	all.Wait()
 	d.cancel()
+	d.reclaim.wait(reclaimEnd)
 	// Its file is closed by the end of the process, which may still read it.
 	d.readCache.Close()
 	return remarks

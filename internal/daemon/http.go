@@ -56,6 +56,10 @@ func (d *Daemon) handler() http.Handler {
 		var q api.ShutdownRequest
 		stream(w, r, &q, func(ctx context.Context, p func(api.Progress)) (any, error) { return d.shutdown(ctx, q, p) })
 	})
+	mux.HandleFunc("POST "+api.PathReclaim, func(w http.ResponseWriter, r *http.Request) {
+		var q api.ReclaimRequest
+		stream(w, r, &q, func(context.Context, func(api.Progress)) (any, error) { return api.Done{}, d.reclaim.ask(q) })
+	})
 	mux.Handle("GET /metrics", d.metrics())
 	mux.HandleFunc("/debug/pprof/", pprof.Index)
 	mux.HandleFunc("/debug/pprof/cmdline", pprof.Cmdline)

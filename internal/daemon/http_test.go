@@ -57,6 +57,14 @@ func TestAPI(t *testing.T) {
 	if err := c.Refresh(ctx, 99, nil); err == nil || !strings.Contains(err.Error(), "not attached") {
 		t.Errorf("refresh of device 99: %v", err)
 	}
+	gone := w.unname("vm2")
+	if err := c.Reclaim(ctx, api.ReclaimRequest{Store: "mem:", ImageID: gone}); err != nil {
+		t.Error(err)
+	}
+	w.until("nothing is left of vm2", func() bool { return w.objectsOf(gone) == 0 })
+	if err := c.Reclaim(ctx, api.ReclaimRequest{Store: "mem:"}); err == nil || !strings.Contains(err.Error(), "names no image") {
+		t.Errorf("reclaim: %v", err)
+	}
 	if im, err = c.Image(ctx, im.ID); err != nil || im.Stats.Dirty != 0 || im.Stats.PutCount != 1 {
 		t.Errorf("image: %+v, %v", im, err)
 	}

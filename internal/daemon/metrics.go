@@ -24,6 +24,7 @@ type collector struct {
 	d       *Daemon
 	up      *prometheus.Desc
 	down    *prometheus.Desc
+	reclaim *prometheus.Desc
 	metrics []metric
 	cache   []cacheMetric
 }
@@ -102,10 +103,11 @@ func newCollector(d *Daemon) *collector {
 		return 0
 	}
 	return &collector{
-		d:     d,
-		cache: cacheMetrics(),
-		up:    prometheus.NewDesc("lsd_image_up", "1 if the image serves.", []string{"device", "image", "state"}, nil),
-		down:  imageDesc("reactor_restarts_total", "Times that the image's reactor was replaced."),
+		d:       d,
+		cache:   cacheMetrics(),
+		up:      prometheus.NewDesc("lsd_image_up", "1 if the image serves.", []string{"device", "image", "state"}, nil),
+		down:    imageDesc("reactor_restarts_total", "Times that the image's reactor was replaced."),
+		reclaim: prometheus.NewDesc("lsd_reclaims", "Removed images of which what they were made of is not reclaimed yet.", nil, nil),
 		metrics: []metric{
 			gauge("size_bytes", "Size of the image.", func(s *engine.Stats) float64 { return float64(s.Size) }),
 			gauge("epoch", "Epoch of the ownership.", func(s *engine.Stats) float64 { return float64(s.Epoch) }),
@@ -153,6 +155,7 @@ func newCollector(d *Daemon) *collector {
 func (c *collector) Describe(ch chan<- *prometheus.Desc) {
 	ch <- c.up
 	ch <- c.down
+	ch <- c.reclaim
 	for _, m := range c.metrics {
 		ch <- m.desc
 	}
@@ -167,6 +170,7 @@ func (c *collector) Collect(ch chan<- prometheus.Metric) {
 	for _, m := range c.cache {
 		ch <- prometheus.MustNewConstMetric(m.desc, m.kind, m.value(&cache))
 	}
+	ch <- prometheus.MustNewConstMetric(c.reclaim, prometheus.GaugeValue, float64(c.d.reclaim.len()))
 	for _, im := range c.d.describeAll(c.d.ctx) {
 		dev := strconv.Itoa(im.ID)
 		up := 0.0

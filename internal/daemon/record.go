@@ -93,17 +93,13 @@ func (r *record) clash(o *record) bool {
 // records is the directory of a host's records.
 type records struct{ dir string }
 
-func (rs records) path(id int) string { return filepath.Join(rs.dir, strconv.Itoa(id)+".json") }
+func (rs records) path(id int) string { return filepath.Join(rs.dir, strconv.Itoa(id)+recordSuffix) }
 
 // save writes a record so that after a crash at any moment either the old one
 // or the new one is there, whole.
 func (rs records) save(r record) error {
 	r.Version = r.version()
-	b, err := json.MarshalIndent(r, "", "  ")
-	if err != nil {
-		return err
-	}
-	if err := writeFileSync(rs.path(r.ID), append(b, '\n')); err != nil {
+	if err := saveJSON(rs.path(r.ID), r); err != nil {
 		return fmt.Errorf("write down the attachment: %w", err)
 	}
 	return nil
@@ -111,14 +107,7 @@ func (rs records) save(r record) error {
 
 // remove removes the record of the device id, if there is one.
 func (rs records) remove(id int) error {
-	err := os.Remove(rs.path(id))
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil
-	}
-	if err == nil {
-		err = durable.SyncDir(rs.dir)
-	}
-	if err != nil {
+	if err := removeDurably(rs.path(id)); err != nil {
 		return fmt.Errorf("remove the record of the attachment: %w", err)
 	}
 	return nil
@@ -127,28 +116,38 @@ func (rs records) remove(id int) error {
 // load returns all records. One that cannot be read does not keep the others
 // from being taken up: what is wrong is told to bad.
 func (rs records) load(bad func(path string, err error)) ([]record, error) {
-	if err := durable.MkdirAll(rs.dir, 0o700); err != nil {
-		return nil, fmt.Errorf("make the state directory: %w", err)
-	}
-	entries, err := os.ReadDir(rs.dir)
-	if err != nil {
-		return nil, fmt.Errorf("read the state directory: %w", err)
-	}
-	var list []record
-	for _, e := range entries {
-		path := filepath.Join(rs.dir, e.Name())
-		if strings.HasSuffix(e.Name(), tempSuffix) {
-			_ = os.Remove(path) // left over from a crash; the real one is beside it
-			continue
-		}
-		base, ok := strings.CutSuffix(e.Name(), ".json")
-		if !ok {
-			continue
-		}
+	return loadAll(rs.dir, bad, func(path, base string) (record, error) {
 		r, err := readRecord(path)
 		if err == nil && strconv.Itoa(r.ID) != base {
 			err = fmt.Errorf("it is about device %d", r.ID)
 		}
+		return r, err
+	})
+}
+
+// loadAll reads the files of a directory of the state directory, which it makes if need be, by
+// read, which gets a path and the name without its suffix. Files of which that fails are told to
+// bad, and left out.
+func loadAll[R any](dir string, bad func(path string, err error), read func(path, base string) (R, error)) ([]R, error) {
+	if err := durable.MkdirAll(dir, 0o700); err != nil {
+		return nil, fmt.Errorf("make the state directory: %w", err)
+	}
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		return nil, fmt.Errorf("read the state directory: %w", err)
+	}
+	var list []R
+	for _, e := range entries {
+		path := filepath.Join(dir, e.Name())
+		if strings.HasSuffix(e.Name(), tempSuffix) {
+			_ = os.Remove(path) // left over from a crash; the real one is beside it
+			continue
+		}
+		base, ok := strings.CutSuffix(e.Name(), recordSuffix)
+		if !ok {
+			continue
+		}
+		r, err := read(path, base)
 		if err != nil {
 			bad(path, err)
 			continue
@@ -176,7 +175,31 @@ func readRecord(path string) (record, error) {
 	return r, nil
 }
 
-const tempSuffix = ".new"
+const (
+	recordSuffix = ".json"
+	tempSuffix   = ".new"
+)
+
+// saveJSON writes v to the file at path, durably and all at once.
+func saveJSON(path string, v any) error {
+	b, err := json.MarshalIndent(v, "", "  ")
+	if err != nil {
+		return err
+	}
+	return writeFileSync(path, append(b, '\n'))
+}
+
+// removeDurably removes the file at path, if there is one.
+func removeDurably(path string) error {
+	err := os.Remove(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err == nil {
+		err = durable.SyncDir(filepath.Dir(path))
+	}
+	return err
+}
 
 // writeFileSync replaces the file at path, durably and all at once.
 func writeFileSync(path string, b []byte) (err error) {

@@ -159,7 +159,7 @@ func TestLost(t *testing.T) {
 	ctx, st := t.Context(), mem.New()
 	id := newImage(t, st)
 	im := open(t, st, id)
-	if err := engine.Remove(ctx, st, "disk", engine.RemoveOptions{URL: "mem:/disk", Force: true}); err != nil {
+	if _, err := engine.Remove(ctx, st, "disk", engine.RemoveOptions{URL: "mem:/disk", Force: true}); err != nil {
 		t.Fatal(err)
 	}
 	if err := im.Refresh(ctx); err == nil {
