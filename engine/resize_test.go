@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"slices"
 	"syscall"
 	"testing"
 	"time"
@@ -489,4 +490,176 @@ func (h *host) request(op Op, sector uint64, sectors uint32, n ...uint64) *Reque
 		h.t.Fatal("a request has not ended")
 	}
 	return r
+}
+
+// TestResizeUnderLoad: an image becomes larger and smaller at random while requests are under
+// way, more than the log has room for, the store comes and goes, and hosts die.
+func TestResizeUnderLoad(t *testing.T) {
+	n := 20
+	if testing.Short() {
+		n = 2
+	}
+	ended := 0
+	for seed := range uint64(n) {
+		t.Run(fmt.Sprint(seed), func(t *testing.T) { ended += resizeUnderLoad(t, seed) })
+	}
+	if ended == 0 {
+		t.Error("nothing has become smaller: this tests nothing")
+	}
+}
+
+// apart is how far the blocks of a load are apart, in blocks: a quarter of a segment of the map.
+const apart = segmentSectors / 8 / 4
+
+// load is an image of which it is known what its blocks may read as.
+type load struct {
+	*host
+	id     uuid.UUID
+	rng    *rand.Rand
+	away   *faultstore.Switch
+	blocks [64]writes
+	value  uint64
+	shrunk int // times
+}
+
+// writes are what has been written to a block, in order: it reads as the last one that was
+// acknowledged, or a later one.
+type writes struct {
+	values []uint64
+	acked  int // of them
+	crash  int // counts what makes acknowledgements mean nothing
+}
+
+func resizeUnderLoad(t *testing.T, seed uint64) int {
+	away := faultstore.NewSwitch()
+	st := faultstore.New(mem.New(), faultstore.If(away.On, faultstore.Fault{Before: backend.ErrTemporary}))
+	h, id := attached(t, st, CreateOptions{Size: 64 * apart * 4096, ObjectSize: MinObjectSize}, nil)
+	l := &load{host: h, id: id, rng: rand.New(rand.NewPCG(seed, 11)), away: away}
+	for b := range l.blocks {
+		l.blocks[b].values = []uint64{0}
+	}
+	for range 60 {
+		switch l.rng.IntN(10) {
+		case 0, 1:
+			away.Set(l.rng.IntN(2) == 0)
+		case 2, 3:
+			l.run(time.Duration(l.rng.IntN(3)) * time.Second)
+		case 4, 5:
+			l.shrinkNow()
+		case 6:
+			if !away.On(faultstore.Op{}) {
+				l.grow(uint64(l.rng.IntN(64))*apart*4096, nil)
+			}
+		case 7:
+			if l.rng.IntN(3) == 0 {
+				l.crash()
+			}
+		default:
+			for range l.rng.IntN(1 + 3000*l.rng.IntN(2)) {
+				l.write()
+			}
+		}
+		for range l.rng.IntN(50) {
+			l.im.EndTurn()
+			_ = l.disk.Step() || l.env.runJob() || l.env.tellDone()
+		}
+	}
+	away.Set(false)
+	l.run(time.Minute)
+	if l.im.shrink != nil || l.im.blocked.n > 0 {
+		t.Fatal("something is still under way")
+	}
+	l.grow(64*apart*4096, h)
+	l.look()
+	l.mustReopen(id)
+	l.look()
+	l.mustClose()
+	mustBeSound(t, st, "disk")
+	return l.shrunk
+}
+
+// write writes a block, and does not wait.
+func (l *load) write() {
+	b := l.rng.IntN(64)
+	l.value++
+	w, value := &l.blocks[b], l.value
+	r := &Request{Op: Write, Sector: uint64(b) * apart * 8, Sectors: 8, Buf: make([]byte, 4096)}
+	fill(r.Buf, value, r.Sector)
+	at, crash := len(w.values), w.crash
+	if uint64(b) < l.im.Sectors()/8/apart {
+		w.values = append(w.values, value)
+	}
+	r.Done = doneFunc(func(r *Request) {
+		switch {
+		case r.Err == 0 && w.crash == crash:
+			w.acked = max(w.acked, at)
+		case r.Err == syscall.EINVAL && at < len(w.values) && w.values[at] == value:
+			l.t.Errorf("block %d is beyond the end", b)
+		}
+	})
+	l.im.Submit(r)
+	l.im.EndTurn()
+}
+
+// shrinkNow begins to make the image smaller, unless that is under way.
+func (l *load) shrinkNow() {
+	to := uint64(1 + l.rng.IntN(60))
+	if l.im.shrink != nil || to >= l.im.Sectors()/8/apart {
+		return
+	}
+	crash := l.blocks[0].crash
+	for b := to; b < 64; b++ {
+		l.blocks[b].values = append(l.blocks[b].values, 0)
+	}
+	l.im.Shrink(to*apart*4096, nil, func(err error) {
+		if err != nil || l.blocks[0].crash != crash {
+			return // any part of it may be there
+		}
+		l.shrunk++
+		for b := to; b < 64; b++ {
+			w := &l.blocks[b]
+			for w.acked = len(w.values) - 1; w.values[w.acked] != 0; w.acked-- {
+			}
+		}
+	})
+}
+
+// grow makes the image larger by so many bytes.
+func (l *load) grow(n uint64, h *host) {
+	l.t.Helper()
+	info, err := Describe(l.t.Context(), l.st, "disk")
+	if err != nil {
+		l.t.Fatal(err)
+	}
+	mustGrow(l.t, l.st, l.id, info.Size+n, h)
+}
+
+// crash ends the process, and begins another one, which reads what is there.
+func (l *load) crash() {
+	for b := range l.blocks {
+		l.blocks[b].crash++
+	}
+	l.disk.Kill()
+	l.away.Set(false)
+	l.again()
+	if err := l.open(l.id, false); err != nil {
+		l.t.Fatal(err)
+	}
+	l.look()
+}
+
+// look reads all there is.
+func (l *load) look() {
+	l.t.Helper()
+	for b := range l.blocks {
+		w := &l.blocks[b]
+		if uint64(b) >= l.im.Sectors()/8/apart {
+			continue
+		}
+		err, ended, v := l.do(Read, uint64(b)*apart, 0, time.Minute)
+		if err != 0 || !ended || !slices.Contains(w.values[w.acked:], v) {
+			l.t.Fatalf("block %d reads as %d (%v, ended %v), want one of %v", b, v, err, ended, w.values[w.acked:])
+		}
+		w.values, w.acked, w.crash = []uint64{v}, 0, w.crash+1
+	}
 }
