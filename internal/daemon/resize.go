@@ -12,20 +12,40 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// resize gives the image another size, and its device as far as the kernel can do that.
+// resize gives the image another size, and its device as far as the kernel can do that. While
+// it waits for the store the attachment may be detached, which ends it.
 func (a *attachment) resize(ctx context.Context, q api.ResizeRequest, progress func(api.Progress)) (api.Image, error) {
-	if err := a.take(ctx); err != nil {
+	dk, wait, err := a.beginResize(ctx, q)
+	if err != nil {
 		return api.Image{}, err
+	}
+	err = wait(progress)
+	if ferr := a.endResize(context.WithoutCancel(ctx), dk); err == nil {
+		err = ferr
+	}
+	if err != nil {
+		return api.Image{}, fmt.Errorf("%s: %w", a.name(), err)
+	}
+	a.logger.Info("resized", "bytes", q.Size)
+	return a.describe(ctx), nil
+}
+
+// beginResize begins to give the image of the disk that it returns another size, and returns
+// what waits for that.
+func (a *attachment) beginResize(ctx context.Context, q api.ResizeRequest) (dk *disk, wait func(func(api.Progress)) error, err error) {
+	if err := a.take(ctx); err != nil {
+		return nil, nil, err
 	}
 	defer func() { <-a.op }()
 	rec := a.record()
 	switch {
 	case rec.Null || rec.ReadOnly:
-		return api.Image{}, fmt.Errorf("%s is not an image that can be written to", a.name())
+		return nil, nil, fmt.Errorf("%s is not an image that can be written to", a.name())
 	case rec.Phase == phaseDetaching: // it has no device any more
-		return api.Image{}, fmt.Errorf("%s is being detached: wait for that", a.name())
+		return nil, nil, fmt.Errorf("%s is being detached: wait for that", a.name())
 	}
-	err := a.withDisk(func(dk *disk) error {
+	err = a.withDisk(func(d *disk) (err error) {
+		dk = d
 		if dk.image == nil { // it serves errors
 			a.mu.Lock()
 			defer a.mu.Unlock()
@@ -39,27 +59,28 @@ func (a *attachment) resize(ctx context.Context, q api.ResizeRequest, progress f
 		case err != nil:
 			return err
 		case q.Size >= size:
-			return a.grow(ctx, dk, q.Size, progress)
+			wait = func(progress func(api.Progress)) error { return a.grow(ctx, dk, q.Size, progress) }
+			return nil
 		case !q.Shrink:
 			return engine.ErrShrinks
-		default:
-			return a.shrink(ctx, dk, q.Size, progress)
 		}
+		wait, err = a.shrink(ctx, dk, q.Size)
+		return err
 	})
-	if err != nil {
-		return api.Image{}, err
-	}
-	a.logger.Info("resized", "bytes", q.Size)
-	return a.describe(ctx), nil
+	return dk, wait, err
 }
 
-// grow makes the image larger, or its device as large as the image.
-func (a *attachment) grow(ctx context.Context, dk *disk, size uint64, progress func(api.Progress)) error {
-	if err := engine.Grow(ctx, dk.store, a.record().ImageID, size); err != nil {
+// endResize gives the device the size that the image has by now, unless it has been taken away.
+func (a *attachment) endResize(ctx context.Context, dk *disk) error {
+	if a.fits(dk) {
+		return nil
+	}
+	if err := a.take(ctx); err != nil {
 		return err
 	}
-	if err := dk.refresh(ctx, progress); err != nil {
-		return err
+	defer func() { <-a.op }()
+	if a.getDisk() != dk || a.d.find(a.id) != a {
+		return nil
 	}
 	if err := a.fitDevice(ctx, dk); err != nil && !errors.Is(err, unix.EOPNOTSUPP) {
 		return err
@@ -67,20 +88,32 @@ func (a *attachment) grow(ctx context.Context, dk *disk, size uint64, progress f
 	return nil
 }
 
-// shrink makes the image smaller. Its device is first: whoever uses that is to see at once
-// what there is not any more.
-func (a *attachment) shrink(ctx context.Context, dk *disk, size uint64, progress func(api.Progress)) error {
-	err := dk.dev.Resize(ctx, size)
+// grow makes the image larger.
+func (a *attachment) grow(ctx context.Context, dk *disk, size uint64, progress func(api.Progress)) error {
+	if err := engine.Grow(ctx, dk.store, a.record().ImageID, size); err != nil {
+		return err
+	}
+	return dk.refresh(ctx, progress)
+}
+
+// shrink begins to make the image smaller. Its device is first: whoever uses that is to see at
+// once what there is not any more.
+func (a *attachment) shrink(ctx context.Context, dk *disk, size uint64) (wait func(func(api.Progress)) error, err error) {
+	a.fit.Lock()
+	err = dk.dev.Resize(ctx, size)
+	a.fit.Unlock()
 	if errors.Is(err, unix.EOPNOTSUPP) {
-		return errors.New("this kernel cannot change the size of a device: lsdctl del it first")
+		return nil, errors.New("this kernel cannot change the size of a device: lsdctl del it first")
 	}
 	if err == nil {
-		err = dk.shrink(ctx, size, progress)
+		wait, err = dk.shrink(ctx, size)
 	}
-	if ferr := a.fitDevice(context.WithoutCancel(ctx), dk); err == nil {
-		err = ferr
+	if err != nil {
+		if ferr := a.fitDevice(context.WithoutCancel(ctx), dk); ferr != nil {
+			err = errors.Join(err, ferr)
+		}
 	}
-	return err
+	return wait, err
 }
 
 // fitDevice gives the device of a disk the size of its image. The error matches
@@ -129,7 +162,7 @@ func (a *attachment) follow() {
 	}
 }
 
-// fits reports whether the device of a disk has the size of its image.
+// fits reports whether the device of a disk, and its record, have the size of its image.
 func (a *attachment) fits(dk *disk) bool {
 	if dk.image == nil {
 		return true // it serves errors, whatever its size
@@ -137,7 +170,7 @@ func (a *attachment) fits(dk *disk) bool {
 	ctx, stop := context.WithTimeout(a.d.ctx, statsTimeout)
 	defer stop()
 	size, err := dk.size(ctx)
-	return err == nil && dk.dev != nil && dk.dev.Params().SizeBytes == size
+	return err == nil && dk.dev != nil && dk.dev.Params().SizeBytes == size && a.record().Size == size
 }
 
 // logFit logs why the device has not the size of its image.
@@ -163,8 +196,9 @@ func (d *disk) checkSize(ctx context.Context, size uint64) error {
 	return cmp.Or(err, wrong)
 }
 
-// shrink makes the image smaller. What it began goes on when ctx ends.
-func (d *disk) shrink(ctx context.Context, size uint64, progress func(api.Progress)) error {
+// shrink begins to make the image smaller, and returns what waits for that. What it began goes
+// on when ctx ends.
+func (d *disk) shrink(ctx context.Context, size uint64) (wait func(func(api.Progress)) error, err error) {
 	done := make(chan error, 1)
 	discarded := make(chan api.Progress, 1)
 	tell := func(n, total uint64) {
@@ -173,20 +207,23 @@ func (d *disk) shrink(ctx context.Context, size uint64, progress func(api.Progre
 		default:
 		}
 	}
-	err := call(ctx, d.reactor, func() { d.image.Shrink(size, tell, func(err error) { done <- err }) })
-	for err == nil {
-		select {
-		case p := <-discarded:
-			progress(p)
-		case err := <-done:
-			return err
-		case <-d.reactor.Done():
-			return d.died()
-		case <-ctx.Done():
-			return fmt.Errorf("it goes on without you: see lsdctl status: %w", context.Cause(ctx))
-		}
+	if err := call(ctx, d.reactor, func() { d.image.Shrink(size, tell, func(err error) { done <- err }) }); err != nil {
+		return nil, err
 	}
-	return err
+	return func(progress func(api.Progress)) error {
+		for {
+			select {
+			case p := <-discarded:
+				progress(p)
+			case err := <-done:
+				return err
+			case <-d.reactor.Done():
+				return d.died()
+			case <-ctx.Done():
+				return fmt.Errorf("it goes on without you: see lsdctl status: %w", context.Cause(ctx))
+			}
+		}
+	}, nil
 }
 
 // sizeAdvice says what to do about a device that has not the size of its image.

@@ -272,3 +272,31 @@ func TestResizeDetaching(t *testing.T) {
 		}
 	}
 }
+
+// TestDetachWhileShrinking: an image that is being made smaller, and whose store does not
+// answer, can be detached by force; then it has its old size.
+func TestDetachWhileShrinking(t *testing.T) {
+	w := newWorld(t)
+	h := w.newHost()
+	id := h.add(api.AttachRequest{ID: -1, Lease: time.Hour})
+	w.kernel.write(t, id, 8, 1)
+	ended := make(chan error, 1)
+	w.outage.Set(true)
+	go func() {
+		_, err := h.resize(id, 32<<20, true)
+		ended <- err
+	}()
+	for h.await(id, api.StateActive).Stats.Size != 32<<20 {
+		time.Sleep(time.Millisecond)
+	}
+	if _, err := h.del(id, api.DetachRequest{Force: true, Timeout: 100 * time.Millisecond}); err != nil {
+		t.Fatal(err)
+	}
+	if err := <-ended; err == nil {
+		t.Error("made smaller")
+	}
+	w.outage.Set(false)
+	again := h.add(api.AttachRequest{ID: -1})
+	h.awaitSize(again, 64<<20, 64<<20)
+	w.kernel.check(t, again, 8, 1)
+}
