@@ -154,7 +154,7 @@ func BenchmarkSnapshots(b *testing.B) {
 						b.Fatal(err)
 					}
 				}
-				if err := huge.restore(ctx, before); err != nil {
+				if err := restoreImage(ctx, huge, huge.id, before); err != nil {
 					b.Fatal(err)
 				}
 			}
@@ -162,10 +162,10 @@ func BenchmarkSnapshots(b *testing.B) {
 	}
 }
 
-// restore brings the image back as it was, and takes its clones away.
-func (s *hugeStore) restore(ctx context.Context, before *superblock) error {
+// restoreImage brings an image back as it was, and takes its clones away.
+func restoreImage(ctx context.Context, st backend.Store, id uuid.UUID, before *superblock) error {
 	var clones []uuid.UUID
-	_, _, err := changeSuperblock(ctx, s, s.id, func(sb *superblock) error {
+	_, _, err := changeSuperblock(ctx, st, id, func(sb *superblock) error {
 		for _, c := range sb.Clones {
 			clones = append(clones, c.ID)
 		}
@@ -174,11 +174,11 @@ func (s *hugeStore) restore(ctx context.Context, before *superblock) error {
 	})
 	for _, id := range clones {
 		if err == nil {
-			err = s.Delete(ctx, SuperblockKey(id))
+			err = st.Delete(ctx, SuperblockKey(id))
 		}
 	}
 	if err == nil {
-		err = backend.Link(ctx, s, before.Name, s.id)
+		err = backend.Link(ctx, st, before.Name, id)
 	}
 	return err
 }

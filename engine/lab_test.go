@@ -4,7 +4,11 @@ package engine
 
 import (
 	"context"
+	"fmt"
+	"maps"
 	"os"
+	"slices"
+	"strings"
 	"testing"
 	"time"
 
@@ -18,7 +22,7 @@ func TestMain(m *testing.M) { os.Exit(cephtest.Main(m, 100, "memstore")) }
 
 // newRADOS returns a function that opens a new, empty store by a connection of
 // its own each time, as another host does.
-func newRADOS(t *testing.T) func() backend.Store {
+func newRADOS(t testing.TB) func() backend.Store {
 	u := backend.URL{Scheme: backend.SchemeRADOS, Pool: "rbd", Namespace: "engine-" + uuid.NewString()}
 	return func() backend.Store {
 		ctx, stop := context.WithTimeout(context.Background(), time.Minute)
@@ -96,5 +100,68 @@ func TestRADOSCheck(t *testing.T) {
 	c.corrupt(keys[len(keys)-1], flipLast)
 	if rep := c.check(CheckOptions{Deep: true}); len(rep.Errors) != 1 || rep.Errors[0].Object != keys[len(keys)-1] {
 		t.Errorf("%s is damaged: %s", keys[len(keys)-1], c.lines(rep))
+	}
+}
+
+// mutableStore is a store whose mutable objects are in another one.
+type mutableStore struct {
+	*hugeStore
+	mutable backend.Store
+}
+
+func (s *mutableStore) Load(ctx context.Context, key string) ([]byte, backend.Version, error) {
+	return s.mutable.Load(ctx, key)
+}
+
+func (s *mutableStore) Swap(ctx context.Context, key string, old backend.Version, b []byte) (backend.Version, error) {
+	return s.mutable.Swap(ctx, key, old, b)
+}
+
+func (s *mutableStore) Delete(ctx context.Context, key string) error { return s.mutable.Delete(ctx, key) }
+
+// BenchmarkRADOSSnapshots tells what these take on a real cluster, each of them, against the
+// size of the image, and what a round trip takes: the longest of all runs as well. The image's
+// data and map are made up as they are asked for, in this process.
+func BenchmarkRADOSSnapshots(b *testing.B) {
+	ctx := context.Background()
+	for _, size := range constantSizes {
+		huge := newHugeStore(b, size)
+		before, _, err := loadSuperblock(ctx, huge, huge.id)
+		if err != nil {
+			b.Fatal(err)
+		}
+		st := &mutableStore{huge, newRADOS(b)()}
+		if _, err := st.Swap(ctx, SuperblockKey(huge.id), backend.NoVersion, before.encode()); err != nil {
+			b.Fatal(err)
+		}
+		if err := backend.Link(ctx, st, before.Name, huge.id); err != nil {
+			b.Fatal(err)
+		}
+		b.Run(fmt.Sprintf("%dGiB", size>>30), func(b *testing.B) {
+			took := map[string][]time.Duration{}
+			measure := func(name string, do func() error) {
+				began := time.Now()
+				if err := do(); err != nil {
+					b.Fatal(err)
+				}
+				took[name] = append(took[name], time.Since(began))
+			}
+			for b.Loop() {
+				measure("round trip", func() error { _, _, err := st.Load(ctx, SuperblockKey(huge.id)); return err })
+				for _, op := range constantOps(huge.id) {
+					measure(op.name, func() error { return op.do(ctx, st) })
+				}
+				if err := restoreImage(ctx, st, huge.id, before); err != nil {
+					b.Fatal(err)
+				}
+			}
+			var table strings.Builder
+			for _, name := range slices.Sorted(maps.Keys(took)) {
+				list := took[name]
+				slices.Sort(list)
+				fmt.Fprintf(&table, "; %s %.2f (%.2f)", name, list[len(list)/2].Seconds()*1000, list[len(list)-1].Seconds()*1000)
+			}
+			b.Logf("ms, median (longest) of %d%s", len(took["list"]), table.String())
+		})
 	}
 }
