@@ -77,26 +77,43 @@ func lostDirectory(err error) Finding {
 }
 
 // LostDirectory reports whether the store holds images and no directory of their
-// names. Without a directory it lists the store, up to the first superblock.
+// names. Without a directory it lists the store, up to the first superblock of an image that
+// can have had a name: a partial one has none.
 func LostDirectory(ctx context.Context, st backend.Store) (bool, error) {
 	if missing, err := noDirectory(ctx, st); !missing || err != nil {
 		return false, err
 	}
+	for partial := map[uuid.UUID]bool{}; ; {
+		id, err := superblockBut(ctx, st, partial)
+		if err != nil {
+			return false, fmt.Errorf("look for images without a name: %w", err)
+		}
+		if id == uuid.Nil {
+			return false, nil
+		}
+		sb, _, err := loadSuperblock(ctx, st, id)
+		if err != nil || !sb.Partial {
+			// Again: the first image of a store has its superblock before its name.
+			return noDirectory(ctx, st)
+		}
+		partial[id] = true
+	}
+}
+
+// superblockBut returns an image that has a superblock and is not one of those, or uuid.Nil.
+func superblockBut(ctx context.Context, st backend.Store, but map[uuid.UUID]bool) (id uuid.UUID, err error) {
 	found := errors.New("found")
-	err := st.List(ctx, "", func(key string) error {
-		if _, name, ok := imageOf(key); ok && name == "super" {
+	err = st.List(ctx, "", func(key string) error {
+		if of, name, ok := imageOf(key); ok && name == "super" && !but[of] {
+			id = of
 			return found
 		}
 		return nil
 	})
-	switch {
-	case err == nil:
-		return false, nil
-	case !errors.Is(err, found):
-		return false, fmt.Errorf("look for images without a name: %w", err)
+	if errors.Is(err, found) {
+		err = nil
 	}
-	// Again: the first image of a store has its superblock before its name.
-	return noDirectory(ctx, st)
+	return id, err
 }
 
 func noDirectory(ctx context.Context, st backend.Store) (bool, error) {
@@ -197,7 +214,7 @@ func (s *storeScan) nameable(ctx context.Context, st backend.Store, rep *CheckRe
 		case err == nil && sb.Removed:
 			what = fmt.Sprintf("what clones need of %s, which was removed, with %s", sb.Name, what)
 		case err == nil && sb.Partial:
-			what = fmt.Sprintf("the beginning of %s, which was not salvaged to its end, with %s", sb.Name, what)
+			what = fmt.Sprintf("the beginning of %s, which was not filled to its end, with %s", sb.Name, what)
 		case err == nil:
 			images = append(images, sb)
 			what = fmt.Sprintf("made as %s on %s, with %s", sb.Name, sb.Created.Format(time.DateOnly), what)
@@ -283,8 +300,8 @@ func (s *storeScan) checkNameless(ctx context.Context, st backend.Store, rep *Ch
 			continue
 		case err == nil && sb.Partial:
 			f.Object = SuperblockKey(id)
-			f.Problem = fmt.Sprintf("the beginning of %s, which is being salvaged, or was not to its end, with %s", sb.Name, plural.Count(n, "object"))
-			f.Action = "if nobody is at it, salvage the log again, and remove these objects by hand"
+			f.Problem = fmt.Sprintf("the beginning of %s, which is being filled, or was not to its end, with %s", sb.Name, plural.Count(n, "object"))
+			f.Action = "if nobody is at it, lsdctl gc STORE --remove removes it, an hour after it was last written"
 		case err == nil && sb.untouched():
 			f.Object = SuperblockKey(id)
 			f.Problem = fmt.Sprintf("no name in the directory for %s, which is being made, or was not to its end", sb.Name)

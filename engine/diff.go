@@ -29,15 +29,28 @@ type Range struct {
 // move when the snapshot was asked for it moves still, and of a state that is not a
 // snapshot, or one on another branch, it may have moved all.
 func Diff(ctx context.Context, from, to *View, fn func(Range) error) error {
+	return diffFrom(ctx, from, to, 0, fn)
+}
+
+// diffFrom is Diff for what is not before the byte start.
+func diffFrom(ctx context.Context, from, to *View, start uint64, fn func(Range) error) error {
 	if from != nil && from.im.id != to.im.id {
 		return fmt.Errorf("these are states of two images, %s and %s", from.im.id, to.im.id)
 	}
 	ctx, stop := context.WithCancel(ctx)
-	m := merger{fn: fn}
+	m := merger{fn: func(r Range) error {
+		if r.Offset+r.Length <= start {
+			return nil
+		}
+		if cut := max(start, r.Offset) - r.Offset; cut > 0 {
+			r.Offset, r.Length = start, r.Length-cut
+		}
+		return fn(r)
+	}}
 	q := parallel.NewQueue(to.parallel, m.addAll)
 	defer q.Wait()
 	defer stop()
-	for i := range segmentsOf(to.im.sectors) {
+	for i := segmentOf(start / SectorSize); i < segmentsOf(to.im.sectors); i++ {
 		if sameSegment(from, to, i) {
 			continue
 		}
@@ -173,6 +186,12 @@ var errStopped = errors.New("the reading has been given up")
 // PieceSize bytes, which are its own until it returns, and those of zeroes with nil. Much is
 // read from the store ahead of what fn gets, so that as many of its disks are busy.
 func DiffData(ctx context.Context, from, to *View, fn func(r Range, data []byte) error) error {
+	return DiffDataFrom(ctx, from, to, 0, fn)
+}
+
+// DiffDataFrom is DiffData for what is not before the byte start, which is a multiple of
+// SectorSize.
+func DiffDataFrom(ctx context.Context, from, to *View, start uint64, fn func(r Range, data []byte) error) error {
 	ctx, stop := context.WithCancelCause(ctx)
 	q := parallel.NewQueue(max(to.parallel/2, 1), func(p portion) error {
 		if ctx.Err() != nil {
@@ -191,7 +210,7 @@ func DiffData(ctx context.Context, from, to *View, fn func(r Range, data []byte)
 			return full, err
 		})
 	}
-	err := Diff(ctx, from, to, func(r Range) error {
+	err := diffFrom(ctx, from, to, start, func(r Range) error {
 		for r.Length > 0 {
 			if p.full(r) {
 				if err := begin(); err != nil {

@@ -17,7 +17,8 @@ type GCOptions struct {
 	DryRun bool
 	// Age is how old what somebody has begun to make, and not ended, must be to count as
 	// left behind; 0 means DefaultGCAge. Clocks of hosts are compared for that.
-	Age time.Duration
+	Age   time.Duration
+	Clock Clock // nil means Real{}
 	// Progress is told in a few words what is being done; may be nil.
 	Progress func(string)
 }
@@ -38,9 +39,9 @@ type Garbage struct {
 
 // GC finds what nothing in a store refers to any more, and unless o.DryRun is set removes it:
 // what is left of images that have been removed and that no clone of them needs, their names as
-// well where the removal has not come to these, and what is left of clones and empty images that
-// were not made to their end. What an image that has a name does not need any more goes when its
-// owner works, or it is attached.
+// well where the removal has not come to these, and what is left of images that were not made to
+// their end. What an image that has a name does not need any more goes when its owner works, or
+// it is attached.
 func GC(ctx context.Context, st backend.Store, o GCOptions) ([]Garbage, error) {
 	if o.Age == 0 {
 		o.Age = DefaultGCAge
@@ -48,7 +49,10 @@ func GC(ctx context.Context, st backend.Store, o GCOptions) ([]Garbage, error) {
 	if o.Progress == nil {
 		o.Progress = func(string) {}
 	}
-	g := &collector{st: patient{st, Real{}}, o: o, now: time.Now(), found: []Garbage{}}
+	if o.Clock == nil {
+		o.Clock = Real{}
+	}
+	g := &collector{st: patient{st, o.Clock}, o: o, now: time.Now(), found: []Garbage{}}
 	for pass := 1; ; pass++ {
 		before := len(g.found)
 		if err := g.run(ctx); err != nil {
@@ -115,6 +119,12 @@ func (g *collector) look(ctx context.Context, sb *superblock, objects int) error
 	switch {
 	case unmade:
 		return g.collect(sb, "it was not made to its end", objects, func() error { return g.removeUnmade(ctx, sb.Image) })
+	case g.leftPartial(sb):
+		alive, err := g.written(ctx, sb)
+		if alive || err != nil {
+			return err
+		}
+		return g.collect(sb, "it was not filled to its end", objects, func() error { return g.removePartial(ctx, sb) })
 	case sb.Removed:
 		return g.removed(ctx, sb)
 	}
@@ -169,6 +179,62 @@ func (s *superblock) untouched() bool {
 	return s.Owner == nil && !s.Loose && len(s.Points)+len(s.Snapshots)+len(s.Clones) == 0 &&
 		(s.Epoch == 0 || n > 0 && s.Epochs[n-1].Epoch == s.Epoch) &&
 		(s.Checkpoint == nil || !s.lineage().own(s.Checkpoint.Object))
+}
+
+// leftPartial reports whether an image was going to be filled, and may have been left.
+func (g *collector) leftPartial(sb *superblock) bool {
+	return sb.Partial && !sb.Removed && !g.named[sb.Image] && g.old(sb.Created)
+}
+
+// written reports whether somebody writes to a partial image: its owner is not gone before its
+// lease has not been renewed for its whole length while the store answered.
+func (g *collector) written(ctx context.Context, sb *superblock) (bool, error) {
+	if sb.Owner == nil {
+		return false, nil
+	}
+	g.o.Progress("waiting whether anybody writes to " + sb.Name)
+	clock, step := g.o.Clock, leaseStep(sb.Owner.Lease)
+	began := clock.Now()
+	for before := began; clock.Now()-began <= sb.Owner.Lease; {
+		if err := clock.Sleep(ctx, step); err != nil {
+			return true, err
+		}
+		now, _, err := loadSuperblock(ctx, g.st, sb.Image)
+		switch {
+		case errors.Is(err, backend.ErrNotFound):
+			return true, nil // somebody has removed it
+		case err != nil:
+			return true, err
+		case !sb.sameOwner(now):
+			return true, nil
+		case clock.Now()-before > sb.Owner.Lease/4+step:
+			began = clock.Now() // it could not have been renewed either
+		}
+		before = clock.Now()
+	}
+	return false, nil
+}
+
+// sameOwner reports whether now has the owner that s has, which has not renewed its lease.
+func (s *superblock) sameOwner(now *superblock) bool {
+	if s.Owner == nil || now.Owner == nil {
+		return s.Owner == now.Owner && s.Epoch == now.Epoch
+	}
+	return s.Epoch == now.Epoch && s.Owner.Renewal == now.Owner.Renewal
+}
+
+// removePartial removes a partial image that nobody writes to, unless somebody has begun to.
+func (g *collector) removePartial(ctx context.Context, sb *superblock) error {
+	err := changeInsistently(ctx, g.st, sb.Image, func(now *superblock) error {
+		if !now.Removed && (!g.leftPartial(now) || !sb.sameOwner(now)) {
+			return errors.New("it is in use: look at it again")
+		}
+		return now.remove(&RemoveOptions{Force: true, Snapshots: true})
+	})
+	if err != nil {
+		return err
+	}
+	return reclaim(ctx, g.st, sb.Image, reclaimBatch, g.progress(sb))
 }
 
 // removeUnmade removes an image that was not made to its end, unless it has got a name since.

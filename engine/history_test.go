@@ -596,6 +596,8 @@ func (p *past) compare() {
 	if k := p.looks.IntN(len(p.snaps) + 1); k < len(p.snaps) {
 		from, got = mustView(p.t, p.st, p.id, p.snaps[k].ID), p.snaps[k].has
 	}
+	got.size = to.has.size
+	clear(got.at[min(got.size, snapshotBlocks):])
 	err := DiffData(p.t.Context(), from, v, func(r Range, data []byte) (err error) {
 		for at := r.Offset; at < r.Offset+r.Length && err == nil; at += objectBlock {
 			n := uint64(0)

@@ -57,12 +57,22 @@ func Describe(ctx context.Context, st backend.Store, name string) (Info, error) 
 	if err != nil {
 		return Info{}, err
 	}
+	info, err := DescribeID(ctx, st, id)
+	if err == nil {
+		info.Name = name
+	}
+	return info, err
+}
+
+// DescribeID returns what the store says of the image id, with the name that its superblock
+// has.
+func DescribeID(ctx context.Context, st backend.Store, id uuid.UUID) (Info, error) {
 	sb, _, err := loadSuperblock(ctx, st, id)
 	if err != nil {
 		return Info{}, err
 	}
 	info := Info{
-		Name: name, ID: id, Size: sb.Sectors * SectorSize, BlockSize: sb.BlockSize, ObjectSize: sb.ObjectSize,
+		Name: sb.Name, ID: id, Size: sb.Sectors * SectorSize, BlockSize: sb.BlockSize, ObjectSize: sb.ObjectSize,
 		Created: sb.Created, Epoch: sb.Epoch, Removed: sb.Removed,
 	}
 	info.Owner = sb.holder()

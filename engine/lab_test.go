@@ -117,7 +117,9 @@ func (s *mutableStore) Swap(ctx context.Context, key string, old backend.Version
 	return s.mutable.Swap(ctx, key, old, b)
 }
 
-func (s *mutableStore) Delete(ctx context.Context, key string) error { return s.mutable.Delete(ctx, key) }
+func (s *mutableStore) Delete(ctx context.Context, key string) error {
+	return s.mutable.Delete(ctx, key)
+}
 
 // BenchmarkRADOSSnapshots tells what these take on a real cluster, each of them, against the
 // size of the image, and what a round trip takes: the longest of all runs as well. The image's

@@ -51,6 +51,19 @@ func leastObjectSize(size uint64) uint32 {
 	return uint32(object)
 }
 
+// LargestSize returns the largest power of two that the size in bytes of an image can be with
+// data objects of a size; 0 means the usual one.
+func LargestSize(object uint32) uint64 {
+	if object == 0 {
+		object = DefaultObjectSize
+	}
+	size := uint64(MaxSize)
+	for leastObjectSize(size) > max(object, MinObjectSize) {
+		size /= 2
+	}
+	return size
+}
+
 // manifest is what a checkpoint's manifest holds.
 type manifest struct {
 	image   uuid.UUID

@@ -64,6 +64,8 @@ type OpenOptions struct {
 	Volatile bool
 	// Force takes the image over from a live owner, which is asked to let go.
 	Force bool
+	// Partial says that the image is opened to be filled, and is partial until Finish.
+	Partial bool
 	// Lease is how long a renewal of the ownership is good for; 0 means
 	// DefaultLease.
 	Lease time.Duration
@@ -484,6 +486,9 @@ func (im *Image) acquire(ctx context.Context, o *OpenOptions, ours bool) (*super
 			return nil, errors.New("the image has been attached more often than it can be")
 		}
 		im.inherit(sb, ours)
+		if !o.Partial {
+			sb.whole() // it has its name: see Finish
+		}
 		before := sb.Owner
 		sb.Epoch++
 		sb.Evict = nil

@@ -150,7 +150,7 @@ func TestResizeSmaller(t *testing.T) {
 	full := smallImage().Size / 4096
 	h.mustFill(1000)
 	h.mustWrite(full-1, 77)
-	snap := mustSnapshot(t, st, id, "full", h)
+	snap := mustSnap(t, st, id, "full", h)
 	clone := mustClone(t, st, id, "", "clone", h)
 	h.mustWrite(40, 4000) // in the log alone
 	h.mustShrink(20 * 4096)

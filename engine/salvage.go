@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"time"
 
 	"github.com/google/uuid"
 	"github.com/lsd-ceph/lsd/backend"
@@ -34,40 +35,17 @@ func Salvage(ctx context.Context, file writelog.File, src backend.Store, srcID u
 	}
 	w := &copier{im: im, v: newView(im, uuid.Nil, im.parallel), dst: dst, progress: progress}
 	size := im.sectors * SectorSize // then
-	id, err := createNameless(ctx, dst, dstName, CreateOptions{Size: size, BlockSize: sb.BlockSize, ObjectSize: max(sb.ObjectSize, leastObjectSize(size))}, true)
+	id, err := CreatePartial(ctx, dst, dstName, CreateOptions{Size: size, BlockSize: sb.BlockSize, ObjectSize: max(sb.ObjectSize, leastObjectSize(size))})
 	if err != nil {
 		return uuid.Nil, err
 	}
-	err = w.copyAll(ctx, id)
-	if err == nil {
-		_, _, err = changeSuperblock(ctx, dst, id, func(sb *superblock) error {
-			if sb.Removed {
-				return ErrRemoved
-			}
-			sb.Partial = false
-			return nil
-		})
-	}
-	if err == nil {
-		// The name comes last: half an image is nobody's, also if this process dies.
-		err = backend.Link(ctx, dst, dstName, id)
+	if err = w.copyAll(ctx, id); err == nil {
+		err = Finish(ctx, dst, dstName, id, 0)
 	}
 	if err != nil {
-		if e := undoSalvage(context.WithoutCancel(ctx), dst, dstName, id); e != nil {
-			err = fmt.Errorf("%w; what was written of image %s, %s, could not be removed: %w", err, dstName, id, e)
-		}
-		return uuid.Nil, err
+		return uuid.Nil, Abort(ctx, dst, id, err)
 	}
 	return id, nil
-}
-
-// undoSalvage removes an image that has not become whole, or may have got its name.
-func undoSalvage(ctx context.Context, st backend.Store, name string, id uuid.UUID) error {
-	err := backend.Unlink(ctx, st, name, id)
-	if err != nil && !errors.Is(err, backend.ErrNotFound) && !errors.Is(err, backend.ErrConflict) {
-		return err
-	}
-	return removeObjects(ctx, st, id, nil)
 }
 
 // branchPoint builds the map as it was after the last object that the log's
@@ -148,6 +126,7 @@ type copier struct {
 
 	header objectHeader
 	data   []byte
+	alive  time.Time // when the superblock last said so
 }
 
 // copyAll writes everything that im's maps hold as data objects of the image id,
@@ -161,6 +140,7 @@ func (c *copier) copyAll(ctx context.Context, id uuid.UUID) error {
 	if err != nil {
 		return err
 	}
+	c.alive = time.Now()
 	c.header = objectHeader{image: id, epoch: sb.Epoch, seq: 1, firstSeq: 1, lastSeq: 1}
 	c.limit = int(sb.ObjectSize)
 	c.total = c.im.table.live + c.im.dirtySectors()
@@ -275,6 +255,12 @@ func (c *copier) add(ctx context.Context, r run, n uint32) error {
 // put writes the object that has been built, and begins the next.
 func (c *copier) put(ctx context.Context) error {
 	h := &c.header
+	if now := time.Now(); now.Sub(c.alive) >= touchEvery {
+		if err := touch(ctx, c.dst, h.image); err != nil {
+			return err
+		}
+		c.alive = now
+	}
 	h.data = len(c.data)
 	h.pack()
 	b := append(make([]byte, h.header), c.data...)

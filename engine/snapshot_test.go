@@ -62,6 +62,9 @@ func mustSnap(t *testing.T, st backend.Store, id uuid.UUID, name string, h *host
 	if err != nil {
 		t.Fatal(err)
 	}
+	if s.Name != name || s.Pending || s.ID == uuid.Nil || s.Size == 0 {
+		t.Errorf("made %+v", s)
+	}
 	return s
 }
 

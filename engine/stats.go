@@ -63,6 +63,15 @@ type Stats struct {
 	ReadErrors     uint64  `json:"read_errors"`
 }
 
+// StoreFails returns the last error of the store if that fails at present, and nil if it
+// works, as far as is known. It is called on the reactor.
+func (im *Image) StoreFails() error {
+	if !im.stats.storeDown {
+		return nil
+	}
+	return im.stats.lastStoreErr
+}
+
 // Stats returns what the image is doing. Rates are since the last call that was
 // at least half a second ago.
 func (im *Image) Stats() Stats {

@@ -57,6 +57,8 @@ type superblock struct {
 	// Partial says that what the image is a copy of has not been copied to its end: it
 	// gets no name before.
 	Partial bool `json:"partial,omitempty"`
+	// Copy says how far a partial image is a copy of another one; nil if it is none.
+	Copy *CopyState `json:"copy,omitempty"`
 
 	// Points are where the image branched off from write logs that were cut off.
 	Points []cutOff `json:"points,omitempty"`
@@ -215,6 +217,8 @@ func decodeSuperblock(b []byte, id uuid.UUID) (*superblock, error) {
 		return bad("window")
 	case s.Epoch > maxEpoch:
 		return bad("epoch")
+	case s.Copy != nil && !s.Copy.valid():
+		return bad("copy")
 	case s.Owner != nil && (s.Owner.Lease < MinLease || s.Owner.Lease > MaxLease):
 		return bad("lease")
 	case s.Owner != nil && len(s.Owner.Client) > maxClient:
