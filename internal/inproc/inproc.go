@@ -5,6 +5,7 @@
 package inproc
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -29,15 +30,31 @@ const (
 	maxRequest = 1 << 20
 	// maxDiscard bounds one discard, in bytes: see engine.Image.Shrink.
 	maxDiscard = 1 << 30
-	// lease is short: if the process dies, others wait for so long.
-	lease = 15 * time.Second
+	// defaultLease is short: if the process dies, others wait for so long.
+	defaultLease = 15 * time.Second
+	// storePatience is for how long the store may fail without a success in between, by
+	// default.
+	storePatience = time.Minute
+	// watches is how often in that time it is looked at, and a store that is full has only
+	// that part of it.
+	watches, fullShare = 60, 12
 	// quietPoll is the pause between two looks whether an image that has ended is quiet.
 	quietPoll = time.Millisecond
 )
 
+// errClosed ends the watch over the store.
+var errClosed = errors.New("the image is closed")
+
 // Options says how an image is opened.
 type Options struct {
-	URL      string       // names the image in messages
+	URL string // names the image in messages
+	// Partial says that the image is being filled: see engine.OpenOptions.
+	Partial bool
+	// Patience is for how long a store that fails is tried again before that ends what waits
+	// for it; 0 means a minute. One that says that it is full is not tried for so long.
+	Patience time.Duration
+	// Lease is how long others wait for the image if this process dies; 0 means a default.
+	Lease    time.Duration
 	Progress func(string) // is told in a few words what takes time; may be nil
 	// Logger gets what an operator should know; nil: warnings go to slog.Default, and what
 	// is of less weight nowhere.
@@ -46,8 +63,12 @@ type Options struct {
 
 // Image is an open image. Its methods may be called by any goroutine, but for Close.
 type Image struct {
-	loop  *loop
-	image *engine.Image // the loop's
+	loop     *loop
+	image    *engine.Image // the loop's
+	patience time.Duration
+	failing  time.Time       // when the store was first found to fail, zero while it works; the loop's
+	failed   context.Context // ends, with its cause, when the store has failed for too long
+	fail     context.CancelCauseFunc
 }
 
 // Open takes the image id, which nobody else may have, and returns it when it can be used.
@@ -59,24 +80,52 @@ func Open(ctx context.Context, st backend.Store, id uuid.UUID, o Options) (*Imag
 	}
 	log := newMemory(logSize)
 	im, err := engine.Open(ctx, st, id, engine.OpenOptions{
-		Log: log, URL: o.URL, Host: host, Volatile: true, Lease: lease, Progress: o.Progress,
+		Log: log, URL: o.URL, Host: host, Volatile: true, Partial: o.Partial, Lease: cmp.Or(o.Lease, defaultLease), Progress: o.Progress,
 		Config: engine.Config{Logger: o.Logger, PaceFrom: 1},
 	})
 	if err != nil {
 		return nil, err
 	}
-	i := &Image{loop: newLoop(), image: im}
+	i := &Image{loop: newLoop(), image: im, patience: cmp.Or(o.Patience, storePatience)}
+	i.failed, i.fail = context.WithCancelCause(context.Background())
 	dev := &device{loop: i.loop, memory: log}
 	go i.loop.run(func() {
 		im.Start(i.loop, dev, make([]byte, mirror))
+		i.watch()
 	}, im.EndTurn)
 	return i, nil
+}
+
+// watch looks at the store now and then. An image waits for one that fails, since its users
+// can; a command cannot do so for ever.
+func (i *Image) watch() {
+	switch err := i.image.StoreFails(); {
+	case err == nil:
+		i.failing = time.Time{}
+	case i.failing.IsZero():
+		i.failing = time.Now()
+		fallthrough
+	default:
+		full := errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT)
+		if d := time.Since(i.failing); d >= i.patience || full && d >= i.patience/fullShare {
+			i.fail(fmt.Errorf("the store fails: %w", err))
+		}
+	}
+	if i.failed.Err() == nil {
+		i.loop.AfterFunc(i.patience/watches, i.watch)
+	}
 }
 
 // Size returns the image's size in bytes.
 func (i *Image) Size() uint64 {
 	var n uint64
 	i.call(func() { n = i.image.Sectors() * engine.SectorSize })
+	return n
+}
+
+// BlockSize returns the bytes of a logical block of the image.
+func (i *Image) BlockSize() (n uint32) {
+	i.call(func() { n = i.image.Stats().BlockSize })
 	return n
 }
 
@@ -88,7 +137,7 @@ func (i *Image) call(fn func()) {
 }
 
 // await has begin started on the loop, and waits until it tells how it ended, or until ctx
-// ends: what it began goes on then.
+// ends, or the store has failed for too long: what it began goes on then.
 func await(ctx context.Context, i *Image, begin func(fn func(error))) error {
 	done := make(chan error, 1)
 	i.loop.Post(func() { begin(func(err error) { done <- err }) })
@@ -97,6 +146,8 @@ func await(ctx context.Context, i *Image, begin func(fn func(error))) error {
 		return err
 	case <-ctx.Done():
 		return context.Cause(ctx)
+	case <-i.failed.Done():
+		return context.Cause(i.failed)
 	}
 }
 
@@ -179,13 +230,14 @@ func (i *Image) Shrink(ctx context.Context, size uint64, progress func(done, tot
 func (i *Image) Refresh(ctx context.Context) error { return await(ctx, i, i.image.Refresh) }
 
 // Close writes what is left to the store, gives the image back, and ends what runs of it. If
-// ctx ends before, or that cannot be done, the image is left as if this process had died. It
+// ctx ends before, or that cannot be done, also because the store has failed for too long, the image is left as if this process had died. It
 // is called once, when nothing else is.
 func (i *Image) Close(ctx context.Context) error {
 	err := await(ctx, i, i.image.Close)
 	if err != nil {
 		err = fmt.Errorf("give the image back: %w", err)
 	}
+	i.fail(errClosed)
 	i.call(i.image.Abandon)
 	for quiet := false; ; time.Sleep(quietPoll) {
 		if i.call(func() { quiet = i.image.Quiet() }); quiet {

@@ -15,11 +15,17 @@ type loop struct {
 	inbox []func()      // guarded by mu
 	wake  chan struct{} // holds a token while there may be something in the inbox
 	end   bool          // the loop's own
+
+	// timers are those that are going, which the end of the loop stops: some would keep the
+	// memory of what they are for, for minutes. The loop's own.
+	timers map[*timer]struct{}
 }
 
 var _ engine.Env = (*loop)(nil)
 
-func newLoop() *loop { return &loop{wake: make(chan struct{}, 1)} }
+func newLoop() *loop {
+	return &loop{wake: make(chan struct{}, 1), timers: map[*timer]struct{}{}}
+}
 
 // run is the loop: first begin, then turns, each of which ends with endTurn, until stop.
 func (l *loop) run(begin, endTurn func()) {
@@ -35,6 +41,9 @@ func (l *loop) run(begin, endTurn func()) {
 			fn()
 			turn[k] = nil
 		}
+	}
+	for t := range l.timers {
+		t.Stop()
 	}
 }
 
@@ -89,6 +98,7 @@ func (t *timer) Stop() bool {
 	if t.going = false; t.timer != nil {
 		t.timer.Stop()
 	}
+	delete(t.loop.timers, t)
 	return was
 }
 
@@ -97,11 +107,13 @@ func (t *timer) Reset(d time.Duration) {
 	t.Stop()
 	t.set++
 	t.going = true
+	t.loop.timers[t] = struct{}{}
 	set := t.set
 	t.timer = time.AfterFunc(d, func() {
 		t.loop.Post(func() {
 			if t.going && t.set == set {
 				t.going = false
+				delete(t.loop.timers, t)
 				t.fn()
 			}
 		})
