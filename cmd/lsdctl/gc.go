@@ -19,8 +19,9 @@ func (a *app) gcCommand() *cobra.Command {
 		Use:   "gc STORE",
 		Short: "Find what nothing in a store needs any more, and remove it",
 		Long: `Find what is left of images that were removed and that no clone needs, and what
-commands that were interrupted have left: images that were not made to their end,
-once they are older than --age. It changes nothing unless --remove is given, and
+commands that were interrupted have left: images that were not made or filled to
+their end, once they are older than --age and nobody writes to them, and so copies
+that were to go on. It changes nothing unless --remove is given, and
 can be used while images are attached. What an image that has a name does not need
 any more is not looked for: whoever has that attached reclaims it, now or next.`,
 		Example: `  lsdctl gc rados://rbd

@@ -120,17 +120,6 @@ func (r *resizer) wouldLose(size uint64) error {
 	return fmt.Errorf("%s has %s, and would lose what is beyond %s: make its file system smaller first, then say --allow-shrink", r.u.Image(r.image), has, bytesize.Human(r.size))
 }
 
-// attachment returns the attachment of the image id on this host, or nil.
-func (a *app) attachment(ctx context.Context, id uuid.UUID) *api.Image {
-	list, _ := a.attachedHere(ctx)
-	for i, im := range list {
-		if im.ImageID == id && im.Snapshot == uuid.Nil && !im.ReadOnly {
-			return &list[i]
-		}
-	}
-	return nil
-}
-
 // here resizes the image by the daemon that has it attached as the device of that number.
 func (r *resizer) here(ctx context.Context, id int, done *resized) error {
 	im, err := r.client().Resize(ctx, id, api.ResizeRequest{Size: r.size, Shrink: r.shrink}, r.progress.show)

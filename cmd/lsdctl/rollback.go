@@ -58,7 +58,7 @@ func (a *app) rollBack(ctx context.Context, u backend.URL, image, snap string) e
 		err = engine.Rollback(ctx, st, id, snap, engine.RollbackOptions{URL: u.Image(image)})
 		var owned *engine.OwnedError
 		if errors.As(err, &owned) && !owned.Command {
-			return fmt.Errorf("it is attached by %s: lsdctl del it there first", owned.Host)
+			return a.detachFirst(ctx, id, owned.Host)
 		}
 		return noSnapshot(u, image, err)
 	})

@@ -183,6 +183,25 @@ func (a *app) attachedHere(ctx context.Context) ([]api.Image, error) {
 	return a.client().Images(ctx)
 }
 
+// attachment returns the attachment of the image id on this host, or nil.
+func (a *app) attachment(ctx context.Context, id uuid.UUID) *api.Image {
+	list, _ := a.attachedHere(ctx)
+	for i, im := range list {
+		if im.ImageID == id && im.Snapshot == uuid.Nil && !im.ReadOnly {
+			return &list[i]
+		}
+	}
+	return nil
+}
+
+// detachFirst says where the image id, which a host has attached, is to be detached.
+func (a *app) detachFirst(ctx context.Context, id uuid.UUID, host string) error {
+	if im := a.attachment(ctx, id); im != nil {
+		return fmt.Errorf("it is attached by %s, here, as %s: lsdctl del %s first", host, im.Device, im.Device)
+	}
+	return fmt.Errorf("it is attached by %s: lsdctl del it there first", host)
+}
+
 // errNotHere says that this host's daemon does not have the image.
 var errNotHere = errors.New("the image is not attached here")
 
