@@ -51,10 +51,11 @@ unit: ## unit tests with the race detector, in short where there is a long form 
 	go test $(GOFLAGS_LINK) -count=1 -run 'Hundred|Hung' -v ./internal/daemon
 
 .PHONY: lab
-lab: ## the stores' conformance suite, and fencing, on a real Ceph cluster
+lab: ## the stores' conformance suite, fencing, and diffs from and to rbd, on a real Ceph cluster
 	@echo "== stores on real Ceph"
 	go test $(GOFLAGS_LINK) -tags lab -timeout 10m ./backend/...
 	go test $(GOFLAGS_LINK) -tags lab -timeout 5m -run RADOS ./engine
+	go test $(GOFLAGS_LINK) -tags lab -timeout 5m -run RBD ./cmd/lsdctl
 
 .PHONY: vm
 vm: build ## ublk and end-to-end tests on kernels 6.12 and 7.2, short form
