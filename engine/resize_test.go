@@ -344,7 +344,7 @@ func TestWrongSizes(t *testing.T) {
 	for _, sb := range []superblock{{Sectors: 8, Span: 8}, {Sectors: 8, Span: 1}, {Sectors: 8, Span: MaxSize/SectorSize + 1}} {
 		sb.Image, sb.BlockSize, sb.ObjectSize, sb.Window = id, 4096, MinObjectSize, 1
 		if _, err := decodeSuperblock(sb.encode(), id); err == nil {
-			t.Error(fmt.Sprintf("span %d of %d sectors is taken", sb.Span, sb.Sectors))
+			t.Errorf("span %d of %d sectors is taken", sb.Span, sb.Sectors)
 		}
 	}
 	for _, sectors := range []uint64{MaxSize/SectorSize + 1, 1<<55 + 8} {
