@@ -255,7 +255,7 @@ func (c fakeIO) CompleteInTime(res int32) { c <- res }
 // do runs one request through the device's handler and returns its result. It
 // fails the test when it gets none; a device that is being recovered may take a
 // moment.
-func (k *fakeKernel) do(t *testing.T, id int, op engine.Op, sector uint64, data []byte) int32 {
+func (k *fakeKernel) do(t testing.TB, id int, op engine.Op, sector uint64, data []byte) int32 {
 	t.Helper()
 	a, err := uring.NewArena(max(len(data), 1))
 	if err != nil {
@@ -293,14 +293,14 @@ func (k *fakeKernel) do(t *testing.T, id int, op engine.Op, sector uint64, data 
 	return 0
 }
 
-func (k *fakeKernel) write(t *testing.T, id int, sector uint64, b byte) {
+func (k *fakeKernel) write(t testing.TB, id int, sector uint64, b byte) {
 	t.Helper()
 	if res := k.do(t, id, engine.Write, sector, bytes.Repeat([]byte{b}, 4096)); res != 4096 {
 		t.Fatalf("write at %d: %d", sector, res)
 	}
 }
 
-func (k *fakeKernel) check(t *testing.T, id int, sector uint64, b byte) {
+func (k *fakeKernel) check(t testing.TB, id int, sector uint64, b byte) {
 	t.Helper()
 	got := make([]byte, 4096)
 	if res := k.do(t, id, engine.Read, sector, got); res != 4096 {
@@ -313,7 +313,7 @@ func (k *fakeKernel) check(t *testing.T, id int, sector uint64, b byte) {
 
 // world is a kernel, a store, and the hosts that use them.
 type world struct {
-	t      *testing.T
+	t      testing.TB
 	kernel *fakeKernel
 	store  *mem.Store
 	outage *faultstore.Switch
@@ -326,7 +326,7 @@ type world struct {
 	log    syncBuffer
 }
 
-func newWorld(t *testing.T) *world {
+func newWorld(t testing.TB) *world {
 	w := &world{t: t, kernel: newFakeKernel(), store: mem.New(), outage: faultstore.NewSwitch(), hang: faultstore.NewGate()}
 	w.hang.Open()
 	t.Cleanup(func() {
