@@ -183,7 +183,7 @@ func TestImportBadInput(t *testing.T) {
 func TestImportQcow2(t *testing.T) {
 	img, err := exec.LookPath("qemu-img")
 	if err != nil {
-		t.Skip("no qemu-img here")
+		t.Fatal("qemu-img is not installed: make setup")
 	}
 	store := newStore(t)
 	path, want := diskFile(t, 10<<20)
