@@ -178,6 +178,19 @@ func (a *attachment) withDisk(do func(*disk) error) error {
 	return nil
 }
 
+// withImage is withDisk where the image must be open as well: of one that could not be taken
+// up the disk serves errors.
+func (a *attachment) withImage(do func(*disk) error) error {
+	return a.withDisk(func(dk *disk) error {
+		if dk.image == nil {
+			a.mu.Lock()
+			defer a.mu.Unlock()
+			return fmt.Errorf("its image is not open (%s)", errText(a.err))
+		}
+		return do(dk)
+	})
+}
+
 // shutdown ends the daemon for a client.
 func (d *Daemon) shutdown(ctx context.Context, q api.ShutdownRequest, progress func(api.Progress)) (api.Done, error) {
 	setDefault(&q.Timeout, d.cfg.ExitTimeout)

@@ -44,13 +44,8 @@ func (a *attachment) beginResize(ctx context.Context, q api.ResizeRequest) (dk *
 	case rec.Phase == phaseDetaching: // it has no device any more
 		return nil, nil, fmt.Errorf("%s is being detached: wait for that", a.name())
 	}
-	err = a.withDisk(func(d *disk) (err error) {
+	err = a.withImage(func(d *disk) (err error) {
 		dk = d
-		if dk.image == nil { // it serves errors
-			a.mu.Lock()
-			defer a.mu.Unlock()
-			return fmt.Errorf("its image is not open (%s)", errText(a.err))
-		}
 		size, err := dk.size(ctx)
 		if err == nil {
 			err = dk.checkSize(ctx, q.Size)

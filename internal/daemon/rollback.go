@@ -31,7 +31,7 @@ func (a *attachment) rollBack(ctx context.Context, q api.RollbackRequest, progre
 		return api.Image{}, &ublk.BusyError{ID: a.id, Holders: h}
 	}
 	// Before the device is taken away for nothing.
-	err = a.withDisk(func(dk *disk) error {
+	err = a.withImage(func(dk *disk) error {
 		if err := a.hasSnapshot(ctx, dk, q.Snapshot); err != nil {
 			return err
 		}

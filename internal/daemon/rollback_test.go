@@ -10,6 +10,7 @@ import (
 	"github.com/lsd-ceph/lsd/engine"
 	"github.com/lsd-ceph/lsd/internal/api"
 	"github.com/lsd-ceph/lsd/ublk"
+	"golang.org/x/sys/unix"
 )
 
 func (h *host) rollBack(id int, name string) (api.Image, error) {
@@ -97,5 +98,25 @@ func TestRollbackFails(t *testing.T) {
 	null := h.add(api.AttachRequest{ID: -1, Null: true, Size: 1 << 20})
 	if _, err := h.rollBack(null, "monday"); err == nil {
 		t.Error("a null device is rolled back")
+	}
+}
+
+// TestRollbackFailed: an image that cannot be taken up is not rolled back by its daemon, and
+// its users go on getting errors.
+func TestRollbackFailed(t *testing.T) {
+	w := newWorld(t)
+	h := w.newHost()
+	id := h.add(api.AttachRequest{ID: -1})
+	w.kernel.write(t, id, 8, 1)
+	h.snapshot(id, "monday")
+	h.crash()
+	w.damage.Store(1 << 30)
+	h.start()
+	h.await(id, api.StateFailed)
+	if _, err := h.rollBack(id, "monday"); err == nil || !strings.Contains(err.Error(), "its image is not open") {
+		t.Errorf("rolled back: %v", err)
+	}
+	if res := w.kernel.do(t, id, engine.Read, 8, make([]byte, 4096)); res != -int32(unix.EIO) {
+		t.Errorf("read: %d", res)
 	}
 }
