@@ -369,6 +369,52 @@ func TestExportTargets(t *testing.T) {
 	mustHold(t, dir, "pipe")
 }
 
+// TestExportMeanwhile: what has got the name of FILE while it was written is replaced with
+// --force alone, and a symbolic link that leads nowhere is no such thing.
+func TestExportMeanwhile(t *testing.T) {
+	for _, tt := range []struct {
+		name        string
+		force, link bool
+		want        string
+	}{
+		{"fresh", false, false, "theirs"},
+		{"force", true, false, "ours"},
+		{"link", false, true, "ours"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			dir := t.TempDir()
+			path := filepath.Join(dir, "disk")
+			if tt.link {
+				if err := os.Symlink("nowhere", path); err != nil {
+					t.Fatal(err)
+				}
+			}
+			x, err := newApp(io.Discard, os.Stderr).newTarget(path, tt.force)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer x.drop()
+			if err := x.open(); err != nil {
+				t.Fatal(err)
+			}
+			if _, err := x.Write([]byte("ours")); err != nil {
+				t.Fatal(err)
+			}
+			if !tt.link {
+				if err := os.WriteFile(path, []byte("theirs"), 0o600); err != nil {
+					t.Fatal(err)
+				}
+			}
+			if err := x.finish(); (err != nil) != (tt.want == "theirs") || err != nil && !strings.Contains(err.Error(), "file exists: nothing of it is kept") {
+				t.Errorf("written: %v", err)
+			}
+			x.drop()
+			mustHave(t, path, []byte(tt.want))
+			mustHold(t, dir, "disk")
+		})
+	}
+}
+
 // TestExportOfAttached: it is said that an image is attached, on standard error.
 func TestExportOfAttached(t *testing.T) {
 	d := newDrawn(t, "file://"+t.TempDir()+"/store/vm1", 6, exportSize)

@@ -21,6 +21,7 @@ type target struct {
 	stream io.Writer // standard output, else nil
 	device bool
 	mode   fs.FileMode // of the file that is replaced; 0: there is none
+	fresh  bool        // nothing has that path, so nothing is to be replaced
 	f      *os.File
 	parts  []string // files that are not whole, to be removed
 }
@@ -54,6 +55,8 @@ func (a *app) newTarget(name string, force bool) (*target, error) {
 		if err == nil && !dir.IsDir() {
 			err = &fs.PathError{Op: "open", Path: filepath.Dir(path), Err: unix.ENOTDIR}
 		}
+		_, link := os.Lstat(path) // one that leads nowhere is replaced
+		t.fresh = !force && link != nil
 		return t, err
 	case err != nil:
 		return nil, err
@@ -120,12 +123,24 @@ func (t *target) finish() error {
 	}
 	if err == nil && !t.device {
 		last := len(t.parts) - 1
-		if err = os.Rename(t.parts[last], t.path); err == nil {
+		if err = t.rename(t.parts[last]); err == nil {
 			t.parts = t.parts[:last]
 			err = durable.SyncDir(filepath.Dir(t.path))
 		}
 	}
 	return t.failed(err)
+}
+
+// rename gives a part the target's name. What somebody else has made of that name meanwhile,
+// for which an export leaves time, is left alone.
+func (t *target) rename(part string) error {
+	if t.fresh {
+		err := unix.Renameat2(unix.AT_FDCWD, part, unix.AT_FDCWD, t.path, unix.RENAME_NOREPLACE)
+		if !errors.Is(err, unix.EINVAL) && !errors.Is(err, unix.ENOSYS) {
+			return err
+		} // else this file system cannot do that
+	}
+	return os.Rename(part, t.path)
 }
 
 // drop removes what has not become the target.
