@@ -38,6 +38,7 @@ type fakeKernel struct {
 	slots   int                    // of each device
 	rigid   atomic.Bool            // it cannot change the size of a device
 	resizes atomic.Pointer[func()] // is called once, before it does
+	stops   atomic.Pointer[func()] // is called once, when it has stopped a device
 }
 
 func newFakeKernel() *fakeKernel {
@@ -147,6 +148,9 @@ func (k *fakeKernel) Stop(_ context.Context, id int, force bool) error {
 	if d.state != ublk.StateDead {
 		d.state = ublk.StateDead
 		close(d.stopped)
+	}
+	if fn := k.stops.Swap(nil); fn != nil {
+		(*fn)()
 	}
 	return nil
 }

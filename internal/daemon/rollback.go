@@ -53,7 +53,7 @@ func (a *attachment) rollBack(ctx context.Context, q api.RollbackRequest, progre
 	if err := a.takeAway(ctx, k, dk, progress); err != nil {
 		return api.Image{}, err
 	}
-	// From here on it is brought to an end, whether somebody waits for it or not.
+	// This, too, is brought to an end, whether somebody waits for it or not.
 	err = a.rollBackImage(a.d.ctx, q.Snapshot)
 	if err := errors.Join(err, a.bringBack(a.d.ctx, k, progress)); err != nil {
 		return api.Image{}, err
@@ -73,11 +73,14 @@ func (a *attachment) hasSnapshot(ctx context.Context, dk *disk, name string) err
 	return err
 }
 
-// takeAway stops the device and lets go of the image; the record and the log stay.
+// takeAway stops the device and lets go of the image; the record and the log stay. Once the
+// device has been stopped it goes on also when ctx ends: else the image would end up detached,
+// and as it was.
 func (a *attachment) takeAway(ctx context.Context, k kernel, dk *disk, progress func(api.Progress)) error {
 	if err := a.stopDevice(ctx, k, dk, false); err != nil {
 		return err
 	}
+	ctx = a.d.ctx
 	a.setState(api.StateDetaching, nil)
 	switch fate, err := a.letGo(ctx, dk, api.DetachRequest{}, progress); {
 	case err != nil:

@@ -101,6 +101,28 @@ func TestRollbackFails(t *testing.T) {
 	}
 }
 
+// TestRollbackIsLeft: once the device has been taken away a rollback comes to its end, whether
+// or not somebody waits for it.
+func TestRollbackIsLeft(t *testing.T) {
+	w := newWorld(t)
+	h := w.newHost()
+	id := h.add(api.AttachRequest{ID: -1})
+	w.kernel.write(t, id, 8, 1)
+	h.snapshot(id, "monday")
+	w.kernel.write(t, id, 8, 2)
+	ctx, leave := context.WithCancel(context.Background())
+	stops := func() { leave() }
+	w.kernel.stops.Store(&stops)
+	if _, err := h.find(id).rollBack(ctx, api.RollbackRequest{Snapshot: "monday"}, func(api.Progress) {}); err != nil {
+		t.Errorf("rolled back: %v", err)
+	}
+	if h.find(id) == nil {
+		t.Fatal("it is not attached any more")
+	}
+	h.await(id, api.StateActive)
+	w.kernel.check(t, id, 8, 1)
+}
+
 // TestRollbackFailed: an image that cannot be taken up is not rolled back by its daemon, and
 // its users go on getting errors.
 func TestRollbackFailed(t *testing.T) {
