@@ -333,7 +333,10 @@ func describeRemoved(ctx context.Context, st backend.Store, rep *CheckReport, sb
 		rep.Notes = append(rep.Notes, fmt.Sprintf("%s was removed; what clones of it need cannot be told: %v", sb.Name, err))
 		return nil
 	}
-	if err != nil {
+	switch {
+	case vanished(ctx, st, sb.Image, err):
+		return nil
+	case err != nil:
 		return err
 	}
 	note := fmt.Sprintf("%s, which was removed, has %s that clones of it need", sb.Name, plural.Count(kept, "object"))

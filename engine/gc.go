@@ -101,7 +101,7 @@ func (g *collector) run(ctx context.Context) error {
 		case err != nil:
 			return err
 		}
-		if err := g.look(ctx, sb, s.objects[id]); err != nil {
+		if err := g.look(ctx, sb, s.objects[id]); err != nil && !vanished(ctx, g.st, id, err) {
 			return err
 		}
 	}

@@ -61,12 +61,10 @@ func reclaim(ctx context.Context, st backend.Store, id uuid.UUID, batch int, pro
 			continue
 		}
 		list, kept, err := unneeded(ctx, st, sb, batch)
-		if errors.Is(err, backend.ErrNotFound) {
-			if _, _, lerr := loadSuperblock(ctx, st, id); errors.Is(lerr, backend.ErrNotFound) {
-				return nil // another one was at it
-			}
-		}
-		if err != nil {
+		switch {
+		case vanished(ctx, st, id, err):
+			return nil // another one was at it
+		case err != nil:
 			return err
 		}
 		if err := deleteKeys(ctx, st, list, progress); err != nil {
@@ -104,6 +102,16 @@ func reclaim(ctx context.Context, st backend.Store, id uuid.UUID, batch int, pro
 		}
 		return nil
 	}
+}
+
+// vanished reports whether err means that an image is not there any more: somebody has reclaimed
+// it to its end.
+func vanished(ctx context.Context, st backend.Store, id uuid.UUID, err error) bool {
+	if !errors.Is(err, backend.ErrNotFound) {
+		return false
+	}
+	_, _, lerr := loadSuperblock(ctx, st, id)
+	return errors.Is(lerr, backend.ErrNotFound)
 }
 
 // releaseGone gives up the states that an image keeps for clones that are not there any more,

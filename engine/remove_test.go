@@ -269,3 +269,44 @@ func TestReclaimBatches(t *testing.T) {
 	}
 	mustBeEmpty(t, st)
 }
+
+// goingStore calls then before it first lists the objects of an image.
+type goingStore struct {
+	backend.Store
+	prefix string // of their keys
+	then   func()
+}
+
+// List implements backend.Store.
+func (s *goingStore) List(ctx context.Context, prefix string, fn func(string) error) error {
+	if prefix == s.prefix && s.then != nil {
+		then := s.then
+		s.then = nil
+		then()
+	}
+	return s.Store.List(ctx, prefix, fn)
+}
+
+// TestGCBesideReclaim: what somebody else reclaims while a collection looks at it does not
+// end that.
+func TestGCBesideReclaim(t *testing.T) {
+	ctx, st := context.Background(), mem.New()
+	id := newImageIn(t, st)
+	if _, err := Create(ctx, st, "other", CreateOptions{Size: 1 << 20}); err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range []string{"disk", "other"} {
+		if _, err := Remove(ctx, st, name, RemoveOptions{}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	going := &goingStore{st, id.String() + "/", func() {
+		if err := Reclaim(ctx, st, id, nil); err != nil {
+			t.Error(err)
+		}
+	}}
+	if found, err := GC(ctx, going, GCOptions{}); err != nil || len(found) != 1 || found[0].Name != "other" {
+		t.Errorf("gc finds %+v, %v", found, err)
+	}
+	mustBeEmpty(t, st)
+}
