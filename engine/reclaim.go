@@ -161,13 +161,14 @@ func passOver(ctx context.Context, st backend.Store, sb *superblock) (bool, erro
 				return nil
 			})
 			if errors.Is(err, backend.ErrNotFound) || errors.Is(err, behind) {
-				// The parent may have been passed over itself: then it is to be looked at anew.
+				// The parent may have been passed over itself, or this image by another one: then
+				// it is to be looked at anew.
 				switch now, _, lerr := loadSuperblock(ctx, st, sb.Image); {
 				case errors.Is(lerr, backend.ErrNotFound):
 					return true, nil
 				case lerr != nil:
 					return false, lerr
-				case now.Parent != sb.Parent:
+				case now.Parent != sb.Parent || now.snapshotOf(p.ID) == nil:
 					return true, nil
 				}
 			}

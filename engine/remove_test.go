@@ -310,3 +310,42 @@ func TestGCBesideReclaim(t *testing.T) {
 	}
 	mustBeEmpty(t, st)
 }
+
+// TestPassOverTwice: who comes late to pass an image over that another one has passed over
+// looks at it anew.
+func TestPassOverTwice(t *testing.T) {
+	ctx, st := context.Background(), mem.New()
+	h, id := attached(t, st, smallImage(), nil)
+	h.mustFill(100)
+	h.mustClose()
+	middle := mustClone(t, st, id, "", "middle", nil)
+	last := mustClone(t, st, middle, "", "last", nil)
+	for _, name := range []string{"disk", "middle"} {
+		if _, err := Remove(ctx, st, name, RemoveOptions{}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	late, _, err := loadSuperblock(ctx, st, middle)
+	if err != nil {
+		t.Fatal(err)
+	}
+	// As far as the other one comes, while the last clone goes as well.
+	if passed, err := passOver(ctx, st, late); !passed || err != nil {
+		t.Fatal(passed, err)
+	}
+	if _, err := Remove(ctx, st, "last", RemoveOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	for _, clone := range []uuid.UUID{last, middle} {
+		if err := releaseClone(ctx, st, id, clone); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if passed, err := passOver(ctx, st, late); !passed || err != nil {
+		t.Errorf("passed over again: %v, %v", passed, err)
+	}
+	if _, err := GC(ctx, st, GCOptions{}); err != nil {
+		t.Error(err)
+	}
+	mustBeEmpty(t, st)
+}
