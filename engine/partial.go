@@ -113,12 +113,15 @@ type CopyState struct {
 	// From is the last snapshot of that of which all is in the store, as of those before;
 	// uuid.Nil if there is none.
 	From uuid.UUID `json:"from,omitzero"`
+	// Count is how many these are. One that has gone since does not go unnoticed, whatever
+	// the others are called by now.
+	Count int `json:"count,omitempty"`
 	// To is the next one, of which what is before the byte Offset is in the store.
 	To     uuid.UUID `json:"to,omitzero"`
 	Offset uint64    `json:"offset,omitempty"`
 }
 
-func (c *CopyState) valid() bool { return c.Source != uuid.Nil && c.Offset <= MaxSize }
+func (c *CopyState) valid() bool { return c.Source != uuid.Nil && c.Count >= 0 && c.Offset <= MaxSize }
 
 // NoteCopy notes how far the partial image id is a copy, and that it is being filled.
 func NoteCopy(ctx context.Context, st backend.Store, id uuid.UUID, c CopyState) error {

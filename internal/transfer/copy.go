@@ -212,7 +212,8 @@ func (c *copier) resume(ctx context.Context, all []engine.Snapshot) (bool, error
 	if c.at.To != uuid.Nil && (heads || c.at.To != c.states[c.next].ID) {
 		return false, nil
 	}
-	if c.at.From != uuid.Nil && c.next == 0 || len(have) < want || len(have) > min(want+1, len(c.states)-1) {
+	// Names alone do not tell: with ages of snapshots, each gets that of the one before.
+	if c.next != c.at.Count || len(have) < want || len(have) > min(want+1, len(c.states)-1) {
 		return false, nil
 	}
 	for i, s := range have {
@@ -336,7 +337,7 @@ func (c *copier) state(ctx context.Context) error {
 		_, err = engine.CreateSnapshot(ctx, c.dst, c.copied.ID, s.Name, engine.SnapshotOptions{Nudge: c.im.Refresh})
 	}
 	if err == nil {
-		err = c.note(ctx, engine.CopyState{Source: c.source, From: s.ID})
+		err = c.note(ctx, engine.CopyState{Source: c.source, From: s.ID, Count: c.next + 1})
 	}
 	if err != nil {
 		return err
@@ -388,7 +389,7 @@ func (c *copier) copyState(ctx context.Context, s *engine.Snapshot) error {
 	}
 	if c.at.To != s.ID {
 		// Noted before anything of it is written: what is on top of the state before is known.
-		if err := c.note(ctx, engine.CopyState{Source: c.source, From: c.at.From, To: s.ID}); err != nil {
+		if err := c.note(ctx, engine.CopyState{Source: c.source, From: c.at.From, Count: c.at.Count, To: s.ID}); err != nil {
 			return err
 		}
 	}

@@ -292,6 +292,17 @@ func TestCopyResumed(t *testing.T) {
 			}
 			o.snaps["first"], o.names[0] = o.snaps["s0"], "first"
 		}},
+		"rotated": {at: "s2", anew: true, change: func(o *original) {
+			// As for ages of snapshots: the oldest goes, and each gets the name of the one before.
+			was := slices.Clone(o.names)
+			o.remove(was[0])
+			for i, name := range was[1:] {
+				if err := engine.RenameSnapshot(o.t.Context(), o.st, o.id, name, was[i]); err != nil {
+					o.t.Fatal(err)
+				}
+				o.snaps[was[i]], o.names[i] = o.snaps[name], was[i]
+			}
+		}},
 		"head only":          {at: "s2", head: true, anew: true},
 		"head only at first": {at: "s0", head: true, anew: true},
 	} {
