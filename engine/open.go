@@ -64,7 +64,8 @@ type OpenOptions struct {
 	Volatile bool
 	// Force takes the image over from a live owner, which is asked to let go.
 	Force bool
-	// Partial says that the image is opened to be filled, and is partial until Finish.
+	// Partial says that the image is opened to be filled, and is partial until Finish. One that
+	// is whole is refused.
 	Partial bool
 	// Lease is how long a renewal of the ownership is good for; 0 means
 	// DefaultLease.
@@ -465,6 +466,8 @@ func (im *Image) acquire(ctx context.Context, o *OpenOptions, ours bool) (*super
 		switch {
 		case sb.Removed:
 			return nil, ErrRemoved
+		case o.Partial && !sb.Partial:
+			return nil, errWhole
 		case ours && (sb.Owner == nil || sb.Owner.Log != im.logID):
 			return nil, errReleased
 		}

@@ -21,6 +21,9 @@ const touchEvery = time.Minute
 // ErrCollected is matched when a partial image is not there any more.
 var ErrCollected = errors.New("somebody has removed what there was of it, as lsdctl gc does where it is not being written")
 
+// errWhole is matched when an image is not partial any more: another process has finished it.
+var errWhole = errors.New("another command has made it whole already")
+
 // CreatePartial makes an empty image that is going to be filled, and to have that name, which
 // is free, and returns its id. Finish gives it the name, Abort removes it.
 func CreatePartial(ctx context.Context, st backend.Store, name string, o CreateOptions) (uuid.UUID, error) {
@@ -54,21 +57,28 @@ func Finish(ctx context.Context, st backend.Store, name string, id uuid.UUID, si
 	}
 	// It has a name, so it is whole, whatever the superblock says: whoever attaches it next
 	// takes that back if this cannot.
-	_ = changePartial(ctx, st, id, func(sb *superblock) error {
+	err = changePartial(ctx, st, id, func(sb *superblock) error {
 		sb.whole()
 		return nil
 	})
+	if errors.Is(err, ErrCollected) {
+		return fmt.Errorf("give image %s its name: %w", name, err)
+	}
 	return nil
 }
 
 // whole says that the image is not partial any more.
 func (s *superblock) whole() { s.Partial, s.Copy = false, nil }
 
-// changePartial changes the superblock of a partial image that is there.
+// changePartial changes the superblock of a partial image that is there: not that of one which
+// another process has finished, and which somebody may use.
 func changePartial(ctx context.Context, st backend.Store, id uuid.UUID, change func(*superblock) error) error {
 	err := changeInsistently(ctx, st, id, func(sb *superblock) error {
-		if sb.Removed {
+		switch {
+		case sb.Removed:
 			return ErrCollected
+		case !sb.Partial:
+			return errWhole
 		}
 		return change(sb)
 	})
@@ -88,15 +98,20 @@ func touch(ctx context.Context, st backend.Store, id uuid.UUID) error {
 
 // Abort removes a partial image that is not going to be finished because of why, also when
 // ctx has ended, and its name if it has got that after all. It returns why, which may be nil,
-// with what could not be removed.
+// with what could not be removed. One that another process has finished is left alone.
 func Abort(ctx context.Context, st backend.Store, id uuid.UUID, why error) error {
 	p := patient{st, Real{}}
 	ctx = context.WithoutCancel(ctx)
-	err := changeInsistently(ctx, p, id, func(sb *superblock) error { return sb.remove(&RemoveOptions{Force: true, Snapshots: true}) })
+	err := changeInsistently(ctx, p, id, func(sb *superblock) error {
+		if !sb.Partial {
+			return errWhole
+		}
+		return sb.remove(&RemoveOptions{Force: true, Snapshots: true})
+	})
 	if err == nil {
 		err = reclaim(ctx, p, id, reclaimBatch, nil)
 	}
-	if err == nil || errors.Is(err, backend.ErrNotFound) {
+	if err == nil || errors.Is(err, backend.ErrNotFound) || errors.Is(err, errWhole) {
 		return why
 	}
 	err = fmt.Errorf("what was written of image %s could not be removed, which lsdctl gc does, with --remove: %w", id, err)

@@ -8,6 +8,7 @@ import (
 
 	"github.com/google/uuid"
 	"github.com/lsd-ceph/lsd/backend"
+	"github.com/lsd-ceph/lsd/backend/faultstore"
 	"github.com/lsd-ceph/lsd/backend/mem"
 )
 
@@ -199,5 +200,55 @@ func TestLargestSize(t *testing.T) {
 		if err := o.check(); err != nil {
 			t.Error(err)
 		}
+	}
+}
+
+// TestPartialNoMore: an image that is whole is not what a process that comes late takes it for.
+func TestPartialNoMore(t *testing.T) {
+	st := mem.New()
+	id := newPartial(t, st, false)
+	if err := Finish(t.Context(), st, "new", id, 0); err != nil {
+		t.Fatal(err)
+	}
+	if err := Rename(t.Context(), st, "new", "other"); err != nil {
+		t.Fatal(err)
+	}
+	if err := Finish(t.Context(), st, "new", id, 0); !errors.Is(err, errWhole) {
+		t.Errorf("finished twice: %v", err)
+	}
+	if err := NoteCopy(t.Context(), st, id, CopyState{Source: uuid.New()}); !errors.Is(err, errWhole) {
+		t.Errorf("noted how far it is: %v", err)
+	}
+	why := errors.New("why")
+	if err := Abort(t.Context(), st, id, why); err != why {
+		t.Error(err)
+	}
+	names, err := backend.Names(t.Context(), st)
+	if err != nil || len(names) != 1 || names[0].Name != "other" {
+		t.Errorf("%v, %v", names, err)
+	}
+	if sb, _, err := loadSuperblock(t.Context(), st, id); err != nil || sb.Removed || sb.Copy != nil || sb.Name != "other" {
+		t.Errorf("%+v, %v", sb, err)
+	}
+}
+
+// TestFinishedCollected: an image that has gone just when it got its name is not said to be there.
+func TestFinishedCollected(t *testing.T) {
+	st := mem.New()
+	id := newPartial(t, st, false)
+	removed := false
+	late := faultstore.New(st, func(op faultstore.Op) faultstore.Fault {
+		if !removed && op.Key == backend.DirectoryKey {
+			removed = true
+			alter(t, st, id, func(sb *superblock) {
+				if err := sb.remove(&RemoveOptions{Force: true}); err != nil {
+					t.Error(err)
+				}
+			})
+		}
+		return faultstore.Fault{}
+	})
+	if err := Finish(t.Context(), late, "new", id, 0); !removed || !errors.Is(err, ErrCollected) {
+		t.Errorf("%v, removed %v", err, removed)
 	}
 }

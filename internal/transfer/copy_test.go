@@ -418,3 +418,38 @@ func mustRemove(t *testing.T, st backend.Store, name string) {
 		t.Fatal(err)
 	}
 }
+
+// TestCopyLate: a command that comes to a copy when another one has brought it to its end, and
+// somebody uses it, leaves it alone.
+func TestCopyLate(t *testing.T) {
+	src := newOriginal(t, 8, false)
+	dst := mem.New()
+	u := src.interrupted(dst, "s1", copying())
+	two := [2]*copier{}
+	for i := range two {
+		o := copying()
+		o.Options = o.withDefaults()
+		two[i] = &copier{src: src.st, source: src.id, dst: dst, name: "new", o: o}
+		if done, err := two[i].begin(t.Context()); done || err != nil {
+			t.Fatal(done, err)
+		}
+	}
+	if err := two[0].run(t.Context()); err != nil { // and it dies
+		t.Fatal(err)
+	}
+	im, err := inproc.Open(t.Context(), dst, u.ID, quiet().inprocOptions())
+	if err != nil {
+		t.Fatal(err)
+	}
+	mine := bytes.Repeat([]byte("mine"), len(src.disk)/4)
+	if err := im.WriteAt(t.Context(), mine, 0); err != nil {
+		t.Fatal(err)
+	}
+	if err := im.Close(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if err := two[1].run(t.Context()); err == nil {
+		t.Error("it was copied to")
+	}
+	mustHave(t, dst, u.ID, uint64(len(mine)), mine)
+}
