@@ -1,6 +1,7 @@
 package transfer
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -189,7 +190,28 @@ func (x *applier) fits(ctx context.Context) error {
 		}
 		other = fmt.Errorf("%w: it has been written to since the snapshot %s", ErrOtherState, x.from.Name)
 	}
-	return engine.Diff(ctx, from, now, func(engine.Range) error { return other })
+	if from == nil {
+		return engine.Diff(ctx, nil, now, func(engine.Range) error { return other })
+	}
+	// The cleaner may have moved data, so that it is in another place and the same.
+	b, zeroes := make([]byte, engine.PieceSize), make([]byte, engine.PieceSize)
+	return engine.DiffData(ctx, from, now, func(r engine.Range, data []byte) error {
+		for off, end := r.Offset, r.Offset+r.Length; off < end; {
+			n := min(end-off, engine.PieceSize)
+			want := zeroes[:n]
+			if !r.Zero {
+				want, data = data[:n], data[n:]
+			}
+			if err := from.ReadAt(ctx, b[:n], off); err != nil {
+				return err
+			}
+			if !bytes.Equal(b[:n], want) {
+				return other
+			}
+			off += n
+		}
+		return nil
+	})
 }
 
 // resize gives an image that is open a size.

@@ -154,6 +154,43 @@ func TestApplyChain(t *testing.T) {
 	mustBeClean(t, st, "disk")
 }
 
+// TestApplyMoved: where data has come to another place since the snapshot, as by the cleaner,
+// and is the same, the image is what the diff begins with.
+func TestApplyMoved(t *testing.T) {
+	st := mem.New()
+	id := blank(t, st, 4<<20)
+	disk := contents(4<<20, 1)
+	first := diffOf(t, rbddiff.Header{To: "s0", Size: 4 << 20}, piece{off: 0, n: 4 << 20, data: disk})
+	if err := apply(t, st, id, first, false); err != nil {
+		t.Fatal(err)
+	}
+	rewrite := func(p []byte) {
+		im, err := inproc.Open(t.Context(), st, id, quiet().inprocOptions())
+		if err == nil {
+			err = im.WriteAt(t.Context(), p, 0)
+		}
+		if err == nil {
+			err = im.Close(t.Context())
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	next := diffOf(t, rbddiff.Header{From: "s0", To: "s1", Size: 4 << 20}, piece{off: 0, n: 4096})
+	other := bytes.Clone(disk)
+	other[3<<20] ^= 1
+	rewrite(other)
+	if err := apply(t, st, id, next, false); !errors.Is(err, ErrOtherState) {
+		t.Errorf("other data: %v", err)
+	}
+	rewrite(disk)
+	if err := apply(t, st, id, next, false); err != nil {
+		t.Fatal(err)
+	}
+	clear(disk[:4096])
+	mustHave(t, st, id, 4<<20, disk)
+}
+
 // TestApplyRefused: what does not fit changes nothing.
 func TestApplyRefused(t *testing.T) {
 	st := mem.New()
