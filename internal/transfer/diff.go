@@ -150,11 +150,20 @@ func (x *applier) run(ctx context.Context, force bool) error {
 		}
 	}
 	x.changed = true
-	if err := resize(ctx, x.st, x.id, x.im, wholeBlocks(x.done.Size, x.im.BlockSize()), x.o); err != nil {
+	before, size := x.im.Size(), wholeBlocks(x.done.Size, x.im.BlockSize())
+	if err := resize(ctx, x.st, x.id, x.im, size, x.o); err != nil {
 		return err
 	}
 	x.w = inproc.NewWriter(ctx, x.im, false)
-	err := x.records(ctx)
+	var err error
+	if before > x.done.Size {
+		// The last block may have something beyond the end, which is not to be there if the
+		// disk grows again: the diff that makes it grow does not say so.
+		err = x.zero(ctx, rbddiff.Record{Offset: x.done.Size, Length: size - x.done.Size})
+	}
+	if err == nil {
+		err = x.records(ctx)
+	}
 	x.w.Stop()
 	if err != nil {
 		return err

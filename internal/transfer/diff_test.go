@@ -191,6 +191,26 @@ func TestApplyMoved(t *testing.T) {
 	mustHave(t, st, id, 4<<20, disk)
 }
 
+// TestApplyEnd: what is beyond a disk that has become smaller, in its last block, is gone, and
+// does not come back when it grows.
+func TestApplyEnd(t *testing.T) {
+	for _, size := range []uint64{1<<20 + 1, 1<<20 + 512, 1<<20 + 1000, 1<<20 + 4095} {
+		st := mem.New()
+		id := blank(t, st, 2<<20)
+		disk := bytes.Repeat([]byte{7}, 2<<20)
+		for _, file := range [][]byte{
+			diffOf(t, rbddiff.Header{To: "s0", Size: 2 << 20}, piece{off: 0, n: 2 << 20, data: disk}),
+			diffOf(t, rbddiff.Header{From: "s0", To: "s1", Size: size}),
+			diffOf(t, rbddiff.Header{From: "s1", To: "s2", Size: 2 << 20}),
+		} {
+			if err := apply(t, st, id, file, false); err != nil {
+				t.Fatal(err)
+			}
+		}
+		mustHave(t, st, id, 2<<20, disk[:size])
+	}
+}
+
 // TestApplyRefused: what does not fit changes nothing.
 func TestApplyRefused(t *testing.T) {
 	st := mem.New()
