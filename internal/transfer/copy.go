@@ -131,8 +131,7 @@ func (c *copier) begin(ctx context.Context) (done bool, err error) {
 				return false, err
 			}
 		}
-		c.o.Progress("removing a copy that does not fit any more", 0, 0)
-		if err := c.giveUp(ctx, nil); err != nil {
+		if err := c.replace(ctx); err != nil {
 			return false, err
 		}
 		c.copied, c.next = Copied{}, 0
@@ -260,6 +259,26 @@ func (c *copier) create(ctx context.Context) error {
 	return nil
 }
 
+// replace removes a copy that cannot go on, unless another command is at it.
+func (c *copier) replace(ctx context.Context) error {
+	im, err := c.open(ctx)
+	if errors.As(err, new(*engine.OwnedError)) {
+		return err
+	}
+	if err == nil {
+		leave(im, errors.New("it is removed"))
+	}
+	c.o.Progress("removing a copy that does not fit any more", 0, 0)
+	return c.giveUp(ctx, nil)
+}
+
+// open takes the copy.
+func (c *copier) open(ctx context.Context) (*inproc.Image, error) {
+	options := c.o.inproc()
+	options.Partial = true
+	return inproc.Open(ctx, c.dst, c.copied.ID, options)
+}
+
 // giveUp removes the copy, and what is kept for it, because of why.
 func (c *copier) giveUp(ctx context.Context, why error) error {
 	err := engine.Abort(ctx, c.dst, c.copied.ID, why)
@@ -300,10 +319,8 @@ func (c *copier) run(ctx context.Context) error {
 // fill copies all states that are missing. The copy is nobody's then, also where another
 // process has copied all and died before it said so.
 func (c *copier) fill(ctx context.Context) error {
-	options := c.o.inproc()
-	options.Partial = true
 	var err error
-	if c.im, err = inproc.Open(ctx, c.dst, c.copied.ID, options); err != nil {
+	if c.im, err = c.open(ctx); err != nil {
 		return err
 	}
 	err = c.im.Refresh(ctx) // a snapshot may have been asked for and not taken

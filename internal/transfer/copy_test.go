@@ -376,6 +376,33 @@ func TestCopyCollected(t *testing.T) {
 	src.mustEqual(dst, made.ID, true)
 }
 
+// TestCopyBeside: a command for which a copy does not fit leaves it to the one that is at it.
+func TestCopyBeside(t *testing.T) {
+	src := newOriginal(t, 6, false)
+	dst := mem.New()
+	u := src.interrupted(dst, "s1", copying())
+	o := quiet().inprocOptions()
+	o.Partial = true
+	im, err := inproc.Open(t.Context(), dst, u.ID, o)
+	if err != nil {
+		t.Fatal(err)
+	}
+	head := copying()
+	head.HeadOnly = true
+	var owned *engine.OwnedError
+	if _, err := Copy(t.Context(), src.st, src.id, dst, "new", head); !errors.As(err, &owned) || !owned.Command {
+		t.Errorf("the second: %v", err)
+	}
+	if err := im.Close(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	made, err := Copy(t.Context(), src.st, src.id, dst, "new", copying())
+	if err != nil || made.ID != u.ID || !made.Resumed {
+		t.Fatalf("%+v, %v", made, err)
+	}
+	src.mustEqual(dst, made.ID, true)
+}
+
 // TestCopyAttached: whoever has the image attached goes on, and the copy is what it was when
 // that began.
 func TestCopyAttached(t *testing.T) {
