@@ -205,6 +205,7 @@ func (im *Image) updateSuper() {
 			next.cutOff()
 		}
 		next.Owner, next.Evict = nil, nil
+		next.touched()
 	}
 	began := im.env.Now()
 	var version backend.Version

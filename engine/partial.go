@@ -39,7 +39,8 @@ func CreatePartial(ctx context.Context, st backend.Store, name string, o CreateO
 func Finish(ctx context.Context, st backend.Store, name string, id uuid.UUID, size uint64) error {
 	// From here on GC takes it for one that is just being made.
 	err := changePartial(ctx, st, id, func(sb *superblock) error {
-		sb.Name, sb.Created = name, time.Now().UTC().Truncate(time.Second)
+		sb.Name = name
+		sb.touched()
 		if size == 0 || size/SectorSize == sb.Sectors {
 			return nil
 		}
@@ -91,9 +92,16 @@ func changePartial(ctx context.Context, st backend.Store, id uuid.UUID, change f
 // touch says that a partial image is being filled.
 func touch(ctx context.Context, st backend.Store, id uuid.UUID) error {
 	return changePartial(ctx, st, id, func(sb *superblock) error {
-		sb.Created = time.Now().UTC().Truncate(time.Second)
+		sb.touched()
 		return nil
 	})
+}
+
+// touched notes in the superblock of a partial image that it is being filled.
+func (s *superblock) touched() {
+	if s.Partial {
+		s.Created = time.Now().UTC().Truncate(time.Second)
+	}
 }
 
 // Abort removes a partial image that is not going to be finished because of why, also when
@@ -141,7 +149,8 @@ func (c *CopyState) valid() bool { return c.Source != uuid.Nil && c.Count >= 0 &
 // NoteCopy notes how far the partial image id is a copy, and that it is being filled.
 func NoteCopy(ctx context.Context, st backend.Store, id uuid.UUID, c CopyState) error {
 	return changePartial(ctx, st, id, func(sb *superblock) error {
-		sb.Copy, sb.Created = &c, time.Now().UTC().Truncate(time.Second)
+		sb.Copy = &c
+		sb.touched()
 		return nil
 	})
 }

@@ -173,3 +173,27 @@ func TestLost(t *testing.T) {
 		t.Error("an image that was removed is given back")
 	}
 }
+
+// TestPartialGivenBack: an image that has been filled for long is not taken by gc for one that
+// was left when the filling began.
+func TestPartialGivenBack(t *testing.T) {
+	st := mem.New()
+	id, err := engine.CreatePartial(t.Context(), st, "new", engine.CreateOptions{Size: size})
+	if err != nil {
+		t.Fatal(err)
+	}
+	im, err := inproc.Open(t.Context(), st, id, inproc.Options{URL: "mem:/new", Partial: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	time.Sleep(2 * time.Second)
+	if err := im.Close(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if found, err := engine.GC(t.Context(), st, engine.GCOptions{Age: 1500 * time.Millisecond}); err != nil || len(found) > 0 {
+		t.Errorf("%+v, %v", found, err)
+	}
+	if err := engine.Finish(t.Context(), st, "new", id, 0); err != nil {
+		t.Error(err)
+	}
+}
