@@ -63,6 +63,8 @@ type Options struct {
 
 // Image is an open image. Its methods may be called by any goroutine, but for Close.
 type Image struct {
+	store    backend.Store
+	id       uuid.UUID
 	loop     *loop
 	image    *engine.Image // the loop's
 	patience time.Duration
@@ -86,7 +88,7 @@ func Open(ctx context.Context, st backend.Store, id uuid.UUID, o Options) (*Imag
 	if err != nil {
 		return nil, err
 	}
-	i := &Image{loop: newLoop(), image: im, patience: cmp.Or(o.Patience, storePatience)}
+	i := &Image{store: st, id: id, loop: newLoop(), image: im, patience: cmp.Or(o.Patience, storePatience)}
 	i.failed, i.fail = context.WithCancelCause(context.Background())
 	dev := &device{loop: i.loop, memory: log}
 	go i.loop.run(func() {
@@ -228,6 +230,16 @@ func (i *Image) Shrink(ctx context.Context, size uint64, progress func(done, tot
 
 // Refresh has the image do what its superblock asks for.
 func (i *Image) Refresh(ctx context.Context) error { return await(ctx, i, i.image.Refresh) }
+
+// Snapshot makes a snapshot of that name of what the image is now. If ctx ends before it is
+// there, or the store has failed for too long, it is withdrawn, if that can be.
+func (i *Image) Snapshot(ctx context.Context, name string) error {
+	ctx, stop := context.WithCancelCause(ctx)
+	defer stop(nil)
+	defer context.AfterFunc(i.failed, func() { stop(context.Cause(i.failed)) })()
+	_, err := engine.CreateSnapshot(ctx, i.store, i.id, name, engine.SnapshotOptions{Nudge: i.Refresh})
+	return err
+}
 
 // Close writes what is left to the store, gives the image back, and ends what runs of it. If
 // ctx ends before, or that cannot be done, also because the store has failed for too long, the image is left as if this process had died. It

@@ -351,7 +351,7 @@ func (c *copier) state(ctx context.Context) error {
 	// whoever opens the copy next takes it.
 	err = c.im.Destage(ctx)
 	if err == nil && !made && !last {
-		_, err = engine.CreateSnapshot(ctx, c.dst, c.copied.ID, s.Name, engine.SnapshotOptions{Nudge: c.im.Refresh})
+		err = c.im.Snapshot(ctx, s.Name)
 	}
 	if err == nil {
 		err = c.note(ctx, engine.CopyState{Source: c.source, From: s.ID, Count: c.next + 1})

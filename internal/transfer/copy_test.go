@@ -8,10 +8,13 @@ import (
 	"math/rand/v2"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
+	"time"
 
 	"github.com/google/uuid"
 	"github.com/lsd-ceph/lsd/backend"
+	"github.com/lsd-ceph/lsd/backend/faultstore"
 	"github.com/lsd-ceph/lsd/backend/mem"
 	"github.com/lsd-ceph/lsd/engine"
 	"github.com/lsd-ceph/lsd/internal/inproc"
@@ -398,6 +401,36 @@ func TestCopyBeside(t *testing.T) {
 	}
 	made, err := Copy(t.Context(), src.st, src.id, dst, "new", copying())
 	if err != nil || made.ID != u.ID || !made.Resumed {
+		t.Fatalf("%+v, %v", made, err)
+	}
+	src.mustEqual(dst, made.ID, true)
+}
+
+// TestCopyStoreFails: a store that fails for long ends a copy also while that waits for a
+// snapshot of its own.
+func TestCopyStoreFails(t *testing.T) {
+	src := newOriginal(t, 6, false)
+	dst := mem.New()
+	u := src.interrupted(dst, "s0", copying())
+	gone := &backend.Error{Op: "any", Class: backend.ErrTemporary, Cause: errors.New("the store is gone")}
+	var down atomic.Bool
+	failing := faultstore.New(dst, func(faultstore.Op) faultstore.Fault {
+		if list, err := engine.Snapshots(context.Background(), dst, u.ID); err == nil && slices.ContainsFunc(list, func(s engine.Snapshot) bool { return s.Pending }) {
+			down.Store(true)
+		}
+		if down.Load() {
+			return faultstore.Fault{Before: gone}
+		}
+		return faultstore.Fault{}
+	})
+	ctx, stop := context.WithTimeoutCause(t.Context(), 40*time.Second, errors.New("it hangs"))
+	defer stop()
+	_, err := Copy(ctx, src.st, src.id, failing, "new", copying())
+	if !down.Load() || ctx.Err() != nil || !errors.Is(err, gone) {
+		t.Fatalf("down %v: %v", down.Load(), err)
+	}
+	made, err := Copy(t.Context(), src.st, src.id, dst, "new", copying())
+	if err != nil || made.ID != u.ID {
 		t.Fatalf("%+v, %v", made, err)
 	}
 	src.mustEqual(dst, made.ID, true)

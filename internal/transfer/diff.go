@@ -175,8 +175,7 @@ func (x *applier) run(ctx context.Context, force bool) error {
 	if err != nil || x.done.To == "" {
 		return err
 	}
-	_, err = engine.CreateSnapshot(ctx, x.st, x.id, x.done.To, engine.SnapshotOptions{Nudge: x.im.Refresh})
-	return err
+	return x.im.Snapshot(ctx, x.done.To)
 }
 
 // fits fails with ErrOtherState unless the image is what the diff begins with.
