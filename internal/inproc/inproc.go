@@ -131,6 +131,12 @@ func (i *Image) BlockSize() (n uint32) {
 	return n
 }
 
+// CheckSize fails unless the image may be given so many bytes.
+func (i *Image) CheckSize(size uint64) (err error) {
+	i.call(func() { err = i.image.CheckSize(size) })
+	return err
+}
+
 // call runs fn on the loop and waits for it.
 func (i *Image) call(fn func()) {
 	ran := make(chan struct{})

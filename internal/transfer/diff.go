@@ -120,6 +120,9 @@ func (x *applier) check(ctx context.Context) error {
 	if h.Size == 0 {
 		return errors.New("the diff is of a disk of 0 bytes: an image must have at least one block")
 	}
+	if h.Size > engine.MaxSize {
+		return fmt.Errorf("the diff is of a disk of %d bytes, which is beyond the limit of %d bytes", h.Size, uint64(engine.MaxSize))
+	}
 	list, err := engine.Snapshots(ctx, x.st, x.id)
 	if err != nil {
 		return err
@@ -149,8 +152,11 @@ func (x *applier) run(ctx context.Context, force bool) error {
 			return err
 		}
 	}
-	x.changed = true
 	before, size := x.im.Size(), wholeBlocks(x.done.Size, x.im.BlockSize())
+	if err := x.im.CheckSize(size); err != nil {
+		return err
+	}
+	x.changed = true
 	if err := resize(ctx, x.st, x.id, x.im, size, x.o); err != nil {
 		return err
 	}

@@ -285,6 +285,20 @@ func TestApplyRefused(t *testing.T) {
 	}
 }
 
+// TestApplyTooLarge: nothing is changed for a size that the image cannot have, and the message
+// does not say that something was.
+func TestApplyTooLarge(t *testing.T) {
+	st := mem.New()
+	id := blank(t, st, 4<<20)
+	for _, size := range []uint64{16 << 40, engine.MaxSize + 1, 1<<64 - 1} {
+		file := diffOf(t, rbddiff.Header{Size: size})
+		if err := apply(t, st, id, file, false); err == nil || errors.As(err, new(*PartError)) {
+			t.Errorf("%d bytes: %v", size, err)
+		}
+	}
+	mustHave(t, st, id, 4<<20, nil)
+}
+
 // TestApplyCut: of a file that is cut off the message says so; a rollback brings the image
 // back, and so does to apply all of it.
 func TestApplyCut(t *testing.T) {
