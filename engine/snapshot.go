@@ -131,6 +131,9 @@ type SnapshotOptions struct {
 	// something, and returns when that is done or cannot be. May be nil: the owner looks at
 	// its next renewal of the lease.
 	Nudge func(context.Context) error
+	// Epoch is that of the ownership in which the snapshot is asked for: if it has ended, none
+	// is made, of what another one has written. 0: whoever owns the image.
+	Epoch uint64
 	// Clock may be nil, which means Real{}.
 	Clock Clock
 	// Parallel is how many reads from the store are made at one time; 0 means a default. 1
@@ -274,6 +277,8 @@ func (m *snapshotMaker) change(ctx context.Context, sb *superblock) error {
 		return errWithdrawn
 	case have != nil && (have.Settled || sb.Owner != nil):
 		return errNothing
+	case have == nil && m.o.Epoch != 0 && (sb.Owner == nil || sb.Epoch != m.o.Epoch):
+		return errors.New("another one has taken the image meanwhile")
 	case have == nil: // also where an attempt of which we know nothing has come to nothing
 		m.want.Sectors = sb.Sectors
 		if err := m.add(sb, m.want); err != nil {

@@ -65,6 +65,7 @@ type Options struct {
 type Image struct {
 	store    backend.Store
 	id       uuid.UUID
+	epoch    uint64 // of this ownership
 	loop     *loop
 	image    *engine.Image // the loop's
 	patience time.Duration
@@ -95,6 +96,7 @@ func Open(ctx context.Context, st backend.Store, id uuid.UUID, o Options) (*Imag
 		im.Start(i.loop, dev, make([]byte, mirror))
 		i.watch()
 	}, im.EndTurn)
+	i.call(func() { i.epoch = im.Stats().Epoch })
 	return i, nil
 }
 
@@ -238,12 +240,13 @@ func (i *Image) Shrink(ctx context.Context, size uint64, progress func(done, tot
 func (i *Image) Refresh(ctx context.Context) error { return await(ctx, i, i.image.Refresh) }
 
 // Snapshot makes a snapshot of that name of what the image is now. If ctx ends before it is
-// there, or the store has failed for too long, it is withdrawn, if that can be.
+// there, or the store has failed for too long, it is withdrawn, if that can be. It fails where
+// another one has taken the image.
 func (i *Image) Snapshot(ctx context.Context, name string) error {
 	ctx, stop := context.WithCancelCause(ctx)
 	defer stop(nil)
 	defer context.AfterFunc(i.failed, func() { stop(context.Cause(i.failed)) })()
-	_, err := engine.CreateSnapshot(ctx, i.store, i.id, name, engine.SnapshotOptions{Nudge: i.Refresh})
+	_, err := engine.CreateSnapshot(ctx, i.store, i.id, name, engine.SnapshotOptions{Nudge: i.Refresh, Epoch: i.epoch})
 	return err
 }
 

@@ -4,14 +4,17 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"log/slog"
 	"math/rand/v2"
 	"runtime"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
 	"github.com/google/uuid"
 	"github.com/lsd-ceph/lsd/backend"
+	"github.com/lsd-ceph/lsd/backend/faultstore"
 	"github.com/lsd-ceph/lsd/backend/mem"
 	"github.com/lsd-ceph/lsd/engine"
 	"github.com/lsd-ceph/lsd/internal/inproc"
@@ -195,5 +198,36 @@ func TestPartialGivenBack(t *testing.T) {
 	}
 	if err := engine.Finish(t.Context(), st, "new", id, 0); err != nil {
 		t.Error(err)
+	}
+}
+
+// TestSnapshotFenced: one that has lost the image, and does not know it yet, does not get a
+// snapshot of what another one has written since.
+func TestSnapshotFenced(t *testing.T) {
+	st := mem.New()
+	id := newImage(t, st)
+	var down atomic.Bool
+	cut := faultstore.New(st, func(faultstore.Op) faultstore.Fault {
+		if down.Load() {
+			return faultstore.Fault{Before: &backend.Error{Op: "any", Class: backend.ErrTemporary, Cause: errors.New("cut off")}}
+		}
+		return faultstore.Fault{}
+	})
+	first, err := inproc.Open(t.Context(), cut, id, inproc.Options{URL: "mem:/disk", Lease: engine.MinLease, Logger: slog.New(slog.DiscardHandler)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	down.Store(true)
+	second := open(t, st, id)
+	down.Store(false)
+	if err := first.Snapshot(t.Context(), "s"); err == nil {
+		t.Error("it was made")
+	}
+	_ = first.Close(t.Context())
+	if err := second.Close(t.Context()); err != nil {
+		t.Error(err)
+	}
+	if list, err := engine.Snapshots(t.Context(), st, id); err != nil || len(list) > 0 {
+		t.Errorf("%+v, %v", list, err)
 	}
 }
