@@ -44,7 +44,7 @@ unit: ## unit tests with the race detector, in short where there is a long form 
 	go test $(GOFLAGS_LINK) -race -short -timeout 15m $$(go list ./... | grep -v /tests/bench)
 	go test $(GOFLAGS_LINK) -timeout 15m ./tests/bench
 	@echo "== simulation"
-	go test $(GOFLAGS_LINK) -tags invariants -timeout 15m -run 'Crashes|Replays|DeepClones|Reverts|Histories|Resize|DiffRandom' ./engine ./cache/writelog
+	go test $(GOFLAGS_LINK) -tags invariants -timeout 15m -run 'Crashes|Replays|DeepClones|Reverts|Histories|Resize|DiffRandom|Killed' ./engine ./cache/writelog ./internal/transfer
 	$(MAKE) sim SEEDS=3000
 	$(MAKE) sim-mutations
 	@echo "== what a hundred images cost"

@@ -34,7 +34,7 @@ func (w *world) resize() {
 	w.count(countShrinks, true)
 	w.shrinkAndGrow()
 	if h := w.owner; h.im != nil && !h.dead && h.im.Sectors() != w.plan.extras.sectors {
-		w.crash() // its SSD or its lease is gone: it does not grow any more
+		w.crash() // in the midst of it, or because its SSD or its lease is gone
 	}
 }
 
@@ -119,10 +119,15 @@ func (w *world) cut(m *model, size uint64) {
 	}
 }
 
-// awaitShrink waits until the image has been made smaller, or its owner has come to an end.
+// awaitShrink waits until the image has been made smaller, or its owner has come to an end, or
+// for a while, after which its process is to die.
 // All that is wrong passes in time.
 func (w *world) awaitShrink(h *simHost, ended *bool) {
-	for i := 0; !*ended && w.serving(); i++ {
+	most := math.MaxInt
+	if w.rng.IntN(3) == 0 {
+		most = w.rng.IntN(150)
+	}
+	for i := 0; !*ended && w.serving() && i < most; i++ {
 		if w.rng.IntN(200) == 0 && i < 3000 {
 			w.weather(h)
 		}

@@ -190,7 +190,11 @@ func TestCopy(t *testing.T) {
 // TestCopyKilled: the process dies at any operation on one of the stores, again and again: the
 // copy that comes to its end is right, and nothing else is left.
 func TestCopyKilled(t *testing.T) {
-	for seed := range uint64(6) {
+	seeds := uint64(6)
+	if testing.Short() {
+		seeds = 2
+	}
+	for seed := range seeds {
 		t.Run(fmt.Sprint(seed), func(t *testing.T) {
 			t.Parallel()
 			src := newOriginal(t, seed, seed%4 == 3)

@@ -342,7 +342,11 @@ func TestApplyCut(t *testing.T) {
 // TestApplyKilled: a process may die at any operation: the diff applied again by force is as
 // if it had been applied once.
 func TestApplyKilled(t *testing.T) {
-	for n := 1; n < 80; n += 8 {
+	step := 8
+	if testing.Short() {
+		step = 24
+	}
+	for n := 1; n < 80; n += step {
 		t.Run(fmt.Sprint(n), func(t *testing.T) {
 			t.Parallel()
 			rng := rand.New(rand.NewPCG(uint64(n), 1))

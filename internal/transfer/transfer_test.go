@@ -229,7 +229,11 @@ func dying(st backend.Store, n int, done bool) backend.Store {
 // none, and nothing that gc does not find.
 func TestImportKilled(t *testing.T) {
 	data := contents(6<<20, 3)
-	for n := 1; n < 60; n += 3 {
+	step := 3
+	if testing.Short() {
+		step = 12
+	}
+	for n := 1; n < 60; n += step {
 		t.Run(fmt.Sprint(n), func(t *testing.T) {
 			t.Parallel()
 			st := mem.New()
