@@ -135,18 +135,7 @@ func Open(ctx context.Context, st backend.Store, id uuid.UUID, o OpenOptions) (*
 	if o.Snapshot != uuid.Nil && !o.ReadOnly {
 		return nil, errors.New("a snapshot can be opened read-only alone")
 	}
-	if o.Clock == nil {
-		o.Clock = Real{}
-	}
-	if o.Progress == nil {
-		o.Progress = func(string) {}
-	}
-	o.Config = o.Config.withDefaults()
-	recovery := patient{prompt{st, o.Config.StoreTimeout}, o.Clock}
-	sb, _, err := loadSuperblock(ctx, recovery, id)
-	if err == nil {
-		err = removedError(sb.Removed, nil)
-	}
+	recovery, sb, err := o.lookAt(ctx, st, id)
 	if err != nil {
 		return nil, err
 	}
@@ -166,6 +155,24 @@ func Open(ctx context.Context, st backend.Store, id uuid.UUID, o OpenOptions) (*
 	}
 	im.store = st
 	return im, nil
+}
+
+// lookAt sets what is not set to its default, and returns the store as recovery asks it, and
+// the image's superblock. It fails where the image has been removed.
+func (o *OpenOptions) lookAt(ctx context.Context, st backend.Store, id uuid.UUID) (patient, *superblock, error) {
+	if o.Clock == nil {
+		o.Clock = Real{}
+	}
+	if o.Progress == nil {
+		o.Progress = func(string) {}
+	}
+	o.Config = o.Config.withDefaults()
+	recovery := patient{prompt{st, o.Config.StoreTimeout}, o.Clock}
+	sb, _, err := loadSuperblock(ctx, recovery, id)
+	if err == nil {
+		err = removedError(sb.Removed, nil)
+	}
+	return recovery, sb, err
 }
 
 // missing tells what it means that an attach has not found something, beginning with the

@@ -21,8 +21,8 @@ type RollbackOptions struct {
 // Rollback makes the image id what it was at the snapshot of that name, its size included.
 // It is one change of the superblock, whatever is in the image. All snapshots stay; what only
 // the state until now was made of is removed by whoever attaches the image next. One that is
-// attached is refused with an OwnedError, and so is one that a command has that lives; where there is no such snapshot the error matches
-// ErrNoSnapshot.
+// attached is refused with an OwnedError, and so is one that a command has that lives; where
+// there is no such snapshot the error matches ErrNoSnapshot.
 func Rollback(ctx context.Context, st backend.Store, id uuid.UUID, name string, o RollbackOptions) error {
 	if o.Clock == nil {
 		o.Clock = Real{}

@@ -75,24 +75,14 @@ type ViewOptions struct {
 // OpenView opens a state of the image id. Of an image that is attached that is what has
 // reached the store. It is to be closed.
 func OpenView(ctx context.Context, st backend.Store, id uuid.UUID, o ViewOptions) (*View, error) {
-	if o.Clock == nil {
-		o.Clock = Real{}
-	}
-	if o.Progress == nil {
-		o.Progress = func(string) {}
-	}
-	o.Config = o.Config.withDefaults()
-	recovery := patient{prompt{st, o.Config.StoreTimeout}, o.Clock}
-	sb, _, err := loadSuperblock(ctx, recovery, id)
-	if err == nil {
-		err = removedError(sb.Removed, nil)
-	}
+	n := cmp.Or(o.Parallel, viewParallel)
+	as := &OpenOptions{ReadOnly: true, Snapshot: o.Snapshot, Clock: o.Clock, Parallel: n, Progress: o.Progress, Config: o.Config}
+	recovery, sb, err := as.lookAt(ctx, st, id)
 	if err != nil {
 		return nil, err
 	}
-	o.Config.StoreTimeout *= viewPatience
-	n := cmp.Or(o.Parallel, viewParallel)
-	im, err := openAsIs(ctx, recovery, sb, &OpenOptions{ReadOnly: true, Snapshot: o.Snapshot, Clock: o.Clock, Parallel: n, Progress: o.Progress, Config: o.Config})
+	as.Config.StoreTimeout *= viewPatience
+	im, err := openAsIs(ctx, recovery, sb, as)
 	if err != nil {
 		return nil, err
 	}
