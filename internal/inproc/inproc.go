@@ -147,8 +147,12 @@ func (i *Image) call(fn func()) {
 }
 
 // await has begin started on the loop, and waits until it tells how it ended, or until ctx
-// ends, or the store has failed for too long: what it began goes on then.
+// ends, or the store has failed for too long: what it began goes on then. Nothing begins for
+// a ctx that has ended.
 func await(ctx context.Context, i *Image, begin func(fn func(error))) error {
+	if ctx.Err() != nil {
+		return context.Cause(ctx)
+	}
 	done := make(chan error, 1)
 	i.loop.Post(func() { begin(func(err error) { done <- err }) })
 	select {
@@ -251,8 +255,8 @@ func (i *Image) Snapshot(ctx context.Context, name string) error {
 }
 
 // Close writes what is left to the store, gives the image back, and ends what runs of it. If
-// ctx ends before, or that cannot be done, also because the store has failed for too long, the image is left as if this process had died. It
-// is called once, when nothing else is.
+// ctx ends before, or that cannot be done, also because the store has failed for too long,
+// the image is left as if this process had died. It is called once, when nothing else is.
 func (i *Image) Close(ctx context.Context) error {
 	err := await(ctx, i, i.image.Close)
 	if err != nil {
