@@ -116,7 +116,7 @@ func TestDeadBeforeRecovery(t *testing.T) {
 	if gone == nil || gone.live == 0 {
 		t.Fatalf("the table knows already: %+v", h.im.table.list)
 	}
-	h.im.clean.begin([]objectInfo{*gone})
+	h.im.clean.begin([]objectInfo{*gone}, cleanSpace)
 	h.run(time.Hour)
 	if s := h.im.Stats().Scrub; s.Errors != 0 || s.Passes != 1 {
 		t.Errorf("%+v, of an image that is whole", s)
@@ -293,7 +293,7 @@ func TestCleanerGoesOnWithoutMemory(t *testing.T) {
 	if victim == nil || victim.live == 0 || h.im.objs.resident.has(0) || len(h.im.objs.changes[0].list) != 6*stintBase {
 		t.Fatalf("victim %+v, changes %+v: this tests nothing", victim, h.im.objs.changes[0])
 	}
-	h.im.clean.begin([]objectInfo{*victim})
+	h.im.clean.begin([]objectInfo{*victim}, cleanSpace)
 	loaded := h.im.objs.loaded
 	r := h.im.clean.running
 	for turns := 0; len(r.ahead) > 0 || r.looking != nil; turns++ {

@@ -52,7 +52,8 @@ const (
 // headers alone.
 type cleaner struct {
 	im      *Image
-	search  *search // for the victims of the next one
+	search  *search  // for the victims of the next one
+	aimed   cleanAim // of the last search
 	running *cleaning
 	bad     map[uint32]bool          // victims that are damaged
 	later   map[uint32]time.Duration // those that cannot be read now, and when to try again
@@ -70,6 +71,7 @@ type cleaner struct {
 
 // cleaning is one run of the cleaner.
 type cleaning struct {
+	aim     cleanAim
 	base    uint64 // the last object accepted when it began
 	victims []objectInfo
 	next    int // victim
@@ -115,6 +117,9 @@ func (c *cleaner) scattered() bool {
 	return uint64(t.alive-t.movedAlive) > 64+4*((t.live-t.movedLive)/c.im.object)
 }
 
+// due reports whether there is something to be cleaned.
+func (c *cleaner) due() bool { return c.debt() > 0 || c.scattered() || c.im.flatten.moves() }
+
 // maybe begins a cleaning if one is due.
 func (c *cleaner) maybe() {
 	im := c.im
@@ -122,7 +127,7 @@ func (c *cleaner) maybe() {
 	if c.running != nil || c.search != nil || c.waits {
 		return
 	}
-	if im.state != Active || !im.leased() || im.stats.failing != 0 || im.usedUp() || c.debt() <= 0 && !c.scattered() {
+	if im.state != Active || !im.leased() || im.stats.failing != 0 || im.usedUp() || !c.due() {
 		c.leaveTurn()
 		return
 	}
@@ -131,7 +136,17 @@ func (c *cleaner) maybe() {
 }
 
 func (c *cleaner) newSearch() *search {
-	return &search{small: c.debt() <= 0, list: victimList{limit: cleanObjects * c.im.object}}
+	s := &search{list: victimList{limit: cleanObjects * c.im.object}}
+	switch {
+	case c.im.flatten.moves() && !(c.exceeds() && c.aimed == cleanAncestors):
+		s.aim = cleanAncestors
+	case c.debt() > 0:
+		s.aim = cleanSpace
+	default:
+		s.aim = cleanSmall
+	}
+	c.aimed = s.aim
+	return s
 }
 
 // takeUp makes those objects victims again whose time has come.
@@ -144,7 +159,7 @@ func (c *cleaner) takeUp() {
 }
 
 // begin begins the cleaning of victims.
-func (c *cleaner) begin(victims []objectInfo) {
+func (c *cleaner) begin(victims []objectInfo, aim cleanAim) {
 	im := c.im
 	if len(victims) == 0 || !im.leased() {
 		c.leaveTurn()
@@ -155,7 +170,7 @@ func (c *cleaner) begin(victims []objectInfo) {
 		return
 	}
 	c.held = false
-	c.running = &cleaning{base: im.accepted.object, victims: victims, emptied: make(map[uint32]bool), place: true}
+	c.running = &cleaning{aim: aim, base: im.accepted.object, victims: victims, emptied: make(map[uint32]bool), place: true}
 	c.goOn()
 }
 
@@ -179,9 +194,10 @@ func (c *cleaner) leaveTurn() {
 // whether what it wants to move can be read, nor after a cleaning that has freed nothing.
 // As much of them as half of what the last one has gained goes on in any case. They wait for
 // the cleaner's turn as well, but not for long: it may be another store that keeps it.
+// What is moved out of ancestors frees nothing.
 func (c *cleaner) lags() bool {
 	r := c.running
-	works := c.search != nil || c.waits && c.held || r != nil && !r.stuck()
+	works := c.search != nil && c.search.aim != cleanAncestors || c.waits && c.held && c.aimed != cleanAncestors || r != nil && r.aim != cleanAncestors && !r.stuck()
 	return works && !c.vain && c.im.state == Active && c.exceeds()
 }
 
@@ -193,13 +209,23 @@ func (c *cleaner) exceeds() bool {
 // search goes through the image's objects for the best victims, as many at a time
 // as a turn may: there may be a hundred thousand.
 type search struct {
-	small bool   // it is for objects with little that lives, not for dead data
-	next  uint32 // objects below have been looked at
-	list  victimList
+	aim    cleanAim
+	next   uint32 // objects below have been looked at
+	list   victimList
+	unread *objectInfo // one that is left out because it cannot be read; kept for cleanAncestors
 	// Sectors of the objects seen so far that points need, or that cannot be read, and
 	// what lives of them.
 	heldSpace, heldLive uint64
 }
+
+// cleanAim is what objects a cleaning moves data out of.
+type cleanAim int
+
+const (
+	cleanSpace     cleanAim = iota // those of which much is dead
+	cleanSmall                     // those in which little lives
+	cleanAncestors                 // those of ancestors
+)
 
 // choose goes on with the search, and begins the cleaning at its end.
 func (c *cleaner) choose() {
@@ -212,8 +238,15 @@ func (c *cleaner) choose() {
 		c.im.env.AfterFunc(0, c.choose)
 	default:
 		c.search = nil
-		c.heldSpace, c.heldLive = s.heldSpace, s.heldLive
-		if c.begin(c.chosen(s)); c.running == nil {
+		if s.aim != cleanAncestors {
+			c.heldSpace, c.heldLive = s.heldSpace, s.heldLive
+		}
+		victims := c.chosen(s)
+		c.begin(victims, s.aim)
+		if s.aim == cleanAncestors && len(victims) == 0 {
+			c.im.flatten.moved(s.unread)
+		}
+		if c.running == nil {
 			c.im.pumpNow() // objects may have waited for it
 		}
 	}
@@ -243,16 +276,27 @@ func (c *cleaner) weigh(s *search, o *objectInfo) {
 	if o.gone || o.live == 0 || o.moved || uint64(o.number) > im.accepted.object {
 		return // the last one may not be in the map yet
 	}
+	if s.aim == cleanAncestors {
+		switch {
+		case im.line.own(uint64(o.number)):
+		case c.bad[o.number] || c.later[o.number] > 0:
+			unread := *o
+			s.unread = &unread
+		default:
+			s.list.offer(o, -float64(o.number)) // in the order in which they were written
+		}
+		return
+	}
 	if c.bad[o.number] || c.later[o.number] > 0 || !im.line.own(uint64(o.number)) || im.super.holds.object(uint64(o.number), 0) {
 		s.heldSpace, s.heldLive = s.heldSpace+uint64(o.sectors), s.heldLive+uint64(o.live)
 		return
 	}
 	u := float64(o.live) / float64(o.sectors)
-	if u*100 > cleanFull && !(s.small && uint64(o.live) < im.object/2) {
+	if u*100 > cleanFull && !(s.aim == cleanSmall && uint64(o.live) < im.object/2) {
 		return
 	}
 	score := benefit(u, float64(im.accepted.object-uint64(o.number))+1)
-	if s.small {
+	if s.aim == cleanSmall {
 		score = 1 / float64(o.live)
 	}
 	s.list.offer(o, score)
@@ -265,13 +309,13 @@ func (c *cleaner) chosen(s *search) []objectInfo {
 	best := s.list.victims()
 	victims, total := best[:0], uint64(0)
 	for _, o := range best {
-		if now := im.table.find(uint64(o.number)); now != nil && now.live > 0 && !im.super.holds.object(uint64(o.number), 0) {
+		if now := im.table.find(uint64(o.number)); now != nil && now.live > 0 && (s.aim == cleanAncestors || !im.super.holds.object(uint64(o.number), 0)) {
 			victims = append(victims, *now)
 			total += uint64(now.live)
 		}
 	}
 	switch fewer := len(victims) - int((total+im.object-1)/im.object); {
-	case s.small && fewer < minMerge, !s.small && c.debt() <= 0:
+	case s.aim == cleanSmall && fewer < minMerge, s.aim == cleanSpace && c.debt() <= 0:
 		return nil // nothing is gained: what there is to gain is held
 	}
 	return victims
@@ -339,15 +383,18 @@ func (c *cleaner) end() {
 	if r := c.running; r != nil {
 		c.yield()
 		c.markEmptied()
-		gain := int64(c.freed()) - int64(r.moved)
-		c.vain = gain <= 0
-		// They put less than was gained: so the debt falls, and writes go on meanwhile,
-		// however large it is.
-		c.credit = min(c.credit, 0) + max(gain, 0)/2
+		if r.aim != cleanAncestors {
+			gain := int64(c.freed()) - int64(r.moved)
+			c.vain = gain <= 0
+			// They put less than was gained: so the debt falls, and writes go on meanwhile,
+			// however large it is.
+			c.credit = min(c.credit, 0) + max(gain, 0)/2
+		}
 		c.running = nil
 		if r.moved > 0 {
 			c.maybe() // before objects go on that would wait for the next one
 		}
+		c.im.flatten.step()
 	}
 	if c.im.state != Active {
 		c.leaveTurn()
@@ -400,7 +447,7 @@ func (c *cleaner) watch() {
 		c.im.pumpNow()
 	}
 	if r == nil {
-		if c.debt() > 0 {
+		if c.debt() > 0 || c.im.flatten.moves() {
 			c.maybe()
 		}
 		return
@@ -461,6 +508,14 @@ func (c *cleaner) seal() {
 	}
 	r.pieces = nil
 	im.pumpNow()
+}
+
+// beginEmpty has the cleaner, which is idle, put an object with nothing in it: after that there
+// may be a checkpoint although there is nothing new.
+func (c *cleaner) beginEmpty() {
+	c.running = &cleaning{aim: cleanAncestors, base: c.im.accepted.object, writing: true, objects: 1}
+	c.im.sealCleaned(nil, c.running.base)
+	c.im.pumpNow()
 }
 
 // accepted says that one of the cleaner's objects has been accepted.

@@ -342,7 +342,7 @@ func TestVictimWaitsWhileEntered(t *testing.T) {
 		return fails
 	}, faultstore.Fault{Before: backend.ErrTemporary}))
 	victim := *h.im.table.find(1)
-	h.im.clean.begin([]objectInfo{victim})
+	h.im.clean.begin([]objectInfo{victim}, cleanSpace)
 	for l := h.im.objs.loads[0]; l == nil || !l.entering; l = h.im.objs.loads[0] {
 		if !h.disk.Step() && !h.env.runJob() && !h.env.tellDone() {
 			h.env.fire()

@@ -27,7 +27,7 @@ type Range struct {
 // It moves nothing that a snapshot needs, and what a later state has from before the snapshot
 // is where it was: so from a snapshot to a later state these are few. What it had begun to
 // move when the snapshot was asked for it moves still, and of a state that is not a
-// snapshot, or one on another branch, it may have moved all.
+// snapshot, or one on another branch, it may have moved all; so has Flatten of what an ancestor had.
 func Diff(ctx context.Context, from, to *View, fn func(Range) error) error {
 	return diffFrom(ctx, from, to, 0, fn)
 }

@@ -73,6 +73,7 @@ func (im *Image) forgotten(state *point, r *removal) {
 			im.removeManifests([]checkpointRef{*c})
 		}
 		im.forgetStates()
+		im.flatten.step()
 	})
 }
 

@@ -255,20 +255,23 @@ func (g *collector) removeUnmade(ctx context.Context, id uuid.UUID) error {
 	return reclaim(ctx, g.st, id, reclaimBatch, nil)
 }
 
-// claims gives up the states that an image keeps for clones that are not there.
+// claims gives up the states that an image keeps for clones that are not there, or are none any
+// more.
 func (g *collector) claims(ctx context.Context, sb *superblock) error {
 	for _, p := range slices.Clone(sb.Clones) {
 		if !p.Made && !g.old(p.Since) {
 			continue
 		}
-		_, _, err := loadSuperblock(ctx, g.st, p.ID)
-		if err == nil || !errors.Is(err, backend.ErrNotFound) {
+		why := "which is not there"
+		switch clone, _, err := loadSuperblock(ctx, g.st, p.ID); {
+		case err == nil && clone.separated():
+			why = "which is none any more"
+		case err == nil || !errors.Is(err, backend.ErrNotFound):
 			continue
-		}
-		if p.Made && g.named[p.ID] {
+		case p.Made && g.named[p.ID]:
 			continue // it is not removed but lost
 		}
-		err = g.collect(sb, "the state that it keeps for the clone "+p.Name+", which is not there", 0, func() error {
+		err := g.collect(sb, "the state that it keeps for the clone "+p.Name+", "+why, 0, func() error {
 			return releaseClone(ctx, g.st, sb.Image, p.ID)
 		})
 		if err != nil {

@@ -139,6 +139,9 @@ func (y *history) goOn() {
 
 // step lets one thing happen to the image.
 func (p *past) step() {
+	if p.looks.IntN(5) == 0 {
+		p.flatten()
+	}
 	switch k := p.rng.IntN(18); {
 	case k < 4 && p.open:
 		p.write()
@@ -322,15 +325,7 @@ func (p *past) shrinkHalfway() {
 	ended, failed := false, error(nil)
 	p.host.im.Shrink(size*4096, nil, func(err error) { ended, failed = true, err })
 	steps := p.rng.IntN(40)
-	for range steps {
-		p.host.im.EndTurn()
-		if p.host.disk.Step() || p.host.env.runJob() || p.host.env.tellDone() {
-			continue
-		}
-		if t := p.host.env.next(); t != nil && t.at <= p.host.env.now {
-			p.host.env.fire()
-		}
-	}
+	p.host.runSteps(steps)
 	p.note("%s becomes of %d blocks, ended after %d steps: %v", p.name, size, steps, ended)
 	before := p.now
 	if p.rng.IntN(2) == 0 {
@@ -355,6 +350,53 @@ func (p *past) shrinkHalfway() {
 	}
 	p.look(h, &before, size, was)
 	p.snaps = append(p.snaps, pastSnapshot{s, before})
+}
+
+// runSteps lets so many things happen.
+func (h *host) runSteps(n int) {
+	for range n {
+		h.im.EndTurn()
+		if h.disk.Step() || h.env.runJob() || h.env.tellDone() {
+			continue
+		}
+		if t := h.env.next(); t != nil && t.at <= h.env.now {
+			h.env.fire()
+		}
+	}
+}
+
+// flatten flattens the image if somebody has it open, to its end, or begins to, and leaves it to
+// what happens next to come to that; and it separates the image from its ancestors if it can be.
+func (p *past) flatten() {
+	flat := false
+	switch {
+	case !p.open || p.host.im.state != Active:
+	case p.looks.IntN(2) == 0:
+		err := p.host.flatten()
+		p.note("flatten %s: %v", p.name, err)
+		if flat = err == nil; !flat && p.host.im.flatten == nil {
+			p.t.Fatalf("flatten %s: %v", p.name, err)
+		}
+	default:
+		steps := p.looks.IntN(60)
+		p.note("flatten %s for %d steps", p.name, steps)
+		p.host.im.Flatten(nil, func(error) {})
+		p.host.runSteps(steps)
+		if p.looks.IntN(4) == 0 {
+			p.note("and pause")
+			p.host.im.PauseFlatten()
+		}
+	}
+	s, err := Separate(context.Background(), p.st, p.id)
+	p.note("separate %s: %v", p.name, s.Needs)
+	if err != nil || flat && slices.Contains(s.Needs, "its present state") {
+		p.t.Fatalf("separate %s: %v, %q", p.name, err, s.Needs)
+	}
+	if len(s.Needs) == 0 && s.Parent != uuid.Nil {
+		if err := Reclaim(context.Background(), p.st, s.Parent, nil); err != nil {
+			p.t.Fatal(err)
+		}
+	}
 }
 
 // look reads what was being made of so many blocks, and had what has says: it is smaller now,

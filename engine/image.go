@@ -51,6 +51,7 @@ type Image struct {
 	why     error  // why it is not active any more
 	sectors uint64 // the image's size
 	shrink  *shrinker
+	flatten *flattener
 
 	dirty *extmap.Map // what is in the log and not in an accepted object: log positions in sectors
 	objs  *pagedMap   // what is in accepted objects
@@ -607,6 +608,7 @@ func (im *Image) letGo(done func(error)) {
 		done(err)
 	}
 	im.clean.end()
+	im.flatten.end(errDetached)
 	im.Destage(func(err error) {
 		if err != nil {
 			fn(err)
@@ -695,6 +697,7 @@ func (im *Image) fence(s State, why error) {
 	if im.shrink != nil {
 		im.shrink.end(why)
 	}
+	im.flatten.end(why)
 	if fn := im.super.release; fn != nil {
 		im.super.release = nil
 		fn(why)

@@ -52,6 +52,9 @@ func (l *lineage) mapKey(c checkpointRef, part uint32) string {
 	return mapKey(l.of(c.Object), c, part)
 }
 
+// separated reports whether the image is nobody's clone, and has nothing of ancestors.
+func (s *superblock) separated() bool { return s.Parent == uuid.Nil && len(s.Origins) == 0 }
+
 // validOrigins reports whether the origins are such as there can be.
 func (s *superblock) validOrigins() bool {
 	for i, o := range s.Origins {

@@ -92,13 +92,18 @@ func (c *checkpointer) late(i uint32) bool {
 // mostlyDead returns segments and deltas, none of them of segments that are pending, that
 // should leave their map objects so that these can go: less than half of each is current.
 // Of those that are pending it returns which are to be written whole for that: what always
-// changes a little would keep its map object for ever.
+// changes a little would keep its map object for ever. While the image is flattened those leave
+// theirs as well that are in one of an ancestor: nearly all of these are pending, for what they
+// refer to has been moved.
 func (c *checkpointer) mostlyDead(pending bitset) (list []segmentPart, whole map[uint32]bool) {
 	m := c.im.objs
 	sparse := make(map[uint32]bool)
 	left := uint32(rewriteBytes)
 	for i, o := range m.maps {
-		if o.live > 0 && o.live < o.size/2 && o.live <= left {
+		switch {
+		case o.live > 0 && c.im.flatten != nil && !c.im.line.own(o.at.Object):
+			sparse[uint32(i)] = true
+		case o.live > 0 && o.live < o.size/2 && o.live <= left:
 			sparse[uint32(i)] = true
 			left -= o.live
 		}

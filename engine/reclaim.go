@@ -181,12 +181,13 @@ func passOver(ctx context.Context, st backend.Store, sb *superblock) (bool, erro
 				return false, err
 			}
 		}
+		separated := false
 		err := changeInsistently(ctx, st, p.ID, func(clone *superblock) error {
-			switch clone.Parent {
-			case parent:
+			separated = clone.separated()
+			switch {
+			case separated, clone.Parent == parent:
 				return errNothing
-			case sb.Image:
-			default:
+			case clone.Parent != sb.Image:
 				return behind
 			}
 			clone.Parent = parent
@@ -198,6 +199,11 @@ func passOver(ctx context.Context, st backend.Store, sb *superblock) (bool, erro
 		}
 		if err != nil && !errors.Is(err, backend.ErrNotFound) {
 			return false, err
+		}
+		if separated && parent != uuid.Nil {
+			if err := releaseClone(ctx, st, parent, p.ID); err != nil && !errors.Is(err, backend.ErrNotFound) {
+				return false, err
+			}
 		}
 		if err := releaseClone(ctx, st, sb.Image, p.ID); err != nil && !errors.Is(err, backend.ErrNotFound) {
 			return false, err

@@ -6,7 +6,7 @@ package engine
 // last checkpoint, it begins one first, so that this can be deleted.
 func (im *Image) Rest() bool {
 	if im.jobs+im.reading+len(im.queue)+im.late.n+im.acks.n+im.flushes.n+im.blocked.n > 0 || im.open != nil ||
-		im.apply.h != nil || im.clean.running != nil || im.checkpoint.running != nil {
+		im.apply.h != nil || im.clean.running != nil || im.checkpoint.running != nil || im.flatten != nil {
 		return false
 	}
 	if !im.readOnly && im.checkpoint.atRest() {

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math"
 	"slices"
 	"time"
 
@@ -137,9 +138,15 @@ func (w *world) useClone(s *simClone) {
 	w.recovered(c, newModel(s.state), 0, false, "clone "+s.name)
 	acting := w.acting
 	w.acting = w.serving()
-	for range w.rng.IntN(300) {
+	flatten := w.rng.IntN(200) // at that step, if there is one
+	flat := &flattening{}
+	for i := range w.rng.IntN(300) {
 		if w.rng.IntN(2) == 0 && len(c.out) < 24 {
 			w.act(c)
+		}
+		if i == flatten {
+			w.count(countFlattens, true)
+			flat.begin(c)
 		}
 		w.step(w.now)
 		if w.rng.IntN(8) == 0 {
@@ -148,11 +155,72 @@ func (w *world) useClone(s *simClone) {
 	}
 	w.acting = acting
 	w.settle(c)
+	w.endFlattening(c, flat)
 	m := c.m
 	c.close()
 	s.state = slices.Clone(m.current)
 	w.drop(c)
 	w.flushLate()
+	w.lookAtClone(s)
+	if flatten < 150 || flat.flat {
+		w.separate(s, flat.flat)
+	}
+}
+
+// flattening is how far a clone is flattened.
+type flattening struct{ begun, ended, flat bool }
+
+func (f *flattening) begin(h *simHost) {
+	f.begun = true
+	h.im.Flatten(nil, func(err error) { f.ended, f.flat = true, err == nil })
+}
+
+// endFlattening waits until a clone is flattened, if that has been begun, or pauses it, or
+// leaves that to its detaching. Nothing fails any more.
+func (w *world) endFlattening(h *simHost, f *flattening) {
+	k := w.rng.IntN(8)
+	switch {
+	case !f.begun || k == 0:
+		return
+	case k == 1:
+		h.im.PauseFlatten()
+	}
+	for i := 0; !f.flat; i++ {
+		if f.ended {
+			if k == 1 || i > 100_000 {
+				return
+			}
+			f.begin(h) // it had come upon what could not be read then
+		}
+		if i == 200_000 {
+			w.fail("flatten: nothing moves: %+v", h.im.Stats())
+		}
+		w.step(math.MaxInt64)
+	}
+	w.count(countFlattened, true)
+}
+
+// separate separates a clone from its ancestors, if it can be; whoever does that may die. Its
+// present state is flat, or may not be. All is as it was, and the store sound.
+func (w *world) separate(s *simClone, flat bool) {
+	c := w.caller()
+	var found Separation
+	var err error
+	died := w.call(c, func() { found, err = Separate(context.Background(), c.store, s.id) })
+	if !died && err != nil && c.injected == 0 {
+		w.fail("separate %s: %v", s.name, err)
+	}
+	w.drop(c)
+	w.flushLate()
+	if !died && err == nil {
+		if flat && slices.Contains(found.Needs, "its present state") {
+			w.fail("separate %s, which is flat: %q", s.name, found.Needs)
+		}
+		w.count(countSeparated, len(found.Needs) == 0 && found.Parent != uuid.Nil)
+	}
+	for len(w.removed) > 0 && w.rng.IntN(2) == 0 {
+		w.reclaim()
+	}
 	w.lookAtClone(s)
 }
 

@@ -60,6 +60,9 @@ const (
 	countClonesUsed      // attaches of them
 	countClonesGone      // that were removed
 	countReclaims        // of what was removed, that came to their end
+	countFlattens        // clones that were to be flattened
+	countFlattened       // of these, that were
+	countSeparated       // that were separated from their ancestors
 	countForgotten       // times that states were left to be forgotten in the end
 	countShrinks         // times that the image was to become smaller
 	countShrunk          // of these, that came to be
@@ -88,7 +91,7 @@ func (n *simCounts) names() [simCountKinds]string {
 		"objects joined to the next", "times some objects were stuck", "reads beside these", "detaches beside these", "detaches amid faults", "detaches of evicted owners",
 		"objects damaged in use", "operations given up", "contests for the image", "attaches in these", "attaches by the owner's own host",
 		"read-only images beside the owner", "cells of these that were read", "images beside the owner's in its process", "that went on while its store was away",
-		"snapshots asked for", "snapshots made at once", "owners nudged", "snapshots removed", "rollbacks tried", "images rolled back", "clones tried", "clones made", "clones of clones", "attaches of clones", "clones removed", "removals reclaimed", "states left to be forgotten",
+		"snapshots asked for", "snapshots made at once", "owners nudged", "snapshots removed", "rollbacks tried", "images rolled back", "clones tried", "clones made", "clones of clones", "attaches of clones", "clones removed", "removals reclaimed", "clones to be flattened", "flattened", "separated from their ancestors", "states left to be forgotten",
 		"images to be made smaller", "made smaller", "made larger under their owners",
 		"bytes of read caches' hits", "bytes of their misses", "bytes found at a start", "bytes evicted", "bytes moved",
 		"reads of their disks", "flipped bits in these", "mismatches", "errors", "read caches given up",

@@ -65,7 +65,7 @@ func (c *cleaner) goOn() {
 	case len(r.ahead) > 0 && r.ahead[0].known:
 		v := r.ahead[0]
 		r.looking, r.ahead = v, r.ahead[1:]
-		v.all = c.exceeds()
+		v.all = r.aim == cleanAncestors || c.exceeds()
 		c.look(v, nil)
 	case len(r.ahead) == 0 && r.fetching == 0:
 		r.writing = true

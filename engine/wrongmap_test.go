@@ -26,7 +26,7 @@ func TestCleanerWrongMap(t *testing.T) {
 		if err := h.open(id, false); err != nil {
 			t.Fatal(err)
 		}
-		h.im.clean.begin([]objectInfo{*h.im.table.find(1)})
+		h.im.clean.begin([]objectInfo{*h.im.table.find(1)}, cleanSpace)
 		h.run(time.Minute)
 		if im := h.im; im.clean.running != nil || im.accepted.object != 1 || !im.clean.bad[1] {
 			t.Errorf("by %d: the cleaner has moved it: %+v", by, im.Stats())

@@ -90,6 +90,8 @@ const (
 	ShrinkKept Bug = "shrink-kept"
 	// ShrinkEarly says that an image is smaller before what goes is gone from the store.
 	ShrinkEarly Bug = "shrink-early"
+	// FlattenEarly separates an image from its ancestors whatever it needs of them.
+	FlattenEarly Bug = "flatten-early"
 	// StatesKept forgets states and not what only they were made of.
 	StatesKept Bug = "states-kept"
 	// StatesTorn removes with a state what points need of it.
@@ -115,6 +117,6 @@ func All() []Bug {
 		ObjectUnverified, HeaderUnverified, LogReadUnverified, TornRecord, ProofIgnored, RecoveryStopsEarly,
 		CutOffKept, LogOverwritten, TrimEarly, DirtyDropped, DiscardUnrecorded, DiscardUndestaged,
 		LeaseIgnored, LeaseStretched, LateForgotten, LeaseNotAwaited, EpochIgnored, EpochUnrecorded, StaleLogDropped, DeletedEarly, CheckpointMixed, LateCopied, ChangesLost, DeltaForgotten, DeltaKept,
-		HalfCounted, DeadKept, SnapshotUnheld, SnapshotEarly, ShrinkKept, ShrinkEarly, StatesKept, StatesTorn, ReclaimTorn, ReclaimKept, MovedOverNewer, CacheUnverified, CacheImageIgnored, CacheFailedKept,
+		HalfCounted, DeadKept, SnapshotUnheld, SnapshotEarly, ShrinkKept, ShrinkEarly, FlattenEarly, StatesKept, StatesTorn, ReclaimTorn, ReclaimKept, MovedOverNewer, CacheUnverified, CacheImageIgnored, CacheFailedKept,
 	}
 }
