@@ -1,13 +1,16 @@
 package engine
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
+	"math/rand/v2"
 	"slices"
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"github.com/google/uuid"
 	"github.com/lsd-ceph/lsd/backend"
@@ -201,6 +204,90 @@ func TestDeepClones(t *testing.T) {
 		mustRemove(t, st, n.Name)
 	}
 	mustBeEmpty(t, st)
+}
+
+// deepAndFlat returns two images of the same contents, each open on a host that has read nothing
+// of it so far: one whose blocks are each in an object of another one of its ancestors, of which it has
+// so many, and one without ancestors, of as many objects. The store of each counts.
+func deepAndFlat(t testing.TB, depth int) [2]*host {
+	var hosts [2]*host
+	for i, deep := range []bool{true, false} {
+		st := &countedStore{Store: mem.New()}
+		id, err := Create(context.Background(), st, "disk", smallImage())
+		if err != nil {
+			t.Fatal(err)
+		}
+		h := newHost(t, "alpha", st, 1)
+		for d := range depth {
+			if d == 0 || deep {
+				h = newHost(t, "alpha", st, uint64(d+2))
+				if d > 0 {
+					id, err = Clone(context.Background(), st, id, fmt.Sprint("c", d), CloneOptions{})
+				}
+				if err = cmp.Or(err, h.open(id, false)); err != nil {
+					t.Fatal(err)
+				}
+			}
+			h.mustWrite(uint64(d%snapshotBlocks), uint64(d+1))
+			h.mustDestage()
+			if deep || d == depth-1 {
+				h.mustClose()
+			}
+		}
+		h = newHost(t, "beta", st, 1)
+		if err := h.open(id, false); err != nil {
+			t.Fatal(err)
+		}
+		hosts[i] = h
+	}
+	return hosts
+}
+
+// TestDepthCostsNothing: what a clone reads costs as many calls of the store as it would if it
+// were none, however many ancestors there are.
+func TestDepthCostsNothing(t *testing.T) {
+	t.Parallel()
+	const depth = 100
+	hosts := deepAndFlat(t, depth)
+	if n := len(hosts[0].im.line.origins); n < snapshotBlocks {
+		t.Fatalf("the clone has objects of %d ancestors: this tests too little", n)
+	}
+	var calls [2]int
+	for i, h := range hosts {
+		st := h.st.(*countedStore)
+		st.calls = 0
+		for n := range uint64(snapshotBlocks) {
+			h.mustRead(n, uint64(depth-1-(depth-1-int(n))%snapshotBlocks+1))
+		}
+		calls[i] = st.calls
+	}
+	if calls[0] < snapshotBlocks || calls[0] != calls[1] {
+		t.Errorf("%d calls of the store for a clone %d deep, %d without ancestors", calls[0], depth, calls[1])
+	}
+}
+
+// BenchmarkDepth reads at random from a clone a thousand deep, and from an image without
+// ancestors, in turns.
+func BenchmarkDepth(b *testing.B) {
+	hosts := deepAndFlat(b, 1000)
+	rng := rand.New(rand.NewPCG(1, 2))
+	var took [2][]time.Duration
+	for b.Loop() {
+		for i, h := range hosts {
+			began := time.Now()
+			for range 1000 {
+				h.do(Read, rng.Uint64N(snapshotBlocks), 0, 0)
+			}
+			took[i] = append(took[i], time.Since(began)/1000)
+		}
+	}
+	for i := range took {
+		slices.Sort(took[i])
+	}
+	deep, flat := took[0][len(took[0])/2], took[1][len(took[1])/2]
+	b.ReportMetric(float64(deep), "ns-deep/read")
+	b.ReportMetric(float64(flat), "ns-flat/read")
+	b.ReportMetric(float64(deep)/float64(flat), "ratio")
 }
 
 // TestCloneNames: what cannot be cloned is refused in one line, and nothing is left of it.

@@ -2,6 +2,7 @@ package engine
 
 import (
 	"slices"
+	"sort"
 
 	"github.com/google/uuid"
 )
@@ -25,10 +26,9 @@ func (s *superblock) lineage() *lineage { return &lineage{s.Image, s.Origins} }
 
 // of returns whose data object has the number, or whose checkpoint is after that.
 func (l *lineage) of(number uint64) uuid.UUID {
-	for _, o := range l.origins {
-		if number <= o.Last {
-			return o.Image
-		}
+	i := sort.Search(len(l.origins), func(i int) bool { return number <= l.origins[i].Last })
+	if i < len(l.origins) {
+		return l.origins[i].Image
 	}
 	return l.image
 }

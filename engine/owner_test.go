@@ -26,7 +26,7 @@ var quiet = slog.New(slog.NewTextHandler(io.Discard, nil))
 
 // host is one host of a test: a disk, an environment, and an image on it.
 type host struct {
-	t    *testing.T
+	t    testing.TB
 	name string
 	st   backend.Store
 	env  *simEnv
@@ -42,7 +42,7 @@ type host struct {
 	opening sync.Mutex
 }
 
-func newHost(t *testing.T, name string, st backend.Store, seed uint64) *host {
+func newHost(t testing.TB, name string, st backend.Store, seed uint64) *host {
 	rng := rand.New(rand.NewPCG(seed, 3))
 	d := simdisk.New(writelog.MinSize, rng)
 	return &host{t: t, name: name, st: st, disk: d, env: &simEnv{rng: rng, disk: d}}

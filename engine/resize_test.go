@@ -33,7 +33,7 @@ func (h *host) mustShrink(size uint64) {
 }
 
 // mustGrow makes the image larger; the host has it open, if it is not nil.
-func mustGrow(t *testing.T, st backend.Store, id uuid.UUID, size uint64, h *host) {
+func mustGrow(t testing.TB, st backend.Store, id uuid.UUID, size uint64, h *host) {
 	t.Helper()
 	if err := Grow(context.Background(), st, id, size); err != nil {
 		t.Fatal(err)
