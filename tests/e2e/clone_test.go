@@ -147,6 +147,7 @@ func TestClones(t *testing.T) {
 	l.check(live, nil)
 	l.detach(live)
 	l.removeParent(c, onCopy)
+	l.flatten(c, onCopy)
 
 	l.detach(c)
 	c = l.mount(h.add(l.url("copy")), "copy") // from the store alone
@@ -187,10 +188,7 @@ func (l *cloneLab) checkParent(name string) {
 func (l *cloneLab) removeParent(c *disk, onCopy map[string][32]byte) {
 	l.t.Helper()
 	l.h.refused([]string{"rm", l.url("disk")}, "it has 1 snapshot", "--snapshots")
-	removal, err := spawn(nil, filepath.Join(*binDir, "lsdctl"), append(l.h.common(), "rm", l.url("disk"), "--snapshots")...)
-	if err != nil {
-		l.t.Fatal(err)
-	}
+	removal := l.begin("rm", "disk", "--snapshots")
 	l.h.crash()
 	maps.Copy(onCopy, l.own(c, 4)) // where they have the same name they are the newer ones
 	run(l.t, "sync", "-f", c.dir)
@@ -206,6 +204,39 @@ func (l *cloneLab) removeParent(c *disk, onCopy map[string][32]byte) {
 	}
 	if out != "nothing is left behind" {
 		l.t.Errorf("lsdctl gc: %s", out)
+	}
+	if err := os.WriteFile("/proc/sys/vm/drop_caches", []byte("3"), 0); err != nil {
+		l.t.Fatal(err)
+	}
+	l.check(c, onCopy)
+}
+
+// begin begins an lsdctl command on an image.
+func (l *cloneLab) begin(command, image string, args ...string) *process {
+	l.t.Helper()
+	p, err := spawn(nil, filepath.Join(*binDir, "lsdctl"), slices.Concat(l.h.common(), []string{command, l.url(image)}, args)...)
+	if err != nil {
+		l.t.Fatal(err)
+	}
+	return p
+}
+
+// flatten flattens the attached clone c, and has the daemon killed meanwhile; then once more,
+// while it is written to.
+func (l *cloneLab) flatten(c *disk, onCopy map[string][32]byte) {
+	l.t.Helper()
+	first := l.begin("flatten", "copy")
+	l.h.crash()
+	first.wait(time.Minute) // which may have come to its end before
+	l.h.awaitActive(c.dev)
+	second := l.begin("flatten", "copy")
+	maps.Copy(onCopy, l.own(c, 5))
+	if r := second.wait(time.Minute); r.err() != nil || !strings.Contains(r.stdout, "is no clone") {
+		l.t.Fatalf("lsdctl flatten: %v, %q", r.err(), r.stdout)
+	}
+	var info struct{ Parent uuid.UUID }
+	if decode(l.t, l.h.must("info", l.url("copy"), "--json"), &info); info.Parent != uuid.Nil {
+		l.t.Errorf("lsdctl info: cloned from %s after it was flattened", info.Parent)
 	}
 	if err := os.WriteFile("/proc/sys/vm/drop_caches", []byte("3"), 0); err != nil {
 		l.t.Fatal(err)
