@@ -73,7 +73,8 @@ func removeWhole(st backend.Store, name string, o RemoveOptions) error {
 	if err != nil {
 		return err
 	}
-	return Reclaim(context.Background(), st, id, nil)
+	_, err = Reclaim(context.Background(), st, id, nil)
+	return err
 }
 
 func mustRemove(t *testing.T, st backend.Store, name string) {
@@ -452,7 +453,7 @@ func TestLostSuperblocks(t *testing.T) {
 	h := mustOpen(t, st, clone, 3)
 	h.mustHave(1000)
 	h.mustClose()
-	if err := Reclaim(ctx, st, id, nil); err != nil {
+	if _, err := Reclaim(ctx, st, id, nil); err != nil {
 		t.Error(err)
 	}
 	mustRemove(t, st, "clone")

@@ -193,7 +193,7 @@ func TestFlattenKeeps(t *testing.T) {
 	g.mustFlatten()
 	mustSeparate(t, st, grand, clone)
 	mustSeparate(t, st, clone, id)
-	if err := Reclaim(t.Context(), st, id, nil); err != nil {
+	if _, err := Reclaim(t.Context(), st, id, nil); err != nil {
 		t.Fatal(err)
 	}
 	mustNeedNothingOf(t, st, id)

@@ -18,9 +18,14 @@ type GCOptions struct {
 	// Age is how old what somebody has begun to make, and not ended, must be to count as
 	// left behind; 0 means DefaultGCAge. Clocks of hosts are compared for that.
 	Age   time.Duration
-	Clock Clock // nil means Real{}
+	Clock Clock            // nil means Real{}
+	Now   func() time.Time // what time it is; nil means time.Now
 	// Progress is told in a few words what is being done; may be nil.
 	Progress func(string)
+	// Late is told the name of each removed image for which objects of owners that were fenced
+	// may still come, and for how long: a later collection takes those, and what is left of the
+	// image; may be nil. Clocks of hosts are compared for that too.
+	Late func(name string, left time.Duration)
 }
 
 // DefaultGCAge is far more than it takes to make an image.
@@ -49,10 +54,16 @@ func GC(ctx context.Context, st backend.Store, o GCOptions) ([]Garbage, error) {
 	if o.Progress == nil {
 		o.Progress = func(string) {}
 	}
+	if o.Late == nil {
+		o.Late = func(string, time.Duration) {}
+	}
 	if o.Clock == nil {
 		o.Clock = Real{}
 	}
-	g := &collector{st: patient{st, o.Clock}, o: o, now: time.Now(), found: []Garbage{}}
+	if o.Now == nil {
+		o.Now = time.Now
+	}
+	g := &collector{st: patient{st, o.Clock}, o: o, now: o.Now(), found: []Garbage{}, waits: map[uuid.UUID]bool{}}
 	for pass := 1; ; pass++ {
 		before := len(g.found)
 		if err := g.run(ctx); err != nil {
@@ -71,6 +82,7 @@ type collector struct {
 	o     GCOptions
 	now   time.Time
 	named map[uuid.UUID]bool
+	waits map[uuid.UUID]bool // images that o.Late was told of
 	found []Garbage
 }
 
@@ -124,6 +136,9 @@ func (g *collector) look(ctx context.Context, sb *superblock, objects int) error
 		if alive || err != nil {
 			return err
 		}
+		if sb.mayArrive(false) > 0 {
+			objects-- // the superblock, which stays a while
+		}
 		return g.collect(sb, "it was not filled to its end", objects, func() error { return g.removePartial(ctx, sb) })
 	case sb.Removed:
 		return g.removed(ctx, sb)
@@ -134,6 +149,11 @@ func (g *collector) look(ctx context.Context, sb *superblock, objects int) error
 // removed looks at an image that has been removed. Its name may be there still.
 func (g *collector) removed(ctx context.Context, sb *superblock) error {
 	id, named := sb.Image, g.named[sb.Image]
+	late := sb.lateFor(g.now)
+	if late > 0 && !g.waits[id] {
+		g.waits[id] = true
+		g.o.Late(sb.Name, late)
+	}
 	list, kept, err := unneeded(ctx, g.st, sb, 0)
 	if errors.Is(err, errLostClone) {
 		return nil // CheckStore tells
@@ -142,7 +162,7 @@ func (g *collector) removed(ctx context.Context, sb *superblock) error {
 		return err
 	}
 	n := len(list)
-	if kept == 0 && !slices.ContainsFunc(sb.Clones, func(p snapshot) bool { return !p.Made }) {
+	if kept == 0 && late == 0 && !slices.ContainsFunc(sb.Clones, func(p snapshot) bool { return !p.Made }) {
 		n++ // the superblock
 	}
 	what := "it was removed, and no clone needs this"
@@ -161,8 +181,15 @@ func (g *collector) removed(ctx context.Context, sb *superblock) error {
 			}
 			delete(g.named, id)
 		}
-		return reclaim(ctx, g.st, id, reclaimBatch, g.progress(sb))
+		return g.reclaim(ctx, id, g.progress(sb))
 	})
+}
+
+// reclaim reclaims what an image was made of. What comes for it later another collection takes.
+func (g *collector) reclaim(ctx context.Context, id uuid.UUID, progress func(done, total int)) error {
+	r := reclamation{g.st, func() time.Time { return g.now }, reclaimBatch, progress}
+	_, err := r.image(ctx, id)
+	return err
 }
 
 // progress returns what is told of the removal of an image's objects.
@@ -234,7 +261,7 @@ func (g *collector) removePartial(ctx context.Context, sb *superblock) error {
 	if err != nil {
 		return err
 	}
-	return reclaim(ctx, g.st, sb.Image, reclaimBatch, g.progress(sb))
+	return g.reclaim(ctx, sb.Image, g.progress(sb))
 }
 
 // removeUnmade removes an image that was not made to its end, unless it has got a name since.
@@ -252,7 +279,7 @@ func (g *collector) removeUnmade(ctx context.Context, id uuid.UUID) error {
 	if err != nil {
 		return err
 	}
-	return reclaim(ctx, g.st, id, reclaimBatch, nil)
+	return g.reclaim(ctx, id, nil)
 }
 
 // claims gives up the states that an image keeps for clones that are not there, or are none any

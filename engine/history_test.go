@@ -53,6 +53,7 @@ type history struct {
 	t      *testing.T
 	rng    *rand.Rand
 	looks  *rand.Rand // of what is looked at beside it
+	forced *rand.Rand // of images that are removed while hosts have them
 	st     backend.Store
 	images []*past // that are there; they never are none
 	names  int     // given to snapshots, clones and hosts
@@ -90,7 +91,7 @@ type pastLog struct {
 }
 
 func newHistory(t *testing.T, seed uint64) *history {
-	y := &history{t: t, rng: rand.New(rand.NewPCG(seed, 5)), looks: rand.New(rand.NewPCG(seed, 6)), st: mem.New(), value: 1000}
+	y := &history{t: t, rng: rand.New(rand.NewPCG(seed, 5)), looks: rand.New(rand.NewPCG(seed, 6)), forced: rand.New(rand.NewPCG(seed, 7)), st: mem.New(), value: 1000}
 	h, id := attached(t, y.st, smallImage(), nil)
 	y.images = []*past{{history: y, name: "disk", id: id, host: h, open: true, now: blocks{size: smallImage().Size / 4096}}}
 	t.Cleanup(func() {
@@ -393,7 +394,7 @@ func (p *past) flatten() {
 		p.t.Fatalf("separate %s: %v, %q", p.name, err, s.Needs)
 	}
 	if len(s.Needs) == 0 && s.Parent != uuid.Nil {
-		if err := Reclaim(context.Background(), p.st, s.Parent, nil); err != nil {
+		if _, err := Reclaim(context.Background(), p.st, s.Parent, nil); err != nil {
 			p.t.Fatal(err)
 		}
 	}
@@ -558,12 +559,45 @@ func (p *past) clone() {
 	}
 }
 
-// remove removes the image with all its snapshots.
+// remove removes the image with all its snapshots, now and then while a host has it.
 func (p *past) remove() {
-	p.detach()
-	p.note("remove %s", p.name)
-	mustRemove(p.t, p.st, p.name)
+	if p.open && p.forced.IntN(2) == 0 {
+		p.removeAttached()
+	} else {
+		p.detach()
+		p.note("remove %s", p.name)
+		mustRemove(p.t, p.st, p.name)
+	}
 	p.images = slices.DeleteFunc(p.images, func(q *past) bool { return q == p })
+}
+
+// removeAttached removes the image under its owner, which puts objects until it finds that out.
+func (p *past) removeAttached() {
+	p.note("remove %s under its owner", p.name)
+	if p.forced.IntN(2) == 0 {
+		p.fill(0, snapshotBlocks-1)
+	}
+	if _, err := Remove(context.Background(), p.st, p.name, RemoveOptions{Force: true, Snapshots: true}); err != nil {
+		p.t.Fatal(err)
+	}
+	when := p.forced.IntN(3)
+	for k := range 2 {
+		if when == k || when == 2 {
+			if _, err := Reclaim(context.Background(), p.st, p.id, nil); err != nil {
+				p.t.Fatal(err)
+			}
+		}
+		p.host.im.Destage(func(error) {})
+		p.host.run(time.Minute)
+	}
+	if p.host.im.state != Fenced {
+		p.t.Fatalf("the owner of %s, which is removed, is %v", p.name, p.host.im.state)
+	}
+	p.host.im.Abandon()
+	p.open = false
+	if p.forced.IntN(2) == 0 {
+		p.collect()
+	}
 }
 
 // collect removes what nothing refers to.
@@ -706,6 +740,7 @@ func (y *history) end() {
 		}
 		p.remove()
 	}
+	mustCollectLater(y.t, y.st)
 	mustBeEmpty(y.t, y.st)
 }
 
@@ -736,7 +771,8 @@ func (p *past) settle() {
 	}
 	p.detach()
 	p.check()
-	p.collect()
+	mustCollectLater(p.t, p.st)
+	mustBeSound(p.t, p.st)
 	kept := map[string]int{}
 	_ = p.st.List(context.Background(), "", func(key string) error {
 		if k := parseKey(p.id, key); strings.HasPrefix(key, p.id.String()) && k.kind != keySuper {

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"time"
 
 	"github.com/google/uuid"
 	"github.com/lsd-ceph/lsd/backend"
@@ -57,6 +58,7 @@ type RemoveOptions struct {
 	URL       string // names the image in messages
 	Force     bool   // also one that has an owner, or cannot be read
 	Snapshots bool   // also one that has snapshots, which go with it
+	ended     bool   // the owner is of this process, and all that it had under way has ended
 	// Progress is told how many objects of how many are gone, where the data of one that cannot
 	// be read has to go first; may be nil.
 	Progress func(done, total int)
@@ -175,6 +177,9 @@ func (s *superblock) remove(o *RemoveOptions) error {
 	case len(s.Snapshots) > 0 && !o.Snapshots:
 		return &SnapshotsError{len(s.Snapshots)}
 	}
+	if d := s.mayArrive(o.ended); d > 0 {
+		s.Late = time.Now().UTC().Add(d + time.Second).Truncate(time.Second)
+	}
 	s.Removed, s.Owner, s.Evict = true, nil, nil
 	s.Snapshots, s.Points, s.Forgotten = nil, nil, nil
 	s.Clones = slices.DeleteFunc(s.Clones, func(p snapshot) bool { return !p.Settled })
@@ -182,6 +187,31 @@ func (s *superblock) remove(o *RemoveOptions) error {
 		s.Epoch++ // nobody has it from here on
 	}
 	return nil
+}
+
+// maxLate bounds what superblocks say of how long something may come: twice as long as it can
+// be, for clocks that differ.
+const maxLate = 2 * (MaxLease + leftoverGrace)
+
+// mayArrive returns for how long objects may come that owners of the image had begun to put, or
+// that the present one, unless it has ended, will put until it finds that it is fenced.
+func (s *superblock) mayArrive(ended bool) time.Duration {
+	switch {
+	case s.Owner != nil && !ended:
+		return s.Owner.Lease + leftoverGrace
+	case len(s.Stale) > 0 || s.unsettled() || s.Owner == nil && s.Intent != nil:
+		return leftoverGrace
+	}
+	return 0
+}
+
+// lateFor returns for how long after now objects may come for an image that has been removed. If
+// that cannot be, some clock is wrong, and nothing is waited for.
+func (s *superblock) lateFor(now time.Time) time.Duration {
+	if left := s.Late.Sub(now); left > 0 && left <= maxLate {
+		return left
+	}
+	return 0
 }
 
 // noClones fails if another image is made of objects of the image id, whose superblock cannot

@@ -628,6 +628,7 @@ func TestRemovedImageFences(t *testing.T) {
 	if a.im.state != Fenced {
 		t.Errorf("the owner of a removed image is %v", a.im.state)
 	}
+	mustCollectLater(t, st)
 	left := 0
 	st.List(context.Background(), id.String(), func(string) error { left++; return nil })
 	if left != 0 {
@@ -967,5 +968,6 @@ func TestRemoveAfterCommand(t *testing.T) {
 		t.Fatal(err)
 	}
 	mustRemove(t, st, "disk")
+	mustCollectLater(t, st)
 	mustBeEmpty(t, st)
 }

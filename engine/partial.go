@@ -105,7 +105,8 @@ func (s *superblock) touched() {
 }
 
 // Abort removes a partial image that is not going to be finished because of why, also when
-// ctx has ended, and its name if it has got that after all. It returns why, which may be nil,
+// ctx has ended, and its name if it has got that after all. Whoever calls it had the image open,
+// if anybody had, and has closed it. It returns why, which may be nil,
 // with what could not be removed. One that another process has finished is left alone.
 func Abort(ctx context.Context, st backend.Store, id uuid.UUID, why error) error {
 	p := patient{st, Real{}}
@@ -114,10 +115,10 @@ func Abort(ctx context.Context, st backend.Store, id uuid.UUID, why error) error
 		if !sb.Partial {
 			return errWhole
 		}
-		return sb.remove(&RemoveOptions{Force: true, Snapshots: true})
+		return sb.remove(&RemoveOptions{Force: true, Snapshots: true, ended: true})
 	})
 	if err == nil {
-		err = reclaim(ctx, p, id, reclaimBatch, nil)
+		_, err = Reclaim(ctx, st, id, nil)
 	}
 	if err == nil || errors.Is(err, backend.ErrNotFound) || errors.Is(err, errWhole) {
 		return why

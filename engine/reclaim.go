@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"time"
 
 	"github.com/google/uuid"
 	"github.com/lsd-ceph/lsd/backend"
@@ -31,77 +32,99 @@ const reclaimBatch = 1 << 18
 // that has been removed too. It may be interrupted at any time, and be repeated; what is left
 // then, GC finds. Where the image has not been removed, or is gone, it does nothing. progress, if
 // not nil, is told how many objects of how many are gone, for each image anew.
-func Reclaim(ctx context.Context, st backend.Store, id uuid.UUID, progress func(done, total int)) error {
-	if err := reclaim(ctx, patient{st, Real{}}, id, reclaimBatch, progress); err != nil {
-		return fmt.Errorf("reclaim what image %s, which has been removed, was made of: %w", id, err)
+//
+// late, if it is not 0, is for how long objects of owners that were fenced may still come: so
+// long the image's superblock stays, and when that time is over Reclaim, or GC, is to be called
+// again. Clocks of hosts are compared for that.
+func Reclaim(ctx context.Context, st backend.Store, id uuid.UUID, progress func(done, total int)) (late time.Duration, err error) {
+	r := reclamation{patient{st, Real{}}, time.Now, reclaimBatch, progress}
+	if late, err = r.image(ctx, id); err != nil {
+		return 0, fmt.Errorf("reclaim what image %s, which has been removed, was made of: %w", id, err)
 	}
-	return nil
+	return late, nil
 }
 
-// reclaim is Reclaim in batches of so many objects.
-func reclaim(ctx context.Context, st backend.Store, id uuid.UUID, batch int, progress func(done, total int)) error {
+// reclamation reclaims what images were made of that have been removed.
+type reclamation struct {
+	st       backend.Store
+	now      func() time.Time
+	batch    int                   // how many objects are listed at one time
+	progress func(done, total int) // may be nil
+}
+
+// image is Reclaim of the image id.
+func (r *reclamation) image(ctx context.Context, id uuid.UUID) (late time.Duration, err error) {
 	if id == uuid.Nil {
-		return nil
+		return 0, nil
 	}
 	for {
-		sb, _, err := loadSuperblock(ctx, st, id)
+		sb, _, err := loadSuperblock(ctx, r.st, id)
 		switch {
 		case errors.Is(err, backend.ErrNotFound):
-			return nil
+			return 0, nil
 		case err != nil:
-			return err
+			return 0, err
 		case !sb.Removed:
-			return nil
+			return 0, nil
 		}
-		gone, err := releaseGone(ctx, st, sb)
+		late = sb.lateFor(r.now()) // before the list, which is to have what came until then
+		gone, err := releaseGone(ctx, r.st, sb)
 		if err != nil {
-			return err
+			return 0, err
 		}
 		if gone {
 			continue
 		}
-		list, kept, err := unneeded(ctx, st, sb, batch)
+		list, kept, err := unneeded(ctx, r.st, sb, r.batch)
 		switch {
-		case vanished(ctx, st, id, err):
-			return nil // another one was at it
+		case vanished(ctx, r.st, id, err):
+			return 0, nil // another one was at it
 		case err != nil:
-			return err
+			return 0, err
 		}
-		if err := deleteKeys(ctx, st, list, progress); err != nil {
-			return err
+		if err := deleteKeys(ctx, r.st, list, r.progress); err != nil {
+			return 0, err
 		}
 		switch {
-		case len(list) == batch && len(sb.Clones) == 0:
+		case len(list) == r.batch && len(sb.Clones) == 0:
 			continue // there may be more
 		case len(sb.Clones) > 0 && kept > 0:
-			return reclaim(ctx, st, sb.Parent, batch, progress) // which may keep something for what has gone now
+			_, err := r.image(ctx, sb.Parent) // which may keep something for what has gone now
+			return late, err
 		case len(sb.Clones) > 0:
 			if slices.ContainsFunc(sb.Clones, func(p snapshot) bool { return !p.Made }) {
-				return nil // somebody is at it
+				return late, nil // somebody is at it
 			}
-			if passed, err := passOver(ctx, st, sb); err != nil || !passed {
-				return err
+			if passed, err := passOver(ctx, r.st, sb); err != nil || !passed {
+				return late, err
 			}
 			continue
 		}
-		if sb.Parent != uuid.Nil {
-			if err := releaseClone(ctx, st, sb.Parent, id); err != nil && !errors.Is(err, backend.ErrNotFound) {
-				return err
-			}
-		}
-		// The superblock last: as long as it is there a repetition comes by its ancestors.
-		if err := reclaim(ctx, st, sb.Parent, batch, progress); err != nil {
-			return err
-		}
-		// The name first: what has one and no superblock has lost it.
-		if err := unlinkAll(ctx, st, id); err != nil {
-			return err
-		}
-		if err := st.Delete(ctx, SuperblockKey(id)); err != nil && !errors.Is(err, backend.ErrNotFound) {
-			return err
-		}
-		return nil
+		return late, r.end(ctx, sb, late == 0 || mutate.On(mutate.ReclaimEarly))
 	}
+}
+
+// end ends the reclamation of an image of which nothing is left, nor any clone: but for its
+// superblock, unless that is to go.
+func (r *reclamation) end(ctx context.Context, sb *superblock, super bool) error {
+	if sb.Parent != uuid.Nil {
+		if err := releaseClone(ctx, r.st, sb.Parent, sb.Image); err != nil && !errors.Is(err, backend.ErrNotFound) {
+			return err
+		}
+	}
+	// The superblock last: as long as it is there a repetition comes by its ancestors. What one of
+	// these waits for is for whoever reclaims that.
+	if _, err := r.image(ctx, sb.Parent); err != nil {
+		return err
+	}
+	// The name first: what has one and no superblock has lost it.
+	if err := unlinkAll(ctx, r.st, sb.Image); err != nil || !super {
+		return err
+	}
+	if err := r.st.Delete(ctx, SuperblockKey(sb.Image)); err != nil && !errors.Is(err, backend.ErrNotFound) {
+		return err
+	}
+	return nil
 }
 
 // vanished reports whether err means that an image is not there any more: somebody has reclaimed

@@ -108,7 +108,8 @@ func TestHalfRemoved(t *testing.T) {
 			return errors.Join(err, free(st, "renamed"))
 		}},
 		{"reclaim", func(st backend.Store, id uuid.UUID) error {
-			return errors.Join(Reclaim(ctx, st, id, nil), free(st, "renamed"))
+			_, err := Reclaim(ctx, st, id, nil)
+			return errors.Join(err, free(st, "renamed"))
 		}},
 		{"gc", func(st backend.Store, id uuid.UUID) error {
 			dry, err := GC(ctx, st, GCOptions{DryRun: true})
@@ -186,7 +187,7 @@ func TestReclaimStops(t *testing.T) {
 		h.mustDestage()
 	}
 	h.mustClose()
-	if err := Reclaim(context.Background(), st, id, nil); err != nil {
+	if _, err := Reclaim(context.Background(), st, id, nil); err != nil {
 		t.Fatal(err)
 	}
 	mustBeSound(t, st, "disk") // it has not been removed
@@ -197,7 +198,7 @@ func TestReclaimStops(t *testing.T) {
 	for {
 		ctx, stop := context.WithCancel(context.Background())
 		left := 0
-		err := Reclaim(ctx, st, id, func(done, total int) {
+		_, err := Reclaim(ctx, st, id, func(done, total int) {
 			left = total - done
 			if done == 1 && total > 1 {
 				stop()
@@ -232,12 +233,12 @@ func TestReclaimAncestors(t *testing.T) {
 			t.Fatal(err)
 		}
 		ending := &endingStore{st, n, true}
-		err := Reclaim(context.Background(), ending, last, nil)
+		_, err := Reclaim(context.Background(), ending, last, nil)
 		more = err != nil
 		if more != (ending.n <= 0) {
 			t.Errorf("%v, %d changes are left", err, ending.n)
 		}
-		if err := Reclaim(context.Background(), st, last, nil); err != nil {
+		if _, err := Reclaim(context.Background(), st, last, nil); err != nil {
 			t.Error(err)
 		}
 		mustBeEmpty(t, st)
@@ -261,7 +262,8 @@ func TestReclaimBatches(t *testing.T) {
 		t.Errorf("gc finds %+v, %v", found, err)
 	}
 	gone, most := 0, 0
-	if err := reclaim(ctx, st, id, batch, func(_, total int) { gone++; most = max(most, total) }); err != nil {
+	r := reclamation{st, time.Now, batch, func(_, total int) { gone++; most = max(most, total) }}
+	if _, err := r.image(ctx, id); err != nil {
 		t.Fatal(err)
 	}
 	if gone != objects || most != batch {
@@ -301,7 +303,7 @@ func TestGCBesideReclaim(t *testing.T) {
 		}
 	}
 	going := &goingStore{st, id.String() + "/", func() {
-		if err := Reclaim(ctx, st, id, nil); err != nil {
+		if _, err := Reclaim(ctx, st, id, nil); err != nil {
 			t.Error(err)
 		}
 	}}

@@ -269,7 +269,7 @@ func (w *world) reclaim() {
 	c := w.caller()
 	defer w.drop(c)
 	var err error
-	died := w.call(c, func() { err = Reclaim(context.Background(), c.store, s.id, nil) })
+	died := w.call(c, func() { _, err = Reclaim(context.Background(), c.store, s.id, nil) })
 	w.flushLate()
 	w.count(countReclaims, !died && err == nil)
 	switch {
@@ -298,10 +298,13 @@ func (w *world) dropClones() {
 	if len(w.cloned) == 0 {
 		return
 	}
-	image := &simClone{name: "disk", id: w.id}
-	w.lookAtClone(image)
-	all := append(w.cloned, image)
+	all := w.cloned
 	w.cloned = nil
+	if !w.plan.extras.forced { // else it is not there any more
+		image := &simClone{name: "disk", id: w.id}
+		w.lookAtClone(image)
+		all = append(all, image)
+	}
 	for len(all) > 0 {
 		i := w.rng.IntN(len(all))
 		w.mustRemove(all[i].name)
@@ -323,6 +326,8 @@ func (w *world) dropClones() {
 	for len(w.removed) > 0 {
 		w.reclaim()
 	}
+	w.mustWait()
+	w.collectLater()
 	err := w.inner.List(context.Background(), "", func(key string) error {
 		if key != backend.DirectoryKey && !w.strays[key] {
 			w.fail("left over when all images are gone: %s", key)

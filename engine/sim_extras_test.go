@@ -30,6 +30,7 @@ type simExtras struct {
 	snaps    bool   // there are snapshots
 	clones   bool   // there are clones
 	resizes  bool   // the image becomes smaller, and larger again
+	forced   bool   // the image is removed under its owner in the end
 }
 
 func newExtras(rng *rand.Rand) simExtras {
@@ -47,6 +48,7 @@ func newExtras(rng *rand.Rand) simExtras {
 	x.snaps = rng.IntN(4) == 0
 	x.clones = rng.IntN(4) == 0
 	x.resizes = rng.IntN(6) == 0
+	x.forced = rng.IntN(4) == 0
 	return x
 }
 

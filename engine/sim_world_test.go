@@ -882,5 +882,8 @@ func (w *world) finish() {
 		w.damageStore()
 		return
 	}
+	if w.plan.extras.forced {
+		w.removeAttached(c.m)
+	}
 	w.dropClones()
 }

@@ -71,6 +71,10 @@ type superblock struct {
 	// Removed says that the image has been removed: what is left of it has not been reclaimed
 	// yet, or clones of it need that. It never becomes false again.
 	Removed bool `json:"removed,omitempty"`
+	// Late is until when, by the clock of who removed the image, what its owners had begun may
+	// still come into the store, of which nothing would tell without the superblock: that stays so
+	// long. It is zero if there is nothing of that kind.
+	Late time.Time `json:"late,omitzero"`
 	// Origins are the ancestors whose objects the image is made of, up to where its own begin.
 	Origins []origin `json:"origins,omitempty"`
 	// Rollbacks are in ascending order.

@@ -144,7 +144,7 @@ func TestUsage(t *testing.T) {
 	}
 	mustUse(t, "the clone of a removed image", images["copy"].Space, 64, 0, 0, 0)
 	before := u.Total
-	if err := Reclaim(ctx, st, id, nil); err != nil {
+	if _, err := Reclaim(ctx, st, id, nil); err != nil {
 		t.Fatal(err)
 	}
 	u, images = measured(t, st)
@@ -178,7 +178,7 @@ func TestUsageAttached(t *testing.T) {
 		t.Fatal(err)
 	}
 	stopped, stop := context.WithCancel(ctx)
-	if err := Reclaim(stopped, st, id, func(int, int) { stop() }); err == nil {
+	if _, err := Reclaim(stopped, st, id, func(int, int) { stop() }); err == nil {
 		t.Fatal("it was not interrupted")
 	}
 	u, images := measured(t, st)

@@ -286,7 +286,7 @@ func leave(t *testing.T, store string, st backend.Store) {
 	if err != nil || id != half.ID {
 		t.Fatal(id, err)
 	}
-	if err := engine.Reclaim(ctx, st, id, func(int, int) { stop() }); err == nil {
+	if _, err := engine.Reclaim(ctx, st, id, func(int, int) { stop() }); err == nil {
 		t.Fatal("all of it was reclaimed")
 	}
 	if err := backend.Unlink(context.Background(), st, "lost", lost.ID); err != nil {

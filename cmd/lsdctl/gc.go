@@ -22,7 +22,8 @@ func (a *app) gcCommand() *cobra.Command {
 commands that were interrupted have left: images that were not made or filled to
 their end, once they are older than --age and nobody writes to them, and so copies
 that were to go on. It changes nothing unless --remove is given, and
-can be used while images are attached. What an image that has a name does not need
+can be used while images are attached. Of an image that was removed while a host had it
+something stays for some minutes, until nothing of that host can come any more. What an image that has a name does not need
 any more is not looked for: whoever has that attached reclaims it, now or next.`,
 		Example: `  lsdctl gc rados://rbd
   lsdctl gc rados://rbd --remove`,
@@ -49,9 +50,13 @@ func (a *app) gc(ctx context.Context, u backend.URL, remove bool, age time.Durat
 		return err
 	}
 	defer st.Close()
+	var late []string
 	list, err := engine.GC(ctx, st, engine.GCOptions{
 		DryRun: !remove, Age: age,
 		Progress: func(what string) { a.progress.show(api.Progress{What: what}) },
+		Late: func(name string, left time.Duration) {
+			late = append(late, fmt.Sprintf("%s was removed under a host that had it: what that may still write goes with lsdctl gc %s --remove, in %v or later", name, u, left.Truncate(time.Second)+time.Second))
+		},
 	})
 	a.progress.end()
 	switch {
@@ -68,12 +73,16 @@ func (a *app) gc(ctx context.Context, u backend.URL, remove bool, age time.Durat
 			}
 		})
 	}
-	fmt.Fprintln(a.out, gcSummary(u, list, remove, age))
+	fmt.Fprintln(a.out, gcSummary(u, list, remove, age, len(late) > 0))
+	for _, line := range late {
+		fmt.Fprintln(a.out, line)
+	}
 	return err
 }
 
-// gcSummary tells what was found, and what to do about it.
-func gcSummary(u backend.URL, list []engine.Garbage, remove bool, age time.Duration) string {
+// gcSummary tells what was found, and what to do about it. late says that there is something to
+// be found later.
+func gcSummary(u backend.URL, list []engine.Garbage, remove bool, age time.Duration, late bool) string {
 	objects := 0
 	for _, g := range list {
 		objects += g.Objects
@@ -83,6 +92,8 @@ func gcSummary(u backend.URL, list []engine.Garbage, remove bool, age time.Durat
 		flags = fmt.Sprintf("--age %v --remove", age)
 	}
 	switch {
+	case len(list) == 0 && late:
+		return "nothing is left behind that can go now"
 	case len(list) == 0:
 		return "nothing is left behind"
 	case remove:

@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math"
+	"time"
 
 	"github.com/google/uuid"
 	"github.com/lsd-ceph/lsd/backend"
@@ -33,7 +35,9 @@ stays in the store, without a name, until they need it no longer.
 The image is gone at once, however large it is, and its name is free. Its space is
 reclaimed after that: by the daemon of this host, in the background, or, if none
 runs or with --wait, by the command itself, which may be interrupted then. With
---no-wait, or after that, lsdctl gc finds what is left, and removes it.`,
+--no-wait, or after that, lsdctl gc finds what is left, and removes it. What the host
+of an image that was attached may put until it notices goes some minutes later: the
+daemon sees to that too, or lsdctl gc does.`,
 		Example: `  lsdctl rm rados://rbd/vm2
   lsdctl rm rados://rbd/vm2 --snapshots --wait
   lsdctl rm rados://rbd/vm2 --force    # its host is gone for good`,
@@ -61,6 +65,7 @@ const (
 	spaceReclaimed  = "reclaimed"  // it has been, but for what clones need
 	spaceBackground = "background" // this host's daemon sees to it
 	spaceLeft       = "left"       // all of it, or some, for lsdctl gc
+	spaceLate       = "late"       // it has been, but what its host may still put is for lsdctl gc
 )
 
 // removedImage is what rm --json prints.
@@ -69,7 +74,10 @@ type removedImage struct {
 	ID      uuid.UUID `json:"id"`
 	Space   string    `json:"space"`
 	Objects int       `json:"objects"` // that are gone
-	Error   string    `json:"error,omitempty"`
+	// Late is for how many seconds its host may still put objects, if it was attached, or had been
+	// a moment before: whoever sees to them does so after that.
+	Late  int    `json:"late_seconds,omitempty"`
+	Error string `json:"error,omitempty"`
 }
 
 func (a *app) remove(ctx context.Context, u backend.URL, name string, o rmOptions) error {
@@ -143,7 +151,7 @@ func (a *app) space(ctx context.Context, u backend.URL, st backend.Store, r *rem
 		r.Space = spaceBackground
 		return nil
 	}
-	err := engine.Reclaim(ctx, st, r.ID, func(done, total int) {
+	late, err := engine.Reclaim(ctx, st, r.ID, func(done, total int) {
 		r.Objects++
 		a.progress.show(api.Progress{What: fmt.Sprintf("%s is removed; reclaiming its space, which can be interrupted: %d of %d objects", o.URL, done, total)})
 	})
@@ -152,8 +160,15 @@ func (a *app) space(ctx context.Context, u backend.URL, st backend.Store, r *rem
 		if ctx.Err() != nil {
 			err = errors.New("interrupted")
 		}
+		return err
 	}
-	return err
+	if late > 0 {
+		r.Late = int(math.Ceil(late.Seconds()))
+		if r.Space = spaceLate; o.wait && a.askReclaim(ctx, u, r.ID) == nil {
+			r.Space = spaceBackground
+		}
+	}
+	return nil
 }
 
 // askReclaim has this host's daemon reclaim what a removed image was made of, if one runs.
@@ -165,11 +180,21 @@ func (a *app) askReclaim(ctx context.Context, u backend.URL, id uuid.UUID) error
 
 // remark tells what becomes of the space.
 func (r *removedImage) remark(u backend.URL) string {
-	switch r.Space {
-	case spaceBackground:
+	late := time.Duration(r.Late) * time.Second
+	switch {
+	case r.Space == spaceLate:
+		return fmt.Sprintf("%s; what its host may still write goes with lsdctl gc %s --remove, in %v or later", r.reclaimed(), u, late)
+	case r.Space == spaceBackground && late > 0:
+		return fmt.Sprintf("%s; lsdd removes what its host may still write, in %v", r.reclaimed(), late)
+	case r.Space == spaceBackground:
 		return "lsdd reclaims its space in the background"
-	case spaceLeft:
+	case r.Space == spaceLeft:
 		return fmt.Sprintf("its space is not reclaimed: lsdctl gc %s --remove does that", u)
 	}
+	return r.reclaimed()
+}
+
+// reclaimed tells what has been reclaimed.
+func (r *removedImage) reclaimed() string {
 	return "reclaimed its space, as far as no clone needs it: " + plural.Count(r.Objects, "object")
 }

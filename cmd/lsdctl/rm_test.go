@@ -3,16 +3,19 @@ package main
 import (
 	"context"
 	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/google/uuid"
 	"github.com/lsd-ceph/lsd/backend"
 	"github.com/lsd-ceph/lsd/engine"
 	"github.com/lsd-ceph/lsd/internal/api"
+	"github.com/lsd-ceph/lsd/internal/inproc"
 )
 
 // filled makes an image that has so many data objects, as far as a removal looks at them.
@@ -97,6 +100,94 @@ func TestRmCommand(t *testing.T) {
 			})
 		}
 	}
+}
+
+// TestRmAttached: of an image that was removed while a host had it what that may put later is
+// said to be for whoever sees to it, and nothing waits for that.
+func TestRmAttached(t *testing.T) {
+	d := newStubDaemon(t)
+	for _, tt := range []struct {
+		name   string
+		flags  []string
+		daemon bool
+		remark string // after what was reclaimed
+		space  string
+		left   int // objects
+	}{
+		{"no daemon", nil, false, "; what its host may still write goes with lsdctl gc STORE --remove, in 2m15s or later", spaceLate, 1},
+		{"wait without a daemon", []string{"--wait"}, false, "; what its host may still write goes with lsdctl gc STORE --remove, in 2m15s or later", spaceLate, 1},
+		{"wait", []string{"--wait"}, true, "; lsdd removes what its host may still write, in 2m15s", spaceBackground, 1},
+		{"daemon", nil, true, "", spaceBackground, 4},
+		{"no-wait", []string{"--no-wait"}, true, "", spaceLeft, 4},
+	} {
+		for _, json := range []bool{false, true} {
+			t.Run(fmt.Sprintf("%s json %v", tt.name, json), func(t *testing.T) {
+				store := "file://" + t.TempDir() + "/store"
+				url := store + "/vm1"
+				filled(t, url, 3)
+				id := printed[described](t, "info", url).ID
+				attachedFor(t, store, id, 15*time.Second)
+				socket := filepath.Join(t.TempDir(), "none")
+				if tt.daemon {
+					socket = d.socket
+				}
+				d.attach()
+				args := append([]string{"rm", url, "--force"}, tt.flags...)
+				if json {
+					args = append(args, "--json")
+				}
+				out, err := lsdctlWith(t, socket, nil, args...)
+				if err != nil {
+					t.Fatal(err)
+				}
+				// A second may have begun since.
+				out = strings.NewReplacer("2m14s", "2m15s", "2m16s", "2m15s").Replace(out)
+				if json {
+					got := decoded[removedImage](t, out)
+					if late := got.Late >= 134 && got.Late <= 136; got.Space != tt.space || late != (tt.left == 1) {
+						t.Errorf("rm --json: %+v", got)
+					}
+				} else if want := strings.ReplaceAll(tt.remark, "STORE", store) + "\n"; tt.remark != "" && !strings.HasSuffix(out, "clone needs it: 3 objects"+want) {
+					t.Errorf("rm: %q, want %q", out, want)
+				}
+				if asked := d.was("POST " + api.PathReclaim); asked != (tt.space == spaceBackground) {
+					t.Errorf("the daemon was asked: %v", asked)
+				}
+				if got := objects(t, opened(t, store)); len(got) != tt.left {
+					t.Errorf("objects: %q", got)
+				}
+				waits := "vm1 was removed under a host that had it: what that may still write goes with lsdctl gc " + store + " --remove, in 2m"
+				if tt.left > 1 {
+					if out := must(t, "gc", store, "--remove"); !strings.Contains(out, "removed 3 objects\n"+waits) {
+						t.Errorf("gc: %q", out)
+					}
+				}
+				for _, args := range [][]string{{"gc", store}, {"gc", store, "--remove"}} {
+					if out := must(t, args...); !strings.HasPrefix(out, "nothing is left behind that can go now\n"+waits) {
+						t.Errorf("lsdctl %v: %q", args, out)
+					}
+				}
+				if out := must(t, "check", store); !strings.Contains(out, "may come for") {
+					t.Errorf("check: %q", out)
+				}
+				if got := objects(t, opened(t, store)); len(got) != 1 {
+					t.Errorf("objects: %q", got)
+				}
+			})
+		}
+	}
+}
+
+// attachedFor takes an image that nobody has, with a lease of that length, and has its owner die.
+func attachedFor(t *testing.T, store string, id uuid.UUID, lease time.Duration) {
+	t.Helper()
+	im, err := inproc.Open(t.Context(), opened(t, store), id, inproc.Options{Lease: lease})
+	if err != nil {
+		t.Fatal(err)
+	}
+	dead, stop := context.WithCancel(t.Context())
+	stop()
+	_ = im.Close(dead)
 }
 
 // TestRmFails: where the space cannot be reclaimed the image is removed all the same, and both

@@ -37,7 +37,7 @@ func (w *world) remove(name string) {
 	ctx := context.Background()
 	id, err := engine.Remove(ctx, w.store, name, engine.RemoveOptions{})
 	if err == nil {
-		err = engine.Reclaim(ctx, w.store, id, nil)
+		_, err = engine.Reclaim(ctx, w.store, id, nil)
 	}
 	if err != nil {
 		w.t.Fatal(err)

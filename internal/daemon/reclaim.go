@@ -56,6 +56,7 @@ type reclaimer struct {
 	ctx    context.Context // ends when the daemon is told to
 	logger *slog.Logger
 	openSt func(context.Context, backend.URL) (backend.Store, error)
+	engine reclaimFunc   // engine.Reclaim
 	pause  time.Duration // reclaimPause
 	wake   chan struct{} // has room for one
 
@@ -64,8 +65,11 @@ type reclaimer struct {
 	running chan struct{} // guarded by mu; closed by the goroutine when it ends, nil without one
 }
 
+// reclaimFunc is what engine.Reclaim is.
+type reclaimFunc func(ctx context.Context, st backend.Store, id uuid.UUID, progress func(done, total int)) (late time.Duration, err error)
+
 func newReclaimer(ctx context.Context, dir string, logger *slog.Logger, openSt func(context.Context, backend.URL) (backend.Store, error)) *reclaimer {
-	return &reclaimer{dir: dir, ctx: ctx, logger: logger, openSt: openSt, pause: reclaimPause, wake: make(chan struct{}, 1)}
+	return &reclaimer{dir: dir, ctx: ctx, logger: logger, openSt: openSt, engine: engine.Reclaim, pause: reclaimPause, wake: make(chan struct{}, 1)}
 }
 
 func (r *reclaimer) path(id uuid.UUID) string { return filepath.Join(r.dir, id.String()+recordSuffix) }
@@ -185,11 +189,11 @@ func (r *reclaimer) run(ended chan struct{}) {
 			continue
 		}
 		began := time.Now()
-		objects, err := r.reclaim(w)
+		objects, late, err := r.reclaim(w)
 		if err != nil && r.ctx.Err() != nil {
 			continue // the next daemon takes it up
 		}
-		r.settle(w, objects, time.Since(began), err)
+		r.settle(w, objects, time.Since(began), late, err)
 	}
 }
 
@@ -209,12 +213,12 @@ func (r *reclaimer) next(now time.Time) (*waiting, time.Duration) {
 	return &first, 0
 }
 
-// reclaim reclaims what one removed image was made of, and returns how many objects have gone.
-// A panic is its error: the daemon goes on.
-func (r *reclaimer) reclaim(w *waiting) (objects int, err error) {
+// reclaim reclaims what one removed image was made of, and returns how many objects have gone,
+// and for how long others may come. A panic is its error: the daemon goes on.
+func (r *reclaimer) reclaim(w *waiting) (objects int, late time.Duration, err error) {
 	u, err := backend.ParseStore(w.Store)
 	if err != nil {
-		return 0, err
+		return 0, 0, err
 	}
 	err = parallel.Catch(func() error {
 		st, err := r.openSt(r.ctx, u)
@@ -222,13 +226,15 @@ func (r *reclaimer) reclaim(w *waiting) (objects int, err error) {
 			return err
 		}
 		defer st.Close()
-		return engine.Reclaim(r.ctx, st, w.ImageID, func(int, int) { objects++ })
+		late, err = r.engine(r.ctx, st, w.ImageID, func(int, int) { objects++ })
+		return err
 	})
-	return objects, err
+	return objects, late, err
 }
 
-// settle notes what has become of an attempt.
-func (r *reclaimer) settle(w *waiting, objects int, took time.Duration, err error) {
+// settle notes what has become of an attempt. One after which something may come for so long as
+// late is made again then.
+func (r *reclaimer) settle(w *waiting, objects int, took, late time.Duration, err error) {
 	logger := r.logger.With("store", w.Store, "image", w.ImageID, "objects", objects)
 	panicked := (*parallel.Panicked)(nil)
 	r.mu.Lock()
@@ -237,6 +243,10 @@ func (r *reclaimer) settle(w *waiting, objects int, took time.Duration, err erro
 	again := &r.queue[i]
 	again.tries++
 	switch {
+	case err == nil && late > 0:
+		again.tries, again.due = 0, time.Now().Add(late)
+		logger.Info("reclaimed what a removed image was made of, but for what its host may still put: looking again", "in", late.Round(time.Second), "took", took.Round(time.Millisecond))
+		return
 	case err == nil:
 		logger.Info("reclaimed what a removed image was made of", "took", took.Round(time.Millisecond))
 	case again.tries < maxReclaimTries && !errors.As(err, &panicked):

@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/google/uuid"
+	"github.com/lsd-ceph/lsd/backend"
 	"github.com/lsd-ceph/lsd/backend/faultstore"
 	"github.com/lsd-ceph/lsd/engine"
 	"github.com/lsd-ceph/lsd/internal/api"
@@ -221,5 +222,59 @@ func TestReclaimRefuses(t *testing.T) {
 	h.start()
 	if n, files := h.reclaim.len(), h.reclaims(); n != 0 || len(files) != 3 || strings.Count(w.log.String(), "record of a removed image cannot be read") != 3 {
 		t.Errorf("%d wait; records: %q", n, files)
+	}
+}
+
+// TestReclaimLate: what an owner puts of an image that was removed under it is seen to when its
+// time has come, however often that is put off, and by the next daemon where this one has ended.
+func TestReclaimLate(t *testing.T) {
+	ctx := context.Background()
+	w := newWorld(t)
+	h := w.newHost()
+	remove := func(name string) uuid.UUID {
+		w.kernel.write(t, h.add(api.AttachRequest{Image: "mem:" + name, ID: -1}), 8, 1)
+		gone, err := engine.Remove(ctx, w.store, name, engine.RemoveOptions{Force: true})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return gone
+	}
+	gone := remove("vm1")
+	const puts = 2 * maxReclaimTries
+	calls := 0 // the reclaimer's, until it has ended
+	h.reclaim.engine = func(ctx context.Context, st backend.Store, id uuid.UUID, progress func(done, total int)) (time.Duration, error) {
+		late, err := engine.Reclaim(ctx, st, id, progress)
+		if err != nil || late < 2*time.Minute {
+			t.Errorf("something may come for %v, %v", late, err)
+		}
+		if calls++; calls <= puts {
+			return time.Millisecond, nil
+		}
+		_, err = engine.GC(ctx, st, engine.GCOptions{Now: func() time.Time { return time.Now().Add(2 * engine.MaxLease) }})
+		return 0, err
+	}
+	if err := h.reclaim.ask(api.ReclaimRequest{Store: "mem:", ImageID: gone}); err != nil {
+		t.Fatal(err)
+	}
+	w.until("it is done", func() bool { return h.reclaim.len() == 0 })
+	if text := w.log.String(); calls != puts+1 || strings.Count(text, "looking again") != puts || strings.Contains(text, "trying again") {
+		t.Errorf("it was looked at %d times", calls)
+	}
+	if files := h.reclaims(); len(files) != 0 || w.objectsOf(gone) != 0 {
+		t.Errorf("records: %q, objects: %d", files, w.objectsOf(gone))
+	}
+	h.reclaim.engine = engine.Reclaim // no goroutine is there to see it
+	if err := h.reclaim.ask(api.ReclaimRequest{Store: "mem:", ImageID: remove("vm2")}); err != nil {
+		t.Fatal(err)
+	}
+	for daemons := 1; daemons <= 2; daemons++ {
+		w.until("it waits", func() bool { return strings.Count(w.log.String(), "looking again") == puts+daemons })
+		if n, files := h.reclaim.len(), h.reclaims(); n != 1 || len(files) != 1 {
+			t.Errorf("%d wait, with the records %q", n, files)
+		}
+		if daemons == 1 {
+			h.crash()
+			h.start()
+		}
 	}
 }

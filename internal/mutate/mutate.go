@@ -100,6 +100,9 @@ const (
 	ReclaimTorn Bug = "reclaim-torn"
 	// ReclaimKept leaves of a removed image what no clone needs.
 	ReclaimKept Bug = "reclaim-kept"
+	// ReclaimEarly removes the superblock of an image before the last object of its owner can have
+	// come.
+	ReclaimEarly Bug = "reclaim-early"
 	// MovedOverNewer lets the cleaner put back what has been overwritten meanwhile.
 	MovedOverNewer Bug = "moved-over-newer"
 	// CacheUnverified serves data from the read cache without a look at its checksums.
@@ -117,6 +120,6 @@ func All() []Bug {
 		ObjectUnverified, HeaderUnverified, LogReadUnverified, TornRecord, ProofIgnored, RecoveryStopsEarly,
 		CutOffKept, LogOverwritten, TrimEarly, DirtyDropped, DiscardUnrecorded, DiscardUndestaged,
 		LeaseIgnored, LeaseStretched, LateForgotten, LeaseNotAwaited, EpochIgnored, EpochUnrecorded, StaleLogDropped, DeletedEarly, CheckpointMixed, LateCopied, ChangesLost, DeltaForgotten, DeltaKept,
-		HalfCounted, DeadKept, SnapshotUnheld, SnapshotEarly, ShrinkKept, ShrinkEarly, FlattenEarly, StatesKept, StatesTorn, ReclaimTorn, ReclaimKept, MovedOverNewer, CacheUnverified, CacheImageIgnored, CacheFailedKept,
+		HalfCounted, DeadKept, SnapshotUnheld, SnapshotEarly, ShrinkKept, ShrinkEarly, FlattenEarly, StatesKept, StatesTorn, ReclaimTorn, ReclaimKept, ReclaimEarly, MovedOverNewer, CacheUnverified, CacheImageIgnored, CacheFailedKept,
 	}
 }
