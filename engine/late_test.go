@@ -189,6 +189,37 @@ func TestRemovedUnderOwnerOfClones(t *testing.T) {
 	}
 }
 
+// TestRemovedAfterTakeOver: what the host may still put from which an image was taken with force
+// before it was removed is waited for, also where nobody had it any more.
+func TestRemovedAfterTakeOver(t *testing.T) {
+	ctx, st := context.Background(), mem.New()
+	a, id := attached(t, st, smallImage(), nil)
+	a.mustFill(1000)
+	a.mustDestage()
+	a.mustWrite(1, 1)
+	b := newHost(t, "beta", st, 2)
+	b.env.now = a.env.now
+	if err := b.open(id, true); err != nil {
+		t.Fatal(err)
+	}
+	b.mustClose()
+	sb, _, err := loadSuperblock(ctx, st, id)
+	if err != nil || len(sb.Stale) == 0 {
+		t.Fatalf("nothing is known of what the first host may have put: %+v, %v", sb, err)
+	}
+	if _, err := Remove(ctx, st, "disk", RemoveOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	if late, err := Reclaim(ctx, st, id, nil); late <= 0 || late > leftoverGrace+time.Second || err != nil {
+		t.Errorf("it waits for %v, %v", late, err)
+	}
+	if err := st.Put(ctx, dataKey(id, sb.Stale[0].Object, sb.Stale[0].Epoch), []byte("late")); err != nil {
+		t.Fatal(err)
+	}
+	mustCollectLater(t, st)
+	mustBeEmpty(t, st)
+}
+
 // TestMayArrive: how long the superblock of a removed image stays follows from who had it, and
 // had it before; of one that nobody had it goes at once.
 func TestMayArrive(t *testing.T) {

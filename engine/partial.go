@@ -118,7 +118,8 @@ func Abort(ctx context.Context, st backend.Store, id uuid.UUID, why error) error
 		return sb.remove(&RemoveOptions{Force: true, Snapshots: true, ended: true})
 	})
 	if err == nil {
-		_, err = Reclaim(ctx, st, id, nil)
+		r := reclamation{p, time.Now, reclaimBatch, nil}
+		_, err = r.image(ctx, id)
 	}
 	if err == nil || errors.Is(err, backend.ErrNotFound) || errors.Is(err, errWhole) {
 		return why

@@ -22,8 +22,9 @@ func (a *app) gcCommand() *cobra.Command {
 commands that were interrupted have left: images that were not made or filled to
 their end, once they are older than --age and nobody writes to them, and so copies
 that were to go on. It changes nothing unless --remove is given, and
-can be used while images are attached. Of an image that was removed while a host had it
-something stays for some minutes, until nothing of that host can come any more. What an image that has a name does not need
+can be used while images are attached. Of an image that was removed while a host had it,
+or shortly after, something stays for some minutes, until nothing of that host can
+come any more. What an image that has a name does not need
 any more is not looked for: whoever has that attached reclaims it, now or next.`,
 		Example: `  lsdctl gc rados://rbd
   lsdctl gc rados://rbd --remove`,
@@ -55,7 +56,7 @@ func (a *app) gc(ctx context.Context, u backend.URL, remove bool, age time.Durat
 		DryRun: !remove, Age: age,
 		Progress: func(what string) { a.progress.show(api.Progress{What: what}) },
 		Late: func(name string, left time.Duration) {
-			late = append(late, fmt.Sprintf("%s was removed under a host that had it: what that may still write goes with lsdctl gc %s --remove, in %v or later", name, u, left.Truncate(time.Second)+time.Second))
+			late = append(late, fmt.Sprintf("%s was removed, and a host may still write something of it: that goes with lsdctl gc %s --remove, in %v or later", name, u, left.Truncate(time.Second)+time.Second))
 		},
 	})
 	a.progress.end()

@@ -65,7 +65,7 @@ const (
 	spaceReclaimed  = "reclaimed"  // it has been, but for what clones need
 	spaceBackground = "background" // this host's daemon sees to it
 	spaceLeft       = "left"       // all of it, or some, for lsdctl gc
-	spaceLate       = "late"       // it has been, but what its host may still put is for lsdctl gc
+	spaceLate       = "late"       // it has been, but what a host may still put is for lsdctl gc
 )
 
 // removedImage is what rm --json prints.
@@ -74,8 +74,8 @@ type removedImage struct {
 	ID      uuid.UUID `json:"id"`
 	Space   string    `json:"space"`
 	Objects int       `json:"objects"` // that are gone
-	// Late is for how many seconds its host may still put objects, if it was attached, or had been
-	// a moment before: whoever sees to them does so after that.
+	// Late is for how many seconds a host may still put objects, if one had it attached, or had
+	// lost it shortly before: whoever sees to them does so after that.
 	Late  int    `json:"late_seconds,omitempty"`
 	Error string `json:"error,omitempty"`
 }
@@ -183,9 +183,9 @@ func (r *removedImage) remark(u backend.URL) string {
 	late := time.Duration(r.Late) * time.Second
 	switch {
 	case r.Space == spaceLate:
-		return fmt.Sprintf("%s; what its host may still write goes with lsdctl gc %s --remove, in %v or later", r.reclaimed(), u, late)
+		return fmt.Sprintf("%s; what a host may still write goes with lsdctl gc %s --remove, in %v or later", r.reclaimed(), u, late)
 	case r.Space == spaceBackground && late > 0:
-		return fmt.Sprintf("%s; lsdd removes what its host may still write, in %v", r.reclaimed(), late)
+		return fmt.Sprintf("%s; lsdd removes what a host may still write, in %v", r.reclaimed(), late)
 	case r.Space == spaceBackground:
 		return "lsdd reclaims its space in the background"
 	case r.Space == spaceLeft:

@@ -245,7 +245,7 @@ func (r *reclaimer) settle(w *waiting, objects int, took, late time.Duration, er
 	switch {
 	case err == nil && late > 0:
 		again.tries, again.due = 0, time.Now().Add(late)
-		logger.Info("reclaimed what a removed image was made of, but for what its host may still put: looking again", "in", late.Round(time.Second), "took", took.Round(time.Millisecond))
+		logger.Info("reclaimed what a removed image was made of, but for what a host may still put: looking again", "in", late.Round(time.Second), "took", took.Round(time.Millisecond))
 		return
 	case err == nil:
 		logger.Info("reclaimed what a removed image was made of", "took", took.Round(time.Millisecond))
