@@ -84,7 +84,10 @@ func Remove(ctx context.Context, st backend.Store, name string, o RemoveOptions)
 			err = remove()
 		}
 	}
-	if errors.Is(err, backend.ErrNotFound) || o.Force && unreadableSuper(err) && !errors.Is(err, frame.ErrVersion) {
+	if o.Force && errors.Is(err, frame.ErrCorrupt) {
+		err = remove() // it may be the answer that was damaged
+	}
+	if errors.Is(err, backend.ErrNotFound) || o.Force && err != nil && unreadable(ctx, st, id) {
 		if err = noClones(ctx, st, id); err == nil {
 			err = removeObjects(ctx, st, id, o.Progress)
 		}
@@ -99,6 +102,13 @@ func Remove(ctx context.Context, st backend.Store, name string, o RemoveOptions)
 		return uuid.Nil, fmt.Errorf("remove the name %s, whose image is removed: try again: %w", name, err)
 	}
 	return id, nil
+}
+
+// unreadable reports whether the superblock of an image cannot be read, but for one that a later
+// lsd has written.
+func unreadable(ctx context.Context, st backend.Store, id uuid.UUID) bool {
+	_, _, err := loadSuperblock(ctx, st, id)
+	return unreadableSuper(err) && !errors.Is(err, frame.ErrVersion)
 }
 
 // unlinkAll takes away the names that an image has which has been removed: the superblock may

@@ -4,12 +4,14 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"testing"
 	"time"
 
 	"github.com/google/uuid"
 	"github.com/lsd-ceph/lsd/backend"
+	"github.com/lsd-ceph/lsd/backend/faultstore"
 	"github.com/lsd-ceph/lsd/backend/mem"
 )
 
@@ -350,4 +352,56 @@ func TestPassOverTwice(t *testing.T) {
 		t.Error(err)
 	}
 	mustBeEmpty(t, st)
+}
+
+// TestForceRefused: force removes an image that cannot be read, but not one that is refused for
+// another reason.
+func TestForceRefused(t *testing.T) {
+	ctx := context.Background()
+	refuses := func(op faultstore.Op) faultstore.Fault {
+		if op.Method != faultstore.Swap {
+			return faultstore.Fault{}
+		}
+		return faultstore.Fault{Before: backend.ErrPermanent}
+	}
+	for name, x := range map[string]struct {
+		snapshots bool
+		fault     faultstore.Injector
+		want      func(error) bool
+	}{
+		"it has snapshots":  {false, func(faultstore.Op) faultstore.Fault { return faultstore.Fault{} }, func(err error) bool { return errors.As(err, new(*SnapshotsError)) }},
+		"the store refuses": {true, refuses, func(err error) bool { return errors.Is(err, backend.ErrPermanent) }},
+	} {
+		t.Run(name, func(t *testing.T) {
+			st := mem.New()
+			h, id := attached(t, st, smallImage(), nil)
+			h.mustFill(1000)
+			mustSnapshot(t, st, id, "monday", h)
+			h.mustClose()
+			before := keysOf(t, st, id)
+			if _, err := Remove(ctx, faultstore.New(st, x.fault), "disk", RemoveOptions{Force: true, Snapshots: x.snapshots}); !x.want(err) {
+				t.Errorf("rm --force: %v", err)
+			}
+			if got := keysOf(t, st, id); !slices.Equal(got, before) {
+				t.Errorf("left of %q: %q", before, got)
+			}
+			mustBeSound(t, st, "disk")
+		})
+	}
+}
+
+// TestForceDamagedAnswer: one damaged answer does not have an image removed without its superblock,
+// which tells that its owner goes on.
+func TestForceDamagedAnswer(t *testing.T) {
+	st := mem.New()
+	h, id := attached(t, st, smallImage(), nil)
+	h.mustFill(1000)
+	h.mustDestage()
+	damaged := faultstore.If(faultstore.All(faultstore.Method(faultstore.Load), faultstore.Key("*/super"), faultstore.First(1)), faultstore.Fault{Corrupt: faultstore.FlipBit(800)})
+	if _, err := Remove(t.Context(), faultstore.New(st, damaged), "disk", RemoveOptions{Force: true}); err != nil {
+		t.Fatal(err)
+	}
+	if sb, _, err := loadSuperblock(t.Context(), st, id); err != nil || !sb.Removed || sb.lateFor(time.Now()) == 0 {
+		t.Errorf("%+v, %v", sb, err)
+	}
 }

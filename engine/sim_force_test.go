@@ -2,6 +2,7 @@ package engine
 
 import (
 	"context"
+	"errors"
 	"math"
 	"strings"
 	"time"
@@ -25,6 +26,8 @@ func (w *world) removeAttached(m *model) {
 	w.run(w.rng.IntN(300))
 	w.removeForced()
 	h.m.lost = true
+	_, _, err := loadSuperblock(context.Background(), w.inner, w.id)
+	unreadable := errors.Is(err, backend.ErrNotFound) // each answer was damaged: nothing says what may come
 	w.acting = true
 	reclaimed := false
 	for range w.rng.IntN(400) {
@@ -44,6 +47,11 @@ func (w *world) removeAttached(m *model) {
 	h.kill()
 	w.drop(h)
 	w.flushLate()
+	if unreadable {
+		if err := removeObjects(context.Background(), w.inner, w.id, nil); err != nil {
+			w.fail("%v", err)
+		}
+	}
 	w.count(countForcedLate, reclaimed && len(w.keys()) > before)
 	if w.rng.IntN(2) == 0 {
 		w.collect()
