@@ -234,14 +234,14 @@ func newImage(ctx context.Context, st backend.Store, sb *superblock, o *OpenOpti
 // takeAndRecover makes this host the owner and brings map and log up to date.
 func (im *Image) takeAndRecover(ctx context.Context, o *OpenOptions) error {
 	err := im.takeOnce(ctx, o)
-	if errors.Is(err, errReleased) { // by an attempt of ours that had given up
+	if errors.Is(err, errReleased) { // by an attempt of ours that had given up, or taken by it
 		err = im.takeOnce(ctx, o)
 	}
 	return err
 }
 
 // errReleased says that the log, which was the owner's when it was looked at, is not the
-// owner's any more: nobody has the image, or somebody else.
+// owner's any more: nobody has the image, or somebody else; or that it has become the owner's.
 var errReleased = errors.New("the image has changed hands meanwhile: try again")
 
 func (im *Image) takeOnce(ctx context.Context, o *OpenOptions) error {
@@ -477,6 +477,8 @@ func (im *Image) acquire(ctx context.Context, o *OpenOptions, ours bool) (*super
 			return nil, errWhole
 		case ours && (sb.Owner == nil || sb.Owner.Log != im.logID):
 			return nil, errReleased
+		case !ours && sb.Owner != nil && sb.Owner.Log == im.logID:
+			return nil, errReleased // what an attempt of ours that had given up had sent has come meanwhile
 		}
 		if sb.Owner != nil && !ours {
 			if !o.Force && !sb.Owner.Volatile {

@@ -284,3 +284,37 @@ func TestPanicOfHelper(t *testing.T) {
 	_, err := Open(context.Background(), panickingStore{st}, id, OpenOptions{ReadOnly: true, Config: Config{Logger: quiet}})
 	t.Errorf("the image is opened: %v", err)
 }
+
+// latecomerStore has the first change of a superblock come when the second one is about to.
+type latecomerStore struct {
+	backend.Store
+	first func() // that change, once it has been given up
+}
+
+// Swap implements backend.Store.
+func (s *latecomerStore) Swap(ctx context.Context, key string, old backend.Version, b []byte) (backend.Version, error) {
+	if s.first == nil {
+		s.first = func() { _, _ = s.Store.Swap(context.Background(), key, old, b) }
+		return "", &backend.Error{Op: "swap", Key: key, Class: backend.ErrTemporary}
+	}
+	s.first()
+	s.first = func() {}
+	return s.Store.Swap(ctx, key, old, b)
+}
+
+// TestOpenAfterLateAttempt: an attach that was given up, and takes the image while the next one of
+// the same host is at it, is not another host's.
+func TestOpenAfterLateAttempt(t *testing.T) {
+	st := mem.New()
+	id := newImageIn(t, st)
+	h := newHost(t, "alpha", &latecomerStore{Store: st}, 1)
+	if err := h.open(id, false); !errors.Is(err, backend.ErrTemporary) {
+		t.Fatal(err)
+	}
+	h.again()
+	if err := h.open(id, false); err != nil {
+		t.Fatal(err)
+	}
+	h.mustFill(1000)
+	h.mustClose()
+}
