@@ -240,6 +240,35 @@ func (i *Image) Shrink(ctx context.Context, size uint64, progress func(done, tot
 	return await(ctx, i, func(fn func(error)) { i.image.Shrink(size, progress, fn) })
 }
 
+// Flatten moves what the image has in objects of its ancestors into objects of its own: see
+// engine.Image.Flatten. If ctx ends before that is done, or the store has failed for too long,
+// it is paused: nothing of it goes on then. The error matches engine.ErrPaused where it was.
+// progress may be nil.
+func (i *Image) Flatten(ctx context.Context, progress func(done, total uint64)) error {
+	if ctx.Err() != nil {
+		return context.Cause(ctx)
+	}
+	ended := false // the loop's
+	pause := func() {
+		if !ended {
+			i.image.PauseFlatten()
+		}
+	}
+	err := await(context.WithoutCancel(ctx), i, func(fn func(error)) {
+		stop := context.AfterFunc(ctx, func() { i.loop.Post(pause) })
+		i.image.Flatten(progress, func(err error) {
+			ended = true
+			stop()
+			fn(err)
+		})
+	})
+	i.call(pause) // where the store has failed
+	if errors.Is(err, engine.ErrPaused) && ctx.Err() != nil {
+		err = fmt.Errorf("%w: %w", err, context.Cause(ctx))
+	}
+	return err
+}
+
 // Refresh has the image do what its superblock asks for.
 func (i *Image) Refresh(ctx context.Context) error { return await(ctx, i, i.image.Refresh) }
 
