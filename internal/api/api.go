@@ -110,6 +110,11 @@ type ResizeRequest struct {
 	Shrink bool   `json:"shrink,omitempty"` // it may become smaller, and lose what is beyond
 }
 
+// Flattened is the result of a flattening.
+type Flattened struct {
+	Moved uint64 `json:"moved_bytes"` // into objects of the image's own, this time
+}
+
 // RollbackRequest asks for an attached image as it was at a snapshot: the answer is the Image.
 type RollbackRequest struct {
 	Snapshot string `json:"snapshot"` // its name

@@ -84,6 +84,12 @@ func (c *Client) Resize(ctx context.Context, id int, r ResizeRequest, progress f
 	return im, c.stream(ctx, imagePath(id)+"/resize", r, progress, &im)
 }
 
+// Flatten moves what an attached image has in objects of its ancestors into objects of its own.
+// It is paused when ctx ends.
+func (c *Client) Flatten(ctx context.Context, id int, progress func(Progress)) (f Flattened, err error) {
+	return f, c.stream(ctx, imagePath(id)+"/flatten", struct{}{}, progress, &f)
+}
+
 // RollBack makes an attached image, whose device nobody has open, what it was at a snapshot.
 func (c *Client) RollBack(ctx context.Context, id int, r RollbackRequest, progress func(Progress)) (im Image, err error) {
 	return im, c.stream(ctx, imagePath(id)+"/rollback", r, progress, &im)

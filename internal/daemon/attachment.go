@@ -102,6 +102,17 @@ func (a *attachment) record() record {
 	return a.rec
 }
 
+// writable fails unless what is attached is an image that can be written to, and stays so.
+func (a *attachment) writable() error {
+	switch rec := a.record(); {
+	case rec.Null || rec.ReadOnly:
+		return fmt.Errorf("%s is not an image that can be written to", a.name())
+	case rec.Phase == phaseDetaching: // it has no device any more
+		return fmt.Errorf("%s is being detached: wait for that", a.name())
+	}
+	return nil
+}
+
 // save writes the record down, changed by change.
 func (a *attachment) save(change func(*record)) error {
 	rec := a.record()

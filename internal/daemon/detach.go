@@ -64,8 +64,10 @@ func (a *attachment) detach(ctx context.Context, q api.DetachRequest, progress f
 }
 
 // destageFirst brings everything into the store while the device still serves,
-// so that a user who cannot wait any longer has lost nothing.
+// so that a user who cannot wait any longer has lost nothing. A flattening ends here: what it
+// moves is not to be waited for.
 func (a *attachment) destageFirst(ctx context.Context, dk *disk, q api.DetachRequest, progress func(api.Progress)) error {
+	dk.pauseFlatten()
 	wait, stop := context.WithTimeout(ctx, q.Timeout)
 	defer stop()
 	err := dk.destage(wait, progress)
@@ -330,6 +332,7 @@ func (a *attachment) leaveForNext(ctx context.Context, progress func(api.Progres
 	if dk == nil {
 		return nil
 	}
+	dk.pauseFlatten()
 	var remarks []string
 	if err := dk.destage(ctx, progress); err != nil {
 		a.logger.Warn("not everything is in the store: the rest waits in the log", "err", err)

@@ -47,6 +47,9 @@ func (d *Daemon) handler() http.Handler {
 		var q api.ResizeRequest
 		stream(w, r, &q, func(ctx context.Context, p func(api.Progress)) (any, error) { return a.resize(ctx, q, p) })
 	}))
+	mux.HandleFunc("POST "+api.PathImages+"/{id}/flatten", d.about(func(w http.ResponseWriter, r *http.Request, a *attachment) {
+		stream(w, r, &struct{}{}, func(ctx context.Context, p func(api.Progress)) (any, error) { return a.flatten(ctx, p) })
+	}))
 	mux.HandleFunc("POST "+api.PathImages+"/{id}/rollback", d.about(func(w http.ResponseWriter, r *http.Request, a *attachment) {
 		var q api.RollbackRequest
 		stream(w, r, &q, func(ctx context.Context, p func(api.Progress)) (any, error) { return a.rollBack(ctx, q, p) })

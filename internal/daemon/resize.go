@@ -37,12 +37,8 @@ func (a *attachment) beginResize(ctx context.Context, q api.ResizeRequest) (dk *
 		return nil, nil, err
 	}
 	defer func() { <-a.op }()
-	rec := a.record()
-	switch {
-	case rec.Null || rec.ReadOnly:
-		return nil, nil, fmt.Errorf("%s is not an image that can be written to", a.name())
-	case rec.Phase == phaseDetaching: // it has no device any more
-		return nil, nil, fmt.Errorf("%s is being detached: wait for that", a.name())
+	if err := a.writable(); err != nil {
+		return nil, nil, err
 	}
 	err = a.withImage(func(d *disk) (err error) {
 		dk = d
