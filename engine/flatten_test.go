@@ -354,6 +354,84 @@ func TestSeparateInterrupted(t *testing.T) {
 	}
 }
 
+// halfSeparated returns the ids of a disk and of its clone, which has been flattened and which h
+// has open: it was separated by whoever died after so many changes of superblocks.
+func halfSeparated(t *testing.T, st backend.Store, swaps int) (id, clone uuid.UUID, h *host) {
+	t.Helper()
+	a, id := attached(t, st, smallImage(), nil)
+	a.mustFill(1000)
+	clone = mustClone(t, st, id, "", "clone", a)
+	a.mustClose()
+	h = mustOpen(t, st, clone, 7)
+	h.mustFlatten()
+	gone, stop := context.WithCancel(t.Context())
+	if _, err := Separate(gone, &swapLimit{Store: st, left: swaps, stop: stop}, clone); err == nil {
+		t.Fatalf("separated with %d changes", swaps)
+	}
+	return id, clone, h
+}
+
+// TestSeparateInterruptedRemoved: an image whose separation was interrupted, wherever that was,
+// can be passed over when it has been removed.
+func TestSeparateInterruptedRemoved(t *testing.T) {
+	t.Parallel()
+	for swaps := range 3 {
+		st := mem.New()
+		id, clone, h := halfSeparated(t, st, swaps)
+		grand := mustClone(t, st, clone, "", "grand", h)
+		h.mustClose()
+		mustRemove(t, st, "clone")
+		h = mustOpen(t, st, grand, 8)
+		h.mustFlatten() // so nothing is needed of the clone any more
+		h.mustClose()
+		if _, err := Reclaim(t.Context(), st, clone, nil); err != nil {
+			t.Fatalf("after %d changes: %v", swaps, err)
+		}
+		mustNeedNothingOf(t, st, clone)
+		if _, err := GC(t.Context(), st, GCOptions{}); err != nil {
+			t.Fatalf("after %d changes: %v", swaps, err)
+		}
+		mustRemove(t, st, "disk")
+		mustBeSound(t, st, "grand")
+		h = mustOpen(t, st, grand, 9)
+		h.mustHave(1000)
+		h.mustClose()
+		mustSeparate(t, st, grand, parentOf(t, st, grand))
+		mustNeedNothingOf(t, st, id)
+		mustRemove(t, st, "grand")
+		mustBeEmpty(t, st)
+	}
+}
+
+// parentOf returns what an image is a clone of.
+func parentOf(t *testing.T, st backend.Store, id uuid.UUID) uuid.UUID {
+	t.Helper()
+	sb, _, err := loadSuperblock(t.Context(), st, id)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return sb.Parent
+}
+
+// TestSeparateCollected: a collection gives up what an image keeps for a clone of it whose
+// separation was interrupted, once that says that it needs nothing of it.
+func TestSeparateCollected(t *testing.T) {
+	t.Parallel()
+	for swaps := range 3 {
+		st := mem.New()
+		id, clone, h := halfSeparated(t, st, swaps)
+		if _, err := GC(t.Context(), st, GCOptions{}); err != nil {
+			t.Fatal(err)
+		}
+		sb, _, err := loadSuperblock(t.Context(), st, id)
+		if err != nil || len(sb.Clones) > 0 != (swaps == 0) {
+			t.Errorf("after %d changes: %v, the disk keeps %+v", swaps, err, sb.Clones)
+		}
+		h.mustHave(1000)
+		mustSeparate(t, st, clone, parentOf(t, st, clone))
+	}
+}
+
 // swapLimit is a store of whoever dies after so many changes of superblocks.
 type swapLimit struct {
 	backend.Store

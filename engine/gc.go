@@ -78,7 +78,7 @@ func GC(ctx context.Context, st backend.Store, o GCOptions) ([]Garbage, error) {
 
 // collector collects garbage.
 type collector struct {
-	st    backend.Store
+	st    patient
 	o     GCOptions
 	now   time.Time
 	named map[uuid.UUID]bool
@@ -289,16 +289,19 @@ func (g *collector) claims(ctx context.Context, sb *superblock) error {
 		if !p.Made && !g.old(p.Since) {
 			continue
 		}
-		why := "which is not there"
+		why, leave := "which is not there", func(context.Context) error { return nil }
 		switch clone, _, err := loadSuperblock(ctx, g.st, p.ID); {
-		case err == nil && clone.separated():
-			why = "which is none any more"
+		case err == nil && (clone.separated() || p.Object > 0 && len(clone.Origins) == 0): // the last: its separation was interrupted
+			why, leave = "which is none any more", (&separator{st: g.st, id: p.ID}).leave
 		case err == nil || !errors.Is(err, backend.ErrNotFound):
 			continue
 		case p.Made && g.named[p.ID]:
 			continue // it is not removed but lost
 		}
 		err := g.collect(sb, "the state that it keeps for the clone "+p.Name+", "+why, 0, func() error {
+			if err := leave(ctx); err != nil && !errors.Is(err, backend.ErrNotFound) {
+				return err
+			}
 			return releaseClone(ctx, g.st, sb.Image, p.ID)
 		})
 		if err != nil {

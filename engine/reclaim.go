@@ -193,6 +193,8 @@ func passOver(ctx context.Context, st backend.Store, sb *superblock) (bool, erro
 					return false, lerr
 				case now.Parent != sb.Parent || now.snapshotOf(p.ID) == nil:
 					return true, nil
+				case len(now.Origins) == 0:
+					err = backend.ErrNotFound // it was being separated from that, which keeps nothing for it any more
 				}
 			}
 			switch {
