@@ -265,10 +265,24 @@ func (s *separator) run(ctx context.Context) error {
 	}
 	s.found.Parent = sb.Parent
 	for try := 1; ; try++ {
-		if err := s.look(ctx, sb); err != nil || len(s.found.Needs) > 0 {
+		err := s.look(ctx, sb)
+		if errors.Is(err, backend.ErrNotFound) && try < separationTries {
+			// A state that was given up since, or a checkpoint that was replaced.
+			now, _, lerr := loadSuperblock(ctx, s.st, s.id)
+			switch {
+			case lerr != nil:
+				return lerr
+			case now.Removed:
+				return ErrRemoved
+			case !sameStates(sb, now):
+				sb = now
+				continue
+			}
+		}
+		if err != nil || len(s.found.Needs) > 0 {
 			return err
 		}
-		err := changeInsistently(ctx, s.st, s.id, func(now *superblock) error {
+		err = changeInsistently(ctx, s.st, s.id, func(now *superblock) error {
 			sb = now
 			switch {
 			case now.Removed:

@@ -432,6 +432,40 @@ func TestSeparateCollected(t *testing.T) {
 	}
 }
 
+// TestSeparateBusy: a checkpoint that is replaced while it is looked at.
+func TestSeparateBusy(t *testing.T) {
+	t.Parallel()
+	st := mem.New()
+	a, id := attached(t, st, smallImage(), nil)
+	a.mustFill(1000)
+	clone := mustClone(t, st, id, "", "clone", a)
+	a.mustClose()
+	h := mustOpen(t, st, clone, 7)
+	h.mustFlatten()
+	times := 3
+	s, err := Separate(t.Context(), &beforeGet{st, func() {
+		if times--; times >= 0 {
+			h.mustWrite(3, 7)
+			h.mustCheckpoint()
+			h.run(time.Minute) // the one before goes
+		}
+	}}, clone)
+	if err != nil || len(s.Needs) > 0 || times >= 0 {
+		t.Errorf("separated: %+v, %v", s, err)
+	}
+}
+
+// beforeGet is a store in which something happens before each read.
+type beforeGet struct {
+	backend.Store
+	fn func()
+}
+
+func (s *beforeGet) Get(ctx context.Context, key string, b []byte, off int64) (int, error) {
+	s.fn()
+	return s.Store.Get(ctx, key, b, off)
+}
+
 // swapLimit is a store of whoever dies after so many changes of superblocks.
 type swapLimit struct {
 	backend.Store
