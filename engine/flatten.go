@@ -125,7 +125,7 @@ func (f *flattener) step() {
 	}
 	unmoved := f.unmoved()
 	f.progress((f.total-min(unmoved, f.total))*SectorSize, f.total*SectorSize)
-	if f.moving {
+	if f.moving && !im.usedUp() {
 		c.maybe()
 		return
 	}

@@ -466,6 +466,35 @@ func (s *beforeGet) Get(ctx context.Context, key string, b []byte, off int64) (i
 	return s.Store.Get(ctx, key, b, off)
 }
 
+// TestFlattenEnds: a flattening of which nothing can come says why.
+func TestFlattenEnds(t *testing.T) {
+	t.Parallel()
+	for _, test := range []struct {
+		name          string
+		before, after func(*host)
+		want          string
+	}{
+		{"numbers used up", func(h *host) { h.im.sealed.object = lastWritten }, func(*host) {}, "used up"},
+		{"evicted", func(*host) {}, func(h *host) { h.im.evict("beta") }, "beta has asked for the image"},
+		{"closed", func(*host) {}, func(h *host) { h.mustClose() }, "detached"},
+	} {
+		st := mem.New()
+		a, id := attached(t, st, smallImage(), nil)
+		a.mustFill(1000)
+		clone := mustClone(t, st, id, "", "clone", a)
+		a.mustClose()
+		h := mustOpen(t, st, clone, 7)
+		test.before(h)
+		err := errors.New("not ended")
+		h.im.Flatten(nil, func(e error) { err = e })
+		test.after(h)
+		h.run(time.Minute)
+		if err == nil || !strings.Contains(err.Error(), test.want) {
+			t.Errorf("%s: %v, want %q", test.name, err, test.want)
+		}
+	}
+}
+
 // swapLimit is a store of whoever dies after so many changes of superblocks.
 type swapLimit struct {
 	backend.Store

@@ -608,7 +608,7 @@ func (im *Image) letGo(done func(error)) {
 		done(err)
 	}
 	im.clean.end()
-	im.flatten.end(errDetached)
+	im.flatten.end(im.ended())
 	im.Destage(func(err error) {
 		if err != nil {
 			fn(err)
