@@ -238,12 +238,15 @@ func (c *cleaner) choose() {
 		c.im.env.AfterFunc(0, c.choose)
 	default:
 		c.search = nil
-		if s.aim != cleanAncestors {
-			c.heldSpace, c.heldLive = s.heldSpace, s.heldLive
-		}
+		c.heldSpace, c.heldLive = s.heldSpace, s.heldLive
+		found := len(s.list.victims()) > 0
 		victims := c.chosen(s)
 		c.begin(victims, s.aim)
-		if s.aim == cleanAncestors && len(victims) == 0 {
+		switch {
+		case s.aim != cleanAncestors || len(victims) > 0:
+		case found:
+			c.maybe() // they have died since the search came by them: there may be others
+		default:
 			c.im.flatten.moved(s.unread)
 		}
 		if c.running == nil {
@@ -276,19 +279,19 @@ func (c *cleaner) weigh(s *search, o *objectInfo) {
 	if o.gone || o.live == 0 || o.moved || uint64(o.number) > im.accepted.object {
 		return // the last one may not be in the map yet
 	}
-	if s.aim == cleanAncestors {
-		switch {
-		case im.line.own(uint64(o.number)):
-		case c.bad[o.number] || c.later[o.number] > 0:
-			unread := *o
-			s.unread = &unread
-		default:
-			s.list.offer(o, -float64(o.number)) // in the order in which they were written
-		}
-		return
-	}
-	if c.bad[o.number] || c.later[o.number] > 0 || !im.line.own(uint64(o.number)) || im.super.holds.object(uint64(o.number), 0) {
+	own, unread := im.line.own(uint64(o.number)), c.bad[o.number] || c.later[o.number] > 0
+	held := unread || !own || im.super.holds.object(uint64(o.number), 0)
+	if held {
 		s.heldSpace, s.heldLive = s.heldSpace+uint64(o.sectors), s.heldLive+uint64(o.live)
+	}
+	switch {
+	case s.aim == cleanAncestors && !own && unread:
+		left := *o
+		s.unread = &left
+	case s.aim == cleanAncestors && !own:
+		s.list.offer(o, -float64(o.number)) // in the order in which they were written
+	}
+	if held || s.aim == cleanAncestors {
 		return
 	}
 	u := float64(o.live) / float64(o.sectors)
@@ -411,9 +414,15 @@ func (c *cleaner) markEmptied() {
 		return // it was given up
 	}
 	for number := range c.running.emptied {
-		if o := c.im.table.find(uint64(number)); o != nil {
-			c.im.table.empty(o)
+		o := c.im.table.find(uint64(number))
+		if o == nil || o.live == 0 || o.moved {
+			continue
 		}
+		if c.running.aim == cleanAncestors { // those are held
+			c.heldSpace -= min(uint64(o.sectors), c.heldSpace)
+			c.heldLive -= min(uint64(o.live), c.heldLive)
+		}
+		c.im.table.empty(o)
 	}
 	c.im.checkpoint.maybe()
 }

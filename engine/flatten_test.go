@@ -495,6 +495,70 @@ func TestFlattenEnds(t *testing.T) {
 	}
 }
 
+// TestFlattenVictimsDied: that all victims which a search has found have died by its end does not
+// mean that there are no others.
+func TestFlattenVictimsDied(t *testing.T) {
+	t.Parallel()
+	st := mem.New()
+	a, id := attached(t, st, smallImage(), nil)
+	a.mustFill(1000)
+	clone := mustClone(t, st, id, "", "clone", a)
+	a.mustClose()
+	h := mustOpen(t, st, clone, 7)
+	err, c := errors.New("not ended"), &h.im.clean
+	h.im.flatten = &flattener{im: h.im, counted: true, moving: true, total: 1, progress: func(uint64, uint64) {}, fn: func(e error) { err = e }}
+	c.search = c.newSearch()
+	c.search.list.offer(&objectInfo{number: maxObjectSeq, live: 1}, 1) // which is not there any more
+	c.search.next = maxObjectSeq
+	c.choose()
+	h.run(time.Minute)
+	if err != nil {
+		t.Fatal(err)
+	}
+	mustSeparate(t, st, clone, id)
+}
+
+// TestFlattenSpace: what was held of the ancestors while an image was a clone, the dead data in
+// their objects above all, does not count as held once it is none: the image keeps its space.
+func TestFlattenSpace(t *testing.T) {
+	t.Parallel()
+	const blocks = 8000
+	st := mem.New()
+	a, id := attached(t, st, smallImage(), nil)
+	for n := range uint64(blocks) {
+		a.mustWrite(n, 1000+n)
+	}
+	clone := mustClone(t, st, id, "", "clone", a)
+	a.mustClose()
+	h := mustOpen(t, st, clone, 7)
+	h.im.cfg.SpaceRatio = MinSpaceRatio
+	for n := range uint64(blocks) {
+		if n%8 != 0 {
+			h.mustWrite(n, 2000+n)
+		}
+	}
+	churn := func() {
+		for k := range uint64(40) {
+			for n := range uint64(400) {
+				h.mustWrite(1+(n*7919+k*31)%(blocks/8)*8, k*1000+n)
+			}
+			h.mustDestage()
+		}
+		h.run(time.Minute)
+	}
+	churn()
+	c, table := &h.im.clean, &h.im.table
+	if c.heldSpace < 2*c.heldLive {
+		t.Fatalf("of %d sectors held %d live: this tests nothing", c.heldSpace, c.heldLive)
+	}
+	h.mustFlatten()
+	churn()
+	h.mustCheckpoint()
+	if most := table.live*105/100 + 3*cleanSlack*h.im.object; table.space > most {
+		t.Errorf("the objects have %d sectors, of which %d live: want no more than %d", table.space, table.live, most)
+	}
+}
+
 // swapLimit is a store of whoever dies after so many changes of superblocks.
 type swapLimit struct {
 	backend.Store
