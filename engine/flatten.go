@@ -98,7 +98,11 @@ func (f *flattener) moved(unread *objectInfo) {
 		return
 	}
 	if unread != nil {
-		f.end(fmt.Errorf("object %s, of what it was cloned from, cannot be read: lsdctl check tells what is wrong with that", f.im.line.dataKey(uint64(unread.number), uint64(unread.epoch))))
+		why := "could not be read for some time: flatten it again when the store answers"
+		if f.im.clean.bad[unread.number] {
+			why = "cannot be read: lsdctl check tells what is wrong with that"
+		}
+		f.end(fmt.Errorf("object %s, of what it was cloned from, %s", f.im.line.dataKey(uint64(unread.number), uint64(unread.epoch)), why))
 		return
 	}
 	f.moving, f.after = false, f.im.accepted.object

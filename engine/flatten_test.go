@@ -11,6 +11,7 @@ import (
 
 	"github.com/google/uuid"
 	"github.com/lsd-ceph/lsd/backend"
+	"github.com/lsd-ceph/lsd/backend/faultstore"
 	"github.com/lsd-ceph/lsd/backend/mem"
 )
 
@@ -309,6 +310,30 @@ func TestFlattenDamaged(t *testing.T) {
 	h.mustFlatten()
 	mustSeparate(t, st, clone, id)
 	h.mustHave(1000)
+}
+
+// TestFlattenOutage: a store that does not answer for a while is not said to be damaged.
+func TestFlattenOutage(t *testing.T) {
+	t.Parallel()
+	st := faultstore.New(mem.New())
+	a, id := attached(t, st, smallImage(), nil)
+	a.mustFill(1000)
+	clone := mustClone(t, st, id, "", "clone", a)
+	a.mustClose()
+	h := mustOpen(t, st, clone, 7)
+	down := true
+	st.Inject(faultstore.If(func(op faultstore.Op) bool {
+		return down && op.Method == faultstore.Get && strings.HasPrefix(op.Key, id.String())
+	}, faultstore.Fault{Before: backend.ErrTemporary}))
+	err := errors.New("not ended")
+	h.im.Flatten(nil, func(e error) { err = e })
+	h.run(time.Minute)
+	if err == nil || !strings.Contains(err.Error(), "when the store answers") {
+		t.Fatalf("while the store does not answer: %v", err)
+	}
+	down = false
+	h.mustFlatten()
+	mustSeparate(t, st, clone, id)
 }
 
 // TestSeparateInterrupted: wherever a separation is interrupted the image is whole, and what the
