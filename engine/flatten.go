@@ -16,8 +16,13 @@ import (
 // ErrPaused is matched where a flattening was ended before it was done.
 var ErrPaused = errors.New("flattening was paused")
 
-// flattenPoll is the pause between two looks whether the cleaner is idle.
-const flattenPoll = 100 * time.Millisecond
+const (
+	// flattenPoll is the pause between two looks whether the cleaner is idle.
+	flattenPoll = 100 * time.Millisecond
+	// flattenPatience is for how long an ancestor's object may not be had, with nothing else to
+	// be moved.
+	flattenPatience = 10 * time.Minute
+)
 
 // flattener moves what the image's present state is made of out of its ancestors' objects.
 // First the cleaner moves the data, with all that it does to move what lives out of mostly dead
@@ -28,13 +33,15 @@ const flattenPoll = 100 * time.Millisecond
 // Image.Flatten may be called of nil, which is none.
 type flattener struct {
 	im       *Image
-	counted  bool   // it is known what of ancestors' objects lives
-	total    uint64 // sectors of them that were to be moved then
-	moving   bool   // there may be more to be moved by the cleaner
-	waiting  bool   // for a checkpoint, or for the cleaner
-	after    uint64 // the object that is the last one in which something was moved, or may be
-	tried    bool   // there was a checkpoint after that
-	left     uint64 // when it began
+	counted  bool          // it is known what of ancestors' objects lives
+	total    uint64        // sectors of them that were to be moved then
+	unmoved  uint64        // of these, when that was looked at last
+	since    time.Duration // env.Now() when there were last less of them than before
+	moving   bool          // there may be more to be moved by the cleaner
+	waiting  bool          // for a checkpoint, for the cleaner, or for the store
+	after    uint64        // the object that is the last one in which something was moved, or may be
+	tried    bool          // there was a checkpoint after that
+	left     uint64        // when it began
 	progress func(done, total uint64)
 	fn       func(error)
 }
@@ -94,15 +101,11 @@ func (f *flattener) moves() bool { return f != nil && f.moving }
 // moved is told that the cleaner has found no object of an ancestor out of which it could move
 // anything. unread is one that cannot be read, or nil.
 func (f *flattener) moved(unread *objectInfo) {
-	if !f.moves() {
+	if !f.moves() || f.waiting {
 		return
 	}
 	if unread != nil {
-		why := "could not be read for some time: flatten it again when the store answers"
-		if f.im.clean.bad[unread.number] {
-			why = "cannot be read: lsdctl check tells what is wrong with that"
-		}
-		f.end(fmt.Errorf("object %s, of what it was cloned from, %s", f.im.line.dataKey(uint64(unread.number), uint64(unread.epoch)), why))
+		f.cannotRead(unread)
 		return
 	}
 	f.moving, f.after = false, f.im.accepted.object
@@ -110,6 +113,25 @@ func (f *flattener) moved(unread *objectInfo) {
 		f.after = b.last() // the table has been told of part of it
 	}
 	f.step()
+}
+
+// cannotRead is told of an object that cannot be read, with nothing else to be moved. If the store
+// does not answer it is tried again.
+func (f *flattener) cannotRead(o *objectInfo) {
+	im, why := f.im, "cannot be read: lsdctl check tells what is wrong with that"
+	if !im.clean.bad[o.number] {
+		if im.env.Now()-f.since < flattenPatience {
+			f.again(func(again func()) {
+				im.env.AfterFunc(im.cfg.RetryMax, func() {
+					f.retry()
+					again()
+				})
+			})
+			return
+		}
+		why = "could not be read for some time: flatten it again when the store answers"
+	}
+	f.end(fmt.Errorf("object %s, of what it was cloned from, %s", im.line.dataKey(uint64(o.number), uint64(o.epoch)), why))
 }
 
 // step begins what comes next, if anything can be begun now. It is called again when what is
@@ -125,10 +147,13 @@ func (f *flattener) step() {
 		f.again(func(again func()) { im.checkpoint.now(func(error) { again() }) })
 		return
 	default:
-		f.counted, f.moving, f.total = true, true, f.unmoved()
+		f.counted, f.moving, f.total = true, true, f.toMove()
+		f.unmoved, f.since = f.total, im.env.Now()
 	}
-	unmoved := f.unmoved()
-	f.progress((f.total-min(unmoved, f.total))*SectorSize, f.total*SectorSize)
+	if n := f.toMove(); n < f.unmoved {
+		f.unmoved, f.since = n, im.env.Now()
+	}
+	f.progress((f.total-f.unmoved)*SectorSize, f.total*SectorSize)
 	if f.moving && !im.usedUp() {
 		c.maybe()
 		return
@@ -179,8 +204,8 @@ func (f *flattener) ancestors() []objectInfo {
 	return t.list[:t.index(o[len(o)-1].Last+1)]
 }
 
-// unmoved returns how many sectors of ancestors' objects are still to be moved.
-func (f *flattener) unmoved() (n uint64) {
+// toMove returns how many sectors of ancestors' objects are still to be moved.
+func (f *flattener) toMove() (n uint64) {
 	for _, o := range f.ancestors() {
 		if !o.moved && !o.gone {
 			n += uint64(o.live)

@@ -325,14 +325,22 @@ func TestFlattenOutage(t *testing.T) {
 	st.Inject(faultstore.If(func(op faultstore.Op) bool {
 		return down && op.Method == faultstore.Get && strings.HasPrefix(op.Key, id.String())
 	}, faultstore.Fault{Before: backend.ErrTemporary}))
-	err := errors.New("not ended")
+	notEnded := errors.New("not ended")
+	err := notEnded
 	h.im.Flatten(nil, func(e error) { err = e })
-	h.run(time.Minute)
-	if err == nil || !strings.Contains(err.Error(), "when the store answers") {
+	if h.run(time.Minute); err != notEnded {
+		t.Fatalf("after a minute in which the store does not answer: %v", err)
+	}
+	if h.run(flattenPatience); err == nil || !strings.Contains(err.Error(), "when the store answers") {
 		t.Fatalf("while the store does not answer: %v", err)
 	}
+	err = notEnded
+	h.im.Flatten(nil, func(e error) { err = e })
+	h.run(time.Minute)
 	down = false
-	h.mustFlatten()
+	if h.run(time.Minute); err != nil {
+		t.Fatalf("when the store answers again: %v", err)
+	}
 	mustSeparate(t, st, clone, id)
 }
 
