@@ -339,10 +339,13 @@ func describeRemoved(ctx context.Context, st backend.Store, rep *CheckReport, sb
 	case err != nil:
 		return err
 	}
-	note := fmt.Sprintf("%s, which was removed, has %s that clones of it need", sb.Name, plural.Count(kept, "object"))
+	note := sb.Name + " was removed"
+	if len(sb.Clones) > 0 {
+		note = fmt.Sprintf("%s, which was removed, has %s that clones of it need", sb.Name, plural.Count(kept, "object"))
+	}
 	late := sb.lateFor(time.Now())
 	if n := len(list); n > 0 || kept == 0 && late == 0 {
-		note += fmt.Sprintf(", and %s that they do not, and that lsdctl gc removes", plural.Count(n, "object"))
+		note += fmt.Sprintf(", and has %s that nothing needs, and that lsdctl gc removes", plural.Count(n, "object"))
 	}
 	if late > 0 {
 		note += fmt.Sprintf("; what hosts that had it attached were writing may come for %v, and lsdctl gc removes it after that", late.Round(time.Second))

@@ -253,12 +253,15 @@ func (f *flattener) end(err error) {
 // got others meanwhile.
 const separationTries = 20
 
+// PresentState is what Separation.Needs has for the image as it is now.
+const PresentState = "its present state"
+
 // Separation is what Separate has found.
 type Separation struct {
 	// Parent is the image that it was a clone of, uuid.Nil if it was none.
 	Parent uuid.UUID
 	// Needs says what of the image needs something of an ancestor still, in a few words each
-	// ("its present state", "snapshot a", "clone vm2"); it is a clone as before then.
+	// (PresentState, "snapshot a", "clone vm2"); it is a clone as before then.
 	Needs []string
 }
 
@@ -424,7 +427,7 @@ func (s *separator) isFlat(ctx context.Context, sb *superblock, p *point) (bool,
 // state, or of a later one.
 func (s *superblock) kept() iter.Seq2[string, *point] {
 	return func(yield func(string, *point) bool) {
-		if !yield("its present state", &point{Object: maxObjectSeq, Checkpoint: s.Checkpoint}) {
+		if !yield(PresentState, &point{Object: maxObjectSeq, Checkpoint: s.Checkpoint}) {
 			return
 		}
 		for i := range s.Points {

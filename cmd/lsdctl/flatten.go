@@ -75,9 +75,6 @@ type flattened struct {
 	Error       string `json:"error,omitempty"`
 }
 
-// presentState is what engine.Separate calls the present state of an image.
-const presentState = "its present state"
-
 // errFlattenStopped says that the user has ended the command.
 var errFlattenStopped = errors.New("interrupted: what was moved stays moved, and the same command goes on from there")
 
@@ -104,7 +101,7 @@ func (f *flattener) run(ctx context.Context) (err error) {
 		return fmt.Errorf("flatten %s: %w", done.Image, errFlattenStopped)
 	case err != nil:
 		return fmt.Errorf("flatten %s: all of it is moved, but it is a clone still: %w", done.Image, err)
-	case slices.Contains(found.Needs, presentState):
+	case slices.Contains(found.Needs, engine.PresentState):
 		return fmt.Errorf("flatten %s: it was changed meanwhile, and needs something of its parent still: flatten it again", done.Image)
 	}
 	done.Separated = len(found.Needs) == 0
@@ -207,6 +204,8 @@ func (f *flattener) print(d *flattened, why error) error {
 		fmt.Fprintln(f.out, "its parent had been removed: reclaimed the space of that, as far as no clone needs it")
 	case spaceBackground:
 		fmt.Fprintln(f.out, "its parent had been removed: lsdd reclaims the space of that in the background")
+	case spaceLate:
+		fmt.Fprintf(f.out, "its parent has been removed: reclaimed the space of that; what a host may still write goes with lsdctl gc %s --remove, some minutes from now\n", f.u)
 	}
 	return err
 }
