@@ -243,7 +243,9 @@ func (c *cleaner) choose() {
 		victims := c.chosen(s)
 		c.begin(victims, s.aim)
 		switch {
-		case s.aim != cleanAncestors || len(victims) > 0:
+		case len(victims) > 0:
+		case s.aim != cleanAncestors:
+			c.im.flatten.step() // the next one is for that
 		case found:
 			c.maybe() // they have died since the search came by them: there may be others
 		default:

@@ -261,6 +261,7 @@ func (im *Image) superWritten(next *superblock, version backend.Version, began t
 	im.forgetStates()
 	im.acknowledge()
 	im.advance()
+	im.flatten.step() // it may have waited for the lease
 	im.updateSuper()
 }
 
