@@ -152,6 +152,9 @@ func (w *world) stuckObjects() {
 // hitsAny reports whether there may be objects for which an operation fails.
 func (s *simStuck) hitsAny(method string) bool { return s != nil && slices.Contains(s.methods, method) }
 
+// hitsKind reports whether objects with kind in their keys may be among those that fail.
+func (s *simStuck) hitsKind(kind string) bool { return s != nil && strings.HasPrefix(kind, s.kind) }
+
 // readBeside reads somewhere. What needs no object that is stuck ends.
 func (w *world) readBeside(s *simStuck) {
 	h := w.owner
@@ -203,7 +206,8 @@ func (w *world) letGoBeside(s *simStuck) {
 	waits := func() bool { return len(h.im.queue) > 0 && h.im.checkpoint.behind(h.im.queue[0].objects) }
 	w.until(h, func() bool { return done || waits() && s.hitsAny(faultstore.Get) }, "destage while some objects are stuck")
 	w.until(h, func() bool { return len(h.out) == 0 || s.hitsAny(faultstore.Get) }, "requests while some objects are stuck")
-	if !done || len(h.out) > 0 || w.rng.IntN(2) == 0 || s.hitsAny(faultstore.Get) && s.kind == "/m/" {
+	// A detach waits for a checkpoint, and that for each part of the map that has changed.
+	if !done || len(h.out) > 0 || w.rng.IntN(2) == 0 || s.hitsAny(faultstore.Get) && s.hitsKind("/m/") {
 		return
 	}
 	w.count(countStuckDetaches, s != nil)
