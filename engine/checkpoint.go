@@ -30,6 +30,8 @@ type checkpointer struct {
 	parts          int // that its manifest has, at most
 
 	running  *runningCheckpoint
+	unbound  bool                  // more may be accepted than its bounds allow: the image is to be let go of
+	leftOut  error                 // why the image was let go of without one, or nil
 	damaged  map[segmentPart]place // what could not be read to be moved, and where
 	old      []oldManifest         // replaced, and not removed so far
 	removing bool                  // what nothing needs any more is being removed
@@ -49,11 +51,12 @@ type runningCheckpoint struct {
 
 	ref     checkpointRef
 	objects []objectInfo
-	pending bitset          // to be copied
-	order   []uint32        // the same, in order
-	loading map[uint32]bool // those whose turn it is, and that are being loaded
-	rewrite []segmentPart   // unchanged ones that leave their map object
-	whole   map[uint32]bool // changed ones that leave it, and so have no delta
+	pending bitset                 // to be copied
+	order   []uint32               // the same, in order
+	loading map[uint32]bool        // those whose turn it is, and that are being loaded
+	unread  map[uint32]*unreadPart // of these, and of pending, those that could not be
+	rewrite []segmentPart          // unchanged ones that leave their map object
+	whole   map[uint32]bool        // changed ones that leave it, and so have no delta
 	copied  []copiedSegment
 	size    int       // bytes of memory that the copies are made from, about
 	encoded []mapPart // for the next map object
@@ -149,7 +152,7 @@ func (c *checkpointer) memoryShort() bool { return c.im.objs.exceed(c.im.objs.ch
 // checkpoint is published.
 func (c *checkpointer) behind(objects int) bool {
 	m := c.im.objs
-	return c.running != nil && (c.since()+uint64(objects) > uint64(c.im.cfg.CheckpointEvery) || m.exceed(m.changeBytes, 2))
+	return c.running != nil && !c.unbound && (c.since()+uint64(objects) > uint64(c.im.cfg.CheckpointEvery) || m.exceed(m.changeBytes, 2))
 }
 
 // now writes a checkpoint of the map as it is, unless there is one; fn is told
@@ -183,7 +186,7 @@ func (c *checkpointer) begin(waiters []func(error)) {
 	m := im.objs
 	r := &runningCheckpoint{
 		at: im.accepted, added: im.table.added, emptied: im.table.emptied, ref: checkpointRef{im.accepted.object, im.super.sb.Epoch},
-		objects: im.table.snapshot(), waiters: waiters, loading: map[uint32]bool{},
+		objects: im.table.snapshot(), waiters: waiters, loading: map[uint32]bool{}, unread: map[uint32]*unreadPart{},
 	}
 	r.pending = slices.Clone(m.changed)
 	r.pending.each(func(i uint32) { r.order = append(r.order, i) })

@@ -254,19 +254,21 @@ func (c *checkpointer) turn(i uint32) {
 }
 
 // loaded goes on with segment i when a load of it has ended. One that cannot be had now is
-// tried again: without it there is no checkpoint.
+// tried again: without it there is no checkpoint. An image that is let go of does so for a while:
+// see goUnread.
 func (c *checkpointer) loaded(i uint32, err error) {
 	im, r := c.im, c.running
 	if err == nil {
 		delete(r.loading, i)
+		delete(r.unread, i)
 		if r.pending.has(i) {
 			c.turn(i) // late, if the load was begun by another, and came by without a copy
 		}
 		c.step()
 		return
 	}
-	im.logger.Error("part of the map cannot be read: there is no checkpoint until it can", "err", err)
-	im.storeFailed(useOther, err)
+	im.countStoreError(err)
+	c.missed(i, err)
 	im.env.AfterFunc(im.cfg.RetryMax, func() {
 		if c.running == r {
 			delete(r.loading, i)

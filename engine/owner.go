@@ -37,7 +37,7 @@ type superWriter struct {
 	evictObject uint64
 	evictMoved  time.Duration
 	gaveUp      bool // the image goes without what is only in the log
-	loose       bool // it goes while objects of the cleaner may be under way
+	loose       bool // it goes without a checkpoint, or while objects of the cleaner may be under way
 }
 
 // takeSuper makes sb, of that version, what is known of the superblock. A snapshot that it asks
@@ -126,12 +126,17 @@ func (im *Image) giveUp() {
 	}
 	if im.accepted.seq == im.sealed.seq && im.open == nil {
 		im.logger.Warn("the store does not take a checkpoint, or what the cleaner moves, or does not delete what is dead: another host gets the image without that; everything that was acknowledged is in the store")
-		im.super.loose = true
-		im.release(func(error) {})
+		im.goLoose()
 		return
 	}
 	im.logger.Error("the store does not take what was acknowledged: another host gets the image without it; the log is kept", "log", im.logID)
 	im.super.gaveUp = true
+	im.release(func(error) {})
+}
+
+// goLoose lets go of the image, of which everything acknowledged is in the store, as it is there.
+func (im *Image) goLoose() {
+	im.super.loose = true
 	im.release(func(error) {})
 }
 
@@ -257,6 +262,7 @@ func (im *Image) superWritten(next *superblock, version backend.Version, began t
 	}
 	im.pointsChanged(before)
 	im.heedEviction() // it may have been asked for while Open was at it
+	im.goUnread()
 	im.takeSnapshots()
 	im.forgetStates()
 	im.acknowledge()
@@ -268,6 +274,7 @@ func (im *Image) superWritten(next *superblock, version backend.Version, began t
 func (im *Image) retrySuper(err error) {
 	s := &im.super
 	im.storeFailed(useOther, err)
+	im.checkpoint.waitAnew()
 	wait := min(im.backoff(s.tries), im.renewEvery())
 	s.tries++
 	im.env.AfterFunc(wait, im.updateSuper)

@@ -528,56 +528,6 @@ func TestEvictedWithAllStored(t *testing.T) {
 	}
 }
 
-// TestCloseWaitsForMap: where a part of the map that has changed cannot be read there is no
-// checkpoint, and no detach; it ends when the part can be read, or, without a checkpoint,
-// some time after another host has asked for the image.
-func TestCloseWaitsForMap(t *testing.T) {
-	for _, taken := range []bool{false, true} {
-		st := faultstore.New(mem.New())
-		a, id := attached(t, st, smallImage(), nil)
-		a.storeScattered()
-		a.dropSegment(0)
-		gate := faultstore.NewSwitch()
-		gate.Set(true)
-		st.Inject(faultstore.If(faultstore.All(gate.On, faultstore.Method(faultstore.Get), faultstore.Key("*/m/*")), faultstore.Fault{Before: backend.ErrTemporary}))
-		a.mustWrite(0, 1000)
-		a.mustDestage()
-		told, times := errors.New("not told"), 0
-		a.im.Close(func(err error) {
-			told = err
-			times++
-		})
-		a.run(time.Hour)
-		if times > 0 {
-			t.Fatalf("the detach ended with %v although there can be no checkpoint", told)
-		}
-		b := newHost(t, "beta", st, 2)
-		if taken {
-			b.others = []*host{a}
-			if err := b.open(id, true); err != nil {
-				t.Fatal(err)
-			}
-			gate.Set(false)
-			a.run(time.Minute)
-		} else {
-			gate.Set(false)
-			a.run(time.Minute)
-			if err := b.open(id, false); err != nil {
-				t.Fatal(err)
-			}
-		}
-		if n := len(b.im.super.sb.Points); told != nil || times != 1 || a.im.state != Released || !a.im.Quiet() || a.im.super.gaveUp || n > 0 {
-			t.Errorf("taken over %v: who closed the image was told %v, %d times; it is %v, quiet %v, gave up %v, %d points",
-				taken, told, times, a.im.state, a.im.Quiet(), a.im.super.gaveUp, n)
-		}
-		b.mustRead(0, 1000)
-		b.mustRead(2, 1)
-		b.run(5 * time.Minute)
-		b.mustClose()
-		mustBeClean(t, st)
-	}
-}
-
 // TestFullStoreStaysDown: a store that takes changes of the superblock and no objects is
 // down until it takes objects again.
 func TestFullStoreStaysDown(t *testing.T) {

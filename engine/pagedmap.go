@@ -264,6 +264,7 @@ func (im *Image) loadSegment(i uint32, l *segmentLoad) {
 			im.loadSegment(i, l)
 		case retryable(err) && im.state != Fenced && im.state != Released:
 			im.storeFailed(useOther, err)
+			im.checkpoint.missed(i, err)
 			wait := im.backoff(l.tries)
 			l.tries++
 			im.pumpNow() // objects that wait for the cleaner do not if that waits for this

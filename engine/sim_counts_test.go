@@ -37,6 +37,7 @@ const (
 	countStuck      // objects of the store that fail while all else works
 	countStuckReads // reads beside such
 	countStuckDetaches
+	countLeftOut         // detaches without a checkpoint
 	countLeaves          // detaches amid faults
 	countLeavesEvicted   // of an owner that is to let go
 	countUsedDamages     // damaged objects under clients that go on
@@ -90,7 +91,7 @@ func (n *simCounts) names() [simCountKinds]string {
 		"flipped bits read from SSDs", "logs damaged at rest", "objects damaged at rest", "SSDs that failed", "full logs",
 		"second attaches", "takeovers of owners that went on", "takeovers of stopped owners", "logs salvaged",
 		"crashes with all in the store", "images at rest",
-		"objects joined to the next", "times some objects were stuck", "reads beside these", "detaches beside these", "detaches amid faults", "detaches of evicted owners",
+		"objects joined to the next", "times some objects were stuck", "reads beside these", "detaches beside these", "detaches without a checkpoint", "detaches amid faults", "detaches of evicted owners",
 		"objects damaged in use", "operations given up", "contests for the image", "attaches in these", "attaches by the owner's own host",
 		"read-only images beside the owner", "cells of these that were read", "images beside the owner's in its process", "that went on while its store was away",
 		"snapshots asked for", "snapshots made at once", "owners nudged", "snapshots removed", "rollbacks tried", "images rolled back", "clones tried", "clones made", "clones of clones", "attaches of clones", "clones removed", "removals reclaimed", "clones to be flattened", "flattened", "separated from their ancestors", "states left to be forgotten",

@@ -8,6 +8,7 @@ import (
 	"math/rand/v2"
 	"slices"
 	"strings"
+	"syscall"
 	"time"
 
 	"github.com/google/uuid"
@@ -31,6 +32,7 @@ type simExtras struct {
 	clones   bool   // there are clones
 	resizes  bool   // the image becomes smaller, and larger again
 	forced   bool   // the image is removed under its owner in the end
+	lostMap  bool   // images are detached of which parts of the map are lost
 }
 
 func newExtras(rng *rand.Rand) simExtras {
@@ -49,6 +51,7 @@ func newExtras(rng *rand.Rand) simExtras {
 	x.clones = rng.IntN(4) == 0
 	x.resizes = rng.IntN(6) == 0
 	x.forced = rng.IntN(4) == 0
+	x.lostMap = rng.IntN(8) == 0
 	return x
 }
 
@@ -64,6 +67,9 @@ func (w *world) trouble() bool {
 	}
 	if x.damage {
 		list = append(list, w.damageInUse)
+	}
+	if x.lostMap {
+		list = append(list, w.detachLost)
 	}
 	if x.contests {
 		list = append(list, w.contest)
@@ -104,6 +110,7 @@ type simStuck struct {
 	methods   []string
 	kind      string // in their keys
 	of, which uint64 // one in so many, and which
+	lost      error  // what those of them that are parts of the map are read with, nil: as the others
 }
 
 func (w *world) newStuck() *simStuck {
@@ -202,19 +209,87 @@ func (w *world) letGoBeside(s *simStuck) {
 	done := false
 	h.im.Destage(func(error) { done = true })
 	// Where the map cannot be read there is no checkpoint, and the next batch, which may
-	// be several objects, waits for one.
+	// be several objects, waits for one, unless the image is let go of.
 	waits := func() bool { return len(h.im.queue) > 0 && h.im.checkpoint.behind(h.im.queue[0].objects) }
 	w.until(h, func() bool { return done || waits() && s.hitsAny(faultstore.Get) }, "destage while some objects are stuck")
 	w.until(h, func() bool { return len(h.out) == 0 || s.hitsAny(faultstore.Get) }, "requests while some objects are stuck")
-	// A detach waits for a checkpoint, and that for each part of the map that has changed.
-	if !done || len(h.out) > 0 || w.rng.IntN(2) == 0 || s.hitsAny(faultstore.Get) && s.hitsKind("/m/") {
+	unread := s.hitsAny(faultstore.Get) && s.hitsKind("/m/")
+	if !done && !unread || len(h.out) > 0 || w.rng.IntN(2) == 0 {
 		return
 	}
 	w.count(countStuckDetaches, s != nil)
 	m := h.m
-	h.close()
+	// A detach waits for a checkpoint, and that for each part of the map that has changed: until
+	// it can be read, if the store does not answer, and only for a while if it is lost.
+	if unread && w.rng.IntN(2) == 0 {
+		w.leaveBeside()
+	} else {
+		if unread {
+			s.lost = w.lostError()
+		}
+		h.close()
+	}
+	if s != nil {
+		s.lost = nil
+	}
 	m.stored = len(m.history)
 	w.reopen(m.stored, w.rng.IntN(2) == 0, false, "detached while some objects were stuck")
+}
+
+// leaveBeside detaches the image while parts of its map cannot be read, and has them read again
+// before it is told that this has ended, if it has to wait for them.
+func (w *world) leaveBeside() {
+	h := w.owner
+	l := h.leave()
+	for range w.rng.IntN(400) {
+		w.step(math.MaxInt64)
+	}
+	h.faults = simFaults{}
+	w.until(h, func() bool { return l.told > 0 && h.im.Quiet() && h.env.idle() }, "detach when all of the map can be read again")
+	h.kill()
+}
+
+// lostError returns what a read of something fails with that is lost.
+func (w *world) lostError() error {
+	return []error{backend.ErrNotFound, backend.ErrPermanent, syscall.EIO}[w.rng.IntN(3)]
+}
+
+// detachLost lets clients go on while parts of the map are lost, and detaches the image. That
+// comes to its end, with a checkpoint or without. Who attaches the image then reads what was
+// written, as far as it can be read, and all of it when the parts have been brought back.
+func (w *world) detachLost() {
+	h := w.owner
+	if w.destage(); !w.active() {
+		return
+	}
+	s := &simStuck{methods: []string{faultstore.Get}, kind: "/m/", of: 1 << w.rng.IntN(2), lost: backend.ErrNotFound}
+	s.which = w.rng.Uint64N(s.of)
+	h.faults = simFaults{stuck: s}
+	if w.amid(50 + w.rng.IntN(300)); !w.active() {
+		return
+	}
+	// While there is no checkpoint the log may become full.
+	w.until(h, func() bool { return len(h.out) == 0 || h.im.blocked.n > 0 }, "requests while parts of the map are lost")
+	if len(h.out) > 0 {
+		w.settle(h)
+		return
+	}
+	s.lost = w.lostError()
+	m := h.m
+	h.close()
+	m.stored = len(m.history)
+	newDisk := w.rng.IntN(2) == 0
+	if !newDisk && w.rng.IntN(2) == 0 {
+		s.lost = backend.ErrNotFound
+		if err := h.open(w.id, false); err != nil {
+			w.fail("open an image of which parts of the map are lost: %v", err)
+		}
+		h.m = m
+		w.readDamaged(h)
+		h.kill()
+	}
+	h.faults = simFaults{}
+	w.reopen(m.stored, newDisk, false, "detached while parts of the map were lost")
 }
 
 // simLeave is how an image's client let go of it.

@@ -138,6 +138,9 @@ func (h *simHost) inject(op faultstore.Op) faultstore.Fault {
 		}
 		h.badReads = h.badReads || read
 		return fail(faultstore.Fault{Before: backend.ErrPermanent})
+	case x.stuck.hits(op.Method, op.Key) && x.stuck.lost != nil && strings.Contains(op.Key, "/m/"):
+		h.badReads = h.badReads || read
+		return fail(faultstore.Fault{Before: x.stuck.lost})
 	case x.stuck.hits(op.Method, op.Key):
 		return fail(faultstore.Fault{Before: backend.ErrTemporary})
 	case !x.on:

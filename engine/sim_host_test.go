@@ -499,6 +499,7 @@ func (h *simHost) close() {
 		closed = true
 	})
 	w.until(h, func() bool { return closed && h.im.Quiet() && h.env.idle() }, "detach")
+	w.count(countLeftOut, h.im.checkpoint.leftOut != nil)
 	r := &Request{Op: Write, Sectors: 8, Buf: uring.AlignedBuffer(4096)}
 	r.Done = doneFunc(func(*Request) {})
 	if h.im.Submit(r); r.Err != syscall.EIO {

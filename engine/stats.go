@@ -56,6 +56,10 @@ type Stats struct {
 
 	Scrub ScrubStats `json:"scrub"`
 
+	// MapError says which part of the map cannot be read, in one line that names its object, where
+	// there is no checkpoint for that; of an image that was let go of: where there was none.
+	MapError string `json:"map_error,omitempty"`
+
 	StoreErrors    uint64  `json:"store_errors"`
 	StoreDown      bool    `json:"store_down"`
 	LastStoreError string  `json:"last_store_error,omitempty"`
@@ -102,6 +106,11 @@ func (im *Image) Stats() Stats {
 	}
 	if c.stalledSince > 0 && im.blocked.n > 0 {
 		s.Stalled = (now - c.stalledSince).Seconds()
+	}
+	if err, _ := im.checkpoint.unread(); err != nil {
+		s.MapError = err.Error()
+	} else if err := im.checkpoint.leftOut; err != nil {
+		s.MapError = err.Error()
 	}
 	if !im.readOnly {
 		s.Scrub = im.scrub.stats(now)
