@@ -157,7 +157,7 @@ type Config struct {
 	BatchAge time.Duration
 	// CheckpointEvery bounds the data objects that may be accepted since the last
 	// checkpoint of the map: recovery reads the headers of these, and of those that
-	// were being put. Default 2048.
+	// were being put; more where the image was let go of without a checkpoint. Default 2048.
 	CheckpointEvery int
 	// SpaceRatio is how much space the data objects may take in the store for what
 	// lives of them, before the cleaner begins to reclaim it: 1.05 to 10. Default 1.3.

@@ -579,7 +579,8 @@ func (im *Image) Destage(fn func(error)) {
 
 // Close destages everything, checkpoints the map and gives up the ownership; fn
 // is told once: when that is done, or why it cannot be. Requests must have ended;
-// new ones fail.
+// new ones fail. Where part of the map is damaged that may be without the checkpoint, which
+// takes about as long as a lease, MapPatience at most: Stats.MapError says so.
 func (im *Image) Close(fn func(error)) {
 	if im.readOnly {
 		im.fence(Released, errDetached)

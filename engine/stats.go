@@ -107,8 +107,8 @@ func (im *Image) Stats() Stats {
 	if c.stalledSince > 0 && im.blocked.n > 0 {
 		s.Stalled = (now - c.stalledSince).Seconds()
 	}
-	if err, _ := im.checkpoint.unread(); err != nil {
-		s.MapError = err.Error()
+	if u := im.checkpoint.unread(); u != nil {
+		s.MapError = u.err.Error()
 	} else if err := im.checkpoint.leftOut; err != nil {
 		s.MapError = err.Error()
 	}

@@ -88,8 +88,9 @@ type superblock struct {
 	// whose logs held what no store has.
 	Lost uint64 `json:"lost,omitempty"`
 	// Loose says that the last owner has given the image up while objects of its cleaner
-	// were under way, or before it knew where the ownership before it ended, or, where no
-	// point is kept for its log, before the store had all of it: the next one finds that.
+	// were under way, or without a checkpoint because part of the map could not be read, or
+	// before it knew where the ownership before it ended, or, where no point is kept for its
+	// log, before the store had all of it: the next one finds that.
 	Loose bool `json:"loose,omitempty"`
 }
 

@@ -60,18 +60,21 @@ func (c *checkpointer) missed(i uint32, err error) {
 	u.err = err
 }
 
-// unread returns why a segment that the running checkpoint needs cannot be read, of the one that
-// is waited for longest, and since when; nil if there is none, or the store does not answer.
-func (c *checkpointer) unread() (err error, since time.Duration) {
+// unread returns the segment that the running checkpoint needs and that is waited for longest,
+// of those that are damaged; nil if there is none.
+func (c *checkpointer) unread() (first *unreadPart) {
 	if c.running == nil {
-		return nil, 0
+		return nil
 	}
 	for _, u := range c.running.unread {
-		if forGood(u.err) && (err == nil || u.since < since || u.since == since && u.err.Error() < err.Error()) {
-			err, since = u.err, u.since
+		if !forGood(u.err) {
+			continue
+		}
+		if first == nil || u.since < first.since || u.since == first.since && u.err.Error() < first.err.Error() {
+			first = u
 		}
 	}
-	return err, since
+	return first
 }
 
 // waitAnew begins the wait for what cannot be read anew: the store does not work.
@@ -85,30 +88,29 @@ func (c *checkpointer) waitAnew() {
 }
 
 // goUnread lets go of an image that is being closed, or that another host asks for, without the
-// checkpoint that belongs to that, where the checkpoint needs a part of the map that has been
-// damaged for some time: nobody can have the image before somebody brings the part back, and
-// perhaps nobody can. It costs nothing but time of the next owner: all that was
-// acknowledged is in data objects, whose headers recovery reads from the last checkpoint on. It
-// has the same to say of that part of the map. What there is of the checkpoint in the store the
-// superblock knows as Intent.
+// checkpoint that belongs to that, where a part of the map that this needs has been damaged for
+// mapPatience: else the image would be this host's until somebody brings the part back, which
+// perhaps nobody can. Nothing is lost by that: all that was acknowledged is in data objects,
+// whose headers the next owner reads from the last checkpoint on, and the part is to that one
+// what it is to this. What there is of the checkpoint in the store the superblock knows as Intent.
 //
-// It is called when the superblock has been written, so the store works; while it cannot be
-// written the wait begins anew each time. What is not accepted yet, because of the bounds that a
-// checkpoint which does not come to its end has broken, is accepted before, in spite of them.
+// It is called when the superblock has been written, so the store works; when it cannot be the
+// wait begins anew. Objects that are not accepted because the checkpoint does not come to its end
+// are accepted first: without clients they are no more than the log holds.
 func (im *Image) goUnread() {
 	c := &im.checkpoint
 	if im.state != Closing && im.state != Evicting || im.super.release != nil {
 		return
 	}
-	why, since := c.unread()
-	if why == nil || !c.unbound && im.env.Now()-since < im.mapPatience() {
+	u := c.unread()
+	if u == nil || !c.unbound && im.env.Now()-u.since < im.mapPatience() {
 		return
 	}
 	c.unbound = true
 	if im.accepted.seq != im.sealed.seq || im.open != nil {
 		return // till it is
 	}
-	c.leftOut = why
-	im.logger.Warn("the image is let go of without a checkpoint, since part of the map cannot be read: everything that was acknowledged is in the store, and stays there; lsdctl check lists what is damaged", "err", why)
+	c.leftOut = u.err
+	im.logger.Warn("the image is let go of without a checkpoint, since part of the map cannot be read: everything that was acknowledged is in the store, and stays there; lsdctl check lists what is damaged", "err", u.err)
 	im.goLoose()
 }

@@ -314,7 +314,9 @@ func (a *app) delCommand() *cobra.Command {
 		Short: "Detach an image",
 		Long: `Bring everything into the store, then remove the block device and let go of the
 image. A device that is in use stays, and so does one whose data does not reach
-the store in time.
+the store in time. Where part of the image's map is damaged in the store, it is
+waited for as long as a lease, a minute at most; then the image goes without a
+checkpoint of the map, and what could not be read is named.
 
 With --force it goes in any case: its users get errors, and what is not in the
 store by then stays in the write log, from which lsdctl add goes on.`,

@@ -81,6 +81,11 @@ func (a *attachment) destageFirst(ctx context.Context, dk *disk, q api.DetachReq
 		return ctx.Err()
 	}
 	s, _ := dk.stats(ctx)
+	if errors.Is(err, errNotInTime) && s != nil && s.MapError != "" {
+		// What waits for a checkpoint goes into the store once the image is being closed: see
+		// engine.MapPatience.
+		return nil
+	}
 	if errors.Is(err, errNotInTime) && s != nil {
 		return fmt.Errorf("%s has %d MiB that are not in the store yet, after %v: it stays; wait longer with --timeout, or leave them in the log with --force (store: %s)",
 			a.name(), (s.Dirty+1<<20-1)>>20, q.Timeout, orElse(s.LastStoreError, "no errors"))
@@ -113,10 +118,13 @@ func (a *attachment) takeDown(ctx context.Context, q api.DetachRequest, progress
 		return api.Done{}, err
 	}
 	a.setState(api.StateDetaching, nil)
-	fate, log := logGoesOn, uuid.Nil
+	fate, log, remarks := logGoesOn, uuid.Nil, []string(nil)
 	if dk != nil {
 		if fate, err = a.letGo(ctx, dk, q, progress); err != nil {
 			return api.Done{}, err
+		}
+		if fate == logDone {
+			remarks = a.leftOut(ctx, dk)
 		}
 		log = dk.logID
 		dk.release()
@@ -125,7 +133,19 @@ func (a *attachment) takeDown(ctx context.Context, q api.DetachRequest, progress
 	if state == api.StateFailed && permanent(why) {
 		fate = logOver
 	}
-	return a.cleanUp(ctx, k, fate, log)
+	done, err := a.cleanUp(ctx, k, fate, log)
+	done.Remarks = append(remarks, done.Remarks...)
+	return done, err
+}
+
+// leftOut returns what there is to say of an image that was let go of without a checkpoint,
+// nothing of others.
+func (a *attachment) leftOut(ctx context.Context, dk *disk) []string {
+	s, err := dk.stats(ctx)
+	if err != nil || s == nil || s.MapError == "" {
+		return nil
+	}
+	return []string{fmt.Sprintf("everything is in the store, but without a checkpoint of the map, of which a part cannot be read: %s; see lsdctl check %s, and bring back what it names from a copy of the pool", s.MapError, a.record().URL)}
 }
 
 func errText(err error) string {
@@ -192,6 +212,9 @@ func (a *attachment) letGo(ctx context.Context, dk *disk, q api.DetachRequest, p
 	wait, stop := context.WithTimeout(ctx, grace)
 	defer stop()
 	err = dk.close(wait, progress)
+	if errors.Is(err, errNotInTime) && !q.Force {
+		err = a.closePatiently(ctx, dk, progress, err)
+	}
 	if err == nil {
 		return logDone, nil
 	}
@@ -201,6 +224,17 @@ func (a *attachment) letGo(ctx context.Context, dk *disk, q api.DetachRequest, p
 	drop, stop := context.WithTimeout(context.Background(), quietTimeout)
 	defer stop()
 	return logGoesOn, dk.abandon(drop)
+}
+
+// closePatiently goes on with a close that has taken too long, as err says, where that waits for
+// a part of the map that is damaged, which is bounded.
+func (a *attachment) closePatiently(ctx context.Context, dk *disk, progress func(api.Progress), err error) error {
+	if s, serr := dk.stats(ctx); serr != nil || s == nil || s.MapError == "" {
+		return err
+	}
+	ctx, stop := context.WithTimeout(ctx, engine.MapPatience+closeGrace)
+	defer stop()
+	return dk.close(ctx, progress)
 }
 
 // fateOfLost is the fate of the log of an image that another host has taken.

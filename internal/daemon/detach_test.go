@@ -2,6 +2,9 @@ package daemon
 
 import (
 	"context"
+	"errors"
+	"slices"
+	"strings"
 	"testing"
 	"time"
 
@@ -127,4 +130,82 @@ func TestQuietInTime(t *testing.T) {
 		t.Error("the reactor has not answered")
 	}
 	w.kernel.write(t, id, 8, 1)
+}
+
+// TestDetachDamagedMap: an image of whose map a part is damaged, and which waits for a
+// checkpoint for that, is detached nonetheless, with all that was written, and its user hears
+// what is damaged.
+func TestDetachDamagedMap(t *testing.T) {
+	w := newWorld(t)
+	h := w.newHost()
+	id := h.add(api.AttachRequest{ID: -1})
+	w.kernel.write(t, id, 8, 1)
+	if _, err := h.del(id, api.DetachRequest{}); err != nil {
+		t.Fatal(err)
+	}
+	key, mend := w.damageMap(t)
+	id = h.add(api.AttachRequest{ID: -1, CheckpointEvery: 1})
+	a := h.find(id)
+	w.kernel.write(t, id, 16, 2)
+	if err := a.flush(context.Background(), func(api.Progress) {}); err != nil {
+		t.Fatal(err)
+	}
+	w.kernel.write(t, id, 24, 3) // which is not accepted before there is a checkpoint
+	q := api.DetachRequest{Timeout: 700 * time.Millisecond}
+	ctx, stop := context.WithTimeout(context.Background(), 3*q.Timeout)
+	defer stop()
+	shown := ""
+	if _, err := a.detach(ctx, q, func(p api.Progress) { shown = p.What }); err == nil || !strings.Contains(err.Error(), "goes on") {
+		t.Fatalf("the detach has not waited for the map: %v", err)
+	}
+	if !strings.Contains(shown, key) {
+		t.Errorf("it has shown %q, and not that it waits for %s", shown, key)
+	}
+	if im := h.await(id, api.StateDetaching); len(im.Advice) != 1 || !strings.Contains(im.Advice[0], key) {
+		t.Errorf("the status says %q, and not that it waits for %s", im.Advice, key)
+	}
+	done, err := h.del(id, q)
+	if err != nil || len(done.Remarks) != 1 || !strings.Contains(done.Remarks[0], key) || !strings.Contains(done.Remarks[0], "lsdctl check mem:vm1") || strings.Contains(done.Remarks[0], "\n") {
+		t.Errorf("detached: %v, %q", err, done.Remarks)
+	}
+	if r, l := h.files(); r != 0 || l != 0 {
+		t.Errorf("%d records and %d logs are left", r, l)
+	}
+	mend()
+	other := w.newHost()
+	id = other.add(api.AttachRequest{ID: -1})
+	for n := range uint64(3) {
+		w.kernel.check(t, id, 8+8*n, byte(1+n))
+	}
+}
+
+// damageMap flips a bit of the one map object in the store, and returns its key and what mends it.
+func (w *world) damageMap(t *testing.T) (key string, mend func()) {
+	t.Helper()
+	ctx := context.Background()
+	if err := w.store.List(ctx, "", func(k string) error {
+		if strings.Contains(k, "/m/") {
+			key = k
+		}
+		return nil
+	}); err != nil || key == "" {
+		t.Fatalf("there is no map object: %v", err)
+	}
+	size, err := w.store.Stat(ctx, key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	whole := make([]byte, size)
+	if _, err := w.store.Get(ctx, key, whole, 0); err != nil {
+		t.Fatal(err)
+	}
+	put := func(b []byte) {
+		if err := errors.Join(w.store.Delete(ctx, key), w.store.Put(ctx, key, b)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	bad := slices.Clone(whole)
+	bad[len(bad)-1] ^= 1
+	put(bad)
+	return key, func() { put(whole) }
 }

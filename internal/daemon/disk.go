@@ -267,7 +267,11 @@ func (d *disk) follow(ctx context.Context, what string, done <-chan error, progr
 				continue
 			}
 			most = max(most, s.Dirty)
-			progress(api.Progress{What: what, Done: most - s.Dirty, Total: most})
+			now := what
+			if s.MapError != "" {
+				now += ", but part of the map cannot be read: " + s.MapError
+			}
+			progress(api.Progress{What: now, Done: most - s.Dirty, Total: most})
 		}
 	}
 }

@@ -122,6 +122,7 @@ func newCollector(d *Daemon) *collector {
 			gauge("requests_waiting", "Writes that wait for room in the log.", func(s *engine.Stats) float64 { return float64(s.Waiting) }),
 			gauge("stalled_seconds", "How long they have been waiting.", func(s *engine.Stats) float64 { return s.Stalled }),
 			gauge("store_down", "1 while the store does not take writes.", func(s *engine.Stats) float64 { return flag(s.StoreDown) }),
+			gauge("map_damaged", "1 while there is no checkpoint because part of the map cannot be read.", func(s *engine.Stats) float64 { return flag(s.MapError != "") }),
 			gauge("map_bytes", "Memory of the object map.", func(s *engine.Stats) float64 { return float64(s.MapBytes) }),
 			counter("map_segment_loads_total", "Map segments loaded from the store.", func(s *engine.Stats) float64 { return float64(s.MapLoads) }),
 			counter("map_segment_evictions_total", "Map segments taken out of memory.", func(s *engine.Stats) float64 { return float64(s.MapEvicts) }),

@@ -115,6 +115,13 @@ func advise(im api.Image) []string {
 	case s.Waiting > 0:
 		add("the write log is full: %d writes wait for room since %.0f s; it is freed as the store takes objects; a larger --log-size (del, then add) takes longer bursts", s.Waiting, s.Stalled)
 	}
+	if s.MapError != "" {
+		rest := "until it can there is no checkpoint, and in the end the write log fills and writes wait; lsdctl del works without one"
+		if im.State == api.StateDetaching {
+			rest = fmt.Sprintf("if it does not come within %v the image is let go of without a checkpoint; everything acknowledged is in the store then", engine.MapPatience)
+		}
+		add("part of the map cannot be read (%s): bring that object back from a copy of the pool; lsdctl check lists all that is damaged; %s", s.MapError, rest)
+	}
 	if s.ReadErrors > 0 {
 		add("%d reads have failed since it was opened: the daemon's log names the objects", s.ReadErrors)
 	}
