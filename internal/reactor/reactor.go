@@ -1,9 +1,9 @@
 // Package reactor is an event loop: one goroutine, locked to its OS thread,
 // with one io_uring, that owns whatever state its functions touch.
 //
-// A turn of the loop is: completions, posted functions, timers, turn hooks,
-// then one system call that submits what all of these queued and, if nothing is
-// left to do, waits. Everything in a turn runs on the reactor's goroutine, so
+// A turn of the loop is: completions, posted functions, timers, what its sources
+// have, turn hooks, then one system call that submits what all of these queued and,
+// if nothing is left to do, waits. Everything in a turn runs on the reactor's goroutine, so
 // state that only a reactor touches needs no lock. Nothing in a turn may block;
 // what must block goes to [Reactor.Spawn].
 //
@@ -86,13 +86,15 @@ type Reactor struct {
 	stopping atomic.Bool
 
 	// The rest is the reactor's own.
-	ring   *uring.Ring
-	waker  *uring.Waker
-	spare  []func() // the inbox's other half
-	hooks  []func()
-	timers timerHeap
-	ticks  time.Duration // the timers' clock, when it was read in this turn
-	timed  bool          // it has been
+	ring  *uring.Ring
+	waker *uring.Waker
+	spare []func() // the inbox's other half
+	hooks []func()
+	// sources are looked at in each turn.
+	sources []Source
+	timers  timerHeap
+	ticks   time.Duration // the timers' clock, when it was read in this turn
+	timed   bool          // it has been
 
 	err error // why it ended; written before done is closed
 }
@@ -249,8 +251,14 @@ func (r *Reactor) loop() (err error) {
 		r.ring.Reap()
 		r.runInbox()
 		r.runTimers()
+		for _, s := range r.sources {
+			s.Poll()
+		}
 		for _, fn := range r.hooks {
 			fn()
+		}
+		for _, s := range r.sources {
+			s.EndTurn()
 		}
 		if r.stopping.Load() && !r.posted.Load() {
 			return nil
@@ -278,7 +286,16 @@ func (r *Reactor) submit() error {
 	if r.posted.Load() {
 		timeout = 0
 	}
+	// The same holds between a source and those that bring it work.
+	for _, s := range r.sources {
+		if s.Arm() {
+			timeout = 0
+		}
+	}
 	err := r.ring.SubmitAndWait(timeout)
+	for _, s := range r.sources {
+		s.Disarm()
+	}
 	r.sleeping.Store(false)
 	if err == nil {
 		err = r.waker.Err()
@@ -321,9 +338,10 @@ func (r *Reactor) runTimers() {
 // it is called on the reactor itself. Functions posted by one goroutine run in
 // order. Once the reactor has ended, fn is dropped. Any goroutine may call Post;
 // it does not block, and allocates nothing while the inbox does not grow.
-func (r *Reactor) Post(fn func()) { r.post(fn) }
+func (r *Reactor) Post(fn func()) { r.TryPost(fn) }
 
-func (r *Reactor) post(fn func()) bool {
+// TryPost is Post that reports whether the reactor has not ended yet.
+func (r *Reactor) TryPost(fn func()) bool {
 	r.mu.Lock()
 	if r.ended {
 		r.mu.Unlock()
@@ -347,7 +365,7 @@ func (r *Reactor) Call(fn func()) error {
 		return ErrOwnThread
 	}
 	ran := make(chan struct{})
-	if !r.post(func() { fn(); close(ran) }) {
+	if !r.TryPost(func() { fn(); close(ran) }) {
 		return ErrStopped
 	}
 	select {

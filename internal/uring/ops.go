@@ -5,6 +5,7 @@ import (
 	"unsafe"
 
 	"github.com/pawelgaczynski/giouring"
+	"golang.org/x/sys/unix"
 )
 
 // sqe returns a zeroed SQE, after submitting when the queue is full.
@@ -98,6 +99,31 @@ func (r *Ring) Fsync(fd int, dataOnly bool, c Completer) {
 	e.PrepareFsync(fd, flags)
 	target(e, fd)
 	e.UserData = r.hold(c, false)
+}
+
+// PollIn calls c when there is something to read from fd, and again each time that
+// more has come, without anybody reading it: for an eventfd, after each write to it, of
+// which several may be seen as one. It ends, as the kernel sees fit or by CancelFile,
+// with a call whose flags do not have More. Unlike a pending read it does not depend on
+// the file's O_NONBLOCK, which anybody who has the same open file may change.
+func (r *Ring) PollIn(fd int, c Completer) {
+	e := r.sqe()
+	e.PreparePollMultishot(fd, unix.POLLIN)
+	target(e, fd)
+	e.UserData = r.hold(c, false)
+}
+
+// More reports whether there will be further calls of the Completer that got flags.
+func More(flags uint32) bool { return flags&giouring.CQEFMore != 0 }
+
+// CancelFile asks the kernel to cancel what has been queued for fd, which is not
+// Fixed, and has not ended. What can be cancelled completes with -ECANCELED or -EINTR;
+// what cannot goes on. An fd may be closed when all of its operations have completed.
+func (r *Ring) CancelFile(fd int) {
+	e := r.sqe()
+	e.PrepareCancelFd(fd, giouring.AsyncCancelAll)
+	e.Flags |= giouring.SqeCQESkipSuccess
+	e.UserData = noData // that there was nothing to cancel interests nobody
 }
 
 // Nop queues an operation that does nothing.
