@@ -1,0 +1,747 @@
+/* Handles: opening, closing, what an image says of itself. */
+#include "internal.h"
+
+#include <errno.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <sys/eventfd.h>
+#include <unistd.h>
+
+#define ENTRIES_WANTED 512u
+#define DATA_WANTED (32u * MIB)
+
+static uint32_t power_of_two(uint32_t n)
+{
+	while (n & (n - 1))
+		n &= n - 1;
+	return n;
+}
+
+static void fill_open(struct writer *w, const struct target *t, uint32_t entries, uint64_t data)
+{
+	static const uint8_t none[16];
+	uint32_t flags = (t->read_only ? 1 : 0) | (t->by_id ? 2 : 0) | (t->again ? 4 : 0);
+
+	put_name(w, t->store);
+	put_name(w, t->image);
+	put_name(w, t->snapshot);
+	put_u64(w, t->number);
+	put_u32(w, flags);
+	put_u32(w, entries);
+	put_u64(w, data);
+	put_id(w, t->again ? t->again : none);
+}
+
+static int take_open(struct answer *a, struct opened *o)
+{
+	uint32_t entries;
+	uint64_t data;
+	int e;
+
+	get_id(&a->fields, o->id);
+	o->name = get_string(&a->fields);
+	o->size = get_u64(&a->fields);
+	get_u32(&a->fields); /* logical block: every byte can be written */
+	o->object = get_u64(&a->fields);
+	entries = get_u32(&a->fields);
+	data = get_u64(&a->fields);
+	o->read_only = get_u32(&a->fields) & 1;
+	a->nfds = 0; /* ring_map takes them */
+	e = ring_map(&o->ring, a->fds, entries, data);
+	if (e == 0 && (a->fields.bad || o->object == 0)) {
+		ring_unmap(&o->ring);
+		e = -EPROTO;
+	}
+	if (e < 0)
+		free(o->name);
+	return e;
+}
+
+int image_connect(const struct target *t, int64_t deadline, bool quiet, struct opened *o)
+{
+	uint8_t buf[REQUEST_MOST];
+	struct writer w = {.p = buf, .cap = sizeof buf};
+	struct answer a;
+	bool broken;
+	int e = conn_open(&o->conn, deadline, quiet);
+
+	if (e < 0)
+		return e;
+	fill_open(&w, t, power_of_two(o->conn.entries < ENTRIES_WANTED ? o->conn.entries :
+								   ENTRIES_WANTED),
+		  o->conn.data < DATA_WANTED ? o->conn.data / UNIT * UNIT : DATA_WANTED);
+	e = conn_call(&o->conn, T_OPEN, &w, NULL, deadline, &a, &broken);
+	if (e == 0) {
+		e = take_open(&a, o);
+		answer_free(&a);
+	}
+	if (e < 0) {
+		conn_close(&o->conn);
+		return e;
+	}
+	o->number = t->number;
+	if (t->snapshot)
+		e = snap_number(&o->conn, deadline, t->snapshot, &o->number);
+	if (e < 0)
+		opened_free(o);
+	return e;
+}
+
+void opened_free(struct opened *o)
+{
+	conn_close(&o->conn);
+	ring_unmap(&o->ring);
+	free(o->name);
+}
+
+void image_adopt(struct image *h, struct opened *o)
+{
+	h->conn = o->conn;
+	h->ring = o->ring;
+	h->ntags = 0;
+	for (uint32_t i = h->ring.entries; i > 0; i--) {
+		h->pieces[i - 1].state = FREE;
+		h->tags[h->ntags++] = i - 1;
+	}
+	space_init(&h->space, h->ring.units);
+	h->writes = 0;
+	free(h->name);
+	h->name = o->name;
+	h->size = o->size;
+	h->object = o->object;
+	h->state = LIVE;
+	h->life++;
+}
+
+/* ---- all handles, for forks ---- */
+
+static pthread_mutex_t handles_lock = PTHREAD_MUTEX_INITIALIZER;
+static struct image *handles; /* handles_lock */
+
+/* With all locks nobody is in the middle of replacing a descriptor. */
+static void before_fork(void)
+{
+	pthread_mutex_lock(&handles_lock);
+	for (struct image *h = handles; h; h = h->next)
+		pthread_mutex_lock(&h->lock);
+}
+
+static void after_fork_parent(void)
+{
+	for (struct image *h = handles; h; h = h->next)
+		pthread_mutex_unlock(&h->lock);
+	pthread_mutex_unlock(&handles_lock);
+}
+
+/*
+ * The child has none of the threads and none of the rings. Its copies of the descriptors go
+ * at once, for the parent's connections must end when the parent does.
+ */
+static void after_fork_child(void)
+{
+	fork_generation++;
+	pthread_mutex_init(&handles_lock, NULL);
+	events_after_fork();
+	for (struct image *h = handles; h; h = h->next) {
+		h->forked = true;
+		close(h->wake);
+		if (h->conn.fd >= 0)
+			close(h->conn.fd);
+		if (h->ring.daemon >= 0)
+			close(h->ring.daemon);
+		if (h->ring.client >= 0)
+			close(h->ring.client);
+	}
+	handles = NULL;
+}
+
+static void watch_forks(void)
+{
+	pthread_atfork(before_fork, after_fork_parent, after_fork_child);
+}
+
+void handles_add(struct image *h)
+{
+	static pthread_once_t once = PTHREAD_ONCE_INIT;
+
+	pthread_once(&once, watch_forks);
+	pthread_mutex_lock(&handles_lock);
+	h->next = handles;
+	if (handles)
+		handles->prev = h;
+	handles = h;
+	pthread_mutex_unlock(&handles_lock);
+}
+
+void handles_remove(struct image *h)
+{
+	pthread_mutex_lock(&handles_lock);
+	if (h->prev)
+		h->prev->next = h->next;
+	else
+		handles = h->next;
+	if (h->next)
+		h->next->prev = h->prev;
+	pthread_mutex_unlock(&handles_lock);
+}
+
+/* ---- open and close ---- */
+
+void image_free(struct image *h)
+{
+	if (!h->forked) {
+		if (h->wake >= 0)
+			close(h->wake);
+		pthread_mutex_destroy(&h->lock);
+		pthread_mutex_destroy(&h->control);
+		pthread_cond_destroy(&h->changed);
+	}
+	free(h->store);
+	free(h->name);
+	free(h);
+}
+
+static struct image *image_new(const char *store)
+{
+	struct image *h = calloc(1, sizeof *h);
+	pthread_mutexattr_t attr;
+
+	if (!h)
+		return NULL;
+	pthread_mutex_init(&h->lock, NULL);
+	/* Whoever asks from inside a progress callback gets an error. */
+	pthread_mutexattr_init(&attr);
+	pthread_mutexattr_settype(&attr, PTHREAD_MUTEX_ERRORCHECK);
+	pthread_mutex_init(&h->control, &attr);
+	pthread_mutexattr_destroy(&attr);
+	pthread_cond_init(&h->changed, NULL);
+	atomic_init(&h->event_fd, -1);
+	h->conn.fd = h->ring.memory = h->ring.daemon = h->ring.client = -1;
+	h->wake = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+	h->store = strdup(store);
+	if (h->wake < 0 || !h->store) {
+		image_free(h);
+		return NULL;
+	}
+	return h;
+}
+
+/* A handle on what t names, with its thread. */
+static int image_open(const struct target *t, int64_t pool, struct image **out)
+{
+	struct opened o;
+	struct image *h = image_new(t->store);
+	int e = h ? image_connect(t, 0, false, &o) : -ENOMEM;
+
+	if (e < 0) {
+		if (h)
+			image_free(h);
+		return e;
+	}
+	memcpy(h->id, o.id, sizeof h->id);
+	id_format(h->id, h->id_text);
+	h->pool = pool;
+	h->snapshot_number = o.number;
+	h->read_only = t->read_only;
+	h->fixed = o.read_only || t->read_only || o.number;
+	image_adopt(h, &o);
+	handles_add(h);
+	e = thread_start(&h->thread, image_run, h);
+	if (e < 0) {
+		handles_remove(h);
+		conn_close(&h->conn);
+		ring_unmap(&h->ring);
+		image_free(h);
+		return e;
+	}
+	*out = h;
+	return 0;
+}
+
+/* What an aio_open does in a thread of its own; an ordinary open has it on its stack. */
+struct opening {
+	char store[NAME_MOST + 1];
+	char *image, *snapshot;
+	bool by_id, read_only;
+	int64_t pool;
+	rbd_image_t *out;
+	struct completion *c;
+};
+
+static int opening_run(const struct opening *p)
+{
+	struct target t = {
+		.store = p->store,
+		.image = p->image,
+		.snapshot = p->snapshot,
+		.by_id = p->by_id,
+		.read_only = p->read_only,
+	};
+	struct image *h;
+	int e = image_open(&t, p->pool, &h);
+
+	if (e == 0)
+		*p->out = h;
+	return e;
+}
+
+static int opening_fill(struct opening *p, rados_ioctx_t io, rbd_image_t *image, bool by_id,
+			bool read_only)
+{
+	int e = store_url(io, p->store, sizeof p->store);
+
+	if (e < 0)
+		return e;
+	p->pool = store_pool_id(io);
+	p->by_id = by_id;
+	p->read_only = read_only;
+	p->out = image;
+	return 0;
+}
+
+static int open_now(rados_ioctx_t io, const char *name, rbd_image_t *image, const char *snap,
+		    bool by_id, bool read_only)
+{
+	struct opening p = {
+		.image = (char *)(uintptr_t)name,
+		.snapshot = snap && *snap ? (char *)(uintptr_t)snap : NULL,
+	};
+	int e;
+
+	if (!name || !image)
+		return -EINVAL;
+	e = opening_fill(&p, io, image, by_id, read_only);
+	return e < 0 ? e : opening_run(&p);
+}
+
+static void opening_free(struct opening *p)
+{
+	free(p->image);
+	free(p->snapshot);
+	free(p);
+}
+
+static void *open_thread(void *arg)
+{
+	struct opening *p = arg;
+	struct completion *c = p->c;
+	int e = opening_run(p);
+
+	opening_free(p);
+	completion_end(c, e);
+	return NULL;
+}
+
+static int open_later(rados_ioctx_t io, const char *name, rbd_image_t *image, const char *snap,
+		      rbd_completion_t comp, bool by_id, bool read_only)
+{
+	struct opening *p;
+	int e;
+
+	if (!name || !image)
+		return -EINVAL;
+	p = calloc(1, sizeof *p);
+	if (!p)
+		return -ENOMEM;
+	p->image = strdup(name);
+	p->snapshot = snap && *snap ? strdup(snap) : NULL;
+	p->c = comp;
+	e = p->image && (p->snapshot || !snap || !*snap) ? 0 : -ENOMEM;
+	if (e == 0)
+		e = opening_fill(p, io, image, by_id, read_only);
+	if (e == 0)
+		e = completion_use(comp);
+	if (e == 0) {
+		pthread_t thread;
+
+		e = thread_start(&thread, open_thread, p);
+		if (e == 0)
+			pthread_detach(thread);
+		else
+			rbd_aio_release(comp); /* the request's hold */
+	}
+	if (e < 0)
+		opening_free(p);
+	return e;
+}
+
+int rbd_open(rados_ioctx_t io, const char *name, rbd_image_t *image, const char *snap_name)
+{
+	return open_now(io, name, image, snap_name, false, false);
+}
+
+int rbd_open_by_id(rados_ioctx_t io, const char *id, rbd_image_t *image, const char *snap_name)
+{
+	return open_now(io, id, image, snap_name, true, false);
+}
+
+int rbd_open_read_only(rados_ioctx_t io, const char *name, rbd_image_t *image,
+		       const char *snap_name)
+{
+	return open_now(io, name, image, snap_name, false, true);
+}
+
+int rbd_open_by_id_read_only(rados_ioctx_t io, const char *id, rbd_image_t *image,
+			     const char *snap_name)
+{
+	return open_now(io, id, image, snap_name, true, true);
+}
+
+int rbd_aio_open(rados_ioctx_t io, const char *name, rbd_image_t *image, const char *snap_name,
+		 rbd_completion_t c)
+{
+	return open_later(io, name, image, snap_name, c, false, false);
+}
+
+int rbd_aio_open_by_id(rados_ioctx_t io, const char *id, rbd_image_t *image,
+		       const char *snap_name, rbd_completion_t c)
+{
+	return open_later(io, id, image, snap_name, c, true, false);
+}
+
+int rbd_aio_open_read_only(rados_ioctx_t io, const char *name, rbd_image_t *image,
+			   const char *snap_name, rbd_completion_t c)
+{
+	return open_later(io, name, image, snap_name, c, false, true);
+}
+
+int rbd_aio_open_by_id_read_only(rados_ioctx_t io, const char *id, rbd_image_t *image,
+				 const char *snap_name, rbd_completion_t c)
+{
+	return open_later(io, id, image, snap_name, c, true, true);
+}
+
+static void ask_to_close(struct image *h, struct completion *c)
+{
+	pthread_mutex_lock(&h->lock);
+	h->closing = true;
+	h->closed = c;
+	image_wake(h);
+	pthread_mutex_unlock(&h->lock);
+}
+
+int rbd_close(rbd_image_t image)
+{
+	struct image *h = image;
+	struct completion *c;
+
+	if (h->forked) {
+		image_free(h);
+		return -EIO;
+	}
+	if (image_own_thread(h)) {
+		/* From a callback nobody can wait: it ends behind it. */
+		int e = rbd_aio_create_completion(NULL, NULL, (rbd_completion_t *)&c);
+
+		if (e == 0) {
+			completion_use(c);
+			ask_to_close(h, c);
+			rbd_aio_release(c);
+		}
+		return e;
+	}
+	ask_to_close(h, NULL);
+	pthread_join(h->thread, NULL);
+	image_free(h);
+	return 0;
+}
+
+int rbd_aio_close(rbd_image_t image, rbd_completion_t c)
+{
+	struct image *h = image;
+	int e;
+
+	if (h->forked)
+		return -EIO;
+	e = completion_use(c);
+	if (e == 0)
+		ask_to_close(h, c);
+	return e;
+}
+
+/* ---- control calls of a handle ---- */
+
+/*
+ * Waits until there is a connection: its number, or a negative errno. From a callback
+ * nobody can wait for what only this thread can bring.
+ */
+static int64_t wait_live(struct image *h)
+{
+	int64_t life;
+
+	pthread_mutex_lock(&h->lock);
+	h->asking++;
+	while (h->state == LOST && !image_own_thread(h))
+		pthread_cond_wait(&h->changed, &h->lock);
+	h->asking--;
+	life = h->state == LIVE ? (int64_t)h->life : h->state == DEAD ? h->dead : -ECONNRESET;
+	pthread_mutex_unlock(&h->lock);
+	return life;
+}
+
+/* Waits until the handle's thread has seen the end of a connection. */
+static void wait_seen(struct image *h, unsigned life)
+{
+	pthread_mutex_lock(&h->lock);
+	while (h->state == LIVE && h->life == life)
+		pthread_cond_wait(&h->changed, &h->lock);
+	pthread_mutex_unlock(&h->lock);
+}
+
+int image_call(struct image *h, uint16_t type, const struct writer *w, const struct progress *pr,
+	       bool query, struct answer *a)
+{
+	bool broken;
+	int e;
+
+	memset(a, 0, sizeof *a);
+	if (h->forked)
+		return -EIO;
+	for (;;) {
+		int64_t life = wait_live(h);
+
+		if (life < 0)
+			return (int)life;
+		e = pthread_mutex_lock(&h->control);
+		if (e)
+			return -e; /* EDEADLK: from a progress callback of this handle's */
+		if (h->conn.fd < 0) {
+			/* Gone between the two: nothing has been asked. */
+			pthread_mutex_unlock(&h->control);
+			if (image_own_thread(h))
+				return -ECONNRESET;
+			continue;
+		}
+		e = conn_call(&h->conn, type, w, pr, 0, a, &broken);
+		if (broken)
+			shutdown(h->conn.fd, SHUT_RDWR); /* the thread sees it */
+		pthread_mutex_unlock(&h->control);
+		if (!broken || !query || image_own_thread(h))
+			return e;
+		wait_seen(h, (unsigned)life);
+	}
+}
+
+int image_change(struct image *h, const char *snapshot, uint64_t number)
+{
+	struct change ch = {.snapshot = snapshot, .number = number};
+
+	if (h->forked)
+		return -EIO;
+	if (image_own_thread(h))
+		return -EDEADLK;
+	pthread_mutex_lock(&h->lock);
+	while (h->change)
+		pthread_cond_wait(&h->changed, &h->lock);
+	h->change = &ch;
+	image_wake(h);
+	while (!ch.done)
+		pthread_cond_wait(&h->changed, &h->lock);
+	pthread_mutex_unlock(&h->lock);
+	return ch.result;
+}
+
+/* ---- what an image says of itself ---- */
+
+static int order_of(uint64_t object)
+{
+	return 63 - __builtin_clzll(object);
+}
+
+static void prefix_of(const struct image *h, char *buf, size_t n)
+{
+	snprintf(buf, n, "lsd.%02x%02x%02x%02x%02x%02x%02x%02x", h->id[0], h->id[1], h->id[2],
+		 h->id[3], h->id[4], h->id[5], h->id[6], h->id[7]);
+}
+
+/* Size and object size, as the daemon has them now: 0 or a negative errno. */
+static int ask_stat(struct image *h, uint64_t *size, uint64_t *object)
+{
+	struct answer a;
+	uint8_t id[16];
+	uint32_t n;
+	int e = image_call(h, T_STAT, NULL, NULL, true, &a);
+
+	if (e < 0)
+		return e;
+	get_id(&a.fields, id);
+	get_bytes(&a.fields, &n);
+	*size = get_u64(&a.fields);
+	get_u32(&a.fields);
+	*object = get_u64(&a.fields);
+	if (a.fields.bad || *object == 0)
+		e = -EPROTO;
+	answer_free(&a);
+	return e;
+}
+
+int rbd_stat(rbd_image_t image, rbd_image_info_t *info, size_t infosize)
+{
+	struct image *h = image;
+	rbd_image_info_t i = {.parent_pool = -1};
+	int e = ask_stat(h, &i.size, &i.obj_size);
+
+	if (e < 0)
+		return e;
+	i.num_objs = i.size / i.obj_size + (i.size % i.obj_size != 0);
+	i.order = order_of(i.obj_size);
+	prefix_of(h, i.block_name_prefix, sizeof i.block_name_prefix);
+	memcpy(info, &i, infosize < sizeof i ? infosize : sizeof i);
+	return 0;
+}
+
+int rbd_get_size(rbd_image_t image, uint64_t *size)
+{
+	struct image *h = image;
+	int e;
+
+	if (h->forked)
+		return -EIO;
+	pthread_mutex_lock(&h->lock);
+	e = h->state == DEAD ? h->dead : 0;
+	pthread_mutex_unlock(&h->lock);
+	if (e == 0)
+		*size = image_size(h);
+	return e;
+}
+
+int rbd_get_old_format(rbd_image_t image, uint8_t *old)
+{
+	struct image *h = image;
+
+	*old = 0;
+	return h->forked ? -EIO : 0;
+}
+
+int rbd_get_features(rbd_image_t image, uint64_t *features)
+{
+	struct image *h = image;
+
+	*features = RBD_FEATURE_LAYERING;
+	return h->forked ? -EIO : 0;
+}
+
+int rbd_get_op_features(rbd_image_t image, uint64_t *op_features)
+{
+	struct image *h = image;
+
+	*op_features = 0;
+	return h->forked ? -EIO : 0;
+}
+
+int rbd_get_flags(rbd_image_t image, uint64_t *flags)
+{
+	struct image *h = image;
+
+	*flags = 0;
+	return h->forked ? -EIO : 0;
+}
+
+int rbd_get_stripe_unit(rbd_image_t image, uint64_t *stripe_unit)
+{
+	struct image *h = image;
+
+	if (h->forked)
+		return -EIO;
+	pthread_mutex_lock(&h->lock);
+	*stripe_unit = h->object;
+	pthread_mutex_unlock(&h->lock);
+	return 0;
+}
+
+int rbd_get_stripe_count(rbd_image_t image, uint64_t *stripe_count)
+{
+	struct image *h = image;
+
+	*stripe_count = 1;
+	return h->forked ? -EIO : 0;
+}
+
+int rbd_get_overlap(rbd_image_t image, uint64_t *overlap)
+{
+	struct image *h = image;
+
+	*overlap = 0;
+	return h->forked ? -EIO : 0;
+}
+
+int rbd_get_name(rbd_image_t image, char *name, size_t *name_len)
+{
+	struct image *h = image;
+	size_t need;
+	int e = 0;
+
+	if (h->forked)
+		return -EIO;
+	pthread_mutex_lock(&h->lock);
+	need = strlen(h->name) + 1;
+	if (*name_len < need)
+		e = -ERANGE;
+	else
+		memcpy(name, h->name, need);
+	pthread_mutex_unlock(&h->lock);
+	*name_len = need;
+	return e;
+}
+
+int rbd_get_id(rbd_image_t image, char *id, size_t id_len)
+{
+	struct image *h = image;
+
+	if (h->forked)
+		return -EIO;
+	if (id_len < sizeof h->id_text)
+		return -ERANGE;
+	memcpy(id, h->id_text, sizeof h->id_text);
+	return 0;
+}
+
+int rbd_get_block_name_prefix(rbd_image_t image, char *prefix, size_t prefix_len)
+{
+	struct image *h = image;
+	char p[RBD_MAX_BLOCK_NAME_SIZE];
+
+	if (h->forked)
+		return -EIO;
+	prefix_of(h, p, sizeof p);
+	if (prefix_len < strlen(p) + 1)
+		return -ERANGE;
+	memcpy(prefix, p, strlen(p) + 1);
+	return 0;
+}
+
+int64_t rbd_get_data_pool_id(rbd_image_t image)
+{
+	struct image *h = image;
+
+	return h->forked ? -EIO : h->pool;
+}
+
+int rbd_get_parent_info(rbd_image_t image, char *parent_poolname, size_t ppoolnamelen,
+			char *parent_name, size_t pnamelen, char *parent_snapname,
+			size_t psnapnamelen)
+{
+	struct image *h = image;
+
+	(void)parent_poolname, (void)ppoolnamelen, (void)parent_name, (void)pnamelen;
+	(void)parent_snapname, (void)psnapnamelen;
+	return h->forked ? -EIO : -ENOENT;
+}
+
+int rbd_get_parent_info2(rbd_image_t image, char *parent_poolname, size_t ppoolnamelen,
+			 char *parent_name, size_t pnamelen, char *parent_id, size_t pidlen,
+			 char *parent_snapname, size_t psnapnamelen)
+{
+	(void)parent_id, (void)pidlen;
+	return rbd_get_parent_info(image, parent_poolname, ppoolnamelen, parent_name, pnamelen,
+				   parent_snapname, psnapnamelen);
+}
+
+int rbd_get_parent(rbd_image_t image, rbd_linked_image_spec_t *parent_image,
+		   rbd_snap_spec_t *parent_snap)
+{
+	struct image *h = image;
+
+	(void)parent_image, (void)parent_snap;
+	return h->forked ? -EIO : -ENOENT;
+}
