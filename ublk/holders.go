@@ -13,6 +13,7 @@ import (
 // found out.
 type BusyError struct {
 	ID      int
+	Name    string   // of what is in use, if that is not the block device of that number
 	Holders []string // what Holders said
 	Err     error    // why waiting ended; may be nil
 }
@@ -22,6 +23,9 @@ func (e *BusyError) Error() string {
 	by := "an unknown user (another mount namespace, or the kernel)"
 	if len(e.Holders) != 0 {
 		by = strings.Join(e.Holders, ", ")
+	}
+	if e.Name != "" {
+		return fmt.Sprintf("%s is in use by %s", e.Name, by)
 	}
 	return fmt.Sprintf("ublk: %s is in use by %s", blockPath(e.ID), by)
 }

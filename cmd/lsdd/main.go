@@ -73,6 +73,7 @@ systemd runs it as lsd.service; without systemd, lsdctl add starts it with
 	host, _ := os.Hostname()
 	f := cmd.Flags()
 	f.StringVar(&o.cfg.Socket, "socket", env(api.EnvSocket, api.DefaultSocket), "listen on this unix socket ($"+api.EnvSocket+")")
+	f.StringVar(&o.cfg.LibrarySocket, "librbd-socket", os.Getenv(api.EnvLibrarySocket), "serve librbd's clients on this unix socket ($"+api.EnvLibrarySocket+"; default: "+api.DefaultLibrarySocket+", or beside --socket)")
 	f.StringVar(&o.cfg.StateDir, "state-dir", env(api.EnvStateDir, api.DefaultStateDir), "write down what is attached here ($"+api.EnvStateDir+")")
 	f.StringVar(&o.cfg.ReadCache, "read-cache", os.Getenv(envReadCache), "file of the read cache, on a local SSD ($"+envReadCache+"; default: cache/read-cache in the state directory)")
 	o.readCache = daemon.DefaultReadCacheSize
@@ -124,6 +125,10 @@ func (o *options) run(ctx context.Context) (int, error) {
 		return 0, errors.New("this host has no name: give it one with --host-name")
 	case !filepath.IsAbs(o.cfg.StateDir) || !filepath.IsAbs(o.cfg.Socket):
 		return 0, errors.New("--state-dir and --socket must be absolute paths")
+	case o.cfg.LibrarySocket != "" && !filepath.IsAbs(o.cfg.LibrarySocket):
+		return 0, fmt.Errorf("--librbd-socket %s: it must be an absolute path", o.cfg.LibrarySocket)
+	case len(o.cfg.LibrarySocket) > maxSocket:
+		return 0, fmt.Errorf("--librbd-socket: a path of %d bytes: the limit is %d", len(o.cfg.LibrarySocket), maxSocket)
 	case len(o.cfg.Socket) > maxSocket:
 		return 0, fmt.Errorf("--socket: a path of %d bytes: the limit is %d", len(o.cfg.Socket), maxSocket)
 	case o.cfg.ExitTimeout <= 0:
@@ -168,6 +173,9 @@ func (o *options) run(ctx context.Context) (int, error) {
 	// Stopped before Run returns: a second signal ends it at once.
 	ctx, stop := signal.NotifyContext(ctx, unix.SIGTERM, unix.SIGINT)
 	defer stop()
+	if o.cfg.LibrarySocket == "" {
+		o.cfg.LibrarySocket = api.LibrarySocket(o.cfg.Socket)
+	}
 	o.cfg.Version, o.cfg.Logger, o.cfg.DetachOnExit = version(), logger, o.onTerm == "detach"
 	o.cfg.Ready = func() { notify(logger, "READY=1") }
 	context.AfterFunc(ctx, func() {

@@ -19,6 +19,26 @@ const (
 	EnvStateDir     = "LSD_STATE_DIR"
 )
 
+// What the C library finds in the environment.
+const (
+	EnvLibrarySocket = "LSD_LIBRBD_SOCKET"
+	EnvLibraryStore  = "LSD_STORE" // URL of the store of all images
+)
+
+// DefaultLibrarySocket is where the daemon at DefaultSocket waits for library clients.
+const DefaultLibrarySocket = "/run/lsd/librbd.sock"
+
+// LibrarySocket returns where the daemon at a socket waits for library clients.
+func LibrarySocket(socket string) string {
+	if socket == DefaultSocket {
+		return DefaultLibrarySocket
+	}
+	return socket + ".librbd"
+}
+
+// FirstLibrary is the lowest number of what is attached without a block device.
+const FirstLibrary = 1 << 20
+
 // Paths of the API. Those with {id} are about the device /dev/ublkb{id}.
 const (
 	PathVersion   = "/v1/version"    // GET: Version
@@ -71,6 +91,8 @@ type AttachRequest struct {
 	Lease     time.Duration `json:"lease_ns,omitempty"`
 	Null      bool          `json:"null,omitempty"` // no image: a device that forgets
 	Size      uint64        `json:"size,omitempty"` // of a null device
+	// Library asks for no block device: the image is there for library clients.
+	Library bool `json:"library,omitempty"`
 
 	BatchAge        time.Duration `json:"batch_age_ns,omitempty"`
 	CheckpointEvery int           `json:"checkpoint_every,omitempty"`
@@ -81,8 +103,8 @@ type AttachRequest struct {
 // Image is an attached image.
 type Image struct {
 	ID        int       `json:"id"`
-	Device    string    `json:"device"`
-	URL       string    `json:"image"` // "null" for a null device; a snapshot's as it was when it was attached
+	Device    string    `json:"device"` // "lib0" and so on where there is none
+	URL       string    `json:"image"`  // "null" for a null device; a snapshot's as it was when it was attached
 	ImageID   uuid.UUID `json:"image_id"`
 	Snapshot  uuid.UUID `json:"snapshot_id,omitzero"` // if that is what is attached
 	Size      uint64    `json:"size_bytes"`           // of the device; the image's is in Stats
@@ -97,6 +119,8 @@ type Image struct {
 	Queues    int       `json:"queues"`
 	Depth     int       `json:"depth"`
 	Restarts  int       `json:"restarts"` // times that its reactor was replaced
+	// Clients are the processes that have it open through librbd, one entry for each handle.
+	Clients []string `json:"clients,omitempty"`
 
 	StoreDownSince *time.Time    `json:"store_down_since,omitempty"`
 	Stats          *engine.Stats `json:"stats,omitempty"` // nil while it is not open

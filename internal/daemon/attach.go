@@ -37,7 +37,10 @@ const (
 // told to the user soon.
 const lookTimeout = 30 * time.Second
 
-var errEnding = errors.New("the daemon is ending: try again in a moment")
+var (
+	errEnding  = errors.New("the daemon is ending: try again in a moment")
+	errNoImage = errors.New("no such image")
+)
 
 // attach makes a block device for a user who waits for it. When it fails,
 // everything is as before. It ends with the daemon: a device that the kernel is
@@ -55,11 +58,11 @@ func (d *Daemon) attach(ctx context.Context, q api.AttachRequest, progress func(
 	if err != nil {
 		return api.Image{}, err
 	}
-	k, err := d.kernel()
+	k, first, err := d.maker(q.Library)
 	if err != nil {
 		return api.Image{}, err
 	}
-	for next := max(q.ID, 0); ; {
+	for next := max(q.ID, first); ; {
 		a, err := d.reserve(ctx, k, rec, next, q.ID >= 0)
 		if err != nil {
 			return api.Image{}, err
@@ -73,6 +76,15 @@ func (d *Daemon) attach(ctx context.Context, q api.AttachRequest, progress func(
 		}
 		next = a.id + 1 // another program was faster
 	}
+}
+
+// maker returns what makes the device of an attachment, and the lowest number that it has.
+func (d *Daemon) maker(library bool) (k kernel, first int, err error) {
+	if library {
+		return d.doors, firstDoor, nil
+	}
+	k, err = d.kernel()
+	return k, 0, err
 }
 
 // plan makes a record of a request, without a device number yet, and looks at
@@ -126,6 +138,8 @@ func checkPlan(rec record, q api.AttachRequest) error {
 		return fmt.Errorf("space ratio %v: it must be from %v to %v", rec.SpaceRatio, engine.MinSpaceRatio, engine.MaxSpaceRatio)
 	case rec.CheckpointEvery < 0:
 		return fmt.Errorf("%d data objects between checkpoints: it must be 1 or more", rec.CheckpointEvery)
+	case q.Library && (q.Null || q.ID >= 0):
+		return errors.New("what is attached for library clients has no device: neither a number nor a null one")
 	case !q.Null && q.Size != 0:
 		return errors.New("a size can be given for a null device only: an image has its own")
 	}
@@ -175,7 +189,7 @@ func (d *Daemon) describeImage(ctx context.Context, u backend.URL, name string) 
 	defer stop()
 	st, err := d.openSt(ctx, u)
 	if errors.Is(err, backend.ErrNotFound) {
-		return engine.Info{}, fmt.Errorf("%s: no such image: there is no store at %s", url, u)
+		return engine.Info{}, fmt.Errorf("%s: %w: there is no store at %s", url, errNoImage, u)
 	}
 	if err != nil {
 		return engine.Info{}, err
@@ -184,7 +198,7 @@ func (d *Daemon) describeImage(ctx context.Context, u backend.URL, name string) 
 	info, err := engine.Describe(ctx, st, name)
 	switch {
 	case errors.Is(err, backend.ErrNotFound):
-		return info, fmt.Errorf("%s: no such image: see lsdctl ls %s, or make it with lsdctl create", url, u)
+		return info, fmt.Errorf("%s: %w: see lsdctl ls %s, or make it with lsdctl create", url, errNoImage, u)
 	case err == nil && info.Removed:
 		return info, fmt.Errorf("%s: %w, but for its name: lsdctl rm it again", url, engine.ErrRemoved)
 	case err != nil:
@@ -324,7 +338,7 @@ func (d *Daemon) reserve(ctx context.Context, k kernel, rec record, from int, ex
 		case err != nil:
 			return nil, err
 		case exactly:
-			return nil, fmt.Errorf("/dev/ublkb%d is there already", id)
+			return nil, fmt.Errorf("%s is there already", deviceName(id))
 		default:
 			continue
 		}
@@ -336,7 +350,7 @@ func (d *Daemon) reserve(ctx context.Context, k kernel, rec record, from int, ex
 			return a, nil
 		}
 		if exactly {
-			return nil, fmt.Errorf("/dev/ublkb%d is in the records already: see %s", id, d.records.path(id))
+			return nil, fmt.Errorf("%s is in the records already: see %s", deviceName(id), d.records.path(id))
 		}
 	}
 }

@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"os"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/google/uuid"
@@ -67,10 +68,16 @@ type attachment struct {
 	restarts  int
 	storeDown time.Time // since when; zero: it is not
 	stalled   bool      // a stall has been logged
+
+	// handles are those of library clients. Each is hooked to disk, while there is one.
+	handles map[*handle]struct{}
+	unused  time.Time   // since when there are none, and it is active
+	found   bool        // an earlier daemon has attached it
+	leaving atomic.Bool // see letGoUnused
 }
 
 func newAttachment(d *Daemon, rec record, state string) *attachment {
-	a := &attachment{d: d, id: rec.ID, op: make(chan struct{}, 1), rec: rec, state: state, since: time.Now()}
+	a := &attachment{d: d, id: rec.ID, op: make(chan struct{}, 1), rec: rec, state: state, since: time.Now(), handles: make(map[*handle]struct{}), unused: time.Now(), found: state == api.StateRecovering}
 	a.logger = d.logger.With("device", a.name())
 	if rec.URL != "" {
 		a.logger = a.logger.With("image", rec.URL)
@@ -78,7 +85,28 @@ func newAttachment(d *Daemon, rec record, state string) *attachment {
 	return a
 }
 
-func (a *attachment) name() string { return fmt.Sprintf("/dev/ublkb%d", a.id) }
+func (a *attachment) name() string { return deviceName(a.id) }
+
+// deviceName is what people call the attachment of a number.
+func deviceName(id int) string {
+	if id >= firstDoor {
+		return fmt.Sprintf("lib%d", id-firstDoor)
+	}
+	return fmt.Sprintf("/dev/ublkb%d", id)
+}
+
+// kernel returns what makes the attachment's device.
+func (a *attachment) kernel() (kernel, error) {
+	if a.id >= firstDoor {
+		return a.d.doors, nil
+	}
+	return a.d.kernel()
+}
+
+// busy says that it is in use, and by whom.
+func (a *attachment) busy(holders []string) error {
+	return &ublk.BusyError{ID: a.id, Name: a.name(), Holders: holders}
+}
 
 // takeWait is how long somebody who wants to change an attachment waits for another one who
 // is at it: most are done by then.
@@ -131,6 +159,7 @@ func (a *attachment) setState(state string, err error) {
 	defer a.mu.Unlock()
 	if a.state != state {
 		a.since = time.Now()
+		a.unused = a.since
 	}
 	a.state, a.err = state, err
 }
@@ -139,6 +168,12 @@ func (a *attachment) setDisk(dk *disk) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	a.disk = dk
+	if dk == nil {
+		return
+	}
+	for h := range a.handles {
+		dk.hook(h)
+	}
 }
 
 func (a *attachment) getDisk() *disk {
@@ -292,7 +327,7 @@ func (a *attachment) fail(ctx context.Context, why error) bool {
 // serveErrors recovers the record's device with a disk that has errors for everything,
 // and returns that, or nil if nobody uses the device.
 func (a *attachment) serveErrors(ctx context.Context) (*disk, error) {
-	k, err := a.d.kernel()
+	k, err := a.kernel()
 	if err != nil {
 		return nil, err
 	}
@@ -321,7 +356,7 @@ func (a *attachment) serveErrors(ctx context.Context) (*disk, error) {
 // scrap removes what is left of an attachment that never came to be.
 func (a *attachment) scrap(ctx context.Context) {
 	rec := a.record()
-	if k, err := a.d.kernel(); err == nil {
+	if k, err := a.kernel(); err == nil {
 		if info, err := k.Info(ctx, rec.ID); err == nil && a.d.owns(rec, info) {
 			if err := k.Delete(ctx, rec.ID); err != nil {
 				a.logger.Error("remove the device", "err", err)
@@ -392,7 +427,7 @@ type bringUpOptions struct {
 
 // bringUp opens the image and makes, or recovers, the device.
 func (a *attachment) bringUp(ctx context.Context, o bringUpOptions) error {
-	k, err := a.d.kernel()
+	k, err := a.kernel()
 	if err != nil {
 		return err
 	}

@@ -33,10 +33,12 @@ import (
 
 // Config says how a daemon works.
 type Config struct {
-	Socket   string
-	StateDir string
-	Host     string // named to others who want an image
-	Version  string
+	Socket string
+	// LibrarySocket is where library clients are served. Default: none are.
+	LibrarySocket string
+	StateDir      string
+	Host          string // named to others who want an image
+	Version       string
 	// ReadCache is the file of the read cache. Default: read-cache in the state
 	// directory's cache.
 	ReadCache string
@@ -69,19 +71,21 @@ type Config struct {
 
 // A Daemon is one lsdd.
 type Daemon struct {
-	cfg     Config
-	logger  *slog.Logger
-	records records
-	reclaim *reclaimer
-	env     hostEnv
-	shared  *shared
-	openSt  func(context.Context, backend.URL) (backend.Store, error)
-	started time.Time
-	lock    *os.File
-	ctx     context.Context // ends with the daemon's service
-	cancel  context.CancelFunc
+	cfg      Config
+	logger   *slog.Logger
+	records  records
+	reclaim  *reclaimer
+	env      hostEnv
+	shared   *shared
+	openSt   func(context.Context, backend.URL) (backend.Store, error)
+	createSt func(context.Context, backend.URL) (backend.Store, error) // openSt of one that is not there yet
+	started  time.Time
+	lock     *os.File
+	ctx      context.Context // ends with the daemon's service
+	cancel   context.CancelFunc
 
 	readCache *readCache
+	doors     *doors
 
 	openKernel func() (kernel, error)
 	kernelMu   sync.Mutex
@@ -140,12 +144,14 @@ func newDaemon(cfg Config) (*Daemon, error) {
 		cfg:      cfg,
 		logger:   cfg.Logger,
 		records:  records{filepath.Join(cfg.StateDir, "attachments")},
-		openSt:   new(open.Opener).Store,
 		started:  time.Now(),
 		attached: make(map[int]*attachment),
 		exit:     make(chan exitRequest),
 		recRetry: 200 * time.Millisecond,
 	}
+	stores := new(open.Opener)
+	d.openSt, d.createSt = stores.Store, stores.CreateStore
+	d.doors = newDoors(d.clientsOf)
 	if err := durable.MkdirAll(cfg.StateDir, 0o700); err != nil {
 		return nil, fmt.Errorf("%w: make the state directory: %w", ErrRefused, err)
 	}
@@ -239,7 +245,7 @@ func (d *Daemon) kernel() (kernel, error) {
 // devices and returns.
 func (d *Daemon) Run(ctx context.Context) error {
 	defer d.cancel()
-	ln, err := d.listen()
+	ln, err := listen(d.cfg.Socket)
 	if err != nil {
 		return err
 	}
@@ -248,6 +254,14 @@ func (d *Daemon) Run(ctx context.Context) error {
 	go func() { failed <- srv.Serve(ln) }()
 	if err := d.takeUp(); err != nil {
 		return err
+	}
+	if d.cfg.LibrarySocket != "" { // now that it is known what clients may come back to
+		lib, err := listen(d.cfg.LibrarySocket)
+		if err != nil {
+			return err
+		}
+		defer lib.Close()
+		go d.serveLibrary(lib)
 	}
 	go d.watch()
 	if d.cfg.Ready != nil {
@@ -270,10 +284,9 @@ func (d *Daemon) Run(ctx context.Context) error {
 	return err
 }
 
-// listen makes the socket. What a dead daemon left there is removed: the state
+// listen makes a socket for root alone. What a dead daemon left there is removed: the state
 // directory's lock says that it is dead, unless the socket is another's.
-func (d *Daemon) listen() (net.Listener, error) {
-	path := d.cfg.Socket
+func listen(path string) (*net.UnixListener, error) {
 	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
 		return nil, fmt.Errorf("%w: make the socket's directory: %w", ErrRefused, err)
 	}
@@ -287,11 +300,11 @@ func (d *Daemon) listen() (net.Listener, error) {
 	// Made under a name that nobody knows until its mode is right.
 	tmp := fmt.Sprintf("%s.%d", path, os.Getpid())
 	_ = os.Remove(tmp)
-	ln, err := net.Listen("unix", tmp)
+	ln, err := net.ListenUnix("unix", &net.UnixAddr{Name: tmp, Net: "unix"})
 	if err != nil {
 		return nil, fmt.Errorf("%w: %w", ErrRefused, err)
 	}
-	ln.(*net.UnixListener).SetUnlinkOnClose(false)
+	ln.SetUnlinkOnClose(false)
 	if err := errors.Join(os.Chmod(tmp, 0o600), os.Rename(tmp, path)); err != nil {
 		ln.Close()
 		return nil, fmt.Errorf("%w: %w", ErrRefused, err)
@@ -326,6 +339,9 @@ func (d *Daemon) takeUp() error {
 	d.mu.Lock()
 	for _, r := range recs {
 		d.attached[r.ID] = newAttachment(d, r, api.StateRecovering)
+		if r.ID >= firstDoor && r.Phase == phaseAttached && r.Boot == d.env.boot {
+			d.doors.leftBehind(deviceParams(r))
+		}
 	}
 	d.mu.Unlock()
 	for _, a := range d.all() {
@@ -386,6 +402,7 @@ func (d *Daemon) forget(a *attachment) {
 	if d.attached[a.id] == a {
 		delete(d.attached, a.id)
 	}
+	a.closeHandles()
 }
 
 // leave ends the service: all images destage as far as time allows, then the

@@ -730,11 +730,11 @@ func TestSocketPlace(t *testing.T) {
 	dir := t.TempDir()
 	d := &Daemon{cfg: Config{Socket: filepath.Join(dir, "s")}}
 	for range 2 { // the second finds the socket of the first
-		ln, err := d.listen()
+		ln, err := listen(d.cfg.Socket)
 		if err != nil {
 			t.Fatal(err)
 		}
-		if _, err := d.listen(); !errors.Is(err, ErrRefused) || !strings.Contains(err.Error(), "another lsdd listens") {
+		if _, err := listen(d.cfg.Socket); !errors.Is(err, ErrRefused) || !strings.Contains(err.Error(), "another lsdd listens") {
 			t.Errorf("beside another: %v", err)
 		}
 		ln.Close()
@@ -745,7 +745,7 @@ func TestSocketPlace(t *testing.T) {
 	}
 	for _, path := range []string{file, empty} {
 		d.cfg.Socket = path
-		if _, err := d.listen(); !errors.Is(err, ErrRefused) || !strings.Contains(err.Error(), "not a socket") {
+		if _, err := listen(d.cfg.Socket); !errors.Is(err, ErrRefused) || !strings.Contains(err.Error(), "not a socket") {
 			t.Errorf("%s: %v", path, err)
 		}
 		if st, err := os.Stat(path); err != nil || st.Mode()&os.ModeSocket != 0 {

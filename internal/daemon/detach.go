@@ -40,10 +40,15 @@ func (a *attachment) detach(ctx context.Context, q api.DetachRequest, progress f
 	}
 	defer func() { <-a.op }()
 	setDefault(&q.Timeout, defaultDetachTimeout)
+	return a.detachHeld(ctx, q, progress)
+}
+
+// detachHeld is detach for who holds op.
+func (a *attachment) detachHeld(ctx context.Context, q api.DetachRequest, progress func(api.Progress)) (api.Done, error) {
 	if !q.Force {
-		if k, err := a.d.kernel(); err == nil {
-			if h := k.Holders(a.id); len(h) > 0 {
-				return api.Done{}, &ublk.BusyError{ID: a.id, Holders: h}
+		if k, err := a.kernel(); err == nil {
+			if h := a.holders(k); len(h) > 0 {
+				return api.Done{}, a.busy(h)
 			}
 		}
 	}
@@ -103,7 +108,7 @@ func orElse(s, other string) string {
 // takeDown removes the device, lets go of the image, and removes what there is
 // to remove, in this order. The keeper does not run.
 func (a *attachment) takeDown(ctx context.Context, q api.DetachRequest, progress func(api.Progress)) (api.Done, error) {
-	k, err := a.d.kernel()
+	k, err := a.kernel()
 	if err != nil {
 		return api.Done{}, err
 	}
@@ -321,7 +326,7 @@ func (a *attachment) finishDetach(ctx context.Context) {
 			return
 		}
 	}
-	k, err := a.d.kernel()
+	k, err := a.kernel()
 	if err != nil {
 		return
 	}

@@ -16,6 +16,7 @@ import (
 	"github.com/lsd-ceph/lsd/internal/api"
 	"github.com/lsd-ceph/lsd/internal/reactor"
 	"github.com/lsd-ceph/lsd/internal/uring"
+	"github.com/lsd-ceph/lsd/librbd/ring"
 	"github.com/lsd-ceph/lsd/ublk"
 )
 
@@ -53,6 +54,12 @@ type disk struct {
 
 	refused atomic.Bool // see refuse
 
+	// The reactor's: what it does for library clients.
+	rings   *ring.Group          // nil before the first one
+	hooked  map[*handle]struct{} // those whose memory it may use
+	changes changes
+	deaf    bool // as front's
+
 	closed chan struct{} // made by close; closed when it has ended
 	err    error         // of close, valid after closed
 }
@@ -74,7 +81,7 @@ type diskOptions struct {
 
 // openDisk opens the image of a record and starts its reactor.
 func openDisk(ctx context.Context, o diskOptions) (_ *disk, err error) {
-	d := &disk{logger: o.logger, store: o.store, log: o.log, shared: o.shared}
+	d := &disk{logger: o.logger, store: o.store, log: o.log, shared: o.shared, hooked: make(map[*handle]struct{})}
 	defer func() {
 		if err != nil {
 			d.free()
@@ -119,7 +126,7 @@ func openDisk(ctx context.Context, o diskOptions) (_ *disk, err error) {
 	if err != nil {
 		return nil, err
 	}
-	d.image = im
+	d.image, d.changes.image = im, im
 	err = d.reactor.Call(func() {
 		if o.log == nil {
 			im.Start(d.env, nil, nil)
@@ -147,7 +154,7 @@ func openImage(ctx context.Context, o *diskOptions, opt engine.OpenOptions) (im 
 
 // emptyDisk returns a disk without an image.
 func emptyDisk(rec record, logger *slog.Logger) (*disk, error) {
-	d := &disk{logger: logger}
+	d := &disk{logger: logger, hooked: make(map[*handle]struct{})}
 	return d, d.startReactor(rec)
 }
 
@@ -307,6 +314,7 @@ func (d *disk) drop() {
 	if d.front != nil {
 		d.front.deaf = true
 	}
+	d.deaf = true
 	if d.image != nil {
 		d.image.Abandon()
 	}
@@ -381,7 +389,10 @@ func (d *disk) free() {
 		d.reactor.Stop()
 		<-d.reactor.Done()
 	}
-	var errs []error
+	errs := []error{d.changes.close()}
+	for h := range d.hooked {
+		errs = append(errs, h.put())
+	}
 	if d.mem != nil {
 		errs = append(errs, d.mem.Close())
 	}

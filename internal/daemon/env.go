@@ -15,6 +15,7 @@ import (
 type env struct {
 	r       *reactor.Reactor
 	workers sync.WaitGroup
+	lease   time.Duration // until when it lasts; the reactor's
 }
 
 var _ engine.Env = (*env)(nil)
@@ -37,8 +38,12 @@ func (e *env) Spawn(work, done func()) {
 // AfterFunc implements engine.Env.
 func (e *env) AfterFunc(d time.Duration, fn func()) engine.Timer { return e.r.AfterFunc(d, fn) }
 
-// LeaseUntil implements engine.Env: answers go through the reactor's ring.
-func (e *env) LeaseUntil(t time.Duration) { e.r.Ring().SetDeadline(t) }
+// LeaseUntil implements engine.Env: answers go through the reactor's ring, or tell the time to
+// library clients.
+func (e *env) LeaseUntil(t time.Duration) {
+	e.lease = t
+	e.r.Ring().SetDeadline(t)
+}
 
 // wait waits until no worker runs, or ctx ends, and reports which.
 func (e *env) wait(ctx context.Context) bool {

@@ -169,7 +169,7 @@ func TestFlattenClientGone(t *testing.T) {
 	w := newWorld(t)
 	h := w.newHost()
 	clone := h.attachClone()
-	ln, err := h.listen()
+	ln, err := listen(h.cfg.Socket)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -52,7 +52,7 @@ func (d *Daemon) handler() http.Handler {
 	}))
 	mux.HandleFunc("POST "+api.PathImages+"/{id}/rollback", d.about(func(w http.ResponseWriter, r *http.Request, a *attachment) {
 		var q api.RollbackRequest
-		stream(w, r, &q, func(ctx context.Context, p func(api.Progress)) (any, error) { return a.rollBack(ctx, q, p) })
+		stream(w, r, &q, func(ctx context.Context, p func(api.Progress)) (any, error) { return a.rollBack(ctx, q, nil, p) })
 	}))
 	mux.HandleFunc("POST "+api.PathImages+"/{id}/detach", d.serveDetach)
 	mux.HandleFunc("POST "+api.PathShutdown, func(w http.ResponseWriter, r *http.Request) {
@@ -127,7 +127,7 @@ func (d *Daemon) about(fn func(http.ResponseWriter, *http.Request, *attachment))
 		}
 		a := d.find(id)
 		if a == nil {
-			refuse(w, http.StatusNotFound, fmt.Errorf("/dev/ublkb%d is not attached here: see lsdctl list", id))
+			refuse(w, http.StatusNotFound, fmt.Errorf("%s is not attached here: see lsdctl list", deviceName(id)))
 			return
 		}
 		fn(w, r, a)

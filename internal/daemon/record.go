@@ -17,10 +17,12 @@ import (
 )
 
 // Versions of a record's format. That of a snapshot is one that a daemon which knows no
-// snapshots refuses: it would serve the image as it is now.
+// snapshots refuses, for it would serve the image as it is now; and that of an attachment
+// without a block device one that refuses who would make one.
 const (
 	recordVersion   = 1
 	snapshotVersion = 2
+	libraryVersion  = 3
 )
 
 // A phase is how far an attachment has come.
@@ -36,7 +38,7 @@ const (
 // there, so that a daemon that comes later finds everything. It holds no secrets.
 type record struct {
 	Version   int       `json:"version"`
-	ID        int       `json:"id"` // of the block device
+	ID        int       `json:"id"` // of the block device; from firstDoor on there is none
 	Phase     phase     `json:"phase"`
 	Boot      uuid.UUID `json:"boot"` // of the host, when the device was added
 	PID       int       `json:"pid"`  // of the daemon that added it
@@ -70,7 +72,10 @@ type record struct {
 
 // version returns the version of the format that the record needs.
 func (r *record) version() int {
-	if r.Snapshot != uuid.Nil {
+	switch {
+	case r.ID >= firstDoor:
+		return libraryVersion
+	case r.Snapshot != uuid.Nil:
 		return snapshotVersion
 	}
 	return recordVersion
@@ -167,10 +172,10 @@ func readRecord(path string) (record, error) {
 		return r, err
 	}
 	switch {
-	case r.Version != recordVersion && r.Version != snapshotVersion:
+	case r.Version < recordVersion || r.Version > libraryVersion:
 		return r, fmt.Errorf("version %d of the format is not known here", r.Version)
 	case r.Version != r.version():
-		return r, fmt.Errorf("version %d of the format, and it is about the snapshot %v", r.Version, r.Snapshot)
+		return r, fmt.Errorf("version %d of the format, and it is about attachment %d, snapshot %v", r.Version, r.ID, r.Snapshot)
 	}
 	return r, nil
 }

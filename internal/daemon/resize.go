@@ -134,8 +134,11 @@ func (a *attachment) fitDevice(ctx context.Context, dk *disk) error {
 	return a.save(func(r *record) { r.Size = size })
 }
 
-// resized is told on the reactor that the image has another size than before.
-func (a *attachment) resized(uint64) { go a.follow() }
+// resized is told on the reactor that the image has another size than before, in sectors.
+func (a *attachment) resized(sectors uint64) {
+	a.tellSize(sectors * engine.SectorSize)
+	go a.follow()
+}
 
 // follow gives the device the size that the image has got, unless it has that already.
 func (a *attachment) follow() {

@@ -14,8 +14,9 @@ import (
 
 // rollBack makes the image what it was at a snapshot. Its device, which nobody may have open,
 // is away meanwhile. If this daemon dies the image is not attached, and as it was or as it is
-// to be.
-func (a *attachment) rollBack(ctx context.Context, q api.RollbackRequest, progress func(api.Progress)) (api.Image, error) {
+// to be. A library client that has asked for it, by, keeps its handle: it happens at a point
+// where nothing of it is under way.
+func (a *attachment) rollBack(ctx context.Context, q api.RollbackRequest, by *handle, progress func(api.Progress)) (api.Image, error) {
 	if err := a.take(ctx); err != nil {
 		return api.Image{}, err
 	}
@@ -23,12 +24,16 @@ func (a *attachment) rollBack(ctx context.Context, q api.RollbackRequest, progre
 	if rec := a.record(); rec.Null || rec.ReadOnly || rec.Phase != phaseAttached {
 		return api.Image{}, fmt.Errorf("%s is not an image that can be rolled back", a.name())
 	}
-	k, err := a.d.kernel()
+	k, err := a.kernel()
 	if err != nil {
 		return api.Image{}, err
 	}
-	if h := k.Holders(a.id); len(h) > 0 {
-		return api.Image{}, &ublk.BusyError{ID: a.id, Holders: h}
+	if by != nil {
+		a.setAside(by, true)
+		defer a.setAside(by, false)
+	}
+	if h := a.holders(k); len(h) > 0 {
+		return api.Image{}, a.busy(h)
 	}
 	// Before the device is taken away for nothing.
 	err = a.withImage(func(dk *disk) error {
@@ -50,7 +55,15 @@ func (a *attachment) rollBack(ctx context.Context, q api.RollbackRequest, progre
 	if dk == nil || a.d.find(a.id) != a {
 		return api.Image{}, fmt.Errorf("%s has ended meanwhile", a.name())
 	}
+	if by != nil {
+		if err := a.pause(ctx, dk, by); err != nil {
+			return api.Image{}, err
+		}
+	}
 	if err := a.takeAway(ctx, k, dk, progress); err != nil {
+		if by != nil && a.getDisk() == dk {
+			dk.hook(by)
+		}
 		return api.Image{}, err
 	}
 	// This, too, is brought to an end, whether somebody waits for it or not.

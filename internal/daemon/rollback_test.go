@@ -14,7 +14,7 @@ import (
 )
 
 func (h *host) rollBack(id int, name string) (api.Image, error) {
-	return h.find(id).rollBack(context.Background(), api.RollbackRequest{Snapshot: name}, func(api.Progress) {})
+	return h.find(id).rollBack(context.Background(), api.RollbackRequest{Snapshot: name}, nil, func(api.Progress) {})
 }
 
 // TestRollback: an image that is attached, and of which nobody has the device open, is rolled
@@ -113,7 +113,7 @@ func TestRollbackIsLeft(t *testing.T) {
 	ctx, leave := context.WithCancel(context.Background())
 	stops := func() { leave() }
 	w.kernel.stops.Store(&stops)
-	if _, err := h.find(id).rollBack(ctx, api.RollbackRequest{Snapshot: "monday"}, func(api.Progress) {}); err != nil {
+	if _, err := h.find(id).rollBack(ctx, api.RollbackRequest{Snapshot: "monday"}, nil, func(api.Progress) {}); err != nil {
 		t.Errorf("rolled back: %v", err)
 	}
 	if h.find(id) == nil {

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"runtime"
 	"runtime/debug"
+	"slices"
 	"time"
 
 	"github.com/lsd-ceph/lsd/engine"
@@ -35,6 +36,10 @@ func (a *attachment) describe(ctx context.Context) api.Image {
 		State: a.state, Since: a.since, ReadOnly: rec.ReadOnly, Null: rec.Null, Log: rec.Log,
 		Queues: rec.Queues, Depth: rec.Depth, Restarts: a.restarts,
 	}
+	for h := range a.handles {
+		im.Clients = append(im.Clients, h.who)
+	}
+	slices.Sort(im.Clients)
 	if a.err != nil {
 		im.Error = api.OneLine(a.err)
 	}
@@ -161,6 +166,7 @@ func (d *Daemon) look(now, free time.Time) time.Time {
 		free = time.Time{}
 	}
 	for _, a := range d.all() {
+		a.letGoUnused(now)
 		dk := a.getDisk()
 		if dk == nil {
 			continue

@@ -1,0 +1,151 @@
+package daemon
+
+import (
+	"syscall"
+
+	"github.com/lsd-ceph/lsd/engine"
+	"github.com/lsd-ceph/lsd/internal/uring"
+)
+
+const (
+	// edgeBuffers is how many writes that do not begin or end with a sector are completed at
+	// one time; others wait.
+	edgeBuffers = 16
+	// edgeSize is for one sector, aligned as the engine wants it.
+	edgeSize = 4096
+)
+
+// changes orders what library clients change in an image, so that a write may begin and end
+// at any byte. Such a write reads the sectors at its edges, and writes them with its own bytes
+// in them. Until it has ended no other change of the same sectors may begin, and it begins when
+// those before it have ended: the sectors would be without what these write.
+//
+// The reactor owns it. Nobody else may change the image.
+type changes struct {
+	image   *engine.Image
+	mem     *uring.Arena // of the edges; made when it is first needed
+	free    [][]byte     // parts of it for two edges each
+	under   *librarySlot // the first of those that have begun, linked both ways
+	waiting slotQueue    // those that have to wait, in the order in which they came
+	edged   int          // of under, those that read their edges or write with them
+	pumping bool
+}
+
+// slotQueue is a queue of slots, linked through them.
+type slotQueue struct{ head, tail *librarySlot }
+
+func (q *slotQueue) push(s *librarySlot) {
+	s.next = nil
+	if q.tail == nil {
+		q.head = s
+	} else {
+		q.tail.next = s
+	}
+	q.tail = s
+}
+
+func (q *slotQueue) pop() {
+	if q.head = q.head.next; q.head == nil {
+		q.tail = nil
+	}
+}
+
+// begin starts a change, or has it wait for those that it must not overtake.
+func (c *changes) begin(s *librarySlot) {
+	if c.waiting.head != nil || !c.mayBegin(s) {
+		c.waiting.push(s)
+		return
+	}
+	c.start(s)
+}
+
+// mayBegin reports whether a change has to wait for none that has begun.
+func (c *changes) mayBegin(s *librarySlot) bool {
+	if !s.edged() {
+		return c.edged == 0 || !c.overlaps(s, true)
+	}
+	return (c.mem == nil || len(c.free) > 0) && !c.overlaps(s, false)
+}
+
+// overlaps reports whether a change has sectors with one in common that has begun; or, where
+// edged says so, with one of those that have edges.
+func (c *changes) overlaps(s *librarySlot, edged bool) bool {
+	for o := c.under; o != nil; o = o.next {
+		if (!edged || o.edges != nil) && o.req.Sector < s.req.Sector+uint64(s.req.Sectors) && s.req.Sector < o.req.Sector+uint64(o.req.Sectors) {
+			return true
+		}
+	}
+	return false
+}
+
+// start begins a change.
+func (c *changes) start(s *librarySlot) {
+	s.prev, s.next = nil, c.under
+	if s.next != nil {
+		s.next.prev = s
+	}
+	c.under = s
+	if !s.edged() {
+		c.image.Submit(&s.req)
+		return
+	}
+	if err := c.takeEdges(s); err != 0 {
+		s.req.Err = err
+		s.RequestDone(&s.req)
+		return
+	}
+	s.readEdges()
+}
+
+// takeEdges gives a change memory for its edges.
+func (c *changes) takeEdges(s *librarySlot) syscall.Errno {
+	if c.mem == nil {
+		mem, err := uring.NewArena(edgeBuffers * 2 * edgeSize)
+		if err != nil {
+			return syscall.ENOMEM
+		}
+		c.mem = mem
+		for b := mem.Bytes(); len(b) > 0; b = b[2*edgeSize:] {
+			c.free = append(c.free, b[:2*edgeSize:2*edgeSize])
+		}
+	}
+	last := len(c.free) - 1
+	s.edges, c.free = c.free[last], c.free[:last]
+	c.edged++
+	return 0
+}
+
+// end notes the end of a change, after which others may begin.
+func (c *changes) end(s *librarySlot) {
+	if s.edges != nil {
+		c.free = append(c.free, s.edges)
+		s.edges = nil
+		c.edged--
+	}
+	if s.prev == nil {
+		c.under = s.next
+	} else {
+		s.prev.next = s.next
+	}
+	if s.next != nil {
+		s.next.prev = s.prev
+	}
+	s.prev, s.next = nil, nil
+	if c.pumping {
+		return // one that ends within start
+	}
+	c.pumping = true
+	for s := c.waiting.head; s != nil && c.mayBegin(s); s = c.waiting.head {
+		c.waiting.pop()
+		c.start(s)
+	}
+	c.pumping = false
+}
+
+// close frees the memory; nothing may be under way.
+func (c *changes) close() error {
+	if c.mem == nil {
+		return nil
+	}
+	return c.mem.Close()
+}

@@ -1,0 +1,232 @@
+package daemon
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"sync/atomic"
+	"time"
+
+	"github.com/lsd-ceph/lsd/engine"
+	"github.com/lsd-ceph/lsd/internal/api"
+	"github.com/lsd-ceph/lsd/librbd/ring"
+)
+
+const (
+	// libraryLinger is for how long an image that was attached for library clients stays so
+	// without any: the next one that comes in that time need not wait for it.
+	libraryLinger = 10 * time.Second
+	// returnLinger is the same where an earlier daemon had attached it: its clients come back.
+	returnLinger = 2 * time.Minute
+	// pauseTimeout bounds the wait for what a client has under way.
+	pauseTimeout = 30 * time.Second
+)
+
+// A handle is an image, or a snapshot, that a library client has open: a ring that the reactor
+// of an attachment serves. It stays when the reactor is replaced.
+type handle struct {
+	who      string // the process, for people
+	sock     io.Closer
+	readOnly bool
+	entries  int
+	mem      *ring.Memory
+	conn     *ring.Conn
+	refs     atomic.Int32 // who uses mem: the handle itself, and each disk that it is hooked to
+
+	aside bool // guarded by the attachment's mu: it does not count among those who use it
+}
+
+// newHandle makes a handle that nobody serves yet.
+func newHandle(who string, sock io.Closer, readOnly bool, entries uint32, data uint64) (*handle, error) {
+	mem, err := ring.NewMemory(entries, data)
+	if err != nil {
+		return nil, err
+	}
+	h := &handle{who: who, sock: sock, readOnly: readOnly, entries: int(entries), mem: mem}
+	h.conn = ring.NewConn(mem, func(error) { h.sock.Close() })
+	h.refs.Store(1)
+	return h, nil
+}
+
+// put gives up one use of the ring's memory.
+func (h *handle) put() error {
+	if h.refs.Add(-1) > 0 {
+		return nil
+	}
+	return h.conn.Close()
+}
+
+// hook has the reactor serve a handle's ring. What it had under way elsewhere is done again.
+func (d *disk) hook(h *handle) {
+	h.refs.Add(1)
+	if !d.reactor.TryPost(func() {
+		if d.rings == nil {
+			d.rings = ring.NewGroup(d.reactor)
+		}
+		if d.image != nil {
+			h.mem.SetSize(d.image.Sectors() * engine.SectorSize)
+		}
+		d.hooked[h] = struct{}{}
+		d.rings.Hook(h.conn, newLibraryFront(d, h.entries, h.readOnly))
+	}) {
+		_ = h.put() // it has ended: the handle is hooked to the next one
+	}
+}
+
+// unhook has the reactor leave a handle's ring once nothing of it is under way any more, of which
+// a client that is gone is not told. It returns when that is so, or ctx ends.
+func (d *disk) unhook(ctx context.Context, h *handle, gone bool) error {
+	done := make(chan struct{})
+	d.reactor.Post(func() {
+		if _, ok := d.hooked[h]; !ok || d.deaf { // when that ends so does its use of the memory
+			close(done)
+			return
+		}
+		end := func() {
+			delete(d.hooked, h)
+			close(done)
+			if err := h.put(); err != nil {
+				d.logger.Error("free the ring of a library client", "err", err)
+			}
+		}
+		if gone {
+			d.rings.Drop(h.conn, end)
+		} else {
+			d.rings.Unhook(h.conn, end)
+		}
+	})
+	select {
+	case <-done:
+		return nil
+	case <-d.reactor.Done():
+		return d.died()
+	case <-ctx.Done():
+		return fmt.Errorf("what the client has under way does not end: %w", context.Cause(ctx))
+	}
+}
+
+// addHandle makes a handle one of the attachment's, which serves it from now on.
+func (a *attachment) addHandle(h *handle) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.handles[h] = struct{}{}
+	if a.disk != nil {
+		a.disk.hook(h)
+	}
+}
+
+// endHandle ends a handle whose client is gone, or has closed it: then nothing is under way.
+func (a *attachment) endHandle(h *handle) {
+	a.mu.Lock()
+	delete(a.handles, h)
+	if len(a.handles) == 0 {
+		a.unused = time.Now()
+	}
+	dk := a.disk
+	a.mu.Unlock()
+	if dk != nil {
+		// What is under way ends by itself, or the disk does.
+		_ = dk.unhook(context.Background(), h, true)
+	}
+	if err := h.put(); err != nil {
+		a.logger.Error("free the ring of a library client", "err", err)
+	}
+}
+
+// closeHandles has the clients find that their handles have ended.
+func (a *attachment) closeHandles() {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	for h := range a.handles {
+		h.sock.Close()
+	}
+}
+
+// tellSize tells library clients the size of the image in bytes.
+func (a *attachment) tellSize(size uint64) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	for h := range a.handles {
+		h.mem.SetSize(size)
+	}
+}
+
+// clients returns the processes that have the image open through the library.
+func (a *attachment) clients() []string {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	var list []string
+	for h := range a.handles {
+		if !h.aside {
+			list = append(list, h.who)
+		}
+	}
+	return list
+}
+
+// clientsOf returns the library clients of the attachment of a number.
+func (d *Daemon) clientsOf(id int) []string {
+	if a := d.find(id); a != nil {
+		return a.clients()
+	}
+	return nil
+}
+
+// holders returns who uses the attachment.
+func (a *attachment) holders(k kernel) []string {
+	if a.id >= firstDoor {
+		return k.Holders(a.id)
+	}
+	return append(k.Holders(a.id), a.clients()...)
+}
+
+// pause has a handle's ring be left alone once nothing of it is under way, until it is hooked to
+// a disk again.
+func (a *attachment) pause(ctx context.Context, dk *disk, h *handle) error {
+	ctx, stop := context.WithTimeout(ctx, pauseTimeout)
+	defer stop()
+	err := dk.unhook(ctx, h, false)
+	if err != nil && ctx.Err() != nil {
+		h.sock.Close() // it opens the image again, and has all of it done anew
+	}
+	return err
+}
+
+// setAside says whether a handle does not count among those who use the attachment: it has asked
+// for what nobody else may be in the way of.
+func (a *attachment) setAside(h *handle, aside bool) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	h.aside = aside
+}
+
+// letGoUnused detaches an image that was attached for library clients, if it has had none for a
+// while.
+func (a *attachment) letGoUnused(now time.Time) {
+	a.mu.Lock()
+	linger := libraryLinger
+	if a.found {
+		linger = returnLinger
+	}
+	unused := a.id >= firstDoor && len(a.handles) == 0 && now.Sub(a.unused) >= linger && (a.state == api.StateActive || a.state == api.StateFailed)
+	a.mu.Unlock()
+	if unused && a.leaving.CompareAndSwap(false, true) {
+		go func() {
+			defer a.leaving.Store(false)
+			a.detachUnused()
+		}()
+	}
+}
+
+// detachUnused detaches an image that nobody uses. If that cannot be done now it is tried again
+// later.
+func (a *attachment) detachUnused() {
+	_, err := a.detach(a.d.serving, api.DetachRequest{}, func(api.Progress) {})
+	if err == nil || a.d.serving.Err() != nil {
+		return
+	}
+	a.logger.Warn("nobody uses it any more, and it could not be detached", "err", err)
+	a.mu.Lock()
+	a.unused = time.Now()
+	a.mu.Unlock()
+}

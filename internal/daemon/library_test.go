@@ -1,0 +1,451 @@
+package daemon
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"math/rand/v2"
+	"net"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/google/uuid"
+	"github.com/lsd-ceph/lsd/cache/writelog"
+	"github.com/lsd-ceph/lsd/engine"
+	"github.com/lsd-ceph/lsd/internal/api"
+	"github.com/lsd-ceph/lsd/librbd/ring/ringtest"
+	"github.com/lsd-ceph/lsd/librbd/wire"
+	"golang.org/x/sys/unix"
+)
+
+// libraryURL is the store as library clients name it: they are not told of those in memory.
+const libraryURL = "file:///srv/lsd"
+
+// clientTimeout is how long a library client waits for anything.
+const clientTimeout = 20 * time.Second
+
+// A libraryClient plays the C library: one connection, and the ring of its handle. One
+// goroutine uses it.
+type libraryClient struct {
+	*ringtest.Client
+	t      testing.TB
+	conn   *net.UnixConn
+	number uint64
+	opened wire.OpenResult
+}
+
+// dial returns a client that has not said hello. The daemon serves it as one that has
+// connected to its socket.
+func (h *host) dial() *libraryClient {
+	h.w.t.Helper()
+	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0)
+	if err != nil {
+		h.w.t.Fatal(err)
+	}
+	var ends [2]*net.UnixConn
+	for i, fd := range fds {
+		f := os.NewFile(uintptr(fd), "socket")
+		conn, err := net.FileConn(f)
+		if err != nil {
+			h.w.t.Fatal(err)
+		}
+		f.Close()
+		ends[i] = conn.(*net.UnixConn)
+	}
+	served := make(chan struct{})
+	d := h.Daemon
+	go func() { d.serveSession(ends[0]); close(served) }()
+	c := &libraryClient{t: h.w.t, conn: ends[1]}
+	h.w.t.Cleanup(func() {
+		c.leave()
+		select {
+		case <-served:
+		case <-d.ctx.Done():
+		case <-time.After(clientTimeout):
+			h.w.t.Error("the session of a client that is gone goes on")
+		}
+	})
+	return c
+}
+
+// client returns a client that has said hello.
+func (h *host) client() *libraryClient {
+	h.w.t.Helper()
+	c := h.dial()
+	var hello wire.HelloResult
+	if err := c.call(wire.Hello, &wire.HelloRequest{Low: 1, High: 1, Program: "test"}, &hello); err != nil {
+		h.w.t.Fatal(err)
+	}
+	return c
+}
+
+// send sends a request.
+func (c *libraryClient) send(t wire.Type, q wire.Message) error {
+	c.number++
+	var payload []byte
+	if q != nil {
+		var err error
+		if payload, err = wire.Append(nil, q); err != nil {
+			return err
+		}
+	}
+	return wire.NewWriter(c.conn).Write(wire.Frame{Type: t, Number: c.number, Payload: payload})
+}
+
+// call makes a request and takes its result into res.
+func (c *libraryClient) call(t wire.Type, q, res wire.Message) error {
+	if err := c.send(t, q); err != nil {
+		return err
+	}
+	_, err := c.result(t, res)
+	return err
+}
+
+// result takes the result of the last request, and the descriptors that come with it.
+func (c *libraryClient) result(t wire.Type, res wire.Message) ([]int, error) {
+	if err := c.conn.SetReadDeadline(time.Now().Add(clientTimeout)); err != nil {
+		return nil, err
+	}
+	for {
+		f, fds, err := wire.ReadWithFiles(c.conn)
+		if err != nil {
+			return nil, err
+		}
+		switch {
+		case f.Number == c.number && f.Type == t.Progress():
+		case f.Number == c.number && f.Type == t.Result():
+			return fds, wire.ParseResult(f.Payload, res)
+		default:
+			c.t.Errorf("%v of request %d, want that of %v, %d", f.Type, f.Number, t, c.number)
+		}
+	}
+}
+
+// open opens what q says, in a ring of 16 entries if it says nothing else.
+func (c *libraryClient) open(q wire.OpenRequest) error {
+	setDefault(&q.Store, libraryURL)
+	setDefault(&q.Image, "vm1")
+	setDefault(&q.Entries, 16)
+	setDefault(&q.Data, 4<<20)
+	if err := c.send(wire.Open, &q); err != nil {
+		return err
+	}
+	fds, err := c.result(wire.Open, &c.opened)
+	if err != nil {
+		return err
+	}
+	defer func() {
+		for _, fd := range fds {
+			unix.Close(fd)
+		}
+	}()
+	if len(fds) != 3 {
+		c.t.Fatalf("%d descriptors", len(fds))
+	}
+	c.Client, err = ringtest.New([3]int(fds))
+	return err
+}
+
+// close closes the handle.
+func (c *libraryClient) close() error {
+	err := c.call(wire.Close, nil, nil)
+	c.leave()
+	return err
+}
+
+// leave ends the client as its death would.
+func (c *libraryClient) leave() {
+	c.conn.Close()
+	if c.Client != nil {
+		_ = c.Client.Close()
+		c.Client = nil
+	}
+}
+
+// ended waits until the daemon has ended the connection.
+func (c *libraryClient) ended() {
+	c.t.Helper()
+	_ = c.conn.SetReadDeadline(time.Now().Add(clientTimeout))
+	if n, err := c.conn.Read(make([]byte, 1)); n > 0 || errors.Is(err, os.ErrDeadlineExceeded) {
+		c.t.Errorf("the connection goes on: %d, %v", n, err)
+	}
+}
+
+// do makes one request of the ring, of which the data is at 0 but for its place in a sector.
+func (c *libraryClient) do(op uint8, off uint64, data []byte) syscall.Errno {
+	c.t.Helper()
+	q := ringtest.Request{Op: op, Offset: off, Length: uint64(len(data))}
+	if op == ringtest.Read || op == ringtest.Write {
+		q.Data = off % 512
+	}
+	if op == ringtest.Write {
+		copy(c.Data[q.Data:], data)
+	}
+	c.Submit(q)
+	done := c.await()
+	if op == ringtest.Read {
+		copy(data, c.Data[q.Data:])
+	}
+	return syscall.Errno(-done.Res)
+}
+
+// await takes a completion.
+func (c *libraryClient) await() ringtest.Completion {
+	c.t.Helper()
+	done, err := c.Wait(clientTimeout)
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	return done
+}
+
+func (c *libraryClient) write(off uint64, n int, b byte) {
+	c.t.Helper()
+	if err := c.do(ringtest.Write, off, bytes.Repeat([]byte{b}, n)); err != 0 {
+		c.t.Fatalf("write of %d bytes at %d: %v", n, off, err)
+	}
+}
+
+func (c *libraryClient) check(off uint64, n int, b byte) {
+	c.t.Helper()
+	got := make([]byte, n)
+	if err := c.do(ringtest.Read, off, got); err != 0 {
+		c.t.Fatalf("read of %d bytes at %d: %v", n, off, err)
+	}
+	if !bytes.Equal(got, bytes.Repeat([]byte{b}, n)) {
+		c.t.Fatalf("%d bytes at %d begin with %d, want %d", n, off, got[0], b)
+	}
+}
+
+// handle returns a client that has opened what q says.
+func (h *host) handle(q wire.OpenRequest) *libraryClient {
+	h.w.t.Helper()
+	c := h.client()
+	if err := c.open(q); err != nil {
+		h.w.t.Fatal(err)
+	}
+	return c
+}
+
+// makeLog makes the log of an image, smaller than the daemon would.
+func (h *host) makeLog(image string) {
+	h.w.t.Helper()
+	id, err := h.w.id(image)
+	if err == nil {
+		err = os.MkdirAll(filepath.Join(h.dir, "cache"), 0o700)
+	}
+	if err == nil {
+		err = writelog.MakeFile(context.Background(), filepath.Join(h.dir, "cache", id.String()+".log"), 66<<20, nil)
+	}
+	if err != nil {
+		h.w.t.Fatal(err)
+	}
+}
+
+// id returns an image's id.
+func (w *world) id(image string) (uuid.UUID, error) {
+	info, err := engine.Describe(context.Background(), w.store, image)
+	return info.ID, err
+}
+
+// door returns the only attachment without a block device, nil if there is none.
+func (h *host) door() *attachment {
+	h.w.t.Helper()
+	var found *attachment
+	for _, a := range h.all() {
+		if a.id >= firstDoor {
+			if found != nil {
+				h.w.t.Errorf("there are %s and %s", found.name(), a.name())
+			}
+			found = a
+		}
+	}
+	return found
+}
+
+// errnoIs fails the test unless err is a result with that errno.
+func errnoIs(t testing.TB, err error, want syscall.Errno) {
+	t.Helper()
+	var e *wire.Error
+	if !errors.As(err, &e) || e.Errno != want {
+		t.Errorf("%v, want %v", err, want)
+	}
+}
+
+// TestLibraryOpen: an image is attached by the first client that opens it, and what it has
+// written is there for those that come after it, beside it or later.
+func TestLibraryOpen(t *testing.T) {
+	w := newWorld(t)
+	h := w.newHost()
+	h.makeLog("vm1")
+	c := h.handle(wire.OpenRequest{})
+	if o := c.opened; o.Size != 64<<20 || o.Name != "vm1" || o.Block != 4096 || o.Flags != 0 || c.Size() != 64<<20 {
+		t.Errorf("opened: %+v, %d bytes", o, c.Size())
+	}
+	c.write(1000, 5000, 7)
+	c.check(1000, 5000, 7)
+	c.check(0, 1000, 0)
+	if err := c.do(ringtest.Flush, 0, nil); err != 0 {
+		t.Errorf("flush: %v", err)
+	}
+	id, _ := w.id("vm1")
+	other := h.handle(wire.OpenRequest{Image: id.String(), Flags: wire.OpenByID | wire.OpenReadOnly})
+	other.check(1000, 5000, 7)
+	c.write(1000, 5000, 8)
+	other.check(1000, 5000, 8)
+	if err := other.do(ringtest.Write, 0, make([]byte, 512)); err != unix.EROFS {
+		t.Errorf("write through a read-only handle: %v", err)
+	}
+	if im := h.await(firstDoor, api.StateActive); len(im.Clients) != 2 || im.Device != "lib0" {
+		t.Errorf("%s is used by %q", im.Device, im.Clients)
+	}
+	if _, err := h.attachReq(api.AttachRequest{ID: -1, Image: libraryURL + "/vm1"}); err == nil || !strings.Contains(err.Error(), "attached here already, as lib0") {
+		t.Errorf("attached beside its clients: %v", err)
+	}
+	for _, c := range []*libraryClient{c, other} {
+		if err := c.close(); err != nil {
+			t.Errorf("close: %v", err)
+		}
+	}
+	h.handle(wire.OpenRequest{}).check(1000, 5000, 8)
+	h.door()
+}
+
+// TestLibraryUnused: an image that nobody uses is detached after a while, and not before; what
+// was written is in its store.
+func TestLibraryUnused(t *testing.T) {
+	w := newWorld(t)
+	h := w.newHost()
+	h.makeLog("vm1")
+	c := h.handle(wire.OpenRequest{})
+	c.write(512, 512, 1)
+	h.look(time.Now().Add(time.Hour), time.Time{})
+	c.check(512, 512, 1)
+	if err := c.close(); err != nil {
+		t.Fatal(err)
+	}
+	h.look(time.Now().Add(libraryLinger/2), time.Time{})
+	time.Sleep(20 * time.Millisecond)
+	if h.door() == nil {
+		t.Error("it is detached at once")
+	}
+	h.look(time.Now().Add(2*libraryLinger), time.Time{})
+	h.await(firstDoor, "absent")
+	if records, logs := h.files(); records != 0 || logs != 0 {
+		t.Errorf("%d records and %d logs are left", records, logs)
+	}
+	id := h.add(api.AttachRequest{ID: -1})
+	got := make([]byte, 1024)
+	if res := w.kernel.do(t, id, engine.Read, 0, got); res != 1024 || got[511] != 0 || got[512] != 1 {
+		t.Errorf("read: %d, %d %d", res, got[511], got[512])
+	}
+}
+
+// TestLibraryErrors: what cannot be opened is refused with what librbd's clients expect.
+func TestLibraryErrors(t *testing.T) {
+	w := newWorld(t)
+	h := w.newHost()
+	for _, c := range []struct {
+		name string
+		q    wire.OpenRequest
+		want syscall.Errno
+	}{
+		{"no image", wire.OpenRequest{Image: "vm9"}, unix.ENOENT},
+		{"no id", wire.OpenRequest{Image: uuid.NewString(), Flags: wire.OpenByID}, unix.ENOENT},
+		{"not an id", wire.OpenRequest{Image: "vm1", Flags: wire.OpenByID}, unix.ENOENT},
+		{"no snapshot", wire.OpenRequest{Snapshot: "monday"}, unix.ENOENT},
+		{"no number", wire.OpenRequest{Number: 7}, unix.ENOENT},
+		{"name", wire.OpenRequest{Image: "a/b"}, unix.EINVAL},
+		{"store", wire.OpenRequest{Store: "what:///x"}, unix.EINVAL},
+		{"store in memory", wire.OpenRequest{Store: "mem:"}, unix.EINVAL},
+		{"entries", wire.OpenRequest{Entries: 7}, unix.EINVAL},
+		{"data", wire.OpenRequest{Data: 1 << 40}, unix.EINVAL},
+		{"nothing to come back to", wire.OpenRequest{Flags: wire.OpenAgain}, unix.ESTALE},
+	} {
+		t.Run(c.name, func(t *testing.T) { errnoIs(t, h.client().open(c.q), c.want) })
+	}
+	c := h.dial()
+	errnoIs(t, c.call(wire.Hello, &wire.HelloRequest{Low: 2, High: 9}, nil), unix.EINVAL)
+	if err := c.send(wire.Open, &wire.OpenRequest{}); err != nil {
+		t.Fatal(err)
+	}
+	c.ended()
+	c = h.client()
+	errnoIs(t, c.call(wire.Open, nil, nil), unix.EINVAL)
+	if err := c.send(wire.Stat, nil); err != nil {
+		t.Fatal(err)
+	}
+	c.ended()
+	w.outage.Set(true)
+	errnoIs(t, h.client().open(wire.OpenRequest{}), unix.EIO)
+	if h.door() != nil {
+		t.Error("something is attached")
+	}
+}
+
+// TestLibraryModel: two clients write bytes of the same sectors, each its own, beside whole
+// sectors, zeroes and discards. What each reads is what it has written.
+func TestLibraryModel(t *testing.T) {
+	w := newWorld(t)
+	h := w.newHost()
+	h.makeLog("vm1")
+	const span = 64 << 10 // bytes of the image
+	var all sync.WaitGroup
+	for i := range 2 {
+		c := h.handle(wire.OpenRequest{})
+		all.Go(func() { model(c, i, span) })
+	}
+	all.Wait()
+}
+
+// model has a client write pieces of 100 bytes, of which every other one is its own, and whole
+// sectors behind the span that are its own.
+func model(c *libraryClient, i int, span uint64) {
+	rng := rand.New(rand.NewPCG(uint64(i), 7))
+	const piece, slots = 100, 8
+	want := make(map[uint64]byte)
+	size := uint64(len(c.Data)) / slots
+	for range 150 {
+		var used []uint64
+		for tag := range uint32(slots) {
+			n := (rng.Uint64N(span/piece/2)*2 + uint64(i)) * piece
+			if slices.Contains(used, n) {
+				continue
+			}
+			used = append(used, n)
+			at := uint64(tag)*size + n%512
+			b := byte(rng.Uint32())
+			want[n] = b
+			copy(c.Data[at:], bytes.Repeat([]byte{b}, piece))
+			c.Queue(ringtest.Request{Op: ringtest.Write, Flags: uint8(rng.IntN(2)), Tag: tag, Offset: n, Length: piece, Data: at})
+		}
+		c.Submit()
+		for range used {
+			if done, err := c.Wait(clientTimeout); err != nil || done.Res != 0 {
+				c.t.Errorf("write: %+v, %v", done, err)
+				return
+			}
+		}
+		for n, b := range want {
+			if rng.IntN(16) > 0 {
+				continue
+			}
+			c.Submit(ringtest.Request{Op: ringtest.Read, Offset: n, Length: piece, Data: n % 512})
+			done, err := c.Wait(clientTimeout)
+			if err != nil || done.Res != 0 {
+				c.t.Errorf("read: %+v, %v", done, err)
+				return
+			}
+			if got := c.Data[n%512:][:piece]; !bytes.Equal(got, bytes.Repeat([]byte{b}, piece)) {
+				c.t.Errorf("client %d: %d bytes at %d begin with %d, want %d", i, piece, n, got[0], b)
+				return
+			}
+		}
+	}
+}

@@ -1,0 +1,229 @@
+package daemon
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"time"
+
+	"github.com/google/uuid"
+	"github.com/lsd-ceph/lsd/backend"
+	"github.com/lsd-ceph/lsd/engine"
+	"github.com/lsd-ceph/lsd/internal/api"
+	"github.com/lsd-ceph/lsd/librbd/wire"
+	"golang.org/x/sys/unix"
+)
+
+// openTimeout bounds the opening of an image for a library client. What is being attached,
+// detached or taken up again is waited for.
+const openTimeout = time.Minute
+
+// errDetached is for a client that comes back to an image that is not attached any more.
+var errDetached = errors.New("it has been detached, or another host has had it, since the program opened it")
+
+// A subject is what a client wants to open.
+type subject struct {
+	store    backend.URL
+	info     engine.Info
+	snapshot *engine.Snapshot // nil: the image itself
+}
+
+// url returns the subject's URL.
+func (s *subject) url() string {
+	if s.snapshot != nil {
+		return s.store.Snapshot(s.info.Name, s.snapshot.Name)
+	}
+	return s.store.Image(s.info.Name)
+}
+
+// snapshotID returns the snapshot's id, uuid.Nil without one.
+func (s *subject) snapshotID() uuid.UUID {
+	if s.snapshot == nil {
+		return uuid.Nil
+	}
+	return s.snapshot.ID
+}
+
+// lookUp finds what a client wants to open in its store.
+func (d *Daemon) lookUp(ctx context.Context, q *wire.OpenRequest) (*subject, error) {
+	u, err := libraryStore(q.Store)
+	if err != nil {
+		return nil, err
+	}
+	s := &subject{store: u}
+	if q.Flags&wire.OpenByID != 0 {
+		s.info, err = d.describeByID(ctx, u, q.Image)
+	} else if err = invalid(backend.CheckImageName(q.Image)); err == nil {
+		s.info, err = d.describeImage(ctx, u, q.Image)
+	}
+	if err != nil || q.Snapshot == "" && q.Number == 0 {
+		return s, err
+	}
+	for i, snap := range s.info.Snapshots {
+		if !snap.Pending && (q.Snapshot != "" && snap.Name == q.Snapshot || q.Snapshot == "" && wire.SnapshotNumber(snap.ID) == q.Number) {
+			s.snapshot = &s.info.Snapshots[i]
+			return s, nil
+		}
+	}
+	return nil, fmt.Errorf("%s: %w", u.Image(s.info.Name), engine.ErrNoSnapshot)
+}
+
+// libraryStore parses the URL of a store that a client names.
+func libraryStore(s string) (backend.URL, error) {
+	u, err := backend.ParseStore(s)
+	if err == nil && u.Scheme == backend.SchemeMem {
+		err = errors.New("a mem: store lives and dies with one process: it is for tests")
+	}
+	return u, invalid(err)
+}
+
+// describeByID is describeImage of an image of which the id is known.
+func (d *Daemon) describeByID(ctx context.Context, u backend.URL, text string) (engine.Info, error) {
+	id, err := uuid.Parse(text)
+	if err != nil {
+		return engine.Info{}, fmt.Errorf("%q is no image's id: %w", text, backend.ErrNotFound)
+	}
+	ctx, stop := context.WithTimeout(ctx, lookTimeout)
+	defer stop()
+	st, err := d.openSt(ctx, u)
+	if err != nil {
+		return engine.Info{}, err
+	}
+	defer st.Close()
+	info, err := engine.DescribeID(ctx, st, id)
+	if err == nil && info.Removed {
+		err = engine.ErrRemoved
+	}
+	if err != nil {
+		return info, fmt.Errorf("image %s in %s: %w", id, u, err)
+	}
+	return info, nil
+}
+
+// openHandle opens an image for a library client, and attaches it if need be.
+func (d *Daemon) openHandle(ctx context.Context, q *wire.OpenRequest, who string, sock io.Closer) (*attachment, *handle, error) {
+	ctx, stop := context.WithTimeoutCause(ctx, openTimeout, errors.New("it could not be opened within a minute"))
+	defer stop()
+	readOnly := q.Flags&wire.OpenReadOnly != 0 || q.Snapshot != "" || q.Number != 0
+	h, err := newHandle(who, sock, readOnly, q.Entries, q.Data)
+	if err != nil {
+		return nil, nil, err
+	}
+	var a *attachment
+	if q.Flags&wire.OpenAgain != 0 {
+		a, err = d.openAgain(ctx, q, h)
+	} else {
+		a, err = d.openFresh(ctx, q, h)
+	}
+	if err != nil {
+		return nil, nil, errors.Join(err, h.put())
+	}
+	return a, h, nil
+}
+
+// openFresh opens what a client has not had open before.
+func (d *Daemon) openFresh(ctx context.Context, q *wire.OpenRequest, h *handle) (*attachment, error) {
+	s, err := d.lookUp(ctx, q)
+	if err != nil {
+		return nil, err
+	}
+	for {
+		a := d.attachmentOf(s.info.ID, s.snapshotID())
+		if a == nil {
+			err = d.attachFor(ctx, s, h.readOnly)
+			var owned *engine.OwnedError
+			if err != nil && (errors.As(err, &owned) || d.attachmentOf(s.info.ID, s.snapshotID()) == nil) {
+				return nil, err
+			}
+			continue // also where another client was faster
+		}
+		if ok, err := a.join(ctx, h); ok || err != nil {
+			return a, err
+		}
+	}
+}
+
+// openAgain opens what a client had open when the daemon before this one died. It must have been
+// attached ever since: what the client knows of it may be out of date otherwise.
+func (d *Daemon) openAgain(ctx context.Context, q *wire.OpenRequest, h *handle) (*attachment, error) {
+	for {
+		a := d.again(q, h.readOnly)
+		if a == nil {
+			return nil, errDetached
+		}
+		if ok, err := a.join(ctx, h); ok || err != nil {
+			return a, err
+		}
+	}
+}
+
+// again finds what a client had open.
+func (d *Daemon) again(q *wire.OpenRequest, readOnly bool) *attachment {
+	for _, a := range d.all() {
+		rec := a.record()
+		if rec.ImageID == q.ID && (rec.Snapshot == uuid.Nil) == (q.Snapshot == "" && q.Number == 0) && (readOnly || !rec.ReadOnly) {
+			if rec.Snapshot == uuid.Nil || q.Number == wire.SnapshotNumber(rec.Snapshot) {
+				return a
+			}
+		}
+	}
+	return nil
+}
+
+// attachmentOf finds the attachment of an image, or of a snapshot of it; nil if there is none. One
+// that can be written to comes first.
+func (d *Daemon) attachmentOf(image, snapshot uuid.UUID) *attachment {
+	var found *attachment
+	for _, a := range d.all() {
+		if rec := a.record(); rec.ImageID == image && rec.Snapshot == snapshot && (found == nil || !rec.ReadOnly) {
+			found = a
+		}
+	}
+	return found
+}
+
+// attachFor attaches an image, or a snapshot, for library clients.
+func (d *Daemon) attachFor(ctx context.Context, s *subject, readOnly bool) error {
+	_, err := d.attach(ctx, api.AttachRequest{Image: s.url(), ID: -1, Library: true, ReadOnly: readOnly}, func(api.Progress) {})
+	return err
+}
+
+// join makes a handle one of the attachment's. It reports false where the attachment has ended
+// meanwhile.
+func (a *attachment) join(ctx context.Context, h *handle) (bool, error) {
+	select {
+	case a.op <- struct{}{}:
+	case <-ctx.Done():
+		return false, fmt.Errorf("%s is being attached, detached or changed: %w", a.name(), context.Cause(ctx))
+	}
+	defer func() { <-a.op }()
+	if a.d.find(a.id) != a {
+		return false, nil
+	}
+	rec := a.record()
+	switch {
+	case rec.Null:
+		return false, nil
+	case h.readOnly:
+	case a.id < firstDoor:
+		return false, fmt.Errorf("%s is attached here as %s, and can be opened read-only beside that alone: lsdctl del %s first: %w", rec.URL, a.name(), a.name(), unix.EBUSY)
+	case rec.ReadOnly:
+		return false, a.makeWay(ctx)
+	}
+	if rec.Phase == phaseDetaching {
+		return false, fmt.Errorf("%s is being detached: wait for that: %w", rec.URL, unix.EBUSY)
+	}
+	a.addHandle(h)
+	return true, nil
+}
+
+// makeWay detaches what is attached read-only, so that it can be attached to be written to. The
+// caller holds op.
+func (a *attachment) makeWay(ctx context.Context) error {
+	if c := a.clients(); len(c) > 0 {
+		return fmt.Errorf("%w, which have it open read-only", a.busy(c))
+	}
+	_, err := a.detachHeld(ctx, api.DetachRequest{Timeout: defaultDetachTimeout}, func(api.Progress) {})
+	return err
+}

@@ -1,0 +1,286 @@
+package daemon
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/lsd-ceph/lsd/backend"
+	"github.com/lsd-ceph/lsd/engine"
+	"github.com/lsd-ceph/lsd/internal/api"
+	"github.com/lsd-ceph/lsd/librbd/ring"
+	"github.com/lsd-ceph/lsd/librbd/wire"
+	"github.com/lsd-ceph/lsd/ublk"
+	"golang.org/x/sys/unix"
+)
+
+// maxSessions bounds the connections of library clients; each handle is one.
+const maxSessions = 4096
+
+// A session is one connection of a library client: docs/format-librbd.md. One goroutine reads
+// its requests, so that the client's death is seen at once, and one answers them, one by one.
+type session struct {
+	d       *Daemon
+	conn    *net.UnixConn
+	who     string
+	greeted bool
+
+	// Of a handle: see open.
+	attachment *attachment
+	handle     *handle
+}
+
+// serveLibrary serves library clients until the listener is closed.
+func (d *Daemon) serveLibrary(ln *net.UnixListener) {
+	places := make(chan struct{}, maxSessions)
+	for {
+		conn, err := ln.AcceptUnix()
+		switch {
+		case errors.Is(err, net.ErrClosed):
+			return
+		case err != nil:
+			d.logger.Warn("a library client could not be served", "err", err)
+			if !sleep(d.ctx, 100*time.Millisecond) {
+				return
+			}
+			continue
+		}
+		select {
+		case places <- struct{}{}:
+		default:
+			d.logger.Warn("too many library clients", "most", maxSessions)
+			conn.Close()
+			continue
+		}
+		go func() {
+			defer func() { <-places }()
+			d.serveSession(conn)
+		}()
+	}
+}
+
+// serveSession serves one connection to its end.
+func (d *Daemon) serveSession(conn *net.UnixConn) {
+	defer conn.Close()
+	who, err := libraryPeer(conn)
+	if err != nil {
+		d.logger.Warn("a library client was refused", "who", who, "err", err)
+		return
+	}
+	s := &session{d: d, conn: conn, who: who}
+	ctx, gone := context.WithCancelCause(d.ctx)
+	defer gone(nil)
+	requests := make(chan wire.Frame)
+	go func() {
+		defer close(requests)
+		err := readFrames(ctx, conn, requests)
+		if err != nil && !errors.Is(err, io.EOF) && !errors.Is(err, net.ErrClosed) {
+			d.logger.Warn("a library client breaks the rules, or its connection has failed", "who", who, "err", err)
+		}
+		gone(errors.New("the client is gone"))
+	}()
+	for f := range requests {
+		if err := s.answer(ctx, f); err != nil {
+			break
+		}
+	}
+	conn.Close()
+	s.end()
+}
+
+// readFrames reads requests until the connection ends.
+func readFrames(ctx context.Context, conn *net.UnixConn, to chan<- wire.Frame) error {
+	r := wire.NewReader(conn)
+	for {
+		f, err := r.Read()
+		if err != nil {
+			return err
+		}
+		f.Payload = bytes.Clone(f.Payload) // it is the reader's
+		select {
+		case to <- f:
+		case <-ctx.Done():
+			return nil
+		}
+	}
+}
+
+// libraryPeer says who is at the other end, and refuses who may not be served.
+func libraryPeer(conn *net.UnixConn) (string, error) {
+	raw, err := conn.SyscallConn()
+	if err != nil {
+		return "", err
+	}
+	var cred *unix.Ucred
+	if cerr := raw.Control(func(fd uintptr) {
+		cred, err = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED)
+	}); cerr != nil || err != nil {
+		return "", errors.Join(cerr, err)
+	}
+	who := fmt.Sprintf("process %d", cred.Pid)
+	if name, err := os.ReadFile(filepath.Join("/proc", fmt.Sprint(cred.Pid), "comm")); err == nil {
+		who = fmt.Sprintf("process %d (%s)", cred.Pid, strings.TrimSpace(string(name)))
+	}
+	if cred.Uid != 0 && int(cred.Uid) != os.Geteuid() {
+		return who, fmt.Errorf("user %d: only root is served", cred.Uid)
+	}
+	return who, nil
+}
+
+// end gives up what the session holds.
+func (s *session) end() {
+	if s.handle != nil {
+		s.attachment.endHandle(s.handle)
+		s.handle = nil
+	}
+}
+
+// answer does what one request asks, and answers it. An error ends the session.
+func (s *session) answer(ctx context.Context, f wire.Frame) error {
+	w := &answer{s: s, request: f}
+	err := s.do(ctx, f, w)
+	if errors.Is(err, errRules) {
+		return err
+	}
+	return w.send(err)
+}
+
+// errRules ends the session of a client that does not keep to the protocol.
+var errRules = errors.New("it breaks the rules")
+
+// An answer is that to a request.
+type answer struct {
+	s       *session
+	request wire.Frame
+	result  wire.Message // nil: it has no fields
+	files   []int        // that come with it
+}
+
+// progress tells the client how far its request has come.
+func (w *answer) progress(p api.Progress) {
+	b, err := wire.Append(nil, &wire.Progress{Done: p.Done, Total: p.Total})
+	if err == nil {
+		_ = w.write(w.request.Type.Progress(), b) // a client that is gone ends the session
+	}
+}
+
+// send sends the result, or the error that there is instead.
+func (w *answer) send(why error) error {
+	var b []byte
+	if why == nil {
+		if b, why = wire.AppendResult(nil, w.result); why == nil {
+			return w.write(w.request.Type.Result(), b, w.files...)
+		}
+	}
+	return w.write(w.request.Type.Result(), wire.AppendError(nil, errnoOf(why), api.OneLine(why)))
+}
+
+func (w *answer) write(t wire.Type, payload []byte, files ...int) error {
+	f := wire.Frame{Type: t, Number: w.request.Number, Payload: payload}
+	if len(files) > 0 {
+		return wire.WriteWithFiles(w.s.conn, f, files...)
+	}
+	return wire.NewWriter(w.s.conn).Write(f)
+}
+
+// errnoOf returns the errno that librbd's clients expect for an error.
+func errnoOf(err error) syscall.Errno {
+	var owned *engine.OwnedError
+	var snapshots *engine.SnapshotsError
+	var busy *ublk.BusyError
+	var errno syscall.Errno
+	switch {
+	case errors.Is(err, errNoImage), errors.Is(err, backend.ErrNotFound), errors.Is(err, engine.ErrNoSnapshot), errors.Is(err, engine.ErrRemoved):
+		return syscall.ENOENT
+	case errors.Is(err, backend.ErrExists), errors.Is(err, engine.ErrSnapshotExists):
+		return syscall.EEXIST
+	case errors.As(err, &owned), errors.As(err, &busy):
+		return syscall.EBUSY
+	case errors.As(err, &snapshots):
+		return syscall.ENOTEMPTY
+	case errors.Is(err, errDetached):
+		return syscall.ESTALE
+	case errors.Is(err, ring.ErrLimits), errors.Is(err, engine.ErrShrinks), errors.Is(err, errInvalid):
+		return syscall.EINVAL
+	case errors.Is(err, context.DeadlineExceeded):
+		return syscall.ETIMEDOUT
+	case errors.As(err, &errno):
+		return errno
+	}
+	return syscall.EIO
+}
+
+// errInvalid is matched by errors of what a client has asked for in vain at all times.
+var errInvalid = errors.New("invalid")
+
+// invalid makes an error match errInvalid.
+func invalid(err error) error {
+	if err == nil {
+		return nil
+	}
+	return fmt.Errorf("%w: %w", errInvalid, err)
+}
+
+// do does what a request asks.
+func (s *session) do(ctx context.Context, f wire.Frame, w *answer) error {
+	if f.Type != wire.Hello && !s.greeted {
+		return errRules
+	}
+	if f.Type >= wire.Stat || f.Type == wire.Close {
+		if s.handle == nil {
+			return errRules
+		}
+		return s.doWithHandle(ctx, f, w)
+	}
+	switch f.Type {
+	case wire.Hello:
+		return s.hello(f, w)
+	case wire.Open:
+		return s.open(ctx, f, w)
+	case wire.Create:
+		return s.create(ctx, f, w)
+	case wire.Remove:
+		return s.remove(ctx, f)
+	case wire.List:
+		return s.list(ctx, f, w)
+	case wire.Rename:
+		return s.rename(ctx, f)
+	}
+	return syscall.EOPNOTSUPP
+}
+
+// doWithHandle does what a request asks of an open image.
+func (s *session) doWithHandle(ctx context.Context, f wire.Frame, w *answer) error {
+	switch f.Type {
+	case wire.Close:
+		return s.closeHandle(ctx)
+	case wire.Stat:
+		return s.stat(ctx, w)
+	case wire.ListSnapshots:
+		return s.snapshots(ctx, w)
+	}
+	if s.handle.readOnly {
+		return syscall.EROFS
+	}
+	switch f.Type {
+	case wire.Resize:
+		return s.resize(ctx, f, w)
+	case wire.Snapshot:
+		return s.snapshot(ctx, f)
+	case wire.RemoveSnapshot:
+		return s.removeSnapshot(ctx, f)
+	case wire.RenameSnapshot:
+		return s.renameSnapshot(ctx, f)
+	case wire.RollBack:
+		return s.rollBack(ctx, f, w)
+	}
+	return syscall.EOPNOTSUPP
+}
