@@ -115,6 +115,7 @@ func TestDeltaOfAnything(t *testing.T) {
 // TestDeltaPays: what checkpoints of few changes put is a small part of what the segment
 // would be each time, and no more where deltas are of no use.
 func TestDeltaPays(t *testing.T) {
+	notShort(t)
 	const blocks, rounds = segmentSectors / 8, 200
 	for _, x := range []struct {
 		name    string

@@ -123,11 +123,21 @@ func TestBackPressure(t *testing.T) {
 // filled returns how much of the log was in use at most.
 func (f *flood) filled() float64 { return float64(f.fullest) / float64(f.im.log.Size()) }
 
+// notShort leaves a test of much work on one goroutine to the run that is not short, in which
+// the race detector does not make it slower many times over: make unit has both.
+func notShort(t *testing.T) {
+	t.Helper()
+	if testing.Short() {
+		t.Skip("not with -short")
+	}
+}
+
 // TestSpaceUnderOverload: where writes come faster than the store takes them for ever, and
 // the log is full of them, the image's objects take little more than they may, and writes go
 // on; also if most of what lives in the store has been written again in the log, or most of
 // the map is not in memory.
 func TestSpaceUnderOverload(t *testing.T) {
+	notShort(t)
 	for _, x := range []struct {
 		objects uint64 // of the image
 		log     int64
@@ -176,6 +186,7 @@ func TestSpaceUnderOverload(t *testing.T) {
 // TestDebtIsPaidBesideWrites: where far more is dead than may be, as after a point has gone,
 // the space falls, and writes go on meanwhile.
 func TestDebtIsPaidBesideWrites(t *testing.T) {
+	notShort(t)
 	const object = 1 << 20
 	st := mem.New()
 	id, err := Create(context.Background(), st, "disk", CreateOptions{Size: 128 * object, ObjectSize: object})
@@ -210,6 +221,7 @@ func TestDebtIsPaidBesideWrites(t *testing.T) {
 // TestCleaningsTakeTurns: images that are overloaded, and more of them than may be cleaned at
 // one time, all keep their space, and all go on.
 func TestCleaningsTakeTurns(t *testing.T) {
+	notShort(t)
 	const object, images = 1 << 20, maxCleanings + 2
 	shared := NewShared(Limits{})
 	var all []*flood

@@ -127,7 +127,7 @@ func (a *app) add(cmd *cobra.Command, q api.AttachRequest) error {
 		q.Cache = path
 	}
 	ctx := cmd.Context()
-	if err := a.needDaemon(ctx); err != nil {
+	if err := a.needDaemon(ctx, withDriver); err != nil {
 		return err
 	}
 	im, err := a.client().Attach(ctx, q, a.progress.show)
@@ -233,6 +233,9 @@ func (a *app) printStatus(im api.Image) error {
 			row("why", im.Error)
 		}
 		row("size", fmt.Sprintf("%s, blocks of %d bytes", bytesize.Human(im.Size), im.BlockSize))
+		if len(im.Clients) > 0 {
+			row("librbd", "open in "+strings.Join(im.Clients, ", "))
+		}
 		if im.Restarts > 0 {
 			row("reactor", fmt.Sprintf("replaced %d times", im.Restarts))
 		}

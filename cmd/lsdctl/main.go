@@ -77,7 +77,8 @@ func (a *app) command() *cobra.Command {
 tells how they are.
 
 A store is rados://POOL[/NAMESPACE][?conf=PATH&id=CLIENT] or file:///DIR; an
-image is STORE/NAME, a snapshot of it STORE/NAME@SNAPSHOT. A DEVICE is /dev/ublkb0, ublkb0 or 0. Sizes are in bytes or
+image is STORE/NAME, a snapshot of it STORE/NAME@SNAPSHOT. A DEVICE is /dev/ublkb0, ublkb0 or 0, or lib0
+of what librbd's clients alone use. Sizes are in bytes or
 have a unit of 1024: 512, 4K, 20G, 1T.`,
 		Version:           version(),
 		SilenceUsage:      true,
@@ -99,7 +100,7 @@ have a unit of 1024: 512, 4K, 20G, 1T.`,
 		a.createCommand(), a.lsCommand(), a.infoCommand(), a.checkCommand(), a.resizeCommand(), a.renameCommand(), a.rmCommand(), a.snapCommand(),
 		a.cloneCommand(), a.flattenCommand(), a.childrenCommand(), a.treeCommand(), a.dfCommand(), a.gcCommand(),
 		a.diffCommand(), a.exportCommand(), a.exportDiffCommand(), a.importCommand(), a.importDiffCommand(), a.copyCommand(),
-		a.addCommand(), a.listCommand(), a.statusCommand(), a.flushCommand(), a.delCommand(),
+		a.addCommand(), a.runCommand(), a.listCommand(), a.statusCommand(), a.flushCommand(), a.delCommand(),
 		a.featuresCommand(), a.logCommand(), a.daemonCommand(), a.cacheCommand(), a.versionCommand(), a.shutdownCommand(),
 	)
 	cmd.InitDefaultHelpCmd()
@@ -163,11 +164,17 @@ func (a *app) table(fill func(row func(cells ...any))) error {
 	return w.Flush()
 }
 
-// parseDevice returns the number of a device: /dev/ublkb0, ublkb0 or 0.
+// parseDevice returns the number of a device: /dev/ublkb0, ublkb0 or 0; or that of an attachment
+// without one: lib0.
 func parseDevice(s string) (int, error) {
+	if n, ok := strings.CutPrefix(s, "lib"); ok {
+		if i, err := strconv.ParseUint(n, 10, 20); err == nil {
+			return api.FirstLibrary + int(i), nil
+		}
+	}
 	n, err := strconv.ParseUint(strings.TrimPrefix(strings.TrimPrefix(s, "/dev/"), "ublkb"), 10, 31)
 	if err != nil {
-		return 0, fmt.Errorf("%q is not an lsd device: write /dev/ublkb0, ublkb0 or 0", s)
+		return 0, fmt.Errorf("%q is not an lsd device: write /dev/ublkb0, ublkb0 or 0, or lib0 for one without a block device", s)
 	}
 	return int(n), nil
 }

@@ -20,12 +20,12 @@ import (
 )
 
 func TestParseDevice(t *testing.T) {
-	for in, want := range map[string]int{"0": 0, "7": 7, "ublkb3": 3, "/dev/ublkb12": 12} {
+	for in, want := range map[string]int{"0": 0, "7": 7, "ublkb3": 3, "/dev/ublkb12": 12, "lib0": 1 << 20, "lib12": 1<<20 + 12} {
 		if got, err := parseDevice(in); err != nil || got != want {
 			t.Errorf("parseDevice(%q) = %d, %v", in, got, err)
 		}
 	}
-	for _, in := range []string{"", "-1", "/dev/sda", "ublkb", "ublkc0", "/dev/ublkb0p1", "1.5", "99999999999"} {
+	for _, in := range []string{"", "-1", "/dev/sda", "ublkb", "ublkc0", "/dev/ublkb0p1", "1.5", "99999999999", "lib", "lib-1", "lib99999999"} {
 		if got, err := parseDevice(in); err == nil {
 			t.Errorf("parseDevice(%q) = %d", in, got)
 		}

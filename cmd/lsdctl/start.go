@@ -23,8 +23,16 @@ const (
 	defaultLog   = "/var/log/lsdd.log"
 )
 
+// Whether a daemon is started for nothing where the kernel has no block devices for it.
+type driverNeed bool
+
+const (
+	withDriver    driverNeed = true
+	withoutDriver driverNeed = false
+)
+
 // needDaemon makes sure that a daemon answers: it starts one if none does.
-func (a *app) needDaemon(ctx context.Context) error {
+func (a *app) needDaemon(ctx context.Context, need driverNeed) error {
 	err := ask(ctx, func(ctx context.Context) error {
 		_, err := a.client().Version(ctx)
 		return err
@@ -35,13 +43,14 @@ func (a *app) needDaemon(ctx context.Context) error {
 	if os.Geteuid() != 0 {
 		return errors.New("only root may attach images: try sudo")
 	}
-	// Before a daemon is started for nothing.
-	k, err := daemon.OpenDriver()
-	if err != nil {
-		return err
-	}
-	if err := k.Close(); err != nil {
-		return err
+	if need { // before a daemon is started for nothing
+		k, err := daemon.OpenDriver()
+		if err != nil {
+			return err
+		}
+		if err := k.Close(); err != nil {
+			return err
+		}
 	}
 	a.progress.show(api.Progress{What: "starting lsdd"})
 	if a.socket == api.DefaultSocket && a.stateDir == api.DefaultStateDir && haveUnit() {

@@ -1,0 +1,206 @@
+//go:build lab
+
+// Package librbd_test runs unchanged programs that speak librbd, and the real lsdd, on a
+// directory and on a Ceph cluster. There is no block device and no virtual machine.
+package librbd_test
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/google/uuid"
+	"github.com/lsd-ceph/lsd/internal/api"
+	"github.com/lsd-ceph/lsd/internal/cephtest"
+)
+
+func TestMain(m *testing.M) { os.Exit(cephtest.Main(m, 400, "bluestore")) }
+
+// program returns the path of one of those that make build has made.
+func program(t *testing.T, name string) string {
+	t.Helper()
+	path, err := filepath.Abs(filepath.Join("../../bin", name))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return path
+}
+
+// A host is a state directory, and the daemon on it.
+type host struct {
+	t      *testing.T
+	dir    string
+	store  string // URL
+	pool   string // what programs call the store
+	socket string
+	daemon *exec.Cmd
+	died   chan error
+	log    *os.File
+}
+
+// onStores runs a test on each kind of store.
+func onStores(t *testing.T, test func(*testing.T, *host)) {
+	t.Run("file", func(t *testing.T) { test(t, newHost(t, "file")) })
+	t.Run("rados", func(t *testing.T) { test(t, newHost(t, "rados")) })
+}
+
+// newHost starts a daemon for a store of the kind that nobody has used yet.
+func newHost(t *testing.T, kind string) *host {
+	t.Helper()
+	h := &host{t: t, dir: t.TempDir(), pool: "any"}
+	h.socket = filepath.Join(h.dir, "s")
+	h.store = "file://" + filepath.Join(h.dir, "store")
+	if kind == "rados" {
+		h.pool = "rbd"
+		h.store = "rados://rbd/" + uuid.NewString()
+	}
+	var err error
+	if h.log, err = os.Create(filepath.Join(h.dir, "lsdd.log")); err != nil {
+		t.Fatal(err)
+	}
+	h.start()
+	t.Cleanup(func() {
+		h.stop(syscall.SIGKILL)
+		if t.Failed() {
+			text, _ := os.ReadFile(h.log.Name())
+			t.Logf("the daemon's log:\n%s", text)
+		}
+		h.log.Close()
+	})
+	return h
+}
+
+// start starts the daemon.
+func (h *host) start() {
+	h.t.Helper()
+	h.daemon = exec.Command(program(h.t, "lsdd"), "--socket", h.socket, "--state-dir", filepath.Join(h.dir, "state"), "--read-cache-size", "64M")
+	h.daemon.Stdout, h.daemon.Stderr = h.log, h.log
+	if err := h.daemon.Start(); err != nil {
+		h.t.Fatal(err)
+	}
+	h.died = make(chan error, 1)
+	go func(cmd *exec.Cmd, died chan error) { died <- cmd.Wait() }(h.daemon, h.died)
+	c := api.NewClient(h.socket)
+	for end := time.Now().Add(30 * time.Second); ; time.Sleep(20 * time.Millisecond) {
+		_, err := c.Version(context.Background())
+		if _, serr := os.Stat(h.socket + ".librbd"); err == nil && serr == nil {
+			return
+		}
+		select {
+		case err := <-h.died:
+			h.t.Fatalf("lsdd has ended: %v", err)
+		default:
+		}
+		if time.Now().After(end) {
+			h.t.Fatalf("lsdd does not answer: %v", err)
+		}
+	}
+}
+
+// stop ends the daemon by a signal.
+func (h *host) stop(sig syscall.Signal) {
+	h.t.Helper()
+	_ = h.daemon.Process.Signal(sig)
+	select {
+	case err := <-h.died:
+		h.died <- err
+	case <-time.After(time.Minute):
+		h.t.Error("lsdd does not end")
+		_ = h.daemon.Process.Kill()
+	}
+}
+
+// image returns the URL of an image.
+func (h *host) image(name string) string { return h.store + "/" + name }
+
+// spec returns what QEMU calls an image.
+func (h *host) spec(name string) string {
+	if h.pool == "any" {
+		return "rbd:any/" + name
+	}
+	return "rbd:rbd/" + name + ":conf=" + os.Getenv("CEPH_CONF")
+}
+
+// lsdctl runs lsdctl and returns what it prints.
+func (h *host) lsdctl(args ...string) string {
+	h.t.Helper()
+	out, err := h.try(exec.Command(program(h.t, "lsdctl"), append([]string{"--socket", h.socket}, args...)...))
+	if err != nil {
+		h.t.Fatalf("lsdctl %s: %v", strings.Join(args, " "), err)
+	}
+	return out
+}
+
+// command returns a program that is to run on the library.
+func (h *host) command(ctx context.Context, args ...string) *exec.Cmd {
+	run := append([]string{"--socket", h.socket, "run", "--store", h.store, "--"}, args...)
+	cmd := exec.CommandContext(ctx, program(h.t, "lsdctl"), run...)
+	cmd.Dir = h.dir // fio leaves files
+	return cmd
+}
+
+// try runs a command and returns what it prints. The error has what it says.
+func (h *host) try(cmd *exec.Cmd) (string, error) {
+	var out, said bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &out, &said
+	if err := cmd.Run(); err != nil {
+		return out.String(), fmt.Errorf("%w: %s", err, strings.TrimSpace(said.String()+out.String()))
+	}
+	return out.String(), nil
+}
+
+// run runs a program on the library, which must end well, and returns what it prints.
+func (h *host) run(args ...string) string {
+	h.t.Helper()
+	out, err := h.runs(args...)
+	if err != nil {
+		h.t.Fatalf("%s: %v", strings.Join(args, " "), err)
+	}
+	return out
+}
+
+// runs is run of what may fail.
+func (h *host) runs(args ...string) (string, error) {
+	h.t.Helper()
+	ctx, stop := context.WithTimeoutCause(h.t.Context(), 4*time.Minute, errors.New("it does not end"))
+	defer stop()
+	return h.try(h.command(ctx, args...))
+}
+
+// attached returns what is attached.
+func (h *host) attached() []api.Image {
+	h.t.Helper()
+	var list []api.Image
+	if err := json.Unmarshal([]byte(h.lsdctl("list", "--json")), &list); err != nil {
+		h.t.Fatal(err)
+	}
+	return list
+}
+
+// awaitDetached waits until nothing is attached any more: nobody uses it.
+func (h *host) awaitDetached() {
+	h.t.Helper()
+	for end := time.Now().Add(time.Minute); len(h.attached()) > 0; time.Sleep(100 * time.Millisecond) {
+		if time.Now().After(end) {
+			h.t.Fatalf("still attached: %+v", h.attached())
+		}
+	}
+}
+
+// mustCheck ends that nothing is wrong with an image that nobody has open.
+func (h *host) mustCheck(name string) {
+	h.t.Helper()
+	for _, im := range h.attached() {
+		h.lsdctl("del", im.Device)
+	}
+	h.lsdctl("check", "--deep", h.image(name))
+}
