@@ -2,6 +2,7 @@ package ring
 
 import (
 	"bytes"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"math/rand/v2"
@@ -609,4 +610,86 @@ func pump(c *ringtest.Client, depth, n int) error {
 		}
 	}
 	return nil
+}
+
+// TestPollEnds: a poll that the kernel has ended, for want of room for its completions,
+// begins anew; one that it cannot do ends the client's.
+func TestPollEnds(t *testing.T) {
+	k := newRig(t, 8, &keeper{})
+	k.turn(func() {})
+	call(t, k.r, func() {
+		before := k.r.Ring().Inflight()
+		(*poller)(k.c.session).Complete(unix.POLLIN, 0)
+		if n := k.r.Ring().Inflight(); n != before+1 {
+			t.Errorf("%d operations in flight, were %d", n, before)
+		}
+		(*poller)(k.c.session).Complete(-int32(unix.ENOMEM), 0)
+	})
+	if err := k.c.Err(); !strings.Contains(fmt.Sprint(err), "wake-ups") {
+		t.Error(err)
+	}
+}
+
+// TestComesLate: what a client submits after the turn has looked, while the reactor's
+// word still says that it is awake, is taken without a wake-up.
+func TestComesLate(t *testing.T) {
+	k := newRig(t, 8, handler{handle: func(io *IO) { io.Complete(0) }})
+	submitted := false
+	call(t, k.r, func() {
+		k.r.OnTurn(func() {
+			if !submitted {
+				submitted = true
+				k.client.Submit(ringtest.Request{Op: ringtest.Flush})
+			}
+		})
+	})
+	k.wait()
+	if k.client.Wakes != 0 {
+		t.Error("the daemon was woken")
+	}
+}
+
+// count returns what the client's eventfd has counted, and takes it.
+func (k *rig) count() uint64 {
+	k.t.Helper()
+	k.turn(func() {})
+	var count [8]byte
+	if _, err := unix.Read(k.client.Files()[2], count[:]); err != nil && err != unix.EAGAIN {
+		k.t.Fatal(err)
+	}
+	return binary.LittleEndian.Uint64(count[:])
+}
+
+// TestWakeUps: each is carried out, also when one is still in flight; a client that does
+// not sleep gets none; and one that a dead reactor did not come to comes later.
+func TestWakeUps(t *testing.T) {
+	h := &keeper{}
+	k := newRig(t, 8, h)
+	k.count()
+	k.turn(func() { k.c.session.wake(); k.c.session.wake() })
+	if n := k.count(); n != 2 {
+		t.Errorf("%d wake-ups, want 2", n)
+	}
+	flush := func(tag uint32) {
+		k.client.Submit(ringtest.Request{Op: ringtest.Flush, Tag: tag})
+		k.turn(func() {})
+		k.turn(func() { h.handled[len(h.handled)-1].Complete(0) })
+	}
+	flush(0)
+	if n := k.count(); n != 0 {
+		t.Errorf("%d wake-ups of a client that is awake", n)
+	}
+	sleep := k.client.Word(ringtest.ClientSleep)
+	atomic.StoreUint32(sleep, 1)
+	flush(1)
+	flush(2)
+	if n := k.count(); n != 1 || atomic.LoadUint32(sleep) != 0 {
+		t.Errorf("%d wake-ups of a client that went to sleep once", n)
+	}
+	k.r.Post(func() { panic("boom") })
+	await(t, k.r.Done(), "the reactor's end")
+	k.serve(h)
+	if n := k.count(); n == 0 {
+		t.Error("nobody looks whether the client was to be woken")
+	}
 }
