@@ -120,9 +120,12 @@ func (a *attachment) take(ctx context.Context) error {
 	case a.op <- struct{}{}:
 		return nil
 	case <-ctx.Done():
-		return fmt.Errorf("%s is being attached, detached or changed: wait for that", a.name())
+		return fmt.Errorf("%s %w", a.name(), errAtIt)
 	}
 }
+
+// errAtIt says that somebody is at an attachment.
+var errAtIt = errors.New("is being attached, detached or changed: wait for that")
 
 func (a *attachment) record() record {
 	a.mu.Lock()

@@ -21,6 +21,7 @@ import (
 	"github.com/lsd-ceph/lsd/internal/api"
 	"github.com/lsd-ceph/lsd/librbd/ring/ringtest"
 	"github.com/lsd-ceph/lsd/librbd/wire"
+	"github.com/lsd-ceph/lsd/ublk"
 	"golang.org/x/sys/unix"
 )
 
@@ -248,6 +249,14 @@ func (h *host) makeLog(image string) {
 	}
 }
 
+// share attaches vm1 for library clients, with a short lease, whoever has it.
+func (h *host) share() {
+	h.w.t.Helper()
+	if _, err := h.attachReq(api.AttachRequest{ID: -1, Image: libraryURL + "/vm1", Force: true, Library: true}); err != nil {
+		h.w.t.Fatal(err)
+	}
+}
+
 // id returns an image's id.
 func (w *world) id(image string) (uuid.UUID, error) {
 	info, err := engine.Describe(context.Background(), w.store, image)
@@ -447,5 +456,144 @@ func model(c *libraryClient, i int, span uint64) {
 				return
 			}
 		}
+	}
+}
+
+// TestLibraryBesideDevice: what is attached with a block device can be read by library clients
+// and not written.
+func TestLibraryBesideDevice(t *testing.T) {
+	w := newWorld(t)
+	h := w.newHost()
+	id := h.add(api.AttachRequest{ID: -1, Image: libraryURL + "/vm1"})
+	w.kernel.write(t, id, 8, 5)
+	errnoIs(t, h.client().open(wire.OpenRequest{}), unix.EBUSY)
+	c := h.handle(wire.OpenRequest{Flags: wire.OpenReadOnly})
+	c.check(4096, 4096, 5)
+	w.kernel.write(t, id, 8, 6)
+	c.check(4096, 4096, 6)
+	var busy *ublk.BusyError
+	if _, err := h.del(id, api.DetachRequest{}); err == nil || !errors.As(err, &busy) || !strings.Contains(err.Error(), "in use by process") {
+		t.Errorf("detached under a client: %v", err)
+	}
+	if err := c.close(); err != nil {
+		t.Error(err)
+	}
+	if _, err := h.del(id, api.DetachRequest{}); err != nil {
+		t.Error(err)
+	}
+}
+
+// TestLibraryReadOnlyFirst: who reads is not in the way of one who writes once it has gone.
+func TestLibraryReadOnlyFirst(t *testing.T) {
+	w := newWorld(t)
+	h := w.newHost()
+	h.makeLog("vm1")
+	r := h.handle(wire.OpenRequest{Flags: wire.OpenReadOnly})
+	r.check(0, 512, 0)
+	errnoIs(t, h.client().open(wire.OpenRequest{}), unix.EBUSY)
+	if err := r.close(); err != nil {
+		t.Fatal(err)
+	}
+	c := h.handle(wire.OpenRequest{})
+	c.write(0, 512, 1)
+	h.door()
+}
+
+// TestLibraryPanic: handles survive the death of a reactor; what was under way is done again.
+func TestLibraryPanic(t *testing.T) {
+	w := newWorld(t)
+	h := w.newHost()
+	h.makeLog("vm1")
+	c := h.handle(wire.OpenRequest{})
+	other := h.handle(wire.OpenRequest{})
+	for i := range byte(5) {
+		dk := h.door().getDisk()
+		dk.reactor.Post(func() { panic("test") })
+		for n := range uint64(8) {
+			at := n * 4096
+			copy(c.Data[at+100:], bytes.Repeat([]byte{i, byte(n)}, 500))
+			c.Submit(ringtest.Request{Op: ringtest.Write, Tag: uint32(n), Offset: n*512 + 100, Length: 1000, Data: at + 100})
+		}
+		for range 8 {
+			if done := c.await(); done.Res != 0 {
+				t.Fatalf("%+v", done)
+			}
+		}
+		other.check(7*512+1100, 5, 0)
+		got := make([]byte, 1000)
+		if err := other.do(ringtest.Read, 7*512+100, got); err != 0 || !bytes.Equal(got, bytes.Repeat([]byte{i, 7}, 500)) {
+			t.Fatalf("round %d: %v, % x", i, err, got[:4])
+		}
+	}
+	if im := h.await(firstDoor, api.StateActive); im.Restarts != 5 {
+		t.Errorf("%d restarts", im.Restarts)
+	}
+	if c.close() != nil || other.close() != nil {
+		t.Error("close")
+	}
+}
+
+// TestLibraryComesBack: a client of a daemon that has died goes on with the next one, and what it
+// has written is there; if another host has had the image it is refused.
+func TestLibraryComesBack(t *testing.T) {
+	w := newWorld(t)
+	h := w.newHost()
+	h.share()
+	c := h.handle(wire.OpenRequest{})
+	again := wire.OpenRequest{Flags: wire.OpenAgain, ID: c.opened.ID}
+	for i := range byte(3) {
+		c.write(100, 1000, i+1)
+		h.crash()
+		h.start()
+		c = h.handle(again)
+		c.check(100, 1000, i+1)
+	}
+	if err := h.door().getDisk().destage(context.Background(), func(api.Progress) {}); err != nil {
+		t.Fatal(err)
+	}
+	h.crash()
+	other := w.newHost()
+	other.share()
+	o := other.handle(wire.OpenRequest{})
+	o.write(100, 1000, 99)
+	if err := o.close(); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := other.del(firstDoor, api.DetachRequest{}); err != nil {
+		t.Fatal(err)
+	}
+	h.start()
+	errnoIs(t, h.client().open(again), unix.ESTALE)
+	h.await(firstDoor, api.StateFailed)
+	errnoIs(t, h.client().open(again), unix.ESTALE)
+	h.crash()
+	h.start()
+	errnoIs(t, h.client().open(again), unix.ESTALE)
+	h.handle(wire.OpenRequest{}).check(100, 1000, 99)
+}
+
+// TestLibraryLost: of an image that another host has taken, clients are told when they open it,
+// and it is attached anew once nobody has it open any more.
+func TestLibraryLost(t *testing.T) {
+	w := newWorld(t)
+	h := w.newHost()
+	h.share()
+	c := h.handle(wire.OpenRequest{})
+	c.write(100, 1000, 1)
+	other := w.newHost()
+	other.share()
+	other.handle(wire.OpenRequest{}).check(100, 1000, 1)
+	h.await(firstDoor, engine.Released.String())
+	if c.do(ringtest.Write, 0, make([]byte, 512)) == 0 {
+		t.Error("it is written to")
+	}
+	errnoIs(t, h.client().open(wire.OpenRequest{}), unix.ESTALE)
+	errnoIs(t, h.client().open(wire.OpenRequest{Flags: wire.OpenAgain, ID: c.opened.ID}), unix.ESTALE)
+	if err := c.close(); err != nil {
+		t.Fatal(err)
+	}
+	errnoIs(t, h.client().open(wire.OpenRequest{}), unix.EBUSY)
+	if h.door() != nil {
+		t.Error("what was lost is attached")
 	}
 }

@@ -103,7 +103,7 @@ func (d *Daemon) describeByID(ctx context.Context, u backend.URL, text string) (
 
 // openHandle opens an image for a library client, and attaches it if need be.
 func (d *Daemon) openHandle(ctx context.Context, q *wire.OpenRequest, who string, sock io.Closer) (*attachment, *handle, error) {
-	ctx, stop := context.WithTimeoutCause(ctx, openTimeout, errors.New("it could not be opened within a minute"))
+	ctx, stop := context.WithTimeoutCause(ctx, openTimeout, fmt.Errorf("it could not be opened within a minute: %w", context.DeadlineExceeded))
 	defer stop()
 	readOnly := q.Flags&wire.OpenReadOnly != 0 || q.Snapshot != "" || q.Number != 0
 	h, err := newHandle(who, sock, readOnly, q.Entries, q.Data)
@@ -138,7 +138,7 @@ func (d *Daemon) openFresh(ctx context.Context, q *wire.OpenRequest, h *handle) 
 			}
 			continue // also where another client was faster
 		}
-		if ok, err := a.join(ctx, h); ok || err != nil {
+		if ok, err := a.join(ctx, h, false); ok || err != nil {
 			return a, err
 		}
 	}
@@ -152,7 +152,7 @@ func (d *Daemon) openAgain(ctx context.Context, q *wire.OpenRequest, h *handle) 
 		if a == nil {
 			return nil, errDetached
 		}
-		if ok, err := a.join(ctx, h); ok || err != nil {
+		if ok, err := a.join(ctx, h, true); ok || err != nil {
 			return a, err
 		}
 	}
@@ -162,7 +162,7 @@ func (d *Daemon) openAgain(ctx context.Context, q *wire.OpenRequest, h *handle) 
 func (d *Daemon) again(q *wire.OpenRequest, readOnly bool) *attachment {
 	for _, a := range d.all() {
 		rec := a.record()
-		if rec.ImageID == q.ID && (rec.Snapshot == uuid.Nil) == (q.Snapshot == "" && q.Number == 0) && (readOnly || !rec.ReadOnly) {
+		if !rec.Null && rec.ImageID == q.ID && (rec.Snapshot == uuid.Nil) == (q.Snapshot == "" && q.Number == 0) && (readOnly || !rec.ReadOnly) {
 			if rec.Snapshot == uuid.Nil || q.Number == wire.SnapshotNumber(rec.Snapshot) {
 				return a
 			}
@@ -189,9 +189,29 @@ func (d *Daemon) attachFor(ctx context.Context, s *subject, readOnly bool) error
 	return err
 }
 
-// join makes a handle one of the attachment's. It reports false where the attachment has ended
-// meanwhile.
-func (a *attachment) join(ctx context.Context, h *handle) (bool, error) {
+// join makes a handle one of the attachment's. It reports false where that is to be tried again:
+// the attachment has ended meanwhile, or is not open now. again says that the client has had the
+// image open.
+func (a *attachment) join(ctx context.Context, h *handle, again bool) (bool, error) {
+	if ctx.Err() != nil {
+		return false, fmt.Errorf("%s: %w", a.name(), context.Cause(ctx))
+	}
+	joined, err := a.joinNow(ctx, h, again)
+	if errors.Is(err, errNotOpen) {
+		sleep(ctx, joinPause)
+		return false, nil
+	}
+	return joined, err
+}
+
+// joinPause is how long a client waits until it looks anew at what is not open.
+const joinPause = 20 * time.Millisecond
+
+// errNotOpen says that what is attached is being taken up or detached.
+var errNotOpen = errors.New("it is not open now")
+
+// joinNow is join, but for the wait.
+func (a *attachment) joinNow(ctx context.Context, h *handle, again bool) (bool, error) {
 	select {
 	case a.op <- struct{}{}:
 	case <-ctx.Done():
@@ -201,21 +221,51 @@ func (a *attachment) join(ctx context.Context, h *handle) (bool, error) {
 	if a.d.find(a.id) != a {
 		return false, nil
 	}
-	rec := a.record()
-	switch {
-	case rec.Null:
-		return false, nil
+	switch rec := a.record(); {
+	case again && rec.Phase == phaseDetaching:
+		return false, errDetached
 	case h.readOnly:
 	case a.id < firstDoor:
 		return false, fmt.Errorf("%s is attached here as %s, and can be opened read-only beside that alone: lsdctl del %s first: %w", rec.URL, a.name(), a.name(), unix.EBUSY)
 	case rec.ReadOnly:
 		return false, a.makeWay(ctx)
 	}
-	if rec.Phase == phaseDetaching {
-		return false, fmt.Errorf("%s is being detached: wait for that: %w", rec.URL, unix.EBUSY)
+	switch why := a.usable(ctx); {
+	case why == nil:
+		a.addHandle(h)
+		return true, nil
+	case errors.Is(why, errNotOpen):
+		return false, why
+	case again:
+		return false, fmt.Errorf("%w: %w", errDetached, why)
+	case a.id < firstDoor || len(a.clients()) > 0:
+		return false, why
 	}
-	a.addHandle(h)
-	return true, nil
+	// It is of no use to anybody: what is wrong with the image, if it is still, is found anew.
+	return false, a.detachReadily(ctx)
+}
+
+// usable returns nil where the image is open, an error that matches errNotOpen where it may be
+// later, and else why it gives errors to all. The caller holds op.
+func (a *attachment) usable(ctx context.Context) error {
+	a.mu.Lock()
+	dk, state, why, detaching := a.disk, a.state, a.err, a.rec.Phase == phaseDetaching
+	a.mu.Unlock()
+	switch {
+	case state == api.StateFailed:
+		return fmt.Errorf("%s gives errors to its users: %w", a.name(), orNil(why))
+	case dk == nil || detaching:
+		return errNotOpen
+	}
+	ctx, stop := context.WithTimeout(ctx, statsTimeout)
+	defer stop()
+	switch s, err := dk.stats(ctx); {
+	case err != nil: // its reactor has died
+		return errNotOpen
+	case lost(s):
+		return fmt.Errorf("%s: %w", a.name(), errTaken)
+	}
+	return nil
 }
 
 // makeWay detaches what is attached read-only, so that it can be attached to be written to. The
@@ -224,6 +274,11 @@ func (a *attachment) makeWay(ctx context.Context) error {
 	if c := a.clients(); len(c) > 0 {
 		return fmt.Errorf("%w, which have it open read-only", a.busy(c))
 	}
+	return a.detachReadily(ctx)
+}
+
+// detachReadily detaches what has no users, for who holds op.
+func (a *attachment) detachReadily(ctx context.Context) error {
 	_, err := a.detachHeld(ctx, api.DetachRequest{Timeout: defaultDetachTimeout}, func(api.Progress) {})
 	return err
 }

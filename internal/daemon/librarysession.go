@@ -206,8 +206,12 @@ func errnoOf(err error) syscall.Errno {
 		return syscall.EBUSY
 	case errors.As(err, &snapshots):
 		return syscall.ENOTEMPTY
-	case errors.Is(err, errDetached):
+	case errors.Is(err, errDetached), errors.Is(err, errTaken):
 		return syscall.ESTALE
+	case errors.Is(err, errAtIt):
+		return syscall.EBUSY
+	case errors.Is(err, errEnding), errors.Is(err, context.Canceled):
+		return syscall.EAGAIN
 	case errors.Is(err, ring.ErrLimits), errors.Is(err, engine.ErrShrinks), errors.Is(err, errInvalid):
 		return syscall.EINVAL
 	case errors.Is(err, context.DeadlineExceeded):
