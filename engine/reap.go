@@ -141,14 +141,21 @@ func (im *Image) afterReaping(fn func(error)) {
 
 // startLeftovers removes what crashes and fenced owners have left in the store, as
 // far as the superblock knows of it, now, and again when nothing that they had
-// begun can arrive any more.
+// begun can arrive any more. Map objects wait for that, and for an owner that was cut off
+// until its point is given up: one that came when those before it had gone would not be
+// found (see mapParts).
 func (im *Image) startLeftovers() {
 	sb := im.super.sb
 	if len(sb.Stale) == 0 && len(sb.Prev) == 0 {
 		return
 	}
-	stale, prev := len(sb.Stale), slices.DeleteFunc(slices.Clone(sb.Prev), sb.heldManifest)
+	stale, prev := slices.DeleteFunc(slices.Clone(sb.Stale), sb.mayGoOn), slices.DeleteFunc(slices.Clone(sb.Prev), sb.heldManifest)
 	first, second := leftovers(sb, im.manifestParts()), leftovers(sb, im.manifestParts())
+	for _, x := range stale {
+		if c := x.ref(); x.Checkpoint && !sb.published(c) {
+			second.add(sb.mapParts(c))
+		}
+	}
 	im.remove(first, func() {
 		im.removeLeftovers(second, func() {
 			im.changeSuper(func(sb *superblock) { sb.dropStale(stale, prev) }, func() {})
@@ -208,23 +215,22 @@ func (im *Image) manifestSize() int {
 // begun can arrive in the store any more.
 const leftoverGrace = 2 * time.Minute
 
-// dropStale forgets the first entries of what may have been left behind, but for
-// those of owners that were cut off: a host that was paused may go on at any time,
-// and put what it had begun before it learns that it is fenced.
-func (s *superblock) dropStale(n int, prev []checkpointRef) {
-	var kept []staleObjects
-	for i, x := range s.Stale {
-		cutOff := slices.ContainsFunc(s.Points, func(p cutOff) bool { return p.Epoch == x.Epoch })
-		if i >= n || cutOff {
-			kept = append(kept, x)
-		}
-	}
-	s.Stale = kept
+// dropStale forgets entries of what may have been left behind, but for those of owners that
+// may go on, and manifests that were replaced.
+func (s *superblock) dropStale(stale []staleObjects, prev []checkpointRef) {
+	s.Stale = slices.DeleteFunc(s.Stale, func(x staleObjects) bool { return slices.Contains(stale, x) && !s.mayGoOn(x) })
 	s.Prev = slices.DeleteFunc(s.Prev, func(c checkpointRef) bool { return slices.Contains(prev, c) })
 }
 
-// leftovers returns what a superblock says may have been left behind, of an image whose
-// manifests may have so many parts.
+// mayGoOn reports whether it is an owner that was cut off who may have left something behind:
+// a host that was paused may go on at any time, and put what it had begun before it learns
+// that it is fenced.
+func (s *superblock) mayGoOn(x staleObjects) bool {
+	return slices.ContainsFunc(s.Points, func(p cutOff) bool { return p.Epoch == x.Epoch })
+}
+
+// leftovers returns what a superblock says may have been left behind, but for map objects, of
+// an image whose manifests may have so many parts.
 func leftovers(sb *superblock, parts int) *removal {
 	r := new(removal)
 	for _, c := range sb.Prev {
@@ -239,12 +245,9 @@ func leftovers(sb *superblock, parts int) *removal {
 			}
 			continue
 		}
-		c := checkpointRef{Object: x.Object, Epoch: x.Epoch}
-		if sb.published(c) {
-			continue // after all
+		if c := x.ref(); !sb.published(c) { // after all
+			r.add(sb.manifestParts(c, parts))
 		}
-		r.add(&objectParts{func(part int) string { return mapKey(sb.Image, c, uint32(part)) }, checkpointPuts})
-		r.add(sb.manifestParts(c, parts))
 	}
 	return r
 }
@@ -258,4 +261,11 @@ func (s *superblock) published(c checkpointRef) bool {
 // first, so the others may be there without it.
 func (s *superblock) manifestParts(c checkpointRef, parts int) *objectParts {
 	return &objectParts{func(part int) string { return manifestKey(s.Image, c, part) }, parts}
+}
+
+// mapParts names the map objects of a checkpoint that was not published. As long as none has
+// been deleted, or nothing comes any more and the last go first, fewer are missing before one
+// that is there than may be under way at one time.
+func (s *superblock) mapParts(c checkpointRef) *objectParts {
+	return &objectParts{func(part int) string { return mapKey(s.Image, c, uint32(part)) }, checkpointPuts}
 }

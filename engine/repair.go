@@ -137,7 +137,7 @@ func (c *checker) mendCounts(ctx context.Context, r *Repair) error {
 	if err := deleteParts(ctx, c.st, func(part int) string { return manifestKey(c.id, old, part) }, 1); err != nil {
 		return fmt.Errorf("remove the checkpoint that was wrong: %w", err)
 	}
-	err = c.change(ctx, func(sb *superblock) { sb.dropStale(0, []checkpointRef{old}) })
+	err = c.change(ctx, func(sb *superblock) { sb.dropStale(nil, []checkpointRef{old}) })
 	if errors.Is(err, errBusy) {
 		return nil // it is a new owner's to say so
 	}

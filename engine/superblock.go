@@ -103,6 +103,9 @@ type staleObjects struct {
 	Checkpoint bool   `json:"checkpoint,omitempty"` // which of the two
 }
 
+// ref names the checkpoint that was not published.
+func (x *staleObjects) ref() checkpointRef { return checkpointRef{Object: x.Object, Epoch: x.Epoch} }
+
 // owner says who may write the image.
 type owner struct {
 	Host    string        `json:"host"`
