@@ -233,6 +233,47 @@ func TestPartsGoAfterInterruption(t *testing.T) {
 	}
 }
 
+// TestPartsEnd: what the store refuses to tell of may be there, and so may any number of
+// others where that is as many in a row as the search is to go over.
+func TestPartsEnd(t *testing.T) {
+	for parts, want := range map[string]int{ // + is there, ? refused; -1: it cannot be told
+		"":             0,
+		"+":            1,
+		"---+":         4,
+		"----+":        0,
+		"?":            1,
+		"???":          3,
+		"???+":         4,
+		"?---?---+":    9,
+		"???-???":      7,
+		"????":         -1,
+		"+-+????+":     -1,
+		"+++----????+": 3,
+	} {
+		st := faultstore.New(mem.New(), func(op faultstore.Op) (f faultstore.Fault) {
+			if k := parseKey(uuid.UUID{1}, op.Key); op.Method == faultstore.Stat && k.part < uint64(len(parts)) && parts[k.part] == '?' {
+				f.Before = backend.ErrPermanent
+			}
+			return f
+		})
+		key := func(part int) string { return mapKey(uuid.UUID{1}, checkpointRef{1, 1}, uint32(part)) }
+		for part, x := range parts {
+			if x == '+' {
+				if err := st.Put(t.Context(), key(part), []byte("part")); err != nil {
+					t.Fatal(err)
+				}
+			}
+		}
+		end, err := partsEnd(t.Context(), st, key, checkpointPuts)
+		switch {
+		case want < 0 && (err == nil || errors.Is(err, backend.ErrPermanent)):
+			t.Errorf("%q: %d, %v, want an error that is not for good", parts, end, err)
+		case want >= 0 && (end != want || err != nil):
+			t.Errorf("%q: %d, %v, want %d", parts, end, err, want)
+		}
+	}
+}
+
 // TestForgottenPointsMapObjectsGo: map objects that only a point needed go when the
 // log that it stands for is forgotten, also while the image is idle.
 func TestForgottenPointsMapObjectsGo(t *testing.T) {

@@ -3,6 +3,7 @@ package engine
 import (
 	"context"
 	"errors"
+	"fmt"
 	"time"
 
 	"github.com/lsd-ceph/lsd/backend"
@@ -169,19 +170,25 @@ func deleteParts(ctx context.Context, st backend.Store, key func(part int) strin
 	return errors.Join(refused...)
 }
 
-// partsEnd returns the number of the part after the last one that is there, or may be.
+// partsEnd returns the number of the part after the last one that is there, or may be: so may
+// what the store refuses to tell of. If that is as many in a row as gap, there may be any
+// number, and it fails, with an error that is not for good, as the store's was: were the parts
+// given up, nobody would look for them again.
 func partsEnd(ctx context.Context, st backend.Store, key func(part int) string, gap int) (end int, err error) {
-	for part, missing := 0, 0; missing < gap; part++ {
+	for part, missing, refused := 0, 0, 0; missing < gap; part++ {
 		switch _, err := st.Stat(ctx, key(part)); {
 		case errors.Is(err, backend.ErrNotFound):
 			missing++
-		case errors.Is(err, backend.ErrPermanent): // it may be there
-			end = part + 1
-			missing++
+			refused = 0
+		case errors.Is(err, backend.ErrPermanent):
+			end, missing = part+1, 0
+			if refused++; refused == gap {
+				return 0, fmt.Errorf("find out how many parts there are: %v", err)
+			}
 		case err != nil:
 			return 0, err
 		default:
-			end, missing = part+1, 0
+			end, missing, refused = part+1, 0, 0
 		}
 	}
 	return end, nil

@@ -20,7 +20,7 @@ var (
 
 // simRegressions are seeds that have found a bug once. What a seed means changes
 // with the simulation: each bug has a test of its own, too.
-var simRegressions = []uint64{34, 58, 218, 219, 225, 201993, 213819, 229406, 234469, 910889, 2002943, 369, 759, 10080, 20688, 60239, 50734}
+var simRegressions = []uint64{34, 58, 218, 219, 225, 201993, 213819, 229406, 234469, 910889, 2002943, 369, 759, 10080, 20688, 60239, 50734, 51392}
 
 // enoughSeeds is how many show all that can happen.
 const enoughSeeds = 500
