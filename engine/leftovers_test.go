@@ -105,23 +105,36 @@ func TestLateMapObjectGoes(t *testing.T) {
 }
 
 // TestMapObjectsGoAfterInterruption: a process that dies while it removes the map objects of
-// a checkpoint that was never published leaves none that the next one does not find.
+// a checkpoint that was never published leaves none that the next one does not find; nor
+// does a repair.
 func TestMapObjectsGoAfterInterruption(t *testing.T) {
 	const parts = 0x12
 	for deletes := 0; deletes <= parts; deletes += 3 {
-		t.Run(fmt.Sprintf("after %d", deletes), func(t *testing.T) {
-			u := newUnpublished(t, parts)
-			u.restart()
-			u.late()
-			before := objectsOf(t, u.st, u.id, "m")
-			u.st.Inject(faultstore.If(faultstore.All(faultstore.Method(faultstore.Delete), faultstore.Key("*/m/*"), faultstore.AfterFirst(deletes)), faultstore.Fault{Before: backend.ErrTemporary}))
-			u.h.run(leftoverGrace)
-			if n := before - objectsOf(t, u.st, u.id, "m"); n != deletes {
-				t.Fatalf("%d map objects have gone, not %d: this tests nothing", n, deletes)
-			}
-			u.restart()
-			u.mustEndClean(u.h)
-		})
+		for _, repair := range []bool{false, true} {
+			t.Run(fmt.Sprintf("repair %v, after %d", repair, deletes), func(t *testing.T) {
+				u := newUnpublished(t, parts)
+				u.restart()
+				u.late()
+				if repair {
+					u.h.mustClose()
+				}
+				before := objectsOf(t, u.st, u.id, "m")
+				u.st.Inject(faultstore.If(faultstore.All(faultstore.Method(faultstore.Delete), faultstore.Key("*/m/*"), faultstore.AfterFirst(deletes)), faultstore.Fault{Before: backend.ErrTemporary}))
+				if repair {
+					_, err := Check(t.Context(), u.st, "disk", "mem:/disk", CheckOptions{Repair: true})
+					if (err == nil) != (deletes == parts) {
+						t.Fatalf("repair: %v", err)
+					}
+				} else {
+					u.h.run(leftoverGrace)
+				}
+				if n := before - objectsOf(t, u.st, u.id, "m"); n != deletes {
+					t.Fatalf("%d map objects have gone, not %d: this tests nothing", n, deletes)
+				}
+				u.restart()
+				u.mustEndClean(u.h)
+			})
+		}
 	}
 }
 

@@ -1,6 +1,7 @@
 package engine
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -15,7 +16,10 @@ var errBusy = errors.New("the image was attached or changed meanwhile: nothing m
 // repair plans, and with Repair does, what loses nothing: orphans and what earlier
 // owners have left are removed, and wrong counts of live sectors are corrected.
 func (c *checker) repair(ctx context.Context) error {
-	for _, key := range c.rep.Stale {
+	// Of each checkpoint the last part goes first, as in deleteParts.
+	stale := slices.Clone(c.rep.Stale)
+	slices.SortStableFunc(stale, func(a, b string) int { return cmp.Compare(parseKey(c.id, b).part, parseKey(c.id, a).part) })
+	for _, key := range stale {
 		c.rep.Repairs = append(c.rep.Repairs, Repair{Object: key, What: "remove what an earlier owner has left"})
 	}
 	counts := len(c.counts) > 0 && len(c.rep.Errors) > 0 && !c.otherErrors()
