@@ -16,7 +16,8 @@
 #define PAUSE_FIRST 100   /* ms */
 #define PAUSE_MOST 1000   /* ms */
 #define RECONNECT_DEFAULT 300 /* s */
-#define OPEN_MS 600000  /* an open behind a long recovery */
+#define OPEN_MS 600000 /* an open behind a long recovery, if something waits for it */
+#define IDLE_MS 30000  /* and if nothing does */
 #define CLOSE_MS 30000
 
 /* Completions that have been taken and not been given back. */
@@ -599,6 +600,14 @@ static int64_t waiting_ms(struct image *h, int64_t limit, int64_t *since)
 	return left < PAUSE_MOST ? left : PAUSE_MOST;
 }
 
+/* Until when a daemon may take to open the image again. */
+static int64_t patience(int64_t limit, int64_t since)
+{
+	if (!since)
+		return now_ms() + IDLE_MS;
+	return limit ? since + limit : now_ms() + OPEN_MS;
+}
+
 /* The daemon has ended: connects anew until one answers, or the time is over. */
 static void reconnect(struct image *h)
 {
@@ -611,7 +620,7 @@ static void reconnect(struct image *h)
 		wait = waiting_ms(h, limit, &since);
 		if (wait < 0)
 			break;
-		e = reconnect_once(h, since && limit ? since + limit : now_ms() + OPEN_MS);
+		e = reconnect_once(h, patience(limit, since));
 		if (e == 0)
 			return;
 		if (!passing(e)) {
