@@ -28,7 +28,7 @@
 #define GIB (1u << 30)
 #define NAME_MOST 4096u   /* bytes of a name in a frame */
 #define FRAME_MOST MIB    /* bytes of a frame's payload */
-#define REQUEST_MOST 12544u /* bytes of the longest payload that we send: three names and a few numbers */
+#define REQUEST_MOST 12544u /* bytes of a payload of ours: three names and a few numbers */
 #define ENTRIES_LEAST 8u
 #define ENTRIES_MOST 1024u
 #define DATA_LEAST (2u * MIB)
@@ -353,7 +353,7 @@ struct image {
 	/* set at open, then constant but for the thread at a change of the snapshot (lock) */
 	char *store;
 	char *name; /* lock: rename is another handle's business, open's answer renews it */
-	uint64_t snapshot_number; /* 0: the image itself; which stays when the snapshot gets another name */
+	uint64_t snapshot_number; /* 0: the image itself; a name may become another */
 	bool read_only; /* as the caller has opened it */
 	bool fixed;     /* read-only or a snapshot: no writes */
 	uint8_t id[16];

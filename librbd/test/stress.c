@@ -408,18 +408,29 @@ static void count_callback(rbd_completion_t c, void *arg)
 	polled_callbacks++;
 }
 
-static void test_poll(void)
+/* One count of what rbd_set_image_notification has been given: false, there is none. */
+static bool one_event(int fd, int type)
+{
+	uint64_t v;
+	ssize_t n = read(fd, &v, type == EVENT_TYPE_PIPE ? 1 : sizeof v);
+
+	if (n < 0)
+		EQUAL(errno, EAGAIN);
+	return n > 0;
+}
+
+static void poll_with(int type, int fd, int notify)
 {
 	rbd_image_t image = open_image("vm1");
 	rbd_completion_t c, got[16];
-	int fd = eventfd(0, EFD_SEMAPHORE | EFD_NONBLOCK), seen = 0, n = 500;
+	int seen = 0, n = 500;
 	char buf[4096];
-	uint64_t v;
 	bool *back = calloc((size_t)n, 1);
 
-	EQUAL(rbd_set_image_notification(image, fd, 7), -EINVAL);
-	EQUAL(rbd_set_image_notification(image, fd, EVENT_TYPE_EVENTFD), 0);
-	EQUAL(rbd_set_image_notification(image, fd, EVENT_TYPE_EVENTFD), -EINVAL);
+	polled_callbacks = 0;
+	EQUAL(rbd_set_image_notification(image, notify, 7), -EINVAL);
+	EQUAL(rbd_set_image_notification(image, notify, type), 0);
+	EQUAL(rbd_set_image_notification(image, notify, type), -EINVAL);
 	for (int i = 0; i < n; i++) {
 		EQUAL(rbd_aio_create_completion(back + i, i % 2 ? count_callback : NULL, &c), 0);
 		EQUAL(i % 5 ? rbd_aio_read(image, 0, sizeof buf, buf, c) :
@@ -443,14 +454,14 @@ static void test_poll(void)
 			CHECK(r == 4096 || r == -EINVAL);
 			rbd_aio_release(got[i]);
 			/* Each has its count, which may come a moment after it. */
-			while (read(fd, &v, sizeof v) != sizeof v)
-				EQUAL(errno, EAGAIN);
+			while (!one_event(fd, type))
+				;
 		}
 		seen += k;
 	}
 	EQUAL(polled_callbacks, n / 2);
 	EQUAL(rbd_poll_io_events(image, got, 16), 0);
-	EQUAL(read(fd, &v, sizeof v), -1);
+	CHECK(!one_event(fd, type));
 	/* One that has been released before it was asked for does not come back. */
 	EQUAL(rbd_aio_create_completion(NULL, NULL, &c), 0);
 	EQUAL(rbd_aio_flush(image, c), 0);
@@ -462,8 +473,19 @@ static void test_poll(void)
 	EQUAL(rbd_aio_flush(image, c), 0);
 	EQUAL(rbd_close(image), 0);
 	rbd_aio_release(c);
-	close(fd);
 	free(back);
+}
+
+static void test_poll(void)
+{
+	int fd = eventfd(0, EFD_SEMAPHORE | EFD_NONBLOCK), fds[2];
+
+	poll_with(EVENT_TYPE_EVENTFD, fd, fd);
+	EQUAL(pipe2(fds, O_NONBLOCK), 0);
+	poll_with(EVENT_TYPE_PIPE, fds[0], fds[1]);
+	close(fd);
+	close(fds[0]);
+	close(fds[1]);
 }
 
 /* ---- a flush is for what was called before ---- */
@@ -545,6 +567,71 @@ static void test_snapshot(void)
 	}
 	EQUAL(rbd_close(snap), 0);
 	EQUAL(rbd_snap_remove(image, "s2"), 0);
+	EQUAL(rbd_close(image), 0);
+}
+
+/* ---- questions from many threads, and another snapshot, while connections end ---- */
+
+static _Atomic bool control_over;
+
+static void *ask(void *arg)
+{
+	rbd_image_info_t info;
+	rbd_snap_info_t snaps[3];
+	uint64_t size;
+
+	while (!control_over) {
+		int max = 3;
+
+		EQUAL(rbd_stat(arg, &info, sizeof info), 0);
+		EQUAL(info.size, IMAGE);
+		EQUAL(rbd_get_size(arg, &size), 0);
+		EQUAL(size, IMAGE);
+		EQUAL(rbd_snap_list(arg, snaps, &max), 1);
+		rbd_snap_list_end(snaps);
+	}
+	return NULL;
+}
+
+static void *read_some(void *arg)
+{
+	char b[3000];
+
+	while (!control_over)
+		EQUAL(rbd_read(arg, 1000, sizeof b, b), sizeof b);
+	return NULL;
+}
+
+static void test_control(void)
+{
+	rbd_image_t image = open_image("vm1"), moving = open_image("vm1");
+	pthread_t t[5];
+	char b[3];
+
+	EQUAL(rbd_write(image, 0, 3, "old"), 3);
+	EQUAL(rbd_snap_create(image, "s"), 0);
+	EQUAL(rbd_write(image, 0, 3, "new"), 3);
+	for (int i = 0; i < 2; i++)
+		pthread_create(&t[i], NULL, ask, image);
+	pthread_create(&t[2], NULL, ask, moving);
+	pthread_create(&t[3], NULL, read_some, image);
+	pthread_create(&t[4], NULL, read_some, moving);
+	for (int i = 0; i < 60; i++) {
+		const char *snap = i % 2 ? NULL : "s";
+		int e = rbd_snap_set(moving, snap);
+
+		/* Where it fails because a daemon was just away, nothing has changed. */
+		while (e == -ECONNREFUSED || e == -ECONNRESET)
+			e = rbd_snap_set(moving, snap);
+		EQUAL(e, 0);
+		EQUAL(rbd_read(moving, 0, 3, b), 3);
+		CHECK(memcmp(b, snap ? "old" : "new", 3) == 0);
+		usleep(2000);
+	}
+	control_over = true;
+	for (int i = 0; i < 5; i++)
+		pthread_join(t[i], NULL);
+	EQUAL(rbd_close(moving), 0);
 	EQUAL(rbd_close(image), 0);
 }
 
@@ -1007,7 +1094,7 @@ int main(int argc, char **argv)
 		void (*run)(void);
 	} tests[] = {
 		{"admin", test_admin},	   {"big", test_big},	{"callbacks", test_callbacks},
-		{"exit", test_exit},	   {"flush", test_flush}, {"fork", test_fork},
+		{"control", test_control}, {"exit", test_exit},	   {"flush", test_flush}, {"fork", test_fork},
 		{"forks", test_forks},	   {"frames", test_frames}, {"gone", test_gone},
 		{"order", test_order},	   {"poll", test_poll},
 		{"random", test_random}, {"snapshot", test_snapshot},
