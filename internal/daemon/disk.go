@@ -55,10 +55,11 @@ type disk struct {
 	refused atomic.Bool // see refuse
 
 	// The reactor's: what it does for library clients.
-	rings   *ring.Group          // nil before the first one
-	hooked  map[*handle]struct{} // those whose memory it may use
+	rings   *ring.Group // nil before the first one
 	changes changes
 	deaf    bool // as front's
+
+	hooked hookedHandles
 
 	closed chan struct{} // made by close; closed when it has ended
 	err    error         // of close, valid after closed
@@ -81,7 +82,7 @@ type diskOptions struct {
 
 // openDisk opens the image of a record and starts its reactor.
 func openDisk(ctx context.Context, o diskOptions) (_ *disk, err error) {
-	d := &disk{logger: o.logger, store: o.store, log: o.log, shared: o.shared, hooked: make(map[*handle]struct{})}
+	d := &disk{logger: o.logger, store: o.store, log: o.log, shared: o.shared}
 	defer func() {
 		if err != nil {
 			d.free()
@@ -154,7 +155,7 @@ func openImage(ctx context.Context, o *diskOptions, opt engine.OpenOptions) (im 
 
 // emptyDisk returns a disk without an image.
 func emptyDisk(rec record, logger *slog.Logger) (*disk, error) {
-	d := &disk{logger: logger, hooked: make(map[*handle]struct{})}
+	d := &disk{logger: logger}
 	return d, d.startReactor(rec)
 }
 
@@ -330,6 +331,9 @@ func (d *disk) release() {
 		// A worker that hangs in the store. It may still use the memory; all it
 		// can do to the store belongs to an epoch that is over then.
 		d.logger.Error("something of the image is still running: its memory stays in use until the daemon ends")
+		// It may still write where a library client waits for what it has read: the clients
+		// come back, and get other memory.
+		d.hooked.closeAll()
 		d.reactor.Stop()
 		<-d.reactor.Done()
 		if d.log != nil {
@@ -389,10 +393,7 @@ func (d *disk) free() {
 		d.reactor.Stop()
 		<-d.reactor.Done()
 	}
-	errs := []error{d.changes.close()}
-	for h := range d.hooked {
-		errs = append(errs, h.put())
-	}
+	errs := []error{d.changes.close(), d.hooked.putAll()}
 	if d.mem != nil {
 		errs = append(errs, d.mem.Close())
 	}

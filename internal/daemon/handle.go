@@ -2,14 +2,17 @@ package daemon
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
+	"sync"
 	"sync/atomic"
 	"time"
 
 	"github.com/lsd-ceph/lsd/engine"
 	"github.com/lsd-ceph/lsd/internal/api"
 	"github.com/lsd-ceph/lsd/librbd/ring"
+	"github.com/lsd-ceph/lsd/ublk"
 )
 
 const (
@@ -58,18 +61,77 @@ func (h *handle) put() error {
 
 // hook has the reactor serve a handle's ring. What it had under way elsewhere is done again.
 func (d *disk) hook(h *handle) {
-	h.refs.Add(1)
-	if !d.reactor.TryPost(func() {
+	d.hooked.add(h)
+	// If the reactor has ended, or does before it comes to this, the handle is hooked to the next
+	// one, and the use ends with the disk.
+	d.reactor.Post(func() {
 		if d.rings == nil {
 			d.rings = ring.NewGroup(d.reactor)
 		}
 		if d.image != nil {
 			h.mem.SetSize(d.image.Sectors() * engine.SectorSize)
 		}
-		d.hooked[h] = struct{}{}
 		d.rings.Hook(h.conn, newLibraryFront(d, h.entries, h.readOnly))
-	}) {
-		_ = h.put() // it has ended: the handle is hooked to the next one
+	})
+}
+
+// hookedHandles are the handles whose memory a disk may use. It has a use of each of them.
+type hookedHandles struct {
+	mu  sync.Mutex
+	set map[*handle]struct{} // guarded by mu
+}
+
+func (s *hookedHandles) add(h *handle) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if _, ok := s.set[h]; ok {
+		return
+	}
+	if s.set == nil {
+		s.set = make(map[*handle]struct{})
+	}
+	s.set[h] = struct{}{}
+	h.refs.Add(1)
+}
+
+func (s *hookedHandles) has(h *handle) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	_, ok := s.set[h]
+	return ok
+}
+
+// put ends the use of a handle, if there is one.
+func (s *hookedHandles) put(h *handle) error {
+	s.mu.Lock()
+	_, ok := s.set[h]
+	delete(s.set, h)
+	s.mu.Unlock()
+	if !ok {
+		return nil
+	}
+	return h.put()
+}
+
+// putAll ends the use of all.
+func (s *hookedHandles) putAll() error {
+	s.mu.Lock()
+	set := s.set
+	s.set = nil
+	s.mu.Unlock()
+	var errs []error
+	for h := range set {
+		errs = append(errs, h.put())
+	}
+	return errors.Join(errs...)
+}
+
+// closeAll has the clients find that their handles have ended.
+func (s *hookedHandles) closeAll() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for h := range s.set {
+		h.sock.Close()
 	}
 }
 
@@ -78,14 +140,14 @@ func (d *disk) hook(h *handle) {
 func (d *disk) unhook(ctx context.Context, h *handle, gone bool) error {
 	done := make(chan struct{})
 	d.reactor.Post(func() {
-		if _, ok := d.hooked[h]; !ok || d.deaf { // when that ends so does its use of the memory
+		if !d.hooked.has(h) || d.deaf { // when that ends so does its use of the memory
 			close(done)
 			return
 		}
 		end := func() {
-			delete(d.hooked, h)
+			err := d.hooked.put(h)
 			close(done)
-			if err := h.put(); err != nil {
+			if err != nil {
 				d.logger.Error("free the ring of a library client", "err", err)
 			}
 		}
@@ -222,7 +284,8 @@ func (a *attachment) letGoUnused(now time.Time) {
 // later.
 func (a *attachment) detachUnused() {
 	_, err := a.detach(a.d.serving, api.DetachRequest{}, func(api.Progress) {})
-	if err == nil || a.d.serving.Err() != nil {
+	var busy *ublk.BusyError
+	if err == nil || a.d.serving.Err() != nil || errors.As(err, &busy) { // somebody has come
 		return
 	}
 	a.logger.Warn("nobody uses it any more, and it could not be detached", "err", err)

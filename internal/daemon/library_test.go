@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"io"
 	"math/rand/v2"
 	"net"
 	"os"
@@ -595,5 +596,290 @@ func TestLibraryLost(t *testing.T) {
 	errnoIs(t, h.client().open(wire.OpenRequest{}), unix.EBUSY)
 	if h.door() != nil {
 		t.Error("what was lost is attached")
+	}
+}
+
+// TestLibraryHookLost: the memory of a handle goes also if the reactor that was to serve it has
+// died before it came to that.
+func TestLibraryHookLost(t *testing.T) {
+	w := newWorld(t)
+	h := w.newHost()
+	dk, err := emptyDisk(record{ID: firstDoor}, h.logger)
+	if err != nil {
+		t.Fatal(err)
+	}
+	hd, err := newHandle("process 1", io.NopCloser(nil), false, 8, 2<<20)
+	if err != nil {
+		t.Fatal(err)
+	}
+	hooked := make(chan struct{})
+	dk.reactor.Post(func() { <-hooked; panic("test") })
+	dk.hook(hd)
+	close(hooked)
+	<-dk.reactor.Done()
+	dk.hook(hd) // in vain
+	dk.release()
+	if err := hd.put(); err != nil {
+		t.Fatal(err)
+	}
+	if n := hd.refs.Load(); n != 0 || hd.mem.Files()[0] != -1 {
+		t.Errorf("%d uses of the memory are left, descriptor %d", n, hd.mem.Files()[0])
+	}
+}
+
+// TestLibraryDeafClient: a client that does not read what it is told does not hold up what it has
+// asked for.
+func TestLibraryDeafClient(t *testing.T) {
+	w := newWorld(t)
+	h := w.newHost()
+	h.makeLog("vm1")
+	c := h.handle(wire.OpenRequest{})
+	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(fds[1])
+	f := os.NewFile(uintptr(fds[0]), "socket")
+	conn, err := net.FileConn(f)
+	if err != nil {
+		t.Fatal(err)
+	}
+	f.Close()
+	told := make(chan struct{})
+	go func() {
+		defer close(told)
+		a := &answer{s: &session{d: h.Daemon, conn: conn.(*net.UnixConn)}}
+		for range 1 << 16 {
+			a.progress(api.Progress{Done: 1, Total: 2})
+		}
+	}()
+	select {
+	case <-told:
+	case <-time.After(clientTimeout):
+		t.Error("it is waited for")
+		conn.Close()
+	}
+	c.write(0, 512, 1)
+}
+
+// TestLibraryCloseWhileDying: a handle is closed although the reactor dies.
+func TestLibraryCloseWhileDying(t *testing.T) {
+	w := newWorld(t)
+	h := w.newHost()
+	h.makeLog("vm1")
+	for range 4 {
+		c := h.handle(wire.OpenRequest{})
+		h.door().getDisk().reactor.Post(func() { panic("test") })
+		if err := c.close(); err != nil {
+			t.Errorf("close: %v", err)
+		}
+	}
+	h.handle(wire.OpenRequest{}).write(0, 512, 1)
+}
+
+// snapshot makes a snapshot through the handle.
+func (c *libraryClient) snapshot(name string) {
+	c.t.Helper()
+	if err := c.call(wire.Snapshot, &wire.SnapshotRequest{Name: name}, nil); err != nil {
+		c.t.Fatal(err)
+	}
+}
+
+// TestLibraryRollBack: a handle rolls its image back while nobody else has it open, and goes on
+// with what it had submitted meanwhile.
+func TestLibraryRollBack(t *testing.T) {
+	w := newWorld(t)
+	h := w.newHost()
+	h.makeLog("vm1")
+	c := h.handle(wire.OpenRequest{})
+	c.write(100, 1000, 1)
+	c.snapshot("monday")
+	c.write(100, 1000, 2)
+	other := h.handle(wire.OpenRequest{Flags: wire.OpenReadOnly})
+	errnoIs(t, c.call(wire.RollBack, &wire.SnapshotRequest{Name: "monday"}, nil), unix.EBUSY)
+	errnoIs(t, other.call(wire.RollBack, &wire.SnapshotRequest{Name: "monday"}, nil), unix.EROFS)
+	c.check(100, 1000, 2)
+	if err := other.close(); err != nil {
+		t.Fatal(err)
+	}
+	errnoIs(t, c.call(wire.RollBack, &wire.SnapshotRequest{Name: "sunday"}, nil), unix.ENOENT)
+	var size wire.SizeResult
+	if err := c.call(wire.Resize, &wire.ResizeRequest{Size: 128 << 20}, &size); err != nil || size.Size != 128<<20 || c.Size() != 128<<20 {
+		t.Errorf("%d bytes, %d in the ring, %v", size.Size, c.Size(), err)
+	}
+	if err := c.send(wire.RollBack, &wire.SnapshotRequest{Name: "monday"}); err != nil {
+		t.Fatal(err)
+	}
+	for range 20 { // before, while and after
+		if err := c.do(ringtest.Read, 100, make([]byte, 512)); err != 0 {
+			t.Errorf("read: %v", err)
+		}
+		time.Sleep(time.Millisecond)
+	}
+	if _, err := c.result(wire.RollBack, &size); err != nil || size.Size != 64<<20 || c.Size() != 64<<20 {
+		t.Errorf("%d bytes, %d in the ring, %v", size.Size, c.Size(), err)
+	}
+	c.check(100, 1000, 1)
+	c.write(2000, 10, 3)
+	if err := c.close(); err != nil {
+		t.Fatal(err)
+	}
+	c = h.handle(wire.OpenRequest{})
+	c.check(100, 1000, 1)
+	c.check(2000, 10, 3)
+}
+
+// TestLibrarySnapshots: snapshots are listed, opened by name and number, also after the daemon's
+// end, and removed with what was attached of them; so is the image.
+func TestLibrarySnapshots(t *testing.T) {
+	w := newWorld(t)
+	h := w.newHost()
+	h.makeLog("vm1")
+	c := h.handle(wire.OpenRequest{})
+	c.write(0, 512, 1)
+	c.snapshot("monday")
+	errnoIs(t, c.call(wire.Snapshot, &wire.SnapshotRequest{Name: "monday"}, nil), unix.EEXIST)
+	c.write(0, 512, 2)
+	var list wire.SnapshotList
+	if err := c.call(wire.ListSnapshots, nil, &list); err != nil || len(list.Snapshots) != 1 || list.Snapshots[0].Size != 64<<20 {
+		t.Fatalf("%+v, %v", list, err)
+	}
+	named := h.handle(wire.OpenRequest{Snapshot: "monday"})
+	number := h.handle(wire.OpenRequest{Number: list.Snapshots[0].Number})
+	for _, s := range []*libraryClient{named, number} {
+		s.check(0, 512, 1)
+		if s.opened.Flags != wire.OpenedReadOnly {
+			t.Error("it can be written to")
+		}
+	}
+	errnoIs(t, c.call(wire.RemoveSnapshot, &wire.SnapshotRequest{Name: "monday"}, nil), unix.EBUSY)
+	h.crash()
+	h.start()
+	id := c.opened.ID
+	c = h.handle(wire.OpenRequest{Flags: wire.OpenAgain, ID: id})
+	named = h.handle(wire.OpenRequest{Snapshot: "monday", Flags: wire.OpenAgain, ID: id})
+	number = h.handle(wire.OpenRequest{Number: list.Snapshots[0].Number, Flags: wire.OpenAgain, ID: id})
+	c.check(0, 512, 2)
+	for _, s := range []*libraryClient{named, number} {
+		s.check(0, 512, 1)
+		if err := s.close(); err != nil {
+			t.Error(err)
+		}
+	}
+	if err := c.call(wire.RemoveSnapshot, &wire.SnapshotRequest{Name: "monday"}, nil); err != nil {
+		t.Error(err)
+	}
+	errnoIs(t, c.call(wire.RemoveSnapshot, &wire.SnapshotRequest{Name: "monday"}, nil), unix.ENOENT)
+	r := h.client()
+	remove := &wire.RemoveRequest{Store: libraryURL, Image: "vm1"}
+	errnoIs(t, r.call(wire.Remove, remove, nil), unix.EBUSY)
+	if err := c.close(); err != nil {
+		t.Fatal(err)
+	}
+	if err := r.call(wire.Remove, remove, nil); err != nil {
+		t.Error(err)
+	}
+	errnoIs(t, r.call(wire.Remove, remove, nil), unix.ENOENT)
+}
+
+// TestLibraryHostile: a client that breaks the ring's rules loses its handle, and nobody else does.
+func TestLibraryHostile(t *testing.T) {
+	w := newWorld(t)
+	h := w.newHost()
+	h.makeLog("vm1")
+	c := h.handle(wire.OpenRequest{})
+	other := h.handle(wire.OpenRequest{})
+	c.Submit(ringtest.Request{Op: ringtest.Write, Tag: 99, Length: 512})
+	c.ended()
+	other.write(0, 512, 1)
+	other.check(0, 512, 1)
+	for end := time.Now().Add(clientTimeout); len(h.door().clients()) > 1; time.Sleep(time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatal("its handle stays")
+		}
+	}
+}
+
+// TestLibraryDetach: what clients use is not detached without force; with it they find that it
+// has ended, and cannot come back.
+func TestLibraryDetach(t *testing.T) {
+	w := newWorld(t)
+	h := w.newHost()
+	h.makeLog("vm1")
+	c := h.handle(wire.OpenRequest{})
+	c.write(0, 512, 1)
+	var busy *ublk.BusyError
+	if _, err := h.del(firstDoor, api.DetachRequest{}); !errors.As(err, &busy) || !strings.HasPrefix(err.Error(), "lib0 is in use by process ") {
+		t.Errorf("detached: %v", err)
+	}
+	c.write(512, 512, 2)
+	if _, err := h.del(firstDoor, api.DetachRequest{Force: true}); err != nil {
+		t.Fatal(err)
+	}
+	c.ended()
+	errnoIs(t, h.client().open(wire.OpenRequest{Flags: wire.OpenAgain, ID: c.opened.ID}), unix.ESTALE)
+	h.makeLog("vm1")
+	c = h.handle(wire.OpenRequest{})
+	c.check(0, 512, 1)
+	c.check(512, 512, 2)
+}
+
+// TestLibraryEnding: a daemon that ends has clients come back to the next one.
+func TestLibraryEnding(t *testing.T) {
+	w := newWorld(t)
+	h := w.newHost()
+	h.makeLog("vm1")
+	c := h.handle(wire.OpenRequest{})
+	c.write(0, 512, 1)
+	id := c.opened.ID
+	h.leave(exitRequest{detach: true, timeout: 5 * time.Second, progress: func(api.Progress) {}})
+	h.crash()
+	h.start()
+	c = h.handle(wire.OpenRequest{Flags: wire.OpenAgain, ID: id})
+	c.check(0, 512, 1)
+	if err := c.close(); err != nil {
+		t.Fatal(err)
+	}
+	waits := h.client()
+	h.door().op <- struct{}{} // as leave has it
+	h.end()
+	errnoIs(t, h.client().open(wire.OpenRequest{Image: "vm2"}), unix.EAGAIN)
+	again := make(chan error, 1)
+	go func() { again <- waits.open(wire.OpenRequest{Flags: wire.OpenAgain, ID: id}) }()
+	select {
+	case err := <-again:
+		errnoIs(t, err, unix.EAGAIN)
+	case <-time.After(clientTimeout):
+		t.Fatal("it waits for a daemon that ends")
+	}
+}
+
+// TestLibraryTogether: clients that open an image at one moment all get it, also while it is being
+// detached because nobody had it.
+func TestLibraryTogether(t *testing.T) {
+	w := newWorld(t)
+	h := w.newHost()
+	for round := range 4 {
+		if h.door() == nil {
+			h.makeLog("vm1")
+		}
+		var all sync.WaitGroup
+		for i := range 4 {
+			c := h.client()
+			all.Go(func() {
+				if err := c.open(wire.OpenRequest{}); err != nil {
+					t.Errorf("round %d: %v", round, err)
+					return
+				}
+				if err := c.do(ringtest.Write, uint64(i)*512, bytes.Repeat([]byte{byte(round)}, 512)); err != 0 {
+					t.Errorf("round %d: %v", round, err)
+				}
+				if err := c.close(); err != nil {
+					t.Errorf("close: %v", err)
+				}
+			})
+		}
+		all.Wait()
+		h.look(time.Now().Add(time.Hour), time.Time{})
 	}
 }

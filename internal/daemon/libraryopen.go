@@ -105,6 +105,9 @@ func (d *Daemon) describeByID(ctx context.Context, u backend.URL, text string) (
 func (d *Daemon) openHandle(ctx context.Context, q *wire.OpenRequest, who string, sock io.Closer) (*attachment, *handle, error) {
 	ctx, stop := context.WithTimeoutCause(ctx, openTimeout, fmt.Errorf("it could not be opened within a minute: %w", context.DeadlineExceeded))
 	defer stop()
+	ctx, leave := context.WithCancelCause(ctx)
+	defer leave(nil)
+	defer context.AfterFunc(d.serving, func() { leave(errEnding) })()
 	readOnly := q.Flags&wire.OpenReadOnly != 0 || q.Snapshot != "" || q.Number != 0
 	h, err := newHandle(who, sock, readOnly, q.Entries, q.Data)
 	if err != nil {
@@ -161,14 +164,25 @@ func (d *Daemon) openAgain(ctx context.Context, q *wire.OpenRequest, h *handle) 
 // again finds what a client had open.
 func (d *Daemon) again(q *wire.OpenRequest, readOnly bool) *attachment {
 	for _, a := range d.all() {
-		rec := a.record()
-		if !rec.Null && rec.ImageID == q.ID && (rec.Snapshot == uuid.Nil) == (q.Snapshot == "" && q.Number == 0) && (readOnly || !rec.ReadOnly) {
-			if rec.Snapshot == uuid.Nil || q.Number == wire.SnapshotNumber(rec.Snapshot) {
-				return a
-			}
+		if rec := a.record(); !rec.Null && rec.ImageID == q.ID && rec.isSnapshot(q) && (readOnly || !rec.ReadOnly) {
+			return a
 		}
 	}
 	return nil
+}
+
+// isSnapshot reports whether what is attached is the snapshot that a client wants, or, if it
+// wants none, the image itself. A client may know a snapshot by its name alone, which may be
+// another by now: what counts is that by which it was attached.
+func (r *record) isSnapshot(q *wire.OpenRequest) bool {
+	switch {
+	case r.Snapshot == uuid.Nil:
+		return q.Snapshot == "" && q.Number == 0
+	case q.Number != 0:
+		return q.Number == wire.SnapshotNumber(r.Snapshot)
+	}
+	_, _, name, err := backend.ParseSource(r.URL)
+	return err == nil && name == q.Snapshot
 }
 
 // attachmentOf finds the attachment of an image, or of a snapshot of it; nil if there is none. One

@@ -14,6 +14,7 @@ import (
 	"github.com/lsd-ceph/lsd/backend/mem"
 	"github.com/lsd-ceph/lsd/engine"
 	"github.com/lsd-ceph/lsd/internal/api"
+	"github.com/lsd-ceph/lsd/internal/reactor"
 	"github.com/lsd-ceph/lsd/librbd/ring"
 	"github.com/lsd-ceph/lsd/librbd/wire"
 	"golang.org/x/sys/unix"
@@ -88,8 +89,12 @@ func (s *session) describe(ctx context.Context) (o wire.StatResult, err error) {
 
 // closeHandle ends the handle, once nothing of it is under way.
 func (s *session) closeHandle(ctx context.Context) error {
-	if dk := s.attachment.getDisk(); dk != nil {
-		if err := dk.unhook(ctx, s.handle, false); err != nil {
+	for dk := s.attachment.getDisk(); dk != nil; dk = s.attachment.getDisk() {
+		err := dk.unhook(ctx, s.handle, false)
+		if err == nil {
+			break
+		}
+		if !errors.Is(err, reactor.ErrStopped) || !sleep(ctx, joinPause) {
 			return err
 		}
 	}
@@ -206,11 +211,22 @@ func (d *Daemon) free(ctx context.Context, what func(*record) bool) error {
 		if c := a.clients(); len(c) > 0 {
 			return a.busy(c)
 		}
-		if _, err := a.detach(ctx, api.DetachRequest{}, func(api.Progress) {}); err != nil {
+		if err := a.detachInTurn(ctx); err != nil {
 			return err
 		}
 	}
 	return nil
+}
+
+// detachInTurn detaches what has no users, once nobody else is at it.
+func (a *attachment) detachInTurn(ctx context.Context) error {
+	select {
+	case a.op <- struct{}{}:
+	case <-ctx.Done():
+		return fmt.Errorf("%s %w", a.name(), errAtIt)
+	}
+	defer func() { <-a.op }()
+	return a.detachReadily(ctx)
 }
 
 // list lists the names of a store's images, some at a time.

@@ -168,7 +168,7 @@ type answer struct {
 func (w *answer) progress(p api.Progress) {
 	b, err := wire.Append(nil, &wire.Progress{Done: p.Done, Total: p.Total})
 	if err == nil {
-		_ = w.write(w.request.Type.Progress(), b) // a client that is gone ends the session
+		_ = w.write(w.request.Type.Progress(), b, progressTimeout) // a client that is gone ends the session
 	}
 }
 
@@ -177,13 +177,32 @@ func (w *answer) send(why error) error {
 	var b []byte
 	if why == nil {
 		if b, why = wire.AppendResult(nil, w.result); why == nil {
-			return w.write(w.request.Type.Result(), b, w.files...)
+			return w.write(w.request.Type.Result(), b, resultTimeout, w.files...)
 		}
 	}
-	return w.write(w.request.Type.Result(), wire.AppendError(nil, errnoOf(why), api.OneLine(why)))
+	return w.write(w.request.Type.Result(), wire.AppendError(nil, errnoOf(why), api.OneLine(why)), resultTimeout)
 }
 
-func (w *answer) write(t wire.Type, payload []byte, files ...int) error {
+const (
+	// resultTimeout and progressTimeout are for how long a client may not read what it is
+	// told. While it does not, nobody else gets at what it has asked to be changed.
+	resultTimeout   = 10 * time.Second
+	progressTimeout = time.Second
+)
+
+// write sends a frame. One that the client does not take in time ends the session.
+func (w *answer) write(t wire.Type, payload []byte, timeout time.Duration, files ...int) error {
+	err := w.s.conn.SetWriteDeadline(time.Now().Add(timeout))
+	if err == nil {
+		err = w.writeFrame(t, payload, files...)
+	}
+	if err != nil { // the client may have a part of it
+		w.s.conn.Close()
+	}
+	return err
+}
+
+func (w *answer) writeFrame(t wire.Type, payload []byte, files ...int) error {
 	f := wire.Frame{Type: t, Number: w.request.Number, Payload: payload}
 	if len(files) > 0 {
 		return wire.WriteWithFiles(w.s.conn, f, files...)
