@@ -40,6 +40,8 @@ const lookTimeout = 30 * time.Second
 var (
 	errEnding  = errors.New("the daemon is ending: try again in a moment")
 	errNoImage = errors.New("no such image")
+	// errAttached says that an image is attached on this host.
+	errAttached = errors.New("is attached here already")
 )
 
 // attach makes a block device for a user who waits for it. When it fails,
@@ -322,7 +324,7 @@ func (a *attachment) inTheWay(rec *record) error {
 	if r := a.record(); r.ImageID != rec.ImageID {
 		return fmt.Errorf("%s is the write log of %s, attached as %s", rec.Log, r.URL, a.name())
 	}
-	return fmt.Errorf("%s is attached here already, as %s", rec.URL, a.name())
+	return fmt.Errorf("%s %w, as %s", rec.URL, errAttached, a.name())
 }
 
 // reserve finds a free device number, from the given one on or exactly that, and

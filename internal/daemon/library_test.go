@@ -883,3 +883,51 @@ func TestLibraryTogether(t *testing.T) {
 		h.look(time.Now().Add(time.Hour), time.Time{})
 	}
 }
+
+// TestLibraryCreate: an image is made, listed, renamed; sizes and names that cannot be are refused
+// with EINVAL.
+func TestLibraryCreate(t *testing.T) {
+	w := newWorld(t)
+	h := w.newHost()
+	c := h.client()
+	var made wire.CreateResult
+	q := wire.CreateRequest{Store: libraryURL, Image: "new", Size: 4<<20 + 512, ObjectSize: 4 << 20}
+	if err := c.call(wire.Create, &q, &made); err != nil {
+		t.Fatal(err)
+	}
+	if id, err := w.id("new"); err != nil || id != made.ID {
+		t.Errorf("%v, want %v: %v", id, made.ID, err)
+	}
+	errnoIs(t, c.call(wire.Create, &q, nil), unix.EEXIST)
+	for _, q := range []wire.CreateRequest{
+		{Image: "bad", Size: 0}, {Image: "bad", Size: 1}, {Image: "bad", Size: 1 << 63}, {Image: "bad", Size: 1<<64 - 512},
+		{Image: "bad", Size: 1 << 20, ObjectSize: 3<<20 + 7}, {Image: "a/b", Size: 1 << 20},
+	} {
+		q.Store = libraryURL
+		errnoIs(t, c.call(wire.Create, &q, nil), unix.EINVAL)
+	}
+	errnoIs(t, c.call(wire.Rename, &wire.RenameRequest{Store: libraryURL, Image: "new", Name: "vm1"}, nil), unix.EEXIST)
+	if err := c.call(wire.Rename, &wire.RenameRequest{Store: libraryURL, Image: "new", Name: "newer"}, nil); err != nil {
+		t.Error(err)
+	}
+	var list wire.ListResult
+	if err := c.call(wire.List, &wire.ListRequest{Store: libraryURL, After: "newe"}, &list); err != nil || list.More || len(list.Images) != 3 || list.Images[0].Name != "newer" {
+		t.Errorf("%+v, %v", list, err)
+	}
+	h.makeLog("vm1")
+	c = h.handle(wire.OpenRequest{})
+	for _, size := range []uint64{0, 1000, 1 << 63, 1<<64 - 4096} {
+		errnoIs(t, c.call(wire.Resize, &wire.ResizeRequest{Size: size, Shrink: true}, nil), unix.EINVAL)
+	}
+	errnoIs(t, c.call(wire.Resize, &wire.ResizeRequest{Size: 32 << 20}, nil), unix.EINVAL)
+	if err := c.do(ringtest.Read, 64<<20, make([]byte, 512)); err != unix.EINVAL {
+		t.Errorf("read beyond the end: %v", err)
+	}
+	c.write(40<<20, 512, 1)
+	if err := c.call(wire.Resize, &wire.ResizeRequest{Size: 32 << 20, Shrink: true}, nil); err != nil || c.Size() != 32<<20 {
+		t.Errorf("%d bytes, %v", c.Size(), err)
+	}
+	if err := c.do(ringtest.Write, 40<<20, make([]byte, 100)); err != unix.EINVAL {
+		t.Errorf("write of a part of a sector beyond the end: %v", err)
+	}
+}

@@ -134,12 +134,10 @@ func (d *Daemon) openFresh(ctx context.Context, q *wire.OpenRequest, h *handle) 
 	for {
 		a := d.attachmentOf(s.info.ID, s.snapshotID())
 		if a == nil {
-			err = d.attachFor(ctx, s, h.readOnly)
-			var owned *engine.OwnedError
-			if err != nil && (errors.As(err, &owned) || d.attachmentOf(s.info.ID, s.snapshotID()) == nil) {
+			if err := d.attachFor(ctx, s, h.readOnly); err != nil && !errors.Is(err, errAttached) {
 				return nil, err
 			}
-			continue // also where another client was faster
+			continue // also where another client was faster, whose attempt may yet fail
 		}
 		if ok, err := a.join(ctx, h, false); ok || err != nil {
 			return a, err

@@ -9,6 +9,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"runtime/debug"
 	"strings"
 	"syscall"
 	"time"
@@ -87,13 +88,18 @@ func (d *Daemon) serveSession(conn *net.UnixConn) {
 		}
 		gone(errors.New("the client is gone"))
 	}()
+	defer s.end()
+	defer conn.Close()
+	defer func() {
+		if v := recover(); v != nil { // it must not take what others use along
+			d.logger.Error("panic in a request of a library client", "who", who, "panic", v, "stack", string(debug.Stack()))
+		}
+	}()
 	for f := range requests {
 		if err := s.answer(ctx, f); err != nil {
-			break
+			return
 		}
 	}
-	conn.Close()
-	s.end()
 }
 
 // readFrames reads requests until the connection ends.
@@ -244,13 +250,22 @@ func errnoOf(err error) syscall.Errno {
 // errInvalid is matched by errors of what a client has asked for in vain at all times.
 var errInvalid = errors.New("invalid")
 
-// invalid makes an error match errInvalid.
+// invalid makes an error match errInvalid, and say what it has said.
 func invalid(err error) error {
 	if err == nil {
 		return nil
 	}
-	return fmt.Errorf("%w: %w", errInvalid, err)
+	return invalidError{err}
 }
+
+// An invalidError is an error that matches errInvalid.
+type invalidError struct{ error }
+
+// Is implements what errors.Is asks.
+func (invalidError) Is(target error) bool { return target == errInvalid }
+
+// Unwrap implements what errors.Is asks.
+func (e invalidError) Unwrap() error { return e.error }
 
 // do does what a request asks.
 func (s *session) do(ctx context.Context, f wire.Frame, w *answer) error {

@@ -186,7 +186,7 @@ func (d *disk) size(ctx context.Context) (n uint64, err error) {
 // checkSize fails unless the image may be given a size now.
 func (d *disk) checkSize(ctx context.Context, size uint64) error {
 	var wrong error
-	err := call(ctx, d.reactor, func() { wrong = d.image.CheckSize(size) })
+	err := call(ctx, d.reactor, func() { wrong = invalid(d.image.CheckSize(size)) })
 	return cmp.Or(err, wrong)
 }
 
