@@ -284,10 +284,12 @@ func (a *attachment) takeUp(ctx context.Context) bool {
 		a.logger.Error("cannot take it up", "err", err)
 	}
 	a.setState(api.StateRecovering, err)
-	if !permanent(err) || a.damaged > 0 && a.damaged < damagedTries {
+	fresh := a.record().Phase == phaseAttaching
+	unmade := fresh && errors.Is(err, errLogGone) // the daemon ended before it had made the log
+	if !unmade && !permanent(err) || a.damaged > 0 && a.damaged < damagedTries {
 		return false
 	}
-	if a.record().Phase == phaseAttaching {
+	if fresh {
 		a.logger.Warn("it had not been attached yet when the daemon ended: its record is removed")
 		a.scrap(ctx)
 		return false

@@ -154,6 +154,28 @@ func TestHalfMadeForGood(t *testing.T) {
 	}
 }
 
+// TestHalfMadeLog: a daemon died before it had made the write log of what it attached.
+func TestHalfMadeLog(t *testing.T) {
+	w := newWorld(t)
+	h := w.newHost()
+	id := h.add(api.AttachRequest{ID: 7})
+	rec := h.find(id).record()
+	if _, err := h.del(id, api.DetachRequest{}); err != nil {
+		t.Fatal(err)
+	}
+	rec.Phase = phaseAttaching
+	if err := h.records.save(rec); err != nil {
+		t.Fatal(err)
+	}
+	h.crash()
+	h.start()
+	h.await(id, "absent")
+	if r, l := h.files(); r != 0 || l != 0 {
+		t.Errorf("%d records and %d logs are left", r, l)
+	}
+	h.add(api.AttachRequest{ID: 7})
+}
+
 // TestTakenUnwritten: while a host's daemon was dead, another had the image, and has
 // let go of it. Its users get errors although their log, which held nothing, is as good
 // as any, also when the take-up that finds it out fails, and by every later daemon.
