@@ -18,7 +18,8 @@ const (
 // changes orders what library clients change in an image, so that a write may begin and end
 // at any byte. Such a write reads the sectors at its edges, and writes them with its own bytes
 // in them. Until it has ended no other change of the same sectors may begin, and it begins when
-// those before it have ended: the sectors would be without what these write.
+// those before it have ended: the sectors would be without what these write. Its reads may have to
+// wait for the store, so changes of other sectors do not wait for it.
 //
 // The reactor owns it. Nobody else may change the image.
 type changes struct {
@@ -29,13 +30,14 @@ type changes struct {
 	waiting slotQueue    // those that have to wait, in the order in which they came
 	edged   int          // of under, those that read their edges or write with them
 	pumping bool
+	ended   bool // something has since startWaiting began
 }
 
-// slotQueue is a queue of slots, linked through them.
+// slotQueue is a queue of slots, linked through them both ways.
 type slotQueue struct{ head, tail *librarySlot }
 
 func (q *slotQueue) push(s *librarySlot) {
-	s.next = nil
+	s.prev, s.next = q.tail, nil
 	if q.tail == nil {
 		q.head = s
 	} else {
@@ -44,19 +46,37 @@ func (q *slotQueue) push(s *librarySlot) {
 	q.tail = s
 }
 
-func (q *slotQueue) pop() {
-	if q.head = q.head.next; q.head == nil {
-		q.tail = nil
+func (q *slotQueue) remove(s *librarySlot) {
+	if s.prev == nil {
+		q.head = s.next
+	} else {
+		s.prev.next = s.next
 	}
+	if s.next == nil {
+		q.tail = s.prev
+	} else {
+		s.next.prev = s.prev
+	}
+	s.prev, s.next = nil, nil
 }
 
 // begin starts a change, or has it wait for those that it must not overtake.
 func (c *changes) begin(s *librarySlot) {
-	if c.waiting.head != nil || !c.mayBegin(s) {
+	if !c.mayBegin(s) || c.mustFollow(s, nil) {
 		c.waiting.push(s)
 		return
 	}
 	c.start(s)
+}
+
+// mustFollow reports whether a change has sectors with one in common that waits, before end.
+func (c *changes) mustFollow(s, end *librarySlot) bool {
+	for o := c.waiting.head; o != end; o = o.next {
+		if o.touches(s) {
+			return true
+		}
+	}
+	return false
 }
 
 // mayBegin reports whether a change has to wait for none that has begun.
@@ -71,7 +91,7 @@ func (c *changes) mayBegin(s *librarySlot) bool {
 // edged says so, with one of those that have edges.
 func (c *changes) overlaps(s *librarySlot, edged bool) bool {
 	for o := c.under; o != nil; o = o.next {
-		if (!edged || o.edges != nil) && o.req.Sector < s.req.Sector+uint64(s.req.Sectors) && s.req.Sector < o.req.Sector+uint64(o.req.Sectors) {
+		if (!edged || o.edges != nil) && o.touches(s) {
 			return true
 		}
 	}
@@ -131,15 +151,27 @@ func (c *changes) end(s *librarySlot) {
 		s.next.prev = s.prev
 	}
 	s.prev, s.next = nil, nil
-	if c.pumping {
+	if c.ended = true; c.pumping {
 		return // one that ends within start
 	}
 	c.pumping = true
-	for s := c.waiting.head; s != nil && c.mayBegin(s); s = c.waiting.head {
-		c.waiting.pop()
-		c.start(s)
+	for c.ended = true; c.ended; { // also what ends within start
+		c.ended = false
+		c.startWaiting()
 	}
 	c.pumping = false
+}
+
+// startWaiting starts the changes that need not wait any more.
+func (c *changes) startWaiting() {
+	for s := c.waiting.head; s != nil; {
+		next := s.next
+		if c.mayBegin(s) && !c.mustFollow(s, s) {
+			c.waiting.remove(s)
+			c.start(s)
+		}
+		s = next
+	}
 }
 
 // close frees the memory; nothing may be under way.

@@ -9,7 +9,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
-	"slices"
+	"runtime"
 	"strings"
 	"sync"
 	"syscall"
@@ -399,65 +399,98 @@ func TestLibraryErrors(t *testing.T) {
 	}
 }
 
-// TestLibraryModel: two clients write bytes of the same sectors, each its own, beside whole
-// sectors, zeroes and discards. What each reads is what it has written.
+// TestLibraryModel: two clients write bytes of the same sectors, each its own. What each reads is
+// what it has written, and so it is for another client in the end.
 func TestLibraryModel(t *testing.T) {
 	w := newWorld(t)
 	h := w.newHost()
 	h.makeLog("vm1")
-	const span = 64 << 10 // bytes of the image
-	var all sync.WaitGroup
-	for i := range 2 {
-		c := h.handle(wire.OpenRequest{})
-		all.Go(func() { model(c, i, span) })
+	for _, piece := range []uint64{100, 1700} {
+		var all sync.WaitGroup
+		var models [2]*model
+		for i := range models {
+			m := &model{libraryClient: h.handle(wire.OpenRequest{}), piece: piece, mine: uint64(i), want: make(map[uint64][]byte), rng: rand.New(rand.NewPCG(uint64(i), piece))}
+			models[i] = m
+			all.Go(m.run)
+		}
+		all.Wait()
+		c := h.handle(wire.OpenRequest{Flags: wire.OpenReadOnly})
+		for _, m := range models {
+			for n, want := range m.want {
+				got := make([]byte, piece)
+				if err := c.do(ringtest.Read, n*piece, got); err != 0 || !bytes.Equal(got, want) {
+					t.Errorf("piece %d of %d bytes is something else: %v", n, piece, err)
+				}
+			}
+		}
+		if err := models[0].do(ringtest.WriteZeroes, 0, make([]byte, modelSpan)); err != 0 {
+			t.Error(err)
+		}
 	}
-	all.Wait()
 }
 
-// model has a client write pieces of 100 bytes, of which every other one is its own, and whole
-// sectors behind the span that are its own.
-func model(c *libraryClient, i int, span uint64) {
-	rng := rand.New(rand.NewPCG(uint64(i), 7))
-	const piece, slots = 100, 8
-	want := make(map[uint64]byte)
-	size := uint64(len(c.Data)) / slots
+// modelSpan is the part of the image that the models write, in bytes.
+const modelSpan = 64 << 10
+
+// A model is a client that knows what its own pieces of the image hold: of those that have the
+// same remainder by 2.
+type model struct {
+	*libraryClient
+	piece, mine uint64
+	want        map[uint64][]byte
+	rng         *rand.Rand
+}
+
+// run writes some pieces at a time, and reads some of them.
+func (m *model) run() {
+	const tags = 8
+	area := uint64(len(m.Data)) / tags
 	for range 150 {
-		var used []uint64
-		for tag := range uint32(slots) {
-			n := (rng.Uint64N(span/piece/2)*2 + uint64(i)) * piece
-			if slices.Contains(used, n) {
+		used := make(map[uint64]bool)
+		for tag := range uint32(tags) {
+			n := m.rng.Uint64N(modelSpan/m.piece/2)*2 + m.mine
+			if (n+1)*m.piece > modelSpan || used[n] {
 				continue
 			}
-			used = append(used, n)
-			at := uint64(tag)*size + n%512
-			b := byte(rng.Uint32())
-			want[n] = b
-			copy(c.Data[at:], bytes.Repeat([]byte{b}, piece))
-			c.Queue(ringtest.Request{Op: ringtest.Write, Flags: uint8(rng.IntN(2)), Tag: tag, Offset: n, Length: piece, Data: at})
+			used[n] = true
+			if m.want[n] == nil {
+				m.want[n] = make([]byte, m.piece)
+			}
+			from := m.rng.Uint64N(m.piece)
+			size := 1 + m.rng.Uint64N(m.piece-from)
+			off := n*m.piece + from
+			at := uint64(tag)*area + off%512
+			for i := range size {
+				m.want[n][from+i] = byte(m.rng.Uint32())
+			}
+			copy(m.Data[at:], m.want[n][from:from+size])
+			m.Queue(ringtest.Request{Op: ringtest.Write, Flags: uint8(m.rng.IntN(2)), Tag: tag, Offset: off, Length: size, Data: at})
 		}
-		c.Submit()
+		m.Submit()
 		for range used {
-			if done, err := c.Wait(clientTimeout); err != nil || done.Res != 0 {
-				c.t.Errorf("write: %+v, %v", done, err)
+			if done, err := m.Wait(clientTimeout); err != nil || done.Res != 0 {
+				m.t.Errorf("write: %+v, %v", done, err)
 				return
 			}
 		}
-		for n, b := range want {
-			if rng.IntN(16) > 0 {
-				continue
-			}
-			c.Submit(ringtest.Request{Op: ringtest.Read, Offset: n, Length: piece, Data: n % 512})
-			done, err := c.Wait(clientTimeout)
-			if err != nil || done.Res != 0 {
-				c.t.Errorf("read: %+v, %v", done, err)
-				return
-			}
-			if got := c.Data[n%512:][:piece]; !bytes.Equal(got, bytes.Repeat([]byte{b}, piece)) {
-				c.t.Errorf("client %d: %d bytes at %d begin with %d, want %d", i, piece, n, got[0], b)
+		for n := range used {
+			if m.rng.IntN(4) == 0 && !m.read(n) {
 				return
 			}
 		}
 	}
+}
+
+// read compares a piece.
+func (m *model) read(n uint64) bool {
+	off := n * m.piece
+	m.Submit(ringtest.Request{Op: ringtest.Read, Offset: off, Length: m.piece, Data: off % 512})
+	done, err := m.Wait(clientTimeout)
+	if err != nil || done.Res != 0 || !bytes.Equal(m.Data[off%512:][:m.piece], m.want[n]) {
+		m.t.Errorf("client %d: piece %d of %d bytes is something else: %+v, %v", m.mine, n, m.piece, done, err)
+		return false
+	}
+	return true
 }
 
 // TestLibraryBesideDevice: what is attached with a block device can be read by library clients
@@ -929,5 +962,128 @@ func TestLibraryCreate(t *testing.T) {
 	}
 	if err := c.do(ringtest.Write, 40<<20, make([]byte, 100)); err != unix.EINVAL {
 		t.Errorf("write of a part of a sector beyond the end: %v", err)
+	}
+}
+
+// rings counts the mappings of rings' memory, of both sides.
+func rings(t testing.TB) int {
+	t.Helper()
+	b, err := os.ReadFile("/proc/self/maps")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return strings.Count(string(b), "memfd:lsd-ring")
+}
+
+// TestLibraryLeaks: however a handle ends, nothing of it is left: neither its memory nor what
+// serves it, also of clients that go with requests under way, which wait for the store.
+func TestLibraryLeaks(t *testing.T) {
+	w := newWorld(t)
+	h := w.newHost()
+	h.makeLog("vm1")
+	before := rings(t)
+	first := h.handle(wire.OpenRequest{})
+	first.write(0, 4096, 1)
+	if err := first.close(); err != nil {
+		t.Fatal(err)
+	}
+	h.look(time.Now().Add(time.Hour), time.Time{})
+	h.await(firstDoor, "absent")
+	h.makeLog("vm1")
+	goroutines := runtime.NumGoroutine()
+	other := h.handle(wire.OpenRequest{})
+	w.hang.Shut()
+	for i := range 8 {
+		c := h.handle(wire.OpenRequest{})
+		c.Submit(ringtest.Request{Op: ringtest.Read, Tag: 1, Length: 4096})
+		c.Submit(ringtest.Request{Op: ringtest.Write, Tag: 2, Offset: 100, Length: 100, Data: 4096 + 100})
+		c.Submit(ringtest.Request{Op: ringtest.Discard, Tag: 3, Length: 4096})
+		switch i % 4 {
+		case 1: // its request is under way, and not answered, when it dies
+			if err := c.send(wire.Close, nil); err != nil {
+				t.Fatal(err)
+			}
+		case 2:
+			if err := c.send(wire.Snapshot, &wire.SnapshotRequest{Name: "monday"}); err != nil {
+				t.Fatal(err)
+			}
+		case 3:
+			c.Submit(ringtest.Request{Op: 77})
+			c.ended()
+		}
+		c.leave()
+		errnoIs(t, h.client().open(wire.OpenRequest{Snapshot: "sunday"}), unix.ENOENT)
+	}
+	other.write(8192, 4096, 2) // it does not touch what waits
+	w.hang.Open()
+	other.check(8192, 4096, 2)
+	if err := other.close(); err != nil {
+		t.Fatal(err)
+	}
+	for end := time.Now().Add(clientTimeout); rings(t) > before || len(h.door().clients()) > 0; time.Sleep(5 * time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatalf("%d rings are left, clients %q", rings(t)-before, h.door().clients())
+		}
+	}
+	h.look(time.Now().Add(time.Hour), time.Time{})
+	h.await(firstDoor, "absent")
+	for end := time.Now().Add(clientTimeout); runtime.NumGoroutine() > goroutines+20; time.Sleep(5 * time.Millisecond) {
+		if time.Now().After(end) {
+			b := make([]byte, 1<<20)
+			t.Fatalf("%d goroutines, there were %d\n%s", runtime.NumGoroutine(), goroutines, b[:runtime.Stack(b, true)])
+		}
+	}
+}
+
+// TestLibraryEdges: while a write waits for the sector of which it changes a part, others of that
+// sector wait, in order, and those of other sectors do not.
+func TestLibraryEdges(t *testing.T) {
+	w := newWorld(t)
+	h := w.newHost()
+	h.makeLog("vm1")
+	c := h.handle(wire.OpenRequest{})
+	c.write(0, 64<<10, 1)
+	if err := c.close(); err != nil {
+		t.Fatal(err)
+	}
+	h.look(time.Now().Add(time.Hour), time.Time{})
+	h.await(firstDoor, "absent")
+	h.makeLog("vm1")
+	a, b := h.handle(wire.OpenRequest{}), h.handle(wire.OpenRequest{})
+	w.hang.Shut()
+	put := func(c *libraryClient, tag uint32, off uint64, n int, v byte) {
+		at := uint64(tag)*8192 + off%512
+		copy(c.Data[at:], bytes.Repeat([]byte{v}, n))
+		c.Submit(ringtest.Request{Op: ringtest.Write, Tag: tag, Offset: off, Length: uint64(n), Data: at})
+	}
+	put(a, 1, 100, 100, 2)   // of sector 0
+	put(a, 2, 1000, 3000, 2) // of sectors 1 to 7
+	a.write(32<<10, 4096, 2) // of others
+	put(b, 1, 300, 100, 3)
+	put(b, 2, 512, 512, 3) // all of sector 1, before which a's is
+	put(b, 3, 3900, 200, 4)
+	b.write(40<<10, 4096, 3)
+	w.hang.Open()
+	for range 2 {
+		a.await()
+	}
+	for range 3 {
+		b.await()
+	}
+	want := bytes.Repeat([]byte{1}, 4608)
+	fill := func(from, to int, v byte) { copy(want[from:to], bytes.Repeat([]byte{v}, to-from)) }
+	fill(100, 200, 2)
+	fill(300, 400, 3)
+	fill(1000, 4000, 2)
+	fill(512, 1024, 3)
+	fill(3900, 4100, 4)
+	got := make([]byte, len(want))
+	if err := a.do(ringtest.Read, 0, got); err != 0 {
+		t.Fatal(err)
+	}
+	for i := range want {
+		if got[i] != want[i] {
+			t.Fatalf("byte %d is %d, want %d", i, got[i], want[i])
+		}
 	}
 }

@@ -122,6 +122,11 @@ func (s *librarySlot) RequestDone(r *engine.Request) {
 	io.Complete(err)
 }
 
+// touches reports whether two requests have sectors in common.
+func (s *librarySlot) touches(o *librarySlot) bool {
+	return s.req.Sector < o.req.Sector+uint64(o.req.Sectors) && o.req.Sector < s.req.Sector+uint64(s.req.Sectors)
+}
+
 // edged reports whether a write changes a part of a sector.
 func (s *librarySlot) edged() bool {
 	return s.req.Op == engine.Write && (s.io.Offset|s.io.Length)%engine.SectorSize != 0
