@@ -892,7 +892,7 @@ func TestLibraryEnding(t *testing.T) {
 func TestLibraryTogether(t *testing.T) {
 	w := newWorld(t)
 	h := w.newHost()
-	for round := range 4 {
+	for round := range 2 {
 		if h.door() == nil {
 			h.makeLog("vm1")
 		}
