@@ -115,9 +115,13 @@ func (a *app) remove(ctx context.Context, u backend.URL, name string, o rmOption
 
 // unname removes the image, and returns its id.
 func (a *app) unname(ctx context.Context, u backend.URL, st backend.Store, name string, o engine.RemoveOptions) (uuid.UUID, error) {
-	if o.Snapshots && !o.Force {
+	if !o.Force {
 		if id, err := backend.Lookup(ctx, st, name); err == nil {
-			if err := a.notAttached(ctx, id, uuid.Nil); err != nil {
+			a.freeUnused(ctx, id)
+			if o.Snapshots {
+				err = a.notAttached(ctx, id, uuid.Nil)
+			}
+			if err != nil {
 				return id, err
 			}
 		}

@@ -194,6 +194,15 @@ func (a *app) attachment(ctx context.Context, id uuid.UUID) *api.Image {
 	return nil
 }
 
+// freeUnused has this host's daemon let go of the image id at once where it is attached for
+// programs that speak librbd, and none has it open any more. What keeps it from that shows in
+// what is done next.
+func (a *app) freeUnused(ctx context.Context, id uuid.UUID) {
+	if im := a.attachment(ctx, id); im != nil && im.ID >= api.FirstLibrary && len(im.Clients) == 0 {
+		_, _ = a.client().Detach(ctx, im.ID, api.DetachRequest{Timeout: nudgeTimeout}, a.progress.show)
+	}
+}
+
 // detachFirst says where the image id, which a host has attached, is to be detached.
 func (a *app) detachFirst(ctx context.Context, id uuid.UUID, host string) error {
 	if im := a.attachment(ctx, id); im != nil {

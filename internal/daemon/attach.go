@@ -330,6 +330,11 @@ func (a *attachment) inTheWay(rec *record) error {
 // reserve finds a free device number, from the given one on or exactly that, and
 // makes the attachment known under it.
 func (d *Daemon) reserve(ctx context.Context, k kernel, rec record, from int, exactly bool) (*attachment, error) {
+	if from < firstDoor { // a device is asked for: what library clients have left makes way
+		if err := d.free(ctx, func(r *record) bool { return r.clash(&rec) }); err != nil {
+			return nil, err
+		}
+	}
 	if a := d.twin(&rec); a != nil {
 		return nil, a.inTheWay(&rec)
 	}

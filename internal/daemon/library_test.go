@@ -517,6 +517,27 @@ func TestLibraryBesideDevice(t *testing.T) {
 	}
 }
 
+// TestLibraryMakesWay: what library clients have left is not in the way of a device; what one has
+// open is.
+func TestLibraryMakesWay(t *testing.T) {
+	w := newWorld(t)
+	h := w.newHost()
+	c := h.handle(wire.OpenRequest{})
+	c.write(4096, 4096, 9)
+	var busy *ublk.BusyError
+	if _, err := h.attachReq(api.AttachRequest{ID: -1, Image: libraryURL + "/vm1"}); !errors.As(err, &busy) || !strings.Contains(err.Error(), "lib0 is in use by process") {
+		t.Errorf("attached beside a client: %v", err)
+	}
+	if err := c.close(); err != nil {
+		t.Fatal(err)
+	}
+	id := h.add(api.AttachRequest{ID: -1, Image: libraryURL + "/vm1"})
+	w.kernel.check(t, id, 8, 9)
+	if h.find(firstDoor) != nil {
+		t.Error("it is attached for library clients as well")
+	}
+}
+
 // TestLibraryReadOnlyFirst: who reads is not in the way of one who writes once it has gone.
 func TestLibraryReadOnlyFirst(t *testing.T) {
 	w := newWorld(t)

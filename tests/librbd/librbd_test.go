@@ -90,6 +90,8 @@ func TestQEMU(t *testing.T) {
 			t.Errorf("what comes back is something else: %d bytes, %v", len(got), err)
 		}
 		h.mustCheck("vm1")
+		h.run("qemu-io", "-f", "raw", "-c", "write 0 1M", vm)
+		h.lsdctl("rm", h.image("vm1")) // though it is attached for a little longer
 	})
 }
 
