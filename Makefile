@@ -128,6 +128,7 @@ bench-scale: ## opening images up to 64 TiB: time and memory against size, objec
 librbd: build ## the C library's own tests, with ASan and UBSan, then fio, QEMU and kills on a directory and on Ceph
 	@echo "== the C library by itself"
 	$(MAKE) --no-print-directory -C librbd SAN=1 test
+	go test $(GOFLAGS_LINK) -count=1 -run Alloc -v ./librbd/ring
 	@echo "== unchanged programs on the C library"
 	go test $(GOFLAGS_LINK) -tags lab -count=1 -timeout 10m ./tests/librbd
 

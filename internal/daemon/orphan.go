@@ -29,7 +29,7 @@ func (d *Daemon) serveDetach(w http.ResponseWriter, r *http.Request) {
 }
 
 func (d *Daemon) removeOrphan(ctx context.Context, id int, force bool) (api.Done, error) {
-	unknown := fmt.Errorf("/dev/ublkb%d is not attached here: see lsdctl list", id)
+	unknown := fmt.Errorf("%s is not attached here: see lsdctl list", deviceName(id))
 	k, err := d.kernel()
 	if err != nil {
 		return api.Done{}, unknown
