@@ -73,11 +73,13 @@ type attachment struct {
 	handles map[*handle]struct{}
 	unused  time.Time   // since when there are none, and it is active
 	found   bool        // an earlier daemon has attached it
+	anew    bool        // it was attaching it, so what its clients knew of the image may be out of date
 	leaving atomic.Bool // see letGoUnused
 }
 
 func newAttachment(d *Daemon, rec record, state string) *attachment {
 	a := &attachment{d: d, id: rec.ID, op: make(chan struct{}, 1), rec: rec, state: state, since: time.Now(), handles: make(map[*handle]struct{}), unused: time.Now(), found: state == api.StateRecovering}
+	a.anew = a.found && rec.Phase == phaseAttaching
 	a.logger = d.logger.With("device", a.name())
 	if rec.URL != "" {
 		a.logger = a.logger.With("image", rec.URL)

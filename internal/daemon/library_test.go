@@ -315,7 +315,7 @@ func TestLibraryOpen(t *testing.T) {
 	if im := h.await(firstDoor, api.StateActive); len(im.Clients) != 2 || im.Device != "lib0" {
 		t.Errorf("%s is used by %q", im.Device, im.Clients)
 	}
-	if _, err := h.attachReq(api.AttachRequest{ID: -1, Image: libraryURL + "/vm1"}); err == nil || !strings.Contains(err.Error(), "attached here already, as lib0") {
+	if _, err := h.attachReq(api.AttachRequest{ID: -1, Image: libraryURL + "/vm1"}); err == nil || !strings.Contains(err.Error(), "lib0 is in use by process") {
 		t.Errorf("attached beside its clients: %v", err)
 	}
 	for _, c := range []*libraryClient{c, other} {
@@ -625,6 +625,22 @@ func TestLibraryComesBack(t *testing.T) {
 	h.start()
 	errnoIs(t, h.client().open(again), unix.ESTALE)
 	h.handle(wire.OpenRequest{}).check(100, 1000, 99)
+}
+
+// TestLibraryAnew: a daemon that died amid a rollback has left an image that its clients do not
+// know, and nothing says whether another host has had it.
+func TestLibraryAnew(t *testing.T) {
+	w := newWorld(t)
+	h := w.newHost()
+	h.share()
+	c := h.handle(wire.OpenRequest{})
+	if err := h.door().save(func(r *record) { r.Phase = phaseAttaching }); err != nil {
+		t.Fatal(err)
+	}
+	h.crash()
+	h.start()
+	errnoIs(t, h.client().open(wire.OpenRequest{Flags: wire.OpenAgain, ID: c.opened.ID}), unix.ESTALE)
+	h.handle(wire.OpenRequest{})
 }
 
 // TestLibraryLost: of an image that another host has taken, clients are told when they open it,

@@ -234,7 +234,7 @@ func (a *attachment) joinNow(ctx context.Context, h *handle, again bool) (bool, 
 		return false, nil
 	}
 	switch rec := a.record(); {
-	case again && rec.Phase == phaseDetaching:
+	case again && (rec.Phase == phaseDetaching || a.anew):
 		return false, errDetached
 	case h.readOnly:
 	case a.id < firstDoor:
