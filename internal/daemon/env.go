@@ -65,17 +65,18 @@ func (e *env) wait(ctx context.Context) bool {
 func call(ctx context.Context, r *reactor.Reactor, fn func()) error {
 	ran := make(chan struct{})
 	r.Post(func() { fn(); close(ran) })
+	why := reactor.ErrStopped
 	select {
 	case <-ran:
 		return nil
 	case <-r.Done():
 	case <-ctx.Done():
-		return context.Cause(ctx)
+		why = context.Cause(ctx)
 	}
 	select {
-	case <-ran: // it ran in the last turn
+	case <-ran: // in the last turn, or just now: of two that are ready either is taken above
 		return nil
 	default:
-		return reactor.ErrStopped
+		return why
 	}
 }

@@ -63,7 +63,13 @@ func (d *disk) flatten(ctx context.Context) (wait func(func(api.Progress)) (uint
 			d.image.PauseFlatten()
 		}
 	}
-	if err := call(ctx, d.reactor, func() {
+	if ctx.Err() != nil {
+		return nil, context.Cause(ctx)
+	}
+	// If ctx ends meanwhile it begins, and is paused at once: so whoever waits is told of that.
+	begin, over := context.WithTimeout(context.WithoutCancel(ctx), deviceTimeout)
+	defer over()
+	if err := call(begin, d.reactor, func() {
 		stop := context.AfterFunc(ctx, func() { d.reactor.Post(pause) })
 		d.image.Flatten(tell, func(err error) {
 			ended = true
