@@ -31,7 +31,6 @@ type handle struct {
 	who      string // the process, for people
 	sock     io.Closer
 	readOnly bool
-	entries  int
 	mem      *ring.Memory
 	conn     *ring.Conn
 	refs     atomic.Int32 // who uses mem: the handle itself, and each disk that it is hooked to
@@ -45,7 +44,7 @@ func newHandle(who string, sock io.Closer, readOnly bool, entries uint32, data u
 	if err != nil {
 		return nil, err
 	}
-	h := &handle{who: who, sock: sock, readOnly: readOnly, entries: int(entries), mem: mem}
+	h := &handle{who: who, sock: sock, readOnly: readOnly, mem: mem}
 	h.conn = ring.NewConn(mem, func(error) { h.sock.Close() })
 	h.refs.Store(1)
 	return h, nil
@@ -71,7 +70,7 @@ func (d *disk) hook(h *handle) {
 		if d.image != nil {
 			h.mem.SetSize(d.image.Sectors() * engine.SectorSize)
 		}
-		d.rings.Hook(h.conn, newLibraryFront(d, h.entries, h.readOnly))
+		d.rings.Hook(h.conn, newLibraryFront(d, int(h.mem.Entries()), h.readOnly))
 	})
 }
 

@@ -80,25 +80,34 @@ func withPeer(ctx context.Context, c net.Conn) context.Context {
 	if !ok {
 		return ctx
 	}
-	raw, err := uc.SyscallConn()
+	cred, err := peerOf(uc)
 	if err != nil {
-		return ctx
-	}
-	var cred *unix.Ucred
-	if cerr := raw.Control(func(fd uintptr) {
-		cred, err = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED)
-	}); cerr != nil || err != nil {
 		return ctx
 	}
 	return context.WithValue(ctx, peerKey{}, cred.Uid)
 }
+
+// peerOf says which process is at the other end of a connection.
+func peerOf(c *net.UnixConn) (cred *unix.Ucred, err error) {
+	raw, err := c.SyscallConn()
+	if err != nil {
+		return nil, err
+	}
+	cerr := raw.Control(func(fd uintptr) {
+		cred, err = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED)
+	})
+	return cred, errors.Join(cerr, err)
+}
+
+// isOwner reports whether a user is root, or the daemon's own.
+func isOwner(uid uint32) bool { return uid == 0 || int(uid) == os.Geteuid() }
 
 // onlyOwner refuses everybody but root and the daemon's own user: the socket's
 // mode says the same, but can be changed by mistake.
 func onlyOwner(h http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		uid, ok := r.Context().Value(peerKey{}).(uint32)
-		if !ok || uid != 0 && int(uid) != os.Geteuid() {
+		if !ok || !isOwner(uid) {
 			refuse(w, http.StatusForbidden, errors.New("only root may talk to lsdd"))
 			return
 		}

@@ -20,7 +20,6 @@ import (
 	"github.com/lsd-ceph/lsd/librbd/ring"
 	"github.com/lsd-ceph/lsd/librbd/wire"
 	"github.com/lsd-ceph/lsd/ublk"
-	"golang.org/x/sys/unix"
 )
 
 // maxSessions bounds the connections of library clients; each handle is one.
@@ -121,21 +120,15 @@ func readFrames(ctx context.Context, conn *net.UnixConn, to chan<- wire.Frame) e
 
 // libraryPeer says who is at the other end, and refuses who may not be served.
 func libraryPeer(conn *net.UnixConn) (string, error) {
-	raw, err := conn.SyscallConn()
+	cred, err := peerOf(conn)
 	if err != nil {
 		return "", err
-	}
-	var cred *unix.Ucred
-	if cerr := raw.Control(func(fd uintptr) {
-		cred, err = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED)
-	}); cerr != nil || err != nil {
-		return "", errors.Join(cerr, err)
 	}
 	who := fmt.Sprintf("process %d", cred.Pid)
 	if name, err := os.ReadFile(filepath.Join("/proc", fmt.Sprint(cred.Pid), "comm")); err == nil {
 		who = fmt.Sprintf("process %d (%s)", cred.Pid, strings.TrimSpace(string(name)))
 	}
-	if cred.Uid != 0 && int(cred.Uid) != os.Geteuid() {
+	if !isOwner(cred.Uid) {
 		return who, fmt.Errorf("user %d: only root is served", cred.Uid)
 	}
 	return who, nil
