@@ -4,7 +4,10 @@
 // of them must pass.
 package backend
 
-import "context"
+import (
+	"context"
+	"time"
+)
 
 // A Store keeps the objects of any number of images.
 //
@@ -40,9 +43,9 @@ type Store interface {
 	// where the object ends. It fails with ErrNotFound when the key is absent.
 	Get(ctx context.Context, key string, p []byte, off int64) (int, error)
 
-	// Stat returns the size in bytes of the object key, of either kind, or
-	// ErrNotFound.
-	Stat(ctx context.Context, key string) (int64, error)
+	// Stat returns what there is to be known of the object key, of either kind,
+	// without its contents, or ErrNotFound.
+	Stat(ctx context.Context, key string) (Info, error)
 
 	// Delete removes the object key, of either kind, or fails with ErrNotFound.
 	Delete(ctx context.Context, key string) error
@@ -71,6 +74,14 @@ type Store interface {
 	// Close frees what the store holds. No other call may be running; those that
 	// follow fail with ErrPermanent, but another Close does nothing.
 	Close() error
+}
+
+// Info is what Stat returns.
+type Info struct {
+	Size int64 // bytes
+	// Modified is when the contents last changed, by the clock of the store, in whole
+	// seconds at least.
+	Modified time.Time
 }
 
 // A Fencer is a Store that can shut a client out: whatever a fenced client still

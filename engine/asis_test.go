@@ -15,7 +15,7 @@ type manifestStore struct {
 	hook func()
 }
 
-func (s *manifestStore) Stat(ctx context.Context, key string) (int64, error) {
+func (s *manifestStore) Stat(ctx context.Context, key string) (backend.Info, error) {
 	if hook := s.hook; hook != nil && strings.Contains(key, "/c/") {
 		s.hook = nil
 		hook()

@@ -538,7 +538,7 @@ func (s *watchedStore) Get(ctx context.Context, key string, p []byte, off int64)
 	return s.Store.Get(ctx, key, p, off)
 }
 
-func (s *watchedStore) Stat(ctx context.Context, key string) (int64, error) {
+func (s *watchedStore) Stat(ctx context.Context, key string) (backend.Info, error) {
 	s.hook("stat", key)
 	return s.Store.Stat(ctx, key)
 }

@@ -157,8 +157,8 @@ func TestCheckpointOfBusyMap(t *testing.T) {
 		t.Fatalf("the checkpoint does not come to its end: %+v", h.im.Stats())
 	}
 	err := st.List(context.Background(), id.String()+"/m/", func(key string) error {
-		if size, err := backend.Store(st).Stat(context.Background(), key); err != nil || size > 2*mapObjectSize {
-			t.Errorf("map object %s has %d bytes, %v", key, size, err)
+		if is, err := backend.Store(st).Stat(context.Background(), key); err != nil || is.Size > 2*mapObjectSize {
+			t.Errorf("map object %s has %d bytes, %v", key, is.Size, err)
 		}
 		return nil
 	})

@@ -183,13 +183,13 @@ func (x *viewCheck) mapObjects(ctx context.Context) error {
 		if o.live == 0 {
 			return nil
 		}
-		size, err := c.st.Stat(ctx, key)
+		is, err := c.st.Stat(ctx, key)
 		switch {
 		case damaged(err):
 		case err != nil:
 			return err
-		case size != int64(o.size):
-			err = fmt.Errorf("%w: it has %d bytes, it should have %d", ErrCorrupt, size, o.size)
+		case is.Size != int64(o.size):
+			err = fmt.Errorf("%w: it has %d bytes, it should have %d", ErrCorrupt, is.Size, o.size)
 		default:
 			return nil
 		}
@@ -254,12 +254,12 @@ func (c *checker) readObject(ctx context.Context, o objectInfo) (*objectHeader, 
 	if born := infoOf(h).born; born != o.born {
 		return nil, fmt.Errorf("object %s: %w: its header gives its data the age of object %d, the table of %d", key, ErrCorrupt, born, o.born)
 	}
-	size, err := c.st.Stat(ctx, key)
+	is, err := c.st.Stat(ctx, key)
 	if err != nil {
 		return nil, err
 	}
-	if size != int64(h.header+h.data) {
-		return nil, fmt.Errorf("object %s: %w: it has %d bytes, it should have %d", key, ErrCorrupt, size, h.header+h.data)
+	if is.Size != int64(h.header+h.data) {
+		return nil, fmt.Errorf("object %s: %w: it has %d bytes, it should have %d", key, ErrCorrupt, is.Size, h.header+h.data)
 	}
 	c.mu.Lock()
 	known := c.sound[o.number]

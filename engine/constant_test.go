@@ -37,7 +37,7 @@ func (s *countedStore) Get(ctx context.Context, key string, p []byte, off int64)
 	return n, err
 }
 
-func (s *countedStore) Stat(ctx context.Context, key string) (int64, error) {
+func (s *countedStore) Stat(ctx context.Context, key string) (backend.Info, error) {
 	s.count(0)
 	return s.Store.Stat(ctx, key)
 }

@@ -288,11 +288,11 @@ func TestFlattenDamaged(t *testing.T) {
 	a.mustClose()
 	key := ""
 	_ = st.List(ctx, id.String()+"/d/", func(k string) error { key = k; return nil })
-	size, err := st.Stat(ctx, key)
+	is, err := st.Stat(ctx, key)
 	if err != nil {
 		t.Fatal(err)
 	}
-	b := make([]byte, size)
+	b := make([]byte, is.Size)
 	if _, err := st.Get(ctx, key, b, 0); err != nil {
 		t.Fatal(err)
 	}

@@ -181,20 +181,20 @@ func (s *hugeStore) data(number uint64, p []byte, off int64) (n int) {
 }
 
 // Stat implements backend.Store.
-func (s *hugeStore) Stat(ctx context.Context, key string) (int64, error) {
+func (s *hugeStore) Stat(ctx context.Context, key string) (backend.Info, error) {
 	if _, name, ok := strings.Cut(key, "/d/"); ok {
 		number, err := strconv.ParseUint(name[:8], 16, 32)
 		if err != nil {
-			return 0, fmt.Errorf("stat %s: %w", key, backend.ErrNotFound)
+			return backend.Info{}, fmt.Errorf("stat %s: %w", key, backend.ErrNotFound)
 		}
 		if size, ok := s.sizes.Load(number); ok {
-			return size.(int64), nil
+			return backend.Info{Size: size.(int64)}, nil
 		}
 		h := s.header(number)
-		return int64(h.header + h.data), nil
+		return backend.Info{Size: int64(h.header + h.data)}, nil
 	}
 	if strings.Contains(key, "/c/") {
-		return int64(len(s.manifest)), nil
+		return backend.Info{Size: int64(len(s.manifest))}, nil
 	}
 	return s.Store.Stat(ctx, key)
 }
@@ -432,7 +432,7 @@ type discardedStore struct {
 	most int // segments that were read and not yet emptied
 }
 
-func (s *discardedStore) Stat(ctx context.Context, key string) (int64, error) {
+func (s *discardedStore) Stat(ctx context.Context, key string) (backend.Info, error) {
 	if key == s.key {
 		return s.Store.Stat(ctx, key)
 	}

@@ -40,9 +40,9 @@ func (p patient) Get(ctx context.Context, key string, b []byte, off int64) (n in
 	return n, err
 }
 
-func (p patient) Stat(ctx context.Context, key string) (size int64, err error) {
-	err = p.try(ctx, func() error { size, err = p.Store.Stat(ctx, key); return err })
-	return size, err
+func (p patient) Stat(ctx context.Context, key string) (info backend.Info, err error) {
+	err = p.try(ctx, func() error { info, err = p.Store.Stat(ctx, key); return err })
+	return info, err
 }
 
 func (p patient) Load(ctx context.Context, key string) (b []byte, v backend.Version, err error) {
@@ -73,9 +73,9 @@ func (p prompt) Get(ctx context.Context, key string, b []byte, off int64) (n int
 	return n, err
 }
 
-func (p prompt) Stat(ctx context.Context, key string) (size int64, err error) {
-	err = p.do(ctx, "stat", key, func(ctx context.Context) error { size, err = p.Store.Stat(ctx, key); return err })
-	return size, err
+func (p prompt) Stat(ctx context.Context, key string) (info backend.Info, err error) {
+	err = p.do(ctx, "stat", key, func(ctx context.Context) error { info, err = p.Store.Stat(ctx, key); return err })
+	return info, err
 }
 
 func (p prompt) Load(ctx context.Context, key string) (b []byte, v backend.Version, err error) {

@@ -219,22 +219,22 @@ func (im *Image) loadHeader(ctx context.Context, sb *superblock, seq uint64) (*o
 	if err != nil {
 		return nil, err
 	}
-	if whole != int64(h.header+h.data) {
-		return fail(fmt.Errorf("%w: it has %d bytes, it should have %d", ErrCorrupt, whole, h.header+h.data))
+	if whole.Size != int64(h.header+h.data) {
+		return fail(fmt.Errorf("%w: it has %d bytes, it should have %d", ErrCorrupt, whole.Size, h.header+h.data))
 	}
 	return h, nil
 }
 
 // readWhole reads all of an object.
 func readWhole(ctx context.Context, st backend.Store, key string) ([]byte, error) {
-	size, err := st.Stat(ctx, key)
+	is, err := st.Stat(ctx, key)
 	if err != nil {
 		return nil, err
 	}
-	if size > backend.MaxObject {
-		return nil, fmt.Errorf("object %s: %w: %d bytes", key, ErrCorrupt, size)
+	if is.Size > backend.MaxObject {
+		return nil, fmt.Errorf("object %s: %w: %d bytes", key, ErrCorrupt, is.Size)
 	}
-	b := make([]byte, size)
+	b := make([]byte, is.Size)
 	n, err := st.Get(ctx, key, b, 0)
 	if err != nil {
 		return nil, err

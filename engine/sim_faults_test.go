@@ -361,9 +361,9 @@ func (s *simStore) Get(ctx context.Context, key string, p []byte, off int64) (n 
 	return n, err
 }
 
-func (s *simStore) Stat(ctx context.Context, key string) (size int64, err error) {
-	err = s.run("stat", key, 0, func() error { size, err = s.Store.Stat(ctx, key); return err })
-	return size, err
+func (s *simStore) Stat(ctx context.Context, key string) (info backend.Info, err error) {
+	err = s.run("stat", key, 0, func() error { info, err = s.Store.Stat(ctx, key); return err })
+	return info, err
 }
 
 func (s *simStore) Delete(ctx context.Context, key string) error {

@@ -289,10 +289,10 @@ func (m *measurer) report(ctx context.Context) (*StoreUsage, error) {
 	})
 	if m.o.Of == uuid.Nil {
 		u.Strange = m.strange
-		size, err := m.st.Stat(ctx, backend.DirectoryKey)
+		directory, err := m.st.Stat(ctx, backend.DirectoryKey)
 		switch {
 		case err == nil:
-			u.Total.Metadata += uint64(size)
+			u.Total.Metadata += uint64(directory.Size)
 			u.Objects++
 		case !errors.Is(err, backend.ErrNotFound):
 			return nil, err

@@ -36,8 +36,8 @@ func addedUp(st backend.Store) (*StoreUsage, error) {
 	}
 	stored, objects := uint64(0), 0
 	err = st.List(ctx, "", func(key string) error {
-		size, err := st.Stat(ctx, key)
-		stored += uint64(size)
+		is, err := st.Stat(ctx, key)
+		stored += uint64(is.Size)
 		objects++
 		return err
 	})
@@ -292,7 +292,7 @@ type meanwhileStore struct {
 	happen func()
 }
 
-func (s *meanwhileStore) Stat(ctx context.Context, key string) (int64, error) {
+func (s *meanwhileStore) Stat(ctx context.Context, key string) (backend.Info, error) {
 	if do := s.happen; do != nil && strings.Contains(key, "/c/") {
 		s.happen = nil
 		do()

@@ -335,10 +335,10 @@ func (f *family) size(ctx context.Context, key string, kind keyKind) (size, data
 		return 0, 0, nil
 	case err != nil:
 		return 0, 0, err
-	case got != size: // it has no data, or is damaged
+	case got.Size != size: // it has no data, or is damaged
 		data = 0
 	}
-	return got, data, nil
+	return got.Size, data, nil
 }
 
 // sum adds up what the objects are.

@@ -369,13 +369,13 @@ func (s *Store) Get(ctx context.Context, key string, p []byte, off int64) (int, 
 }
 
 // Stat implements backend.Store.
-func (s *Store) Stat(ctx context.Context, key string) (size int64, err error) {
+func (s *Store) Stat(ctx context.Context, key string) (info backend.Info, err error) {
 	_, err = s.run(ctx, Op{Method: Stat, Key: key}, func(ctx context.Context) ([]byte, error) {
 		var err error
-		size, err = s.store.Stat(ctx, key)
+		info, err = s.store.Stat(ctx, key)
 		return nil, err
 	})
-	return size, err
+	return info, err
 }
 
 // Delete implements backend.Store.

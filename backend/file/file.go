@@ -467,9 +467,9 @@ func (s *Store) Get(ctx context.Context, key string, p []byte, off int64) (int, 
 }
 
 // Stat implements backend.Store.
-func (s *Store) Stat(ctx context.Context, key string) (int64, error) {
+func (s *Store) Stat(ctx context.Context, key string) (backend.Info, error) {
 	if err := begin(ctx, "stat", key, backend.CheckKey(key)); err != nil {
-		return 0, err
+		return backend.Info{}, err
 	}
 	f, info, err := s.open(immutablePath(key))
 	header := int64(0)
@@ -478,16 +478,16 @@ func (s *Store) Stat(ctx context.Context, key string) (int64, error) {
 		header = mutableHeader
 	}
 	if errors.Is(err, fs.ErrNotExist) {
-		return 0, s.absent("stat", key)
+		return backend.Info{}, s.absent("stat", key)
 	}
 	if err != nil {
-		return 0, fail("stat", key, err)
+		return backend.Info{}, fail("stat", key, err)
 	}
 	defer f.Close()
 	if info.Size() < header {
-		return 0, fail("stat", key, errCorrupt)
+		return backend.Info{}, fail("stat", key, errCorrupt)
 	}
-	return info.Size() - header, nil
+	return backend.Info{Size: info.Size() - header, Modified: info.ModTime()}, nil
 }
 
 // Delete implements backend.Store. It leaves the directories of the key: one

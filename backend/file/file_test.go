@@ -263,8 +263,8 @@ func TestReadOnly(t *testing.T) {
 		if data, got, err := s.Load(ctx, "a/m"); err != nil || got != v || string(data) != "one" {
 			t.Errorf("Load: %q, %q, %v", data, got, err)
 		}
-		if n, err := s.Stat(ctx, "a/m"); err != nil || n != 3 {
-			t.Errorf("Stat: %d, %v", n, err)
+		if is, err := s.Stat(ctx, "a/m"); err != nil || is.Size != 3 {
+			t.Errorf("Stat: %+v, %v", is, err)
 		}
 		n := 0
 		if err := s.List(ctx, "", func(string) error { n++; return nil }); err != nil || n != 2 {

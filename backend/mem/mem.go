@@ -1,5 +1,5 @@
 // Package mem implements a store in memory, for tests and simulations. It is
-// deterministic: what it answers depends only on the calls made so far.
+// deterministic: what it answers, but for times, depends only on the calls made so far.
 package mem
 
 import (
@@ -10,6 +10,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"time"
 
 	"github.com/lsd-ceph/lsd/backend"
 )
@@ -28,8 +29,9 @@ type objects struct {
 }
 
 type object struct {
-	data    []byte
-	version backend.Version // NoVersion if immutable
+	data     []byte
+	version  backend.Version // NoVersion if immutable
+	modified time.Time
 }
 
 var _ backend.Store = (*Store)(nil)
@@ -124,7 +126,7 @@ func (s *Store) Put(ctx context.Context, key string, data []byte) error {
 	if _, ok := s.objects.data[key]; ok {
 		return fail("put", key, backend.ErrExists, nil)
 	}
-	s.objects.data[key] = object{data: slices.Clone(data)}
+	s.objects.data[key] = object{data: slices.Clone(data), modified: time.Now()}
 	return nil
 }
 
@@ -147,12 +149,12 @@ func (s *Store) Get(ctx context.Context, key string, p []byte, off int64) (int, 
 }
 
 // Stat implements backend.Store.
-func (s *Store) Stat(ctx context.Context, key string) (int64, error) {
+func (s *Store) Stat(ctx context.Context, key string) (backend.Info, error) {
 	if err := begin(ctx, "stat", key, backend.CheckKey(key)); err != nil {
-		return 0, err
+		return backend.Info{}, err
 	}
 	o, err := s.find("stat", key)
-	return int64(len(o.data)), err
+	return backend.Info{Size: int64(len(o.data)), Modified: o.modified}, err
 }
 
 // Delete implements backend.Store.
@@ -244,7 +246,7 @@ func (s *Store) Swap(ctx context.Context, key string, old backend.Version, data 
 	// One counter for all keys: a deleted key's versions need not be kept.
 	s.objects.version++
 	v := backend.Version(strconv.FormatUint(s.objects.version, 10))
-	s.objects.data[key] = object{data: slices.Clone(data), version: v}
+	s.objects.data[key] = object{data: slices.Clone(data), version: v, modified: time.Now()}
 	return v, nil
 }
 

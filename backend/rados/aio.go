@@ -11,6 +11,8 @@ import (
 	"syscall"
 	"time"
 	"unsafe"
+
+	"github.com/lsd-ceph/lsd/backend"
 )
 
 // lsdRadosDone is called by a thread of librados when an operation is complete.
@@ -114,15 +116,15 @@ func (l *link) get(ctx context.Context, oid string, p []byte, off int64) (int, e
 	})
 }
 
-func (l *link) stat(ctx context.Context, oid string) (size int64, ret int, err error) {
+func (l *link) stat(ctx context.Context, oid string) (is backend.Info, ret int, err error) {
 	ret, err = l.do(ctx, 0, func(io C.rados_ioctx_t, op *C.struct_lsd_op) C.int {
 		name := C.CString(oid)
 		defer C.free(unsafe.Pointer(name))
 		return C.lsd_stat(io, op, name)
 	}, func(op *C.struct_lsd_op, _ int) {
-		size = int64(op.size)
+		is = backend.Info{Size: int64(op.size), Modified: time.Unix(int64(op.mtime), 0)}
 	})
-	return size, ret, err
+	return is, ret, err
 }
 
 func (l *link) remove(ctx context.Context, oid string) (int, error) {

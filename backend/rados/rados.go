@@ -204,14 +204,14 @@ func (s *Store) Get(ctx context.Context, key string, p []byte, off int64) (int, 
 }
 
 // Stat implements backend.Store.
-func (s *Store) Stat(ctx context.Context, key string) (int64, error) {
+func (s *Store) Stat(ctx context.Context, key string) (backend.Info, error) {
 	l, err := s.begin(ctx, "stat", key, backend.CheckKey(key))
 	if err != nil {
-		return 0, err
+		return backend.Info{}, err
 	}
 	defer l.running.Done()
-	size, ret, err := l.stat(ctx, oidPrefix+key)
-	return size, s.end(l, "stat", key, ret, err)
+	is, ret, err := l.stat(ctx, oidPrefix+key)
+	return is, s.end(l, "stat", key, ret, err)
 }
 
 // Delete implements backend.Store.

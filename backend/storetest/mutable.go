@@ -86,8 +86,8 @@ func testSwapSizes(t *testing.T, s backend.Store, _ func() backend.Store) {
 		data := Pattern(uint64(i), size)
 		v = swap(t, s, "m", v, data)
 		wantMutable(t, s, "m", v, data)
-		if n, err := s.Stat(testContext(t), "m"); n != int64(size) || err != nil {
-			t.Errorf("Stat = %d, %v; want %d", n, err, size)
+		if is, err := s.Stat(testContext(t), "m"); is.Size != int64(size) || err != nil {
+			t.Errorf("Stat = %+v, %v; want %d", is, err, size)
 		}
 	}
 }

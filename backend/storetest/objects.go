@@ -9,6 +9,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	"github.com/lsd-ceph/lsd/backend"
 )
@@ -140,9 +141,14 @@ func testStat(t *testing.T, s backend.Store, _ func() backend.Store) {
 	put(t, s, "a/5000", make([]byte, 5000))
 	swap(t, s, "m/0", backend.NoVersion, nil)
 	swap(t, s, "m/5000", backend.NoVersion, make([]byte, 5000))
+	began := time.Now()
 	for key, want := range map[string]int64{"a/0": 0, "a/5000": 5000, "m/0": 0, "m/5000": 5000} {
-		if n, err := s.Stat(testContext(t), key); err != nil || n != want {
-			t.Errorf("Stat %s = %d, %v; want %d", key, n, err, want)
+		is, err := s.Stat(testContext(t), key)
+		if err != nil || is.Size != want {
+			t.Errorf("Stat %s = %+v, %v; want %d", key, is, err, want)
+		}
+		if age := began.Sub(is.Modified); age < -time.Second || age > time.Minute { // the store's clock is this machine's
+			t.Errorf("%s was modified %v before it was put", key, age)
 		}
 	}
 	for _, key := range []string{"a", "a/1", "none/x"} {

@@ -53,11 +53,11 @@ func TestDfCommand(t *testing.T) {
 	u := printed[engine.StoreUsage](t, "df", store)
 	stored := uint64(0)
 	for _, key := range append(objects(t, st), "directory") {
-		n, err := st.Stat(context.Background(), key)
+		is, err := st.Stat(context.Background(), key)
 		if err != nil {
 			t.Fatal(err)
 		}
-		stored += uint64(n)
+		stored += uint64(is.Size)
 	}
 	if u.Stored != stored || u.Objects != 7 || len(u.Images) != 5 || u.Total.Reclaimable != 8192 || u.Total.Provisioned != 61<<30 {
 		t.Errorf("df --json: %+v, want %d bytes", u, stored)

@@ -191,11 +191,11 @@ func (w *world) damageMap(t *testing.T) (key string, mend func()) {
 	}); err != nil || key == "" {
 		t.Fatalf("there is no map object: %v", err)
 	}
-	size, err := w.store.Stat(ctx, key)
+	is, err := w.store.Stat(ctx, key)
 	if err != nil {
 		t.Fatal(err)
 	}
-	whole := make([]byte, size)
+	whole := make([]byte, is.Size)
 	if _, err := w.store.Get(ctx, key, whole, 0); err != nil {
 		t.Fatal(err)
 	}

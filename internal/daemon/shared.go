@@ -160,9 +160,9 @@ func (s *gatedStore) Get(ctx context.Context, key string, p []byte, off int64) (
 }
 
 // Stat implements backend.Store.
-func (s *gatedStore) Stat(ctx context.Context, key string) (int64, error) {
+func (s *gatedStore) Stat(ctx context.Context, key string) (backend.Info, error) {
 	if err := pass(ctx, s.gate.data, "stat", key); err != nil {
-		return 0, err
+		return backend.Info{}, err
 	}
 	defer func() { <-s.gate.data }()
 	return s.Store.Stat(ctx, key)

@@ -81,7 +81,7 @@ func (s *countingStore) Get(ctx context.Context, key string, p []byte, off int64
 		return n, err
 	}
 	header, err := s.Store.Stat(ctx, key)
-	at := off + int64(n) - header // in the data
+	at := off + int64(n) - header.Size // in the data
 	for n < len(p) && at < size {
 		k := copy(p[n:min(int64(len(p)), int64(n)+size-at)], s.block[at%int64(len(s.block)):])
 		n, at = n+k, at+int64(k)
@@ -90,9 +90,10 @@ func (s *countingStore) Get(ctx context.Context, key string, p []byte, off int64
 }
 
 // Stat implements backend.Store.
-func (s *countingStore) Stat(ctx context.Context, key string) (int64, error) {
-	n, err := s.Store.Stat(ctx, key)
-	return n + s.data[key], err
+func (s *countingStore) Stat(ctx context.Context, key string) (backend.Info, error) {
+	is, err := s.Store.Stat(ctx, key)
+	is.Size += s.data[key]
+	return is, err
 }
 
 // Delete implements backend.Store.
