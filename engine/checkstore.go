@@ -290,7 +290,7 @@ func (s *storeScan) checkNameless(ctx context.Context, st backend.Store, rep *Ch
 		if named[id] {
 			continue
 		}
-		f := Finding{Object: id.String() + "/", Problem: plural.Count(n, "object") + " of an image that has neither name nor superblock", Action: "if nobody misses an image, remove them by hand"}
+		f := Finding{Object: id.String() + "/", Problem: plural.Count(n, "object") + " of an image that has neither name nor superblock", Action: "if nobody misses an image, lsdctl gc STORE --remove removes them, an hour after the last has come, unless a clone is made of them"}
 		sb, _, err := loadSuperblock(ctx, st, id)
 		switch {
 		case err == nil && sb.Removed:

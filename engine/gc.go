@@ -25,7 +25,12 @@ type GCOptions struct {
 	// Late is told the name of each removed image for which objects of owners that were fenced
 	// may still come, and for how long: a later collection takes those, and what is left of the
 	// image; may be nil. Clocks of hosts are compared for that too.
+	// It is told the id of each image that has neither name nor superblock, of which an object
+	// has come too lately, likewise.
 	Late func(name string, left time.Duration)
+	// Kept is told of objects of an image without name and superblock why they stay all the
+	// same, whatever their age; may be nil.
+	Kept func(id uuid.UUID, why string)
 }
 
 // DefaultGCAge is far more than it takes to make an image.
@@ -37,16 +42,16 @@ const maxPasses = 100
 // Garbage is something in a store that nothing refers to any more.
 type Garbage struct {
 	Image   uuid.UUID `json:"image_id"`
-	Name    string    `json:"name"` // that it had, or was to have
+	Name    string    `json:"name"` // that it had, or was to have; the id where nothing says that
 	What    string    `json:"what"`
 	Objects int       `json:"objects"` // of them
 }
 
 // GC finds what nothing in a store refers to any more, and unless o.DryRun is set removes it:
 // what is left of images that have been removed and that no clone of them needs, their names as
-// well where the removal has not come to these, and what is left of images that were not made to
-// their end. What an image that has a name does not need any more goes when its owner works, or
-// it is attached.
+// well where the removal has not come to these, what is left of images that were not made to
+// their end, and objects of images that have neither name nor superblock. What an image that has
+// a name does not need any more goes when its owner works, or it is attached.
 func GC(ctx context.Context, st backend.Store, o GCOptions) ([]Garbage, error) {
 	if o.Age == 0 {
 		o.Age = DefaultGCAge
@@ -56,6 +61,9 @@ func GC(ctx context.Context, st backend.Store, o GCOptions) ([]Garbage, error) {
 	}
 	if o.Late == nil {
 		o.Late = func(string, time.Duration) {}
+	}
+	if o.Kept == nil {
+		o.Kept = func(uuid.UUID, string) {}
 	}
 	if o.Clock == nil {
 		o.Clock = Real{}
@@ -82,7 +90,7 @@ type collector struct {
 	o     GCOptions
 	now   time.Time
 	named map[uuid.UUID]bool
-	waits map[uuid.UUID]bool // images that o.Late was told of
+	waits map[uuid.UUID]bool // images that o.Late or o.Kept was told of
 	found []Garbage
 }
 
@@ -102,6 +110,7 @@ func (g *collector) run(ctx context.Context) error {
 	if g.named, err = namedImages(ctx, g.st); err != nil {
 		return err
 	}
+	b := &bereft{needed: map[uuid.UUID]bool{}}
 	for _, id := range s.ids() {
 		if !s.super[id] {
 			continue
@@ -113,11 +122,12 @@ func (g *collector) run(ctx context.Context) error {
 		case err != nil:
 			return err
 		}
+		b.note(sb)
 		if err := g.look(ctx, sb, s.objects[id]); err != nil && !vanished(ctx, g.st, id, err) {
 			return err
 		}
 	}
-	return nil
+	return g.remnants(ctx, s, b)
 }
 
 func (g *collector) old(t time.Time) bool { return g.now.Sub(t) >= g.o.Age }
@@ -130,7 +140,7 @@ func (g *collector) look(ctx context.Context, sb *superblock, objects int) error
 	unmade := !sb.Removed && !g.named[sb.Image] && g.old(sb.Created) && !sb.Partial && objects == 1 && sb.untouched()
 	switch {
 	case unmade:
-		return g.collect(sb, "it was not made to its end", objects, func() error { return g.removeUnmade(ctx, sb.Image) })
+		return g.collect(leftOf(sb, "it was not made to its end", objects), func() error { return g.removeUnmade(ctx, sb.Image) })
 	case g.leftPartial(sb):
 		alive, err := g.written(ctx, sb)
 		if alive || err != nil {
@@ -139,7 +149,7 @@ func (g *collector) look(ctx context.Context, sb *superblock, objects int) error
 		if sb.mayArrive(false) > 0 {
 			objects-- // the superblock, which stays a while
 		}
-		return g.collect(sb, "it was not filled to its end", objects, func() error { return g.removePartial(ctx, sb) })
+		return g.collect(leftOf(sb, "it was not filled to its end", objects), func() error { return g.removePartial(ctx, sb) })
 	case sb.Removed:
 		return g.removed(ctx, sb)
 	}
@@ -150,10 +160,7 @@ func (g *collector) look(ctx context.Context, sb *superblock, objects int) error
 func (g *collector) removed(ctx context.Context, sb *superblock) error {
 	id, named := sb.Image, g.named[sb.Image]
 	late := sb.lateFor(g.now)
-	if late > 0 && !g.waits[id] {
-		g.waits[id] = true
-		g.o.Late(sb.Name, late)
-	}
+	g.late(id, sb.Name, late)
 	list, kept, err := unneeded(ctx, g.st, sb, 0)
 	if errors.Is(err, errLostClone) {
 		return nil // CheckStore tells
@@ -174,15 +181,23 @@ func (g *collector) removed(ctx context.Context, sb *superblock) error {
 	case named:
 		what = "it was removed, but for its name, and no clone needs this"
 	}
-	return g.collect(sb, what, n, func() error {
+	return g.collect(leftOf(sb, what, n), func() error {
 		if named {
 			if err := unlinkAll(ctx, g.st, id); err != nil {
 				return err
 			}
 			delete(g.named, id)
 		}
-		return g.reclaim(ctx, id, g.progress(sb))
+		return g.reclaim(ctx, id, g.progress(sb.Name))
 	})
+}
+
+// late says once that something of an image may go, or come, for so long; 0: nothing.
+func (g *collector) late(id uuid.UUID, name string, left time.Duration) {
+	if left > 0 && !g.waits[id] {
+		g.waits[id] = true
+		g.o.Late(name, left)
+	}
 }
 
 // reclaim reclaims what an image was made of. What comes for it later another collection takes.
@@ -193,9 +208,9 @@ func (g *collector) reclaim(ctx context.Context, id uuid.UUID, progress func(don
 }
 
 // progress returns what is told of the removal of an image's objects.
-func (g *collector) progress(sb *superblock) func(done, total int) {
+func (g *collector) progress(name string) func(done, total int) {
 	return func(done, total int) {
-		g.o.Progress(fmt.Sprintf("removing what is left of %s: %d of %d objects", sb.Name, done, total))
+		g.o.Progress(fmt.Sprintf("removing what is left of %s: %d of %d objects", name, done, total))
 	}
 }
 
@@ -261,7 +276,7 @@ func (g *collector) removePartial(ctx context.Context, sb *superblock) error {
 	if err != nil {
 		return err
 	}
-	return g.reclaim(ctx, sb.Image, g.progress(sb))
+	return g.reclaim(ctx, sb.Image, g.progress(sb.Name))
 }
 
 // removeUnmade removes an image that was not made to its end, unless it has got a name since.
@@ -298,7 +313,7 @@ func (g *collector) claims(ctx context.Context, sb *superblock) error {
 		case p.Made && g.named[p.ID]:
 			continue // it is not removed but lost
 		}
-		err := g.collect(sb, "the state that it keeps for the clone "+p.Name+", "+why, 0, func() error {
+		err := g.collect(leftOf(sb, "the state that it keeps for the clone "+p.Name+", "+why, 0), func() error {
 			if err := leave(ctx); err != nil && !errors.Is(err, backend.ErrNotFound) {
 				return err
 			}
@@ -311,12 +326,16 @@ func (g *collector) claims(ctx context.Context, sb *superblock) error {
 	return nil
 }
 
+func leftOf(of *superblock, what string, objects int) Garbage {
+	return Garbage{Image: of.Image, Name: of.Name, What: what, Objects: objects}
+}
+
 // collect notes garbage, and removes it unless this is a dry run.
-func (g *collector) collect(sb *superblock, what string, objects int, remove func() error) error {
-	g.found = append(g.found, Garbage{Image: sb.Image, Name: sb.Name, What: what, Objects: objects})
+func (g *collector) collect(found Garbage, remove func() error) error {
+	g.found = append(g.found, found)
 	if g.o.DryRun {
 		return nil
 	}
-	g.o.Progress("removing what is left of " + sb.Name)
+	g.o.Progress("removing what is left of " + found.Name)
 	return remove()
 }

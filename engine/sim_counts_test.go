@@ -70,6 +70,7 @@ const (
 	countGrown           // of these, that it became larger under its owner
 	countForced          // images that were removed under their owners
 	countForcedLate      // of these, that their owners put objects of after the first reclamation
+	countRemnants        // of these, that objects were there of in the end, and no superblock
 
 	cacheHits    // bytes
 	cacheMisses  // bytes
@@ -96,7 +97,7 @@ func (n *simCounts) names() [simCountKinds]string {
 		"read-only images beside the owner", "cells of these that were read", "images beside the owner's in its process", "that went on while its store was away",
 		"snapshots asked for", "snapshots made at once", "owners nudged", "snapshots removed", "rollbacks tried", "images rolled back", "clones tried", "clones made", "clones of clones", "attaches of clones", "clones removed", "removals reclaimed", "clones to be flattened", "flattened", "separated from their ancestors", "states left to be forgotten",
 		"images to be made smaller", "made smaller", "made larger under their owners",
-		"images removed under their owners", "that objects came for later",
+		"images removed under their owners", "that objects came for later", "that had objects and no superblock",
 		"bytes of read caches' hits", "bytes of their misses", "bytes found at a start", "bytes evicted", "bytes moved",
 		"reads of their disks", "flipped bits in these", "mismatches", "errors", "read caches given up",
 	}

@@ -33,6 +33,7 @@ type simExtras struct {
 	resizes  bool   // the image becomes smaller, and larger again
 	forced   bool   // the image is removed under its owner in the end
 	lostMap  bool   // images are detached of which parts of the map are lost
+	stands   bool   // that owner stands still for longer than anybody waits for what it puts
 }
 
 func newExtras(rng *rand.Rand) simExtras {
@@ -52,6 +53,7 @@ func newExtras(rng *rand.Rand) simExtras {
 	x.resizes = rng.IntN(6) == 0
 	x.forced = rng.IntN(4) == 0
 	x.lostMap = rng.IntN(8) == 0
+	x.stands = rng.IntN(2) == 0
 	return x
 }
 

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"time"
 
+	"github.com/google/uuid"
 	"github.com/lsd-ceph/lsd/backend"
 	"github.com/lsd-ceph/lsd/engine"
 	"github.com/lsd-ceph/lsd/internal/api"
@@ -24,8 +25,11 @@ their end, once they are older than --age and nobody writes to them, and so copi
 that were to go on. It changes nothing unless --remove is given, and
 can be used while images are attached. Of an image that was removed while a host had it,
 or shortly after, something stays for some minutes, until nothing of that host can
-come any more. What an image that has a name does not need
-any more is not looked for: whoever has that attached reclaims it, now or next.`,
+come any more. What comes even later, of a host that stood still for longer than that,
+and other objects of images that have neither name nor superblock, go when the last of
+them is older than --age, unless clones are made of them. What an image that has a name
+does not need any more is not looked for: whoever has that attached reclaims it, now or
+next.`,
 		Example: `  lsdctl gc rados://rbd
   lsdctl gc rados://rbd --remove`,
 		Args: exactArgs("STORE"),
@@ -41,7 +45,7 @@ any more is not looked for: whoever has that attached reclaims it, now or next.`
 		},
 	}
 	cmd.Flags().BoolVar(&remove, "remove", false, "remove what is found")
-	cmd.Flags().DurationVar(&age, "age", age, "how old what somebody has begun to make must be to count as left behind")
+	cmd.Flags().DurationVar(&age, "age", age, "how old what somebody has begun to make, or what nothing knows of, must be to count as left behind")
 	return a.jsonFlag(cmd)
 }
 
@@ -57,6 +61,9 @@ func (a *app) gc(ctx context.Context, u backend.URL, remove bool, age time.Durat
 		Progress: func(what string) { a.progress.show(api.Progress{What: what}) },
 		Late: func(name string, left time.Duration) {
 			late = append(late, fmt.Sprintf("%s was removed, and a host may still write something of it: that goes with lsdctl gc %s --remove, in %v or later", name, u, left.Truncate(time.Second)+time.Second))
+		},
+		Kept: func(id uuid.UUID, why string) {
+			late = append(late, fmt.Sprintf("objects of image %s stay, which has neither name nor superblock: %s; lsdctl check %s says what to do", id, why, u))
 		},
 	})
 	a.progress.end()
