@@ -36,6 +36,12 @@ type Config struct {
 	Socket string
 	// LibrarySocket is where library clients are served. Default: none are.
 	LibrarySocket string
+	// LibraryGroup may connect to it, and do everything where there is no policy: a name or a
+	// number. Default: DefaultLibraryGroup, if there is such a group.
+	LibraryGroup string
+	// LibraryPolicy is the file that says who may do what there. Default: DefaultLibraryPolicy, if
+	// that is there.
+	LibraryPolicy string
 	StateDir      string
 	Host          string // named to others who want an image
 	Version       string
@@ -86,6 +92,7 @@ type Daemon struct {
 
 	readCache *readCache
 	doors     *doors
+	guard     *guard
 
 	openKernel func() (kernel, error)
 	kernelMu   sync.Mutex
@@ -152,10 +159,13 @@ func newDaemon(cfg Config) (*Daemon, error) {
 	stores := new(open.Opener)
 	d.openSt, d.createSt = stores.Store, stores.CreateStore
 	d.doors = newDoors(d.clientsOf)
+	var err error
+	if d.guard, err = newGuard(cfg, cfg.Logger); err != nil {
+		return nil, fmt.Errorf("%w: %w", ErrRefused, err)
+	}
 	if err := durable.MkdirAll(cfg.StateDir, 0o700); err != nil {
 		return nil, fmt.Errorf("%w: make the state directory: %w", ErrRefused, err)
 	}
-	var err error
 	if d.env.boot, err = bootID(); err != nil {
 		return nil, err
 	}
@@ -256,7 +266,7 @@ func (d *Daemon) Run(ctx context.Context) error {
 		return err
 	}
 	if d.cfg.LibrarySocket != "" { // now that it is known what clients may come back to
-		lib, err := listen(d.cfg.LibrarySocket)
+		lib, err := d.guard.listen()
 		if err != nil {
 			return err
 		}
@@ -284,10 +294,14 @@ func (d *Daemon) Run(ctx context.Context) error {
 	return err
 }
 
-// listen makes a socket for root alone. What a dead daemon left there is removed: the state
-// directory's lock says that it is dead, unless the socket is another's.
-func listen(path string) (*net.UnixListener, error) {
-	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+// listen makes a socket for root alone.
+func listen(path string) (*net.UnixListener, error) { return listenFor(path, 0o600, -1) }
+
+// listenFor makes a socket with that mode and group, -1 for the daemon's own. What a dead daemon
+// left there is removed: the state directory's lock says that it is dead, unless the socket is
+// another's.
+func listenFor(path string, mode os.FileMode, group int) (*net.UnixListener, error) {
+	if err := makeSocketDir(filepath.Dir(path)); err != nil {
 		return nil, fmt.Errorf("%w: make the socket's directory: %w", ErrRefused, err)
 	}
 	if c, err := net.DialTimeout("unix", path, time.Second); err == nil {
@@ -305,11 +319,23 @@ func listen(path string) (*net.UnixListener, error) {
 		return nil, fmt.Errorf("%w: %w", ErrRefused, err)
 	}
 	ln.SetUnlinkOnClose(false)
-	if err := errors.Join(os.Chmod(tmp, 0o600), os.Rename(tmp, path)); err != nil {
+	if err := errors.Join(os.Chmod(tmp, 0o600), os.Chown(tmp, -1, group), os.Chmod(tmp, mode), os.Rename(tmp, path)); err != nil {
 		ln.Close()
 		return nil, fmt.Errorf("%w: %w", ErrRefused, err)
 	}
 	return ln, nil
+}
+
+// makeSocketDir makes the directory of a socket, which everybody may pass through, whatever the
+// umask says: the sockets have modes of their own.
+func makeSocketDir(dir string) error {
+	if _, err := os.Stat(dir); err == nil {
+		return nil // it is somebody's
+	}
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		return err
+	}
+	return os.Chmod(dir, 0o755)
 }
 
 // removeSocket removes the socket at path, if there is one. Anything else there stays.

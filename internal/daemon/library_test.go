@@ -62,7 +62,11 @@ func (h *host) dial() *libraryClient {
 	}
 	served := make(chan struct{})
 	d := h.Daemon
-	go func() { d.serveSession(ends[0]); close(served) }()
+	p, err := libraryPeer(ends[0])
+	if err != nil {
+		h.w.t.Fatal(err)
+	}
+	go func() { d.serveSession(ends[0], p); close(served) }()
 	c := &libraryClient{t: h.w.t, conn: ends[1]}
 	h.w.t.Cleanup(func() {
 		c.leave()

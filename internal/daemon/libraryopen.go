@@ -4,13 +4,13 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"time"
 
 	"github.com/google/uuid"
 	"github.com/lsd-ceph/lsd/backend"
 	"github.com/lsd-ceph/lsd/engine"
 	"github.com/lsd-ceph/lsd/internal/api"
+	"github.com/lsd-ceph/lsd/internal/policy"
 	"github.com/lsd-ceph/lsd/librbd/wire"
 	"golang.org/x/sys/unix"
 )
@@ -27,6 +27,7 @@ type subject struct {
 	store    backend.URL
 	info     engine.Info
 	snapshot *engine.Snapshot // nil: the image itself
+	rights   policy.Rights    // what the client may do with it
 }
 
 // url returns the subject's URL.
@@ -45,37 +46,44 @@ func (s *subject) snapshotID() uuid.UUID {
 	return s.snapshot.ID
 }
 
-// lookUp finds what a client wants to open in its store.
-func (d *Daemon) lookUp(ctx context.Context, q *wire.OpenRequest) (*subject, error) {
-	u, err := libraryStore(q.Store)
+// lookUp finds what a client wants to open in its store. Where it may not, it does not learn
+// whether the image is there.
+func (s *session) lookUp(ctx context.Context, q *wire.OpenRequest, want policy.Rights) (*subject, error) {
+	u, grants, err := s.libraryStore(q.Store)
 	if err != nil {
 		return nil, err
 	}
-	s := &subject{store: u}
+	sub := &subject{store: u}
 	if q.Flags&wire.OpenByID != 0 {
-		s.info, err = d.describeByID(ctx, u, q.Image)
-	} else if err = invalid(backend.CheckImageName(q.Image)); err == nil {
-		s.info, err = d.describeImage(ctx, u, q.Image)
+		sub.info, err = s.d.describeByID(ctx, u, q.Image)
+		if err == nil && !grants.Allow(sub.info.Name, want) || err != nil && errnoOf(err) == unix.ENOENT && !grants.AllowAll(want) {
+			err = s.denied(want, fmt.Sprintf("image %q of %s", clip(q.Image), u))
+		}
+	} else if u, err = s.libraryImage(q.Store, q.Image, want); err == nil {
+		sub.info, err = s.d.describeImage(ctx, u, q.Image)
 	}
-	if err != nil || q.Snapshot == "" && q.Number == 0 {
-		return s, err
+	if err != nil {
+		return nil, err
+	}
+	sub.rights = grants.Rights(sub.info.Name)
+	return sub, sub.pickSnapshot(q)
+}
+
+// clip keeps a wrong word from filling the screen.
+func clip(s string) string { return s[:min(len(s), 64)] }
+
+// pickSnapshot finds the snapshot that a client wants, if it wants one.
+func (s *subject) pickSnapshot(q *wire.OpenRequest) error {
+	if q.Snapshot == "" && q.Number == 0 {
+		return nil
 	}
 	for i, snap := range s.info.Snapshots {
 		if !snap.Pending && (q.Snapshot != "" && snap.Name == q.Snapshot || q.Snapshot == "" && wire.SnapshotNumber(snap.ID) == q.Number) {
 			s.snapshot = &s.info.Snapshots[i]
-			return s, nil
+			return nil
 		}
 	}
-	return nil, fmt.Errorf("%s: %w", u.Image(s.info.Name), engine.ErrNoSnapshot)
-}
-
-// libraryStore parses the URL of a store that a client names.
-func libraryStore(s string) (backend.URL, error) {
-	u, err := backend.ParseStore(s)
-	if err == nil && u.Scheme == backend.SchemeMem {
-		err = errors.New("a mem: store lives and dies with one process: it is for tests")
-	}
-	return u, invalid(err)
+	return fmt.Errorf("%s: %w", s.store.Image(s.info.Name), engine.ErrNoSnapshot)
 }
 
 // describeByID is describeImage of an image of which the id is known.
@@ -101,62 +109,96 @@ func (d *Daemon) describeByID(ctx context.Context, u backend.URL, text string) (
 	return info, nil
 }
 
+// An opened is an image that a library client has opened.
+type opened struct {
+	attachment *attachment
+	handle     *handle
+	rights     policy.Rights // to the image
+}
+
 // openHandle opens an image for a library client, and attaches it if need be.
-func (d *Daemon) openHandle(ctx context.Context, q *wire.OpenRequest, who string, sock io.Closer) (*attachment, *handle, error) {
+func (s *session) openHandle(ctx context.Context, q *wire.OpenRequest) (o opened, err error) {
 	ctx, stop := context.WithTimeoutCause(ctx, openTimeout, fmt.Errorf("it could not be opened within a minute: %w", context.DeadlineExceeded))
 	defer stop()
 	ctx, leave := context.WithCancelCause(ctx)
 	defer leave(nil)
-	defer context.AfterFunc(d.serving, func() { leave(errEnding) })()
-	readOnly := q.Flags&wire.OpenReadOnly != 0 || q.Snapshot != "" || q.Number != 0
-	h, err := newHandle(who, sock, readOnly, q.Entries, q.Data)
-	if err != nil {
-		return nil, nil, err
+	defer context.AfterFunc(s.d.serving, func() { leave(errEnding) })()
+	readOnly, want := q.Flags&wire.OpenReadOnly != 0 || q.Snapshot != "" || q.Number != 0, policy.Read
+	if !readOnly {
+		want |= policy.Write
 	}
-	var a *attachment
+	if o.handle, err = newHandle(s.who, s.conn, readOnly, q.Entries, q.Data); err != nil {
+		return opened{}, err
+	}
 	if q.Flags&wire.OpenAgain != 0 {
-		a, err = d.openAgain(ctx, q, h)
+		err = s.openAgain(ctx, q, want, &o)
 	} else {
-		a, err = d.openFresh(ctx, q, h)
+		err = s.openFresh(ctx, q, want, &o)
 	}
 	if err != nil {
-		return nil, nil, errors.Join(err, h.put())
+		return opened{}, errors.Join(err, o.handle.put())
 	}
-	return a, h, nil
+	return o, nil
 }
 
 // openFresh opens what a client has not had open before.
-func (d *Daemon) openFresh(ctx context.Context, q *wire.OpenRequest, h *handle) (*attachment, error) {
-	s, err := d.lookUp(ctx, q)
+func (s *session) openFresh(ctx context.Context, q *wire.OpenRequest, want policy.Rights, o *opened) error {
+	sub, err := s.lookUp(ctx, q, want)
 	if err != nil {
-		return nil, err
+		return err
 	}
 	for {
-		a := d.attachmentOf(s.info.ID, s.snapshotID())
+		a := s.d.attachmentOf(sub.info.ID, sub.snapshotID())
 		if a == nil {
-			if err := d.attachFor(ctx, s, h.readOnly); err != nil && !errors.Is(err, errAttached) {
-				return nil, err
+			if err := s.d.attachFor(ctx, sub, o.handle.readOnly); err != nil && !errors.Is(err, errAttached) {
+				return err
 			}
 			continue // also where another client was faster, whose attempt may yet fail
 		}
-		if ok, err := a.join(ctx, h, false); ok || err != nil {
-			return a, err
+		if ok, err := s.join(ctx, a, sub, want, o, false); ok || err != nil {
+			return err
 		}
 	}
 }
 
 // openAgain opens what a client had open when the daemon before this one died. It must have been
 // attached ever since: what the client knows of it may be out of date otherwise.
-func (d *Daemon) openAgain(ctx context.Context, q *wire.OpenRequest, h *handle) (*attachment, error) {
-	for {
-		a := d.again(q, h.readOnly)
-		if a == nil {
-			return nil, errDetached
-		}
-		if ok, err := a.join(ctx, h, true); ok || err != nil {
-			return a, err
+func (s *session) openAgain(ctx context.Context, q *wire.OpenRequest, want policy.Rights, o *opened) error {
+	var sub *subject
+	if s.caller.UID != 0 { // who only says that he had it open; root need not wait for the store
+		byID := *q
+		byID.Flags, byID.Image, byID.Snapshot, byID.Number = q.Flags|wire.OpenByID, q.ID.String(), "", 0
+		var err error
+		if sub, err = s.lookUp(ctx, &byID, want); err != nil {
+			return err
 		}
 	}
+	for {
+		a := s.d.again(q, o.handle.readOnly)
+		if a == nil {
+			return errDetached
+		}
+		if ok, err := s.join(ctx, a, sub, want, o, true); ok || err != nil {
+			return err
+		}
+	}
+}
+
+// join makes the handle of o one of an attachment's, if the client may use that for the subject
+// that it has found. It reports false where that is to be tried again.
+func (s *session) join(ctx context.Context, a *attachment, sub *subject, want policy.Rights, o *opened, again bool) (bool, error) {
+	o.attachment, o.rights = a, policy.All
+	if s.caller.UID != 0 {
+		// Who can write to the store itself can give an image there the id of one elsewhere.
+		o.rights = sub.rights
+		if u, name, _, err := backend.ParseSource(a.record().URL); err != nil || u != sub.store {
+			o.rights &= s.d.guard.policy().In(s.caller, u).Rights(name)
+		}
+		if !o.rights.Has(want) {
+			return false, fmt.Errorf("it is attached here by another URL: %w", s.denied(want, sub.url()))
+		}
+	}
+	return a.join(ctx, o.handle, again)
 }
 
 // again finds what a client had open.

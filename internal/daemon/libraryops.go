@@ -14,6 +14,7 @@ import (
 	"github.com/lsd-ceph/lsd/backend/mem"
 	"github.com/lsd-ceph/lsd/engine"
 	"github.com/lsd-ceph/lsd/internal/api"
+	"github.com/lsd-ceph/lsd/internal/policy"
 	"github.com/lsd-ceph/lsd/internal/reactor"
 	"github.com/lsd-ceph/lsd/librbd/ring"
 	"github.com/lsd-ceph/lsd/librbd/wire"
@@ -51,22 +52,22 @@ func (s *session) open(ctx context.Context, f wire.Frame, w *answer) error {
 	if s.handle != nil {
 		return errRules
 	}
-	a, h, err := s.d.openHandle(ctx, &q, s.who, s.conn)
+	o, err := s.openHandle(ctx, &q)
 	if err != nil {
 		return err
 	}
-	s.attachment, s.handle = a, h
+	s.attachment, s.handle, s.rights = o.attachment, o.handle, o.rights
 	st, err := s.describe(ctx)
 	if err != nil {
 		s.end()
 		return err
 	}
-	o := &wire.OpenResult{StatResult: st, Entries: q.Entries, Data: q.Data}
-	if h.readOnly {
-		o.Flags = wire.OpenedReadOnly
+	res := &wire.OpenResult{StatResult: st, Entries: q.Entries, Data: q.Data}
+	if s.handle.readOnly {
+		res.Flags = wire.OpenedReadOnly
 	}
-	files := h.mem.Files()
-	w.result, w.files = o, files[:]
+	files := s.handle.mem.Files()
+	w.result, w.files = res, files[:]
 	return nil
 }
 
@@ -126,7 +127,7 @@ func (s *session) create(ctx context.Context, f wire.Frame, w *answer) error {
 	if err := parse(f, &q); err != nil {
 		return err
 	}
-	u, err := libraryImage(q.Store, q.Image)
+	u, err := s.libraryImage(q.Store, q.Image, policy.Manage)
 	if err != nil {
 		return err
 	}
@@ -165,22 +166,13 @@ func (d *Daemon) needStore(ctx context.Context, u backend.URL) error {
 	return st.Close()
 }
 
-// libraryImage parses the store of an image that a client names, and checks the name.
-func libraryImage(store, image string) (backend.URL, error) {
-	u, err := libraryStore(store)
-	if err == nil {
-		err = invalid(backend.CheckImageName(image))
-	}
-	return u, err
-}
-
 // remove removes an image; the space is reclaimed in the background.
 func (s *session) remove(ctx context.Context, f wire.Frame) error {
 	var q wire.RemoveRequest
 	if err := parse(f, &q); err != nil {
 		return err
 	}
-	u, err := libraryImage(q.Store, q.Image)
+	u, err := s.libraryImage(q.Store, q.Image, policy.Manage)
 	if err != nil {
 		return err
 	}
@@ -229,13 +221,13 @@ func (a *attachment) detachInTurn(ctx context.Context) error {
 	return a.detachReadily(ctx)
 }
 
-// list lists the names of a store's images, some at a time.
+// list lists the names of those of a store's images that the client may read, some at a time.
 func (s *session) list(ctx context.Context, f wire.Frame, w *answer) error {
 	var q wire.ListRequest
 	if err := parse(f, &q); err != nil {
 		return err
 	}
-	u, err := libraryStore(q.Store)
+	u, grants, err := s.libraryStore(q.Store)
 	if err != nil {
 		return err
 	}
@@ -250,6 +242,8 @@ func (s *session) list(ctx context.Context, f wire.Frame, w *answer) error {
 	if err != nil {
 		return err
 	}
+	// Of others it must not even be known that they are there.
+	names = slices.DeleteFunc(names, func(n backend.Entry) bool { return !grants.Allow(n.Name, policy.Read) })
 	slices.SortFunc(names, func(a, b backend.Entry) int { return strings.Compare(a.Name, b.Name) })
 	from := sort.Search(len(names), func(i int) bool { return names[i].Name > q.After })
 	l := &wire.ListResult{}
@@ -268,9 +262,9 @@ func (s *session) rename(ctx context.Context, f wire.Frame) error {
 	if err := parse(f, &q); err != nil {
 		return err
 	}
-	u, err := libraryImage(q.Store, q.Image)
+	u, err := s.libraryImage(q.Store, q.Image, policy.Manage)
 	if err == nil {
-		_, err = libraryImage(q.Store, q.Name)
+		_, err = s.libraryImage(q.Store, q.Name, policy.Manage)
 	}
 	if err != nil {
 		return err

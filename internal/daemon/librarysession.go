@@ -13,34 +13,41 @@ import (
 	"strings"
 	"syscall"
 	"time"
+	"unicode"
 
 	"github.com/lsd-ceph/lsd/backend"
 	"github.com/lsd-ceph/lsd/engine"
 	"github.com/lsd-ceph/lsd/internal/api"
+	"github.com/lsd-ceph/lsd/internal/policy"
 	"github.com/lsd-ceph/lsd/librbd/ring"
 	"github.com/lsd-ceph/lsd/librbd/wire"
 	"github.com/lsd-ceph/lsd/ublk"
 )
 
-// maxSessions bounds the connections of library clients; each handle is one.
-const maxSessions = 4096
-
 // A session is one connection of a library client: docs/format-librbd.md. One goroutine reads
 // its requests, so that the client's death is seen at once, and one answers them, one by one.
 type session struct {
-	d       *Daemon
-	conn    *net.UnixConn
-	who     string
+	d    *Daemon
+	conn *net.UnixConn
+	peer
 	greeted bool
 
 	// Of a handle: see open.
 	attachment *attachment
 	handle     *handle
+	rights     policy.Rights // to its image, as it was opened
 }
 
 // serveLibrary serves library clients until the listener is closed.
 func (d *Daemon) serveLibrary(ln *net.UnixListener) {
-	places := make(chan struct{}, maxSessions)
+	sessions, refusals := &places{user: make(map[uint32]int)}, make(chan struct{}, maxRefusals)
+	var said time.Time
+	complain := func(msg string, args ...any) { // anybody can be the cause, as often as he likes
+		if time.Since(said) > complainEvery {
+			said = time.Now()
+			d.logger.Warn(msg, args...)
+		}
+	}
 	for {
 		conn, err := ln.AcceptUnix()
 		switch {
@@ -53,29 +60,42 @@ func (d *Daemon) serveLibrary(ln *net.UnixListener) {
 			}
 			continue
 		}
-		select {
-		case places <- struct{}{}:
-		default:
-			d.logger.Warn("too many library clients", "most", maxSessions)
+		p, err := libraryPeer(conn)
+		switch {
+		case err != nil:
+			complain("a library client was refused", "who", p.who, "err", err)
 			conn.Close()
-			continue
+		case !d.guard.policy().Names(p.caller):
+			complain("a library client was refused: the policy does not name its user", "who", p.who)
+			select {
+			case refusals <- struct{}{}:
+				go func() {
+					defer func() { <-refusals }()
+					d.refusePeer(conn, p)
+				}()
+			default:
+				conn.Close()
+			}
+		case !sessions.take(p.caller.UID):
+			complain("too many library clients", "most", maxSessions, "of one user", maxUserSessions, "who", p.who)
+			conn.Close()
+		default:
+			go func() {
+				defer sessions.give(p.caller.UID)
+				d.serveSession(conn, p)
+			}()
 		}
-		go func() {
-			defer func() { <-places }()
-			d.serveSession(conn)
-		}()
 	}
 }
 
+// complainEvery is how often at most it is logged that clients were refused.
+const complainEvery = 5 * time.Second
+
 // serveSession serves one connection to its end.
-func (d *Daemon) serveSession(conn *net.UnixConn) {
+func (d *Daemon) serveSession(conn *net.UnixConn, p peer) {
 	defer conn.Close()
-	who, err := libraryPeer(conn)
-	if err != nil {
-		d.logger.Warn("a library client was refused", "who", who, "err", err)
-		return
-	}
-	s := &session{d: d, conn: conn, who: who}
+	who := p.who
+	s := &session{d: d, conn: conn, peer: p}
 	ctx, gone := context.WithCancelCause(d.ctx)
 	defer gone(nil)
 	requests := make(chan wire.Frame)
@@ -118,20 +138,21 @@ func readFrames(ctx context.Context, conn *net.UnixConn, to chan<- wire.Frame) e
 	}
 }
 
-// libraryPeer says who is at the other end, and refuses who may not be served.
-func libraryPeer(conn *net.UnixConn) (string, error) {
-	cred, err := peerOf(conn)
+// processName says which process that is, for people.
+func processName(pid int32) string {
+	who := fmt.Sprintf("process %d", pid)
+	name, err := os.ReadFile(filepath.Join("/proc", fmt.Sprint(pid), "comm"))
 	if err != nil {
-		return "", err
+		return who
 	}
-	who := fmt.Sprintf("process %d", cred.Pid)
-	if name, err := os.ReadFile(filepath.Join("/proc", fmt.Sprint(cred.Pid), "comm")); err == nil {
-		who = fmt.Sprintf("process %d (%s)", cred.Pid, strings.TrimSpace(string(name)))
-	}
-	if !isOwner(cred.Uid) {
-		return who, fmt.Errorf("user %d: only root is served", cred.Uid)
-	}
-	return who, nil
+	// A process can give itself any name, and this one comes to terminals.
+	shown := strings.Map(func(c rune) rune {
+		if !unicode.IsPrint(c) {
+			return '?'
+		}
+		return c
+	}, strings.ToValidUTF8(strings.TrimSuffix(string(name), "\n"), "?"))
+	return fmt.Sprintf("%s (%s)", who, shown)
 }
 
 // end gives up what the session holds.
@@ -268,6 +289,9 @@ func (s *session) do(ctx context.Context, f wire.Frame, w *answer) error {
 	if f.Type >= wire.Stat || f.Type == wire.Close {
 		if s.handle == nil {
 			return errRules
+		}
+		if want := handleRights(f.Type); !s.rights.Has(want) {
+			return s.denied(want, s.attachment.record().URL)
 		}
 		return s.doWithHandle(ctx, f, w)
 	}

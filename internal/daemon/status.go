@@ -165,6 +165,7 @@ func (d *Daemon) look(now, free time.Time) time.Time {
 		debug.FreeOSMemory()
 		free = time.Time{}
 	}
+	d.guard.refresh()
 	for _, a := range d.all() {
 		a.letGoUnused(now)
 		dk := a.getDisk()
