@@ -20,6 +20,7 @@ import (
 	"github.com/lsd-ceph/lsd/cache/writelog"
 	"github.com/lsd-ceph/lsd/engine"
 	"github.com/lsd-ceph/lsd/internal/api"
+	"github.com/lsd-ceph/lsd/internal/policy"
 	"github.com/lsd-ceph/lsd/librbd/ring/ringtest"
 	"github.com/lsd-ceph/lsd/librbd/wire"
 	"github.com/lsd-ceph/lsd/ublk"
@@ -46,6 +47,12 @@ type libraryClient struct {
 // connected to its socket.
 func (h *host) dial() *libraryClient {
 	h.w.t.Helper()
+	return h.dialAs(nil)
+}
+
+// dialAs is dial for a process of another user, or of this one.
+func (h *host) dialAs(caller *policy.Caller) *libraryClient {
+	h.w.t.Helper()
 	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0)
 	if err != nil {
 		h.w.t.Fatal(err)
@@ -66,6 +73,9 @@ func (h *host) dial() *libraryClient {
 	if err != nil {
 		h.w.t.Fatal(err)
 	}
+	if caller != nil {
+		p.caller = *caller
+	}
 	go func() { d.serveSession(ends[0], p); close(served) }()
 	c := &libraryClient{t: h.w.t, conn: ends[1]}
 	h.w.t.Cleanup(func() {
@@ -84,11 +94,17 @@ func (h *host) dial() *libraryClient {
 func (h *host) client() *libraryClient {
 	h.w.t.Helper()
 	c := h.dial()
+	c.hello()
+	return c
+}
+
+// hello begins the session.
+func (c *libraryClient) hello() {
+	c.t.Helper()
 	var hello wire.HelloResult
 	if err := c.call(wire.Hello, &wire.HelloRequest{Low: 1, High: 1, Program: "test"}, &hello); err != nil {
-		h.w.t.Fatal(err)
+		c.t.Fatal(err)
 	}
-	return c
 }
 
 // send sends a request.
