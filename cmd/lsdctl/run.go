@@ -4,9 +4,11 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 
 	"github.com/lsd-ceph/lsd/backend"
@@ -28,7 +30,8 @@ func (a *app) runCommand() *cobra.Command {
 		Short: "Run a program that speaks librbd on lsd images",
 		Long: `Run a program that was made for Ceph's librbd, unchanged, on lsd images: its
 rbd_open and the like reach this host's lsdd, which is started if none runs. There is
-no block device, and no kernel driver is needed.
+no block device, and no kernel driver is needed. Users other than root need an lsdd that
+runs, and whose policy names them.
 
 The pool and namespace that the program names are the store: rbd:rbd/vm2 is
 rados://rbd/vm2. With --store all that it names is there instead. That can be a
@@ -64,11 +67,15 @@ func (a *app) run(ctx context.Context, u backend.URL, args []string) error {
 	if err != nil {
 		return fmt.Errorf("%s is not there, or is no program", args[0])
 	}
-	env, err := a.runEnv(u, os.Environ())
+	socket, err := a.librarySocket(os.Getenv(api.EnvLibrarySocket))
 	if err != nil {
 		return err
 	}
-	if err := a.needDaemon(ctx, withoutDriver); err != nil {
+	env, err := runEnv(u, socket, os.Environ())
+	if err != nil {
+		return err
+	}
+	if err := a.needLibrary(ctx, socket); err != nil {
 		return err
 	}
 	a.progress.end()
@@ -76,17 +83,42 @@ func (a *app) run(ctx context.Context, u backend.URL, args []string) error {
 	return fmt.Errorf("run %s: %w", path, err)
 }
 
+// librarySocket returns where library clients are served: where the environment says, which is
+// also where a daemon that is started from here listens, or else beside the daemon's own socket.
+func (a *app) librarySocket(env string) (string, error) {
+	if env != "" {
+		return env, nil
+	}
+	return filepath.Abs(api.LibrarySocket(a.socket))
+}
+
+// needLibrary makes sure that a daemon serves library clients. Users other than root cannot ask
+// the daemon for anything else, nor start it; what they may do there is said when they do it.
+func (a *app) needLibrary(ctx context.Context, socket string) error {
+	if os.Geteuid() == 0 {
+		return a.needDaemon(ctx, withoutDriver)
+	}
+	ctx, stop := context.WithTimeout(ctx, startTimeout)
+	defer stop()
+	c, err := new(net.Dialer).DialContext(ctx, "unix", socket)
+	switch {
+	case err == nil:
+		return c.Close()
+	case errors.Is(err, os.ErrPermission):
+		return fmt.Errorf("no permission for %s: lsdd serves neither user %d nor its groups, see --librbd-group and --librbd-policy of lsdd", socket, os.Geteuid())
+	case errors.Is(err, os.ErrNotExist), errors.Is(err, unix.ECONNREFUSED):
+		return fmt.Errorf("no lsdd answers at %s, and only root may start it", socket)
+	}
+	return fmt.Errorf("lsdd at %s: %w", socket, err)
+}
+
 // runEnv returns the environment in which a program finds the library, and the library the
 // daemon, and the store u, unless that is the zero value.
-func (a *app) runEnv(u backend.URL, env []string) ([]string, error) {
-	socket, err := filepath.Abs(api.LibrarySocket(a.socket))
-	if err != nil {
-		return nil, err
-	}
-	env = append(env, api.EnvLibrarySocket+"="+socket)
+func runEnv(u backend.URL, socket string, env []string) ([]string, error) {
+	env = setenv(env, api.EnvLibrarySocket, socket)
 	name := libraryName
 	if u.Scheme != "" {
-		env = append(env, api.EnvLibraryStore+"="+u.String())
+		env = setenv(env, api.EnvLibraryStore, u.String())
 		if u.Scheme != "rados" {
 			name = preloadName
 		}
@@ -117,6 +149,12 @@ func findLibrary(name string) (string, error) {
 		}
 	}
 	return "", fmt.Errorf("%s is neither in %s nor in ../lib/lsd beside it: make install-librbd", name, filepath.Join(dir, "librbd"))
+}
+
+// setenv returns the environment with another value of a variable: of two the first would count.
+func setenv(env []string, name, value string) []string {
+	env = slices.DeleteFunc(slices.Clone(env), func(v string) bool { return strings.HasPrefix(v, name+"=") })
+	return append(env, name+"="+value)
 }
 
 // prepend puts a value before those of a variable, which are separated by colons.

@@ -31,13 +31,11 @@ func TestRunEnv(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	a := newApp(os.Stdout, os.Stderr)
-	a.socket = "/x/sock"
 	file, err := backend.ParseStore("file:///srv/lsd")
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := a.runEnv(file, nil); err == nil || !strings.Contains(err.Error(), "make install-librbd") {
+	if _, err := runEnv(file, "/x/sock.librbd", nil); err == nil || !strings.Contains(err.Error(), "make install-librbd") {
 		t.Errorf("without a library: %v", err)
 	}
 	dir := filepath.Join(filepath.Dir(exe), "librbd")
@@ -62,8 +60,20 @@ func TestRunEnv(t *testing.T) {
 		{pool, []string{"B=1", api.EnvLibrarySocket + "=/x/sock.librbd", api.EnvLibraryStore + "=rados://rbd/ns", "LD_LIBRARY_PATH=" + dir}},
 		{file, []string{"B=1", api.EnvLibrarySocket + "=/x/sock.librbd", api.EnvLibraryStore + "=file:///srv/lsd", "LD_PRELOAD=" + filepath.Join(dir, preloadName)}},
 	} {
-		if got, err := a.runEnv(c.store, []string{"B=1"}); err != nil || !slices.Equal(got, c.want) {
+		if got, err := runEnv(c.store, "/x/sock.librbd", []string{"B=1", api.EnvLibrarySocket + "=/old"}); err != nil || !slices.Equal(got, c.want) {
 			t.Errorf("for %v: %q, %v; want %q", c.store, got, err, c.want)
+		}
+	}
+}
+
+// TestLibrarySocket: what the environment says of the socket counts, for the program as for a
+// daemon that is started for it.
+func TestLibrarySocket(t *testing.T) {
+	a := newApp(os.Stdout, os.Stderr)
+	a.socket = "/x/sock"
+	for env, want := range map[string]string{"": "/x/sock.librbd", "/y": "/y"} {
+		if got, err := a.librarySocket(env); err != nil || got != want {
+			t.Errorf("%q: %q, %v, want %q", env, got, err, want)
 		}
 	}
 }

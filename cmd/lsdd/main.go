@@ -74,6 +74,8 @@ systemd runs it as lsd.service; without systemd, lsdctl add starts it with
 	f := cmd.Flags()
 	f.StringVar(&o.cfg.Socket, "socket", env(api.EnvSocket, api.DefaultSocket), "listen on this unix socket ($"+api.EnvSocket+")")
 	f.StringVar(&o.cfg.LibrarySocket, "librbd-socket", os.Getenv(api.EnvLibrarySocket), "serve librbd's clients on this unix socket ($"+api.EnvLibrarySocket+"; default: "+api.DefaultLibrarySocket+", or beside --socket)")
+	f.StringVar(&o.cfg.LibraryGroup, "librbd-group", "", "let this group use that socket; without a policy its members may do everything (default: "+daemon.DefaultLibraryGroup+", if there is such a group)")
+	f.StringVar(&o.cfg.LibraryPolicy, "librbd-policy", "", "file that says which users and groups may do what there (default: "+daemon.DefaultLibraryPolicy+", if it is there)")
 	f.StringVar(&o.cfg.StateDir, "state-dir", env(api.EnvStateDir, api.DefaultStateDir), "write down what is attached here ($"+api.EnvStateDir+")")
 	f.StringVar(&o.cfg.ReadCache, "read-cache", os.Getenv(envReadCache), "file of the read cache, on a local SSD ($"+envReadCache+"; default: cache/read-cache in the state directory)")
 	o.readCache = daemon.DefaultReadCacheSize
@@ -127,6 +129,8 @@ func (o *options) run(ctx context.Context) (int, error) {
 		return 0, errors.New("--state-dir and --socket must be absolute paths")
 	case o.cfg.LibrarySocket != "" && !filepath.IsAbs(o.cfg.LibrarySocket):
 		return 0, fmt.Errorf("--librbd-socket %s: it must be an absolute path", o.cfg.LibrarySocket)
+	case o.cfg.LibraryPolicy != "" && !filepath.IsAbs(o.cfg.LibraryPolicy):
+		return 0, fmt.Errorf("--librbd-policy %s: it must be an absolute path", o.cfg.LibraryPolicy)
 	case len(o.cfg.LibrarySocket) > maxSocket:
 		return 0, fmt.Errorf("--librbd-socket: a path of %d bytes: the limit is %d", len(o.cfg.LibrarySocket), maxSocket)
 	case len(o.cfg.Socket) > maxSocket:

@@ -39,6 +39,7 @@ func TestBadOptions(t *testing.T) {
 		{func(o *options) { o.cfg.Host = "" }, "--host-name"},
 		{func(o *options) { o.cfg.StateDir = "state" }, "absolute"},
 		{func(o *options) { o.cfg.Socket = "/" + strings.Repeat("s", maxSocket) }, "--socket: a path of 100 bytes"},
+		{func(o *options) { o.cfg.LibraryPolicy = "policy" }, "--librbd-policy policy"},
 		{func(o *options) { o.cfg.ExitTimeout = -time.Second }, "--exit-timeout -1s"},
 		{func(o *options) { o.logMemory = 1 << 20 }, "--log-memory-total 1M"},
 		{func(o *options) { o.logMemory = 1 << 51 }, "--log-memory-total 2P"},
