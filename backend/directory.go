@@ -25,6 +25,27 @@ type Entry struct {
 	ID   uuid.UUID
 }
 
+// trashMark is what the names of images in the trash begin with, and no other name does.
+const trashMark = "~"
+
+// TrashName returns the name that the image id has in the directory while it is in the trash.
+func TrashName(id uuid.UUID) string { return trashMark + id.String() }
+
+// InTrash reports whether a name is one that TrashName returns.
+func InTrash(name string) bool {
+	text, ok := strings.CutPrefix(name, trashMark)
+	id, err := uuid.Parse(text)
+	return ok && err == nil && TrashName(id) == name
+}
+
+// check returns nil if an entry may be in a directory.
+func (e Entry) check() error {
+	if e.ID != uuid.Nil && e.Name == TrashName(e.ID) {
+		return nil
+	}
+	return CheckImageName(e.Name)
+}
+
 // Lookup returns the id of the image of that name, or ErrNotFound.
 func Lookup(ctx context.Context, s Store, name string) (uuid.UUID, error) {
 	d, _, err := loadDirectory(ctx, s)
@@ -38,8 +59,9 @@ func Lookup(ctx context.Context, s Store, name string) (uuid.UUID, error) {
 	return d[i].ID, nil
 }
 
-// Names returns all images of the store, in the byte order of their names. It
-// is empty, without an error, for a store that never held one.
+// Names returns all images of the store, in the byte order of their names, in which those
+// in the trash, which InTrash tells, are the last. It is empty, without an error, for a store
+// that never held one.
 func Names(ctx context.Context, s Store) ([]Entry, error) {
 	d, _, err := loadDirectory(ctx, s)
 	return d, err
@@ -90,7 +112,18 @@ func Unlink(ctx context.Context, s Store, name string, id uuid.UUID) error {
 // old, and with ErrExists when there is an image new, also if the two are the
 // same name.
 func Rename(ctx context.Context, s Store, old, new string) error {
-	if err := CheckImageName(new); err != nil {
+	return rename(ctx, s, old, new, uuid.Nil)
+}
+
+// Move is Rename of the image id, which may have TrashName(id) before or after it. It fails with
+// ErrNotFound also when the name old belongs to another image.
+func Move(ctx context.Context, s Store, id uuid.UUID, old, new string) error {
+	return rename(ctx, s, old, new, id)
+}
+
+// rename renames the image old, if it is the image want; uuid.Nil is any.
+func rename(ctx context.Context, s Store, old, new string, want uuid.UUID) error {
+	if err := (Entry{new, want}).check(); err != nil {
 		return &Error{Op: "rename", Key: old, Class: ErrPermanent, Cause: err}
 	}
 	var id uuid.UUID // of the image that is being renamed
@@ -100,7 +133,7 @@ func Rename(ctx context.Context, s Store, old, new string) error {
 		if unknown && taken && d[j].ID == id && (!ok || d[i].ID != id) {
 			return nil, nil // that was us
 		}
-		if !ok {
+		if !ok || want != uuid.Nil && d[i].ID != want {
 			return nil, &Error{Op: "rename", Key: old, Class: ErrNotFound}
 		}
 		if taken {
@@ -234,7 +267,10 @@ func (d directory) find(name string) (int, bool) {
 
 const (
 	directoryMagic   = "lsd dir\n"
-	directoryVersion = 1
+	directoryVersion = 2
+	// directoryOld is a version that is read as well, and written where nothing is in the
+	// trash: it has none.
+	directoryOld     = 1
 	directoryHeader  = len(directoryMagic) + 4 + 4
 	directoryTrailer = 4
 	directoryMinSize = 1 + 1 + 16 // of an entry
@@ -253,7 +289,7 @@ func (d directory) encode() ([]byte, error) {
 	}
 	b := make([]byte, 0, size)
 	b = append(b, directoryMagic...)
-	b = binary.LittleEndian.AppendUint32(b, directoryVersion)
+	b = binary.LittleEndian.AppendUint32(b, d.version())
 	b = binary.LittleEndian.AppendUint32(b, uint32(len(d)))
 	for _, e := range d {
 		b = append(b, byte(len(e.Name)))
@@ -263,14 +299,23 @@ func (d directory) encode() ([]byte, error) {
 	return binary.LittleEndian.AppendUint32(b, crc32.Checksum(b, castagnoli)), nil
 }
 
+// version returns the least version of the format that has all of d.
+func (d directory) version() uint32 {
+	if n := len(d); n > 0 && InTrash(d[n-1].Name) {
+		return directoryVersion
+	}
+	return directoryOld
+}
+
 // decodeDirectory returns the directory that encode made b of, or an error of
 // one line that says what is wrong with b.
 func decodeDirectory(b []byte) (directory, error) {
 	if len(b) < directoryHeader+directoryTrailer || string(b[:len(directoryMagic)]) != directoryMagic {
 		return nil, errors.New("not a directory of images")
 	}
-	if v := binary.LittleEndian.Uint32(b[8:]); v != directoryVersion {
-		return nil, fmt.Errorf("directory of images is %w: version %d, not %d", ErrUnknownVersion, v, directoryVersion)
+	version := binary.LittleEndian.Uint32(b[8:])
+	if version != directoryVersion && version != directoryOld {
+		return nil, fmt.Errorf("directory of images is %w: version %d, not %d or %d", ErrUnknownVersion, version, directoryOld, directoryVersion)
 	}
 	body, sum := b[:len(b)-directoryTrailer], binary.LittleEndian.Uint32(b[len(b)-directoryTrailer:])
 	if crc32.Checksum(body, castagnoli) != sum {
@@ -284,7 +329,7 @@ func decodeDirectory(b []byte) (directory, error) {
 	d := make(directory, 0, count)
 	for range count {
 		e, n := decodeEntry(body)
-		if n == 0 || CheckImageName(e.Name) != nil {
+		if n == 0 || e.check() != nil {
 			return nil, fmt.Errorf("directory of images is corrupt: bad entry %d", len(d))
 		}
 		if len(d) > 0 && d[len(d)-1].Name >= e.Name {
@@ -294,6 +339,9 @@ func decodeDirectory(b []byte) (directory, error) {
 	}
 	if len(body) != 0 {
 		return nil, errors.New("directory of images is corrupt: bytes after the last entry")
+	}
+	if version != d.version() {
+		return nil, fmt.Errorf("directory of images is corrupt: version %d with what is version %d", version, d.version())
 	}
 	return d, nil
 }

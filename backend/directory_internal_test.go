@@ -52,6 +52,7 @@ func TestDirectoryDecodeBad(t *testing.T) {
 		"twice":     {{"a", id}, {"a", id}},
 		"no name":   {{"", id}},
 		"bad name":  {{"a/b", id}},
+		"trash":     {{TrashName(uuid.UUID{1}), id}},
 		"long name": {{strings.Repeat("a", MaxImageName+1), id}},
 	} {
 		b, err := d.encode()
@@ -78,7 +79,7 @@ func TestDirectoryFull(t *testing.T) {
 }
 
 func FuzzDirectory(f *testing.F) {
-	for _, d := range []directory{nil, {{"a", uuid.UUID{1}}}, {{"a", uuid.UUID{1}}, {"b-2", uuid.UUID{2}}}} {
+	for _, d := range []directory{nil, {{"a", uuid.UUID{1}}}, {{"a", uuid.UUID{1}}, {"b-2", uuid.UUID{2}}}, {{"a", uuid.UUID{1}}, {TrashName(uuid.UUID{2}), uuid.UUID{2}}}} {
 		b, err := d.encode()
 		if err != nil {
 			f.Fatal(err)

@@ -65,6 +65,41 @@ func TestDirectory(t *testing.T) {
 	wantNames(t, s)
 }
 
+// TestTrashedNames: an image in the trash has a name that no user can give, and is the last.
+func TestTrashedNames(t *testing.T) {
+	ctx, s := context.Background(), mem.New()
+	id, other := uuid.New(), uuid.New()
+	place := backend.TrashName(id)
+	if backend.CheckImageName(place) == nil || !backend.InTrash(place) || backend.InTrash("a") || backend.InTrash("~") || backend.InTrash(strings.ToUpper(place)) {
+		t.Errorf("%s is what an image can be called", place)
+	}
+	storetest.WantError(t, "Link", backend.Link(ctx, s, place, id), backend.ErrPermanent)
+	for name, id := range map[string]uuid.UUID{"a": id, "zz": other} {
+		if err := backend.Link(ctx, s, name, id); err != nil {
+			t.Fatal(err)
+		}
+	}
+	storetest.WantError(t, "Rename", backend.Rename(ctx, s, "a", place), backend.ErrPermanent)
+	storetest.WantError(t, "Move to another's place", backend.Move(ctx, s, other, "zz", place), backend.ErrPermanent)
+	storetest.WantError(t, "Move of another image", backend.Move(ctx, s, other, "a", backend.TrashName(other)), backend.ErrNotFound)
+	if err := backend.Move(ctx, s, id, "a", place); err != nil {
+		t.Fatal(err)
+	}
+	wantNames(t, s, backend.Entry{Name: "zz", ID: other}, backend.Entry{Name: place, ID: id})
+	b, _, err := s.Load(ctx, backend.DirectoryKey)
+	if err != nil || b[8] != 2 {
+		t.Errorf("the directory is of version %d, %v", b[8], err)
+	}
+	storetest.WantError(t, "Move to a taken name", backend.Move(ctx, s, id, place, "zz"), backend.ErrExists)
+	if err := backend.Move(ctx, s, id, place, "a"); err != nil {
+		t.Fatal(err)
+	}
+	if b, _, err := s.Load(ctx, backend.DirectoryKey); err != nil || b[8] != 1 {
+		t.Errorf("the directory is of version %d, %v", b[8], err)
+	}
+	wantNames(t, s, backend.Entry{Name: "a", ID: id}, backend.Entry{Name: "zz", ID: other})
+}
+
 func TestDirectoryRace(t *testing.T) {
 	ctx := context.Background()
 	s := mem.New()

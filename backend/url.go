@@ -81,7 +81,8 @@ func ParseSnapshot(s string) (u URL, image, snapshot string, err error) {
 }
 
 // ParseSource parses the URL of an image, as ParseImage does, or of a snapshot, as
-// ParseSnapshot does. The snapshot's name is empty if it is an image's.
+// ParseSnapshot does. The snapshot's name is empty if it is an image's. The image may be in the
+// trash: then its name is one that InTrash tells.
 func ParseSource(s string) (u URL, image, snapshot string, err error) {
 	return parseNamed(s, imageOrSnapshot)
 }
@@ -125,7 +126,7 @@ func splitName(part string, what named) (image, snapshot string, err error) {
 	case !at && what == snapshotAlone:
 		return "", "", fmt.Errorf("%q names no snapshot: write it after the image's name, as in image@snapshot", clip(part))
 	}
-	if err := CheckImageName(image); err != nil {
+	if err := CheckImageName(image); err != nil && (what != imageOrSnapshot || !InTrash(image)) {
 		return "", "", err
 	}
 	if at {

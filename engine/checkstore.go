@@ -47,11 +47,26 @@ func CheckStore(ctx context.Context, st backend.Store, url string, repair bool) 
 	case err != nil:
 		return nil, err
 	}
-	rep.Notes = append(rep.Notes, plural.Count(len(names), "image")+"; lsdctl check STORE/IMAGE looks into one")
+	rep.Notes = append(rep.Notes, countNames(names)+"; lsdctl check STORE/IMAGE looks into one")
 	if err := s.checkNames(ctx, st, names, rep); err != nil {
 		return nil, err
 	}
 	return rep, s.checkNameless(ctx, st, rep)
+}
+
+// countNames tells how many images there are.
+func countNames(names []backend.Entry) string {
+	trash := 0
+	for _, e := range names {
+		if backend.InTrash(e.Name) {
+			trash++
+		}
+	}
+	text := plural.Count(len(names)-trash, "image")
+	if trash > 0 {
+		text += fmt.Sprintf(", and %d in the trash", trash)
+	}
+	return text
 }
 
 // damagedDirectory reports whether an error of a look-up says that the directory is
@@ -184,7 +199,11 @@ func (s *storeScan) rebuild(ctx context.Context, st backend.Store, rep *CheckRep
 	}
 	names := uniqueNames(images)
 	for _, e := range names {
-		rep.Repairs = append(rep.Repairs, Repair{Object: SuperblockKey(e.ID), What: "give the image the name " + e.Name})
+		what := "give the image the name " + e.Name
+		if backend.InTrash(e.Name) {
+			what = "put the image back into the trash"
+		}
+		rep.Repairs = append(rep.Repairs, Repair{Object: SuperblockKey(e.ID), What: what})
 	}
 	if !repair || len(names) == 0 {
 		return nil
@@ -218,6 +237,9 @@ func (s *storeScan) nameable(ctx context.Context, st backend.Store, rep *CheckRe
 		case err == nil:
 			images = append(images, sb)
 			what = fmt.Sprintf("made as %s on %s, with %s", sb.Name, sb.Created.Format(time.DateOnly), what)
+			if sb.inTrash() {
+				what = fmt.Sprintf("%s, which was moved to the trash, with %s", sb.Name, plural.Count(s.objects[id], "object"))
+			}
 		case errors.Is(err, backend.ErrNotFound):
 			what += ", and no superblock"
 		case unreadableSuper(err):
@@ -231,7 +253,7 @@ func (s *storeScan) nameable(ctx context.Context, st backend.Store, rep *CheckRe
 }
 
 // uniqueNames returns a name for each image: the one that its superblock has, or, where a
-// later image has that, one that it begins and the id completes.
+// later image has that, one that it begins and the id completes; or its place in the trash.
 func uniqueNames(images []*superblock) []backend.Entry {
 	images = slices.Clone(images)
 	slices.SortStableFunc(images, func(a, b *superblock) int { return b.Created.Compare(a.Created) })
@@ -239,6 +261,10 @@ func uniqueNames(images []*superblock) []backend.Entry {
 	var names []backend.Entry
 	for _, sb := range images {
 		name := sb.Name
+		if sb.inTrash() {
+			names = append(names, backend.Entry{Name: backend.TrashName(sb.Image), ID: sb.Image})
+			continue
+		}
 		if taken[name] || backend.CheckImageName(name) != nil {
 			name = sb.Image.String()
 			if short := sb.Name + "~" + name[:8]; backend.CheckImageName(short) == nil && !taken[short] {
@@ -268,6 +294,8 @@ func (s *storeScan) checkNames(ctx context.Context, st backend.Store, names []ba
 			return err
 		}
 		switch _, err := backend.Lookup(ctx, st, n.Name); {
+		case err == nil && backend.InTrash(n.Name):
+			rep.Errors = append(rep.Errors, Finding{Object: SuperblockKey(n.ID), Problem: "the superblock is missing, and the image is in the trash", Action: "bring it back from a copy of the pool, or lsdctl trash rm --force"})
 		case err == nil:
 			rep.Errors = append(rep.Errors, Finding{Object: SuperblockKey(n.ID), Problem: fmt.Sprintf("the superblock is missing, and the directory has the name %s for it", n.Name), Action: rmAgain})
 		case !errors.Is(err, backend.ErrNotFound):

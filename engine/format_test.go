@@ -12,6 +12,7 @@ import (
 	"sort"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/google/uuid"
 	"github.com/lsd-ceph/lsd/backend/mem"
@@ -343,6 +344,8 @@ func FuzzSuperblock(f *testing.F) {
 	id := uuid.UUID{1}
 	sb := &superblock{Image: id, Sectors: 8, BlockSize: 4096, ObjectSize: MinObjectSize, Window: 8}
 	f.Add(sb.encode()[frame.HeaderSize:])
+	sb.Trash = &trashed{ID: uuid.UUID{2}, Since: time.Unix(1<<30, 0), Until: time.Unix(1<<31, 0)}
+	f.Add(sb.encode()[frame.HeaderSize:])
 	f.Add([]byte(`{"image":"01000000-0000-0000-0000-000000000000","sectors":18446744073709551615,"block_size":512}`))
 	f.Fuzz(func(t *testing.T, payload []byte) {
 		s, err := decodeSuperblock(frame.Encode(superMagic, superVersion, payload), id)
@@ -354,6 +357,9 @@ func FuzzSuperblock(f *testing.F) {
 		}
 		s.epochOf(5)
 		s.clone().pruneEpochs()
+		if _, err := decodeSuperblock(s.encode(), id); err != nil {
+			t.Fatalf("decoded a superblock that does not decode again: %v", err)
+		}
 	})
 }
 

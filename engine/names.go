@@ -21,8 +21,14 @@ func Rename(ctx context.Context, st backend.Store, from, to string) error {
 	if err != nil {
 		return err
 	}
-	if removed, err := isRemoved(ctx, st, id); removed || err != nil {
-		return removedError(removed, err)
+	var was *trashed
+	switch sb, err := perhapsSuperblock(ctx, st, id); {
+	case err != nil:
+		return err
+	case sb != nil && sb.Removed:
+		return removedError(true, nil)
+	case sb != nil:
+		was = sb.Trash
 	}
 	if from != to {
 		if err := freeName(ctx, st, to); err != nil {
@@ -32,17 +38,7 @@ func Rename(ctx context.Context, st backend.Store, from, to string) error {
 	if err := backend.Rename(ctx, st, from, to); err != nil {
 		return err
 	}
-	err = changeInsistently(ctx, st, id, func(sb *superblock) error {
-		if sb.Name == to {
-			return errNothing
-		}
-		sb.Name = to
-		return nil
-	})
-	if err != nil {
-		return fmt.Errorf("it is %s now, but its superblock says %s, which counts if the directory of names is lost: %w", to, from, err)
-	}
-	return nil
+	return renamed(ctx, st, id, to, was)
 }
 
 // SnapshotsError says that an image is not removed because it has snapshots.
@@ -59,6 +55,10 @@ type RemoveOptions struct {
 	Force     bool   // also one that has an owner, or cannot be read
 	Snapshots bool   // also one that has snapshots, which go with it
 	ended     bool   // the owner is of this process, and all that it had under way has ended
+	// unreadable says that it may be one that cannot be read, and trashed, if it is not nil,
+	// whether it may be removed, of what its superblock says of the trash.
+	unreadable bool
+	trashed    func(*trashed) error
 	// Progress is told how many objects of how many are gone, where the data of one that cannot
 	// be read has to go first; may be nil.
 	Progress func(done, total int)
@@ -76,18 +76,13 @@ func Remove(ctx context.Context, st backend.Store, name string, o RemoveOptions)
 		return uuid.Nil, err
 	}
 	remove := func() error {
-		return changeInsistently(ctx, st, id, func(sb *superblock) error { return sb.remove(&o) })
+		return changeUnowned(ctx, st, id, o.URL, func(sb *superblock) error { return sb.remove(&o) })
 	}
-	var owned *OwnedError
-	if err = remove(); errors.As(err, &owned) && owned.Command {
-		if err = endCommand(ctx, patient{st, Real{}}, id, OpenOptions{URL: o.URL, Clock: Real{}}); err == nil {
-			err = remove()
-		}
-	}
-	if o.Force && errors.Is(err, frame.ErrCorrupt) {
+	o.unreadable = o.unreadable || o.Force
+	if err = remove(); o.unreadable && errors.Is(err, frame.ErrCorrupt) {
 		err = remove() // it may be the answer that was damaged
 	}
-	if errors.Is(err, backend.ErrNotFound) || o.Force && err != nil && unreadable(ctx, st, id) {
+	if errors.Is(err, backend.ErrNotFound) || o.unreadable && err != nil && unreadable(ctx, st, id) {
 		if err = noClones(ctx, st, id); err == nil {
 			err = removeObjects(ctx, st, id, o.Progress)
 		}
@@ -138,14 +133,18 @@ func unlinkAll(ctx context.Context, st backend.Store, id uuid.UUID) error {
 // isRemoved reports whether an image has been removed, and its name perhaps not yet taken away.
 // Where that cannot be told it has not.
 func isRemoved(ctx context.Context, st backend.Store, id uuid.UUID) (bool, error) {
+	sb, err := perhapsSuperblock(ctx, st, id)
+	return sb != nil && sb.Removed, err
+}
+
+// perhapsSuperblock returns the superblock of an image, nil without an error if it is not there or
+// cannot be read.
+func perhapsSuperblock(ctx context.Context, st backend.Store, id uuid.UUID) (*superblock, error) {
 	sb, _, err := loadSuperblock(ctx, st, id)
-	switch {
-	case err == nil:
-		return sb.Removed, nil
-	case errors.Is(err, backend.ErrNotFound) || unreadableSuper(err):
-		return false, nil
+	if errors.Is(err, backend.ErrNotFound) || unreadableSuper(err) {
+		return nil, nil
 	}
-	return false, err
+	return sb, err
 }
 
 // removedError returns the error of an image that has been removed, which matches
@@ -182,6 +181,8 @@ func (s *superblock) remove(o *RemoveOptions) error {
 	switch {
 	case s.Removed:
 		return errNothing
+	case o.trashed != nil && o.trashed(s.Trash) != nil:
+		return o.trashed(s.Trash)
 	case s.Owner != nil && !o.Force:
 		return owned(s.Owner, &OpenOptions{URL: o.URL})
 	case len(s.Snapshots) > 0 && !o.Snapshots:

@@ -16,7 +16,9 @@ import (
 
 const (
 	superMagic   = "LSDSUPER"
-	superVersion = 5
+	superVersion = 6
+	// superSpan is a version that is read as well: nothing is in the trash.
+	superSpan = 5
 	// superSnapshots is a version that is read as well: its images have kept their size, or
 	// grown.
 	superSnapshots = 4
@@ -60,6 +62,8 @@ type superblock struct {
 	// Copy says how far a partial image is a copy of another one; nil if it is none.
 	Copy *CopyState `json:"copy,omitempty"`
 
+	// Trash says that the image is in the trash, or on its way: see trashed.
+	Trash *trashed `json:"trash,omitempty"`
 	// Points are where the image branched off from write logs that were cut off.
 	Points []cutOff `json:"points,omitempty"`
 	// Snapshots are in the order in which they were asked for.
@@ -171,8 +175,11 @@ func (s *superblock) encode() []byte {
 // version returns the least version that has all that there is to say: an owner of an earlier
 // lsd goes on where nothing new is used.
 func (s *superblock) version() uint32 {
-	if s.Span > 0 {
+	if s.Trash != nil {
 		return superVersion
+	}
+	if s.Span > 0 {
+		return superSpan
 	}
 	if len(s.Snapshots)+len(s.Clones)+len(s.Origins)+len(s.Rollbacks)+len(s.Forgotten) > 0 || s.Parent != uuid.Nil || s.RolledBack != uuid.Nil || s.Removed {
 		return superSnapshots
@@ -199,7 +206,7 @@ func (s *superblock) setSectors(n uint64) {
 
 // decodeSuperblock decodes and checks the superblock of the image id.
 func decodeSuperblock(b []byte, id uuid.UUID) (*superblock, error) {
-	p, err := frame.Decode(superMagic, b, superVersion, superSnapshots, superOld)
+	p, err := frame.Decode(superMagic, b, superVersion, superSpan, superSnapshots, superOld)
 	if err != nil {
 		return nil, err
 	}
@@ -227,6 +234,8 @@ func decodeSuperblock(b []byte, id uuid.UUID) (*superblock, error) {
 		return bad("epoch")
 	case s.Copy != nil && !s.Copy.valid():
 		return bad("copy")
+	case s.Trash != nil && (s.Trash.ID == uuid.Nil || s.Trash.Epoch > s.Epoch):
+		return bad("trash")
 	case s.Owner != nil && (s.Owner.Lease < MinLease || s.Owner.Lease > MaxLease):
 		return bad("lease")
 	case s.Owner != nil && len(s.Owner.Client) > maxClient:

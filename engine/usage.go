@@ -42,6 +42,7 @@ type ImageUsage struct {
 	Name    string    `json:"name"` // that it has, or had
 	ID      uuid.UUID `json:"id"`
 	Removed bool      `json:"removed,omitempty"`
+	Trash   bool      `json:"trash,omitempty"` // it is in the trash: Name is the one that it had
 	Parent  uuid.UUID `json:"parent,omitzero"` // that it was cloned from
 	// Snapshot is that of the parent of which it was cloned, if that is there still, and Cloned
 	// when it was.
@@ -195,7 +196,11 @@ func (m *measurer) load(ctx context.Context) error {
 		}
 	}
 	for _, e := range names {
-		if im := m.byID[e.ID]; im != nil {
+		switch im := m.byID[e.ID]; {
+		case im == nil:
+		case backend.InTrash(e.Name):
+			im.usage.Trash = true
+		default:
 			im.usage.Name = e.Name
 		}
 	}
