@@ -104,6 +104,28 @@ func TestParseSnapshot(t *testing.T) {
 	}
 }
 
+// TestParseTrashed: an image in the trash is one that can be read, and no other.
+func TestParseTrashed(t *testing.T) {
+	const id = "2f1b8fb3-7fd5-47a9-8d4f-5f2b4ec5a5b0"
+	for _, in := range []string{"file:///srv/~" + id, "rados://p/n/~" + id, "mem:~" + id} {
+		u, image, snap, err := ParseSource(in)
+		if err != nil || image != "~"+id || snap != "" || u.Image(image) != in {
+			t.Errorf("ParseSource(%q) = %+v, %q, %q, %v", in, u, image, snap, err)
+		}
+		if _, image, err := ParseImage(in); err == nil {
+			t.Errorf("ParseImage(%q) = %q", in, image)
+		}
+		if _, image, _, err := ParseSnapshot(in + "@s"); err == nil {
+			t.Errorf("ParseSnapshot(%q) = %q", in, image)
+		}
+	}
+	for _, name := range []string{"~", "~x", "~" + strings.ToUpper(id), "~{" + id + "}", "~~" + id} {
+		if _, image, _, err := ParseSource("file:///srv/" + name); err == nil {
+			t.Errorf("ParseSource of %q = %q", name, image)
+		}
+	}
+}
+
 func TestParseSnapshotErrors(t *testing.T) {
 	tests := []struct{ in, image, snapshot, source string }{ // parts of the errors
 		{"mem:vm1@a", "an image is wanted", "", ""},

@@ -205,6 +205,8 @@ func (a *app) printChildren(list []child) error {
 				name = "pending"
 			case c.Removed:
 				name = "removed"
+			case backend.InTrash(name):
+				name += " (in the trash)"
 			}
 			row(name, bytesize.Human(c.Size), c.Created.Local().Format(time.DateTime), c.MadeAs)
 		}

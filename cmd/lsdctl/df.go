@@ -33,6 +33,7 @@ the store:
 The first four are counted for whoever refers to the data, the last two where it
 lies. In the total each byte is counted once: LIVE, SNAPSHOTS, RECLAIMABLE and
 METADATA are all that the store holds, and ALONE and SHARED are LIVE and SNAPSHOTS.
+Images in the trash count as others do.
 
 It reads no data and no maps, but what checkpoints say of them: the figures are as
 of each image's last checkpoint, what was written since counts as LIVE, and where
@@ -79,8 +80,11 @@ func shownName(im engine.ImageUsage) string {
 	if name == "" {
 		name = im.ID.String()
 	}
-	if im.Removed {
+	switch {
+	case im.Removed:
 		name += " (removed)"
+	case im.Trash:
+		name += " (in the trash)"
 	}
 	return name
 }

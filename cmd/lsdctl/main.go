@@ -97,7 +97,7 @@ have a unit of 1024: 512, 4K, 20G, 1T.`,
 	f.StringVar(&a.socket, "socket", env(api.EnvSocket, api.DefaultSocket), "socket of the daemon ($"+api.EnvSocket+")")
 	f.StringVar(&a.stateDir, "state-dir", env(api.EnvStateDir, api.DefaultStateDir), "state directory of a daemon that add starts ($"+api.EnvStateDir+")")
 	cmd.AddCommand(
-		a.createCommand(), a.lsCommand(), a.infoCommand(), a.checkCommand(), a.resizeCommand(), a.renameCommand(), a.rmCommand(), a.snapCommand(),
+		a.createCommand(), a.lsCommand(), a.infoCommand(), a.checkCommand(), a.resizeCommand(), a.renameCommand(), a.rmCommand(), a.trashCommand(), a.snapCommand(),
 		a.cloneCommand(), a.flattenCommand(), a.childrenCommand(), a.treeCommand(), a.dfCommand(), a.gcCommand(),
 		a.diffCommand(), a.exportCommand(), a.exportDiffCommand(), a.importCommand(), a.importDiffCommand(), a.copyCommand(),
 		a.addCommand(), a.runCommand(), a.listCommand(), a.statusCommand(), a.flushCommand(), a.delCommand(),

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"time"
 
@@ -162,6 +163,7 @@ func (a *app) lsCommand() *cobra.Command {
 				if err == nil && len(names) == 0 {
 					err = noNames(ctx, st, u)
 				}
+				names = slices.DeleteFunc(names, func(e backend.Entry) bool { return backend.InTrash(e.Name) })
 				for _, n := range names {
 					a.progress.show(api.Progress{What: fmt.Sprintf("%d of %d images", len(list), len(names))})
 					info, err := engine.Describe(ctx, st, n.Name)

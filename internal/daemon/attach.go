@@ -464,7 +464,7 @@ func (d *Daemon) needsLog(ctx context.Context, rec record, f *writelog.OSFile) b
 	if last, err := writelog.LastSeq(ctx, f); err != nil || last > 0 {
 		return true
 	}
-	u, name, err := backend.ParseImage(rec.URL)
+	u, name, _, err := backend.ParseSource(rec.URL)
 	if err != nil {
 		return true
 	}

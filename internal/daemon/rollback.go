@@ -114,7 +114,7 @@ func (a *attachment) takeAway(ctx context.Context, k kernel, dk *disk, progress 
 // rollBackImage rolls back the image, which nobody owns.
 func (a *attachment) rollBackImage(ctx context.Context, snapshot string) error {
 	rec := a.record()
-	u, _, err := backend.ParseImage(rec.URL)
+	u, _, _, err := backend.ParseSource(rec.URL)
 	if err != nil {
 		return err
 	}
