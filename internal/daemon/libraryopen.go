@@ -103,6 +103,9 @@ func (d *Daemon) describeByID(ctx context.Context, u backend.URL, text string) (
 	if err == nil && info.Removed {
 		err = engine.ErrRemoved
 	}
+	if err == nil { // the superblock's may be out of date, and another image's
+		info.Name, err = nameOf(ctx, st, id)
+	}
 	if err != nil {
 		return info, fmt.Errorf("image %s in %s: %w", id, u, err)
 	}

@@ -78,6 +78,15 @@ func (s *session) describe(ctx context.Context) (o wire.StatResult, err error) {
 	if err != nil {
 		return o, err
 	}
+	if backend.InTrash(name) { // it is called what it was
+		if err := s.withStore(ctx, func(ctx context.Context, st backend.Store, id uuid.UUID) error {
+			info, err := engine.DescribeID(ctx, st, id)
+			name = info.Name
+			return err
+		}); err != nil {
+			return o, err
+		}
+	}
 	o.ID, o.Name, o.Size, o.Block = rec.ImageID, name, rec.Size, rec.BlockSize
 	o.ObjectSize = engine.DefaultObjectSize
 	if dk := s.attachment.getDisk(); dk != nil && dk.image != nil {
@@ -243,7 +252,7 @@ func (s *session) list(ctx context.Context, f wire.Frame, w *answer) error {
 		return err
 	}
 	// Of others it must not even be known that they are there.
-	names = slices.DeleteFunc(names, func(n backend.Entry) bool { return !grants.Allow(n.Name, policy.Read) })
+	names = slices.DeleteFunc(names, func(e backend.Entry) bool { return backend.InTrash(e.Name) || !grants.Allow(e.Name, policy.Read) })
 	slices.SortFunc(names, func(a, b backend.Entry) int { return strings.Compare(a.Name, b.Name) })
 	from := sort.Search(len(names), func(i int) bool { return names[i].Name > q.After })
 	l := &wire.ListResult{}

@@ -234,6 +234,7 @@ func (w *answer) writeFrame(t wire.Type, payload []byte, files ...int) error {
 func errnoOf(err error) syscall.Errno {
 	var owned *engine.OwnedError
 	var snapshots *engine.SnapshotsError
+	var deferred *engine.DeferredError
 	var busy *ublk.BusyError
 	var errno syscall.Errno
 	switch {
@@ -245,6 +246,8 @@ func errnoOf(err error) syscall.Errno {
 		return syscall.EBUSY
 	case errors.As(err, &snapshots):
 		return syscall.ENOTEMPTY
+	case errors.As(err, &deferred):
+		return syscall.EPERM
 	case errors.Is(err, errDetached), errors.Is(err, errTaken):
 		return syscall.ESTALE
 	case errors.Is(err, errAtIt):
@@ -308,6 +311,16 @@ func (s *session) do(ctx context.Context, f wire.Frame, w *answer) error {
 		return s.list(ctx, f, w)
 	case wire.Rename:
 		return s.rename(ctx, f)
+	case wire.TrashMove:
+		return s.trashMove(ctx, f)
+	case wire.ListTrash:
+		return s.trashList(ctx, f, w)
+	case wire.TrashRemove:
+		return s.trashRemove(ctx, f)
+	case wire.TrashRestore:
+		return s.trashRestore(ctx, f)
+	case wire.TrashPurge:
+		return s.trashPurge(ctx, f, w)
 	}
 	return syscall.EOPNOTSUPP
 }

@@ -39,6 +39,11 @@ const (
 	Remove         Type = 5
 	List           Type = 6
 	Rename         Type = 7
+	TrashMove      Type = 10
+	ListTrash      Type = 11
+	TrashRemove    Type = 12
+	TrashRestore   Type = 13
+	TrashPurge     Type = 14
 	Stat           Type = 16
 	Resize         Type = 17
 	Snapshot       Type = 18
@@ -63,6 +68,8 @@ func (t Type) Result() Type { return t | result }
 func (t Type) String() string {
 	names := map[Type]string{
 		Hello: "hello", Open: "open", Close: "close", Create: "create", Remove: "remove", List: "list", Rename: "rename",
+		TrashMove: "move to the trash", ListTrash: "list the trash", TrashRemove: "remove from the trash",
+		TrashRestore: "restore from the trash", TrashPurge: "purge the trash",
 		Stat: "stat", Resize: "resize", Snapshot: "snapshot", RemoveSnapshot: "remove a snapshot",
 		ListSnapshots: "list the snapshots", RollBack: "roll back", RenameSnapshot: "rename a snapshot",
 	}

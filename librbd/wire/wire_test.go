@@ -44,6 +44,13 @@ var messages = []struct {
 	{&ListResult{More: true, Images: []ListedImage{{Name: "a", ID: id}, {Name: "b"}}},
 		"\x01\x00\x00\x00\x02\x00\x00\x00\x01\x00\x00\x00a" + string(id[:]) + "\x01\x00\x00\x00b" + string(make([]byte, 16))},
 	{&RenameRequest{Store: "s", Image: "im", Name: "n"}, "\x01\x00\x00\x00s\x02\x00\x00\x00im\x01\x00\x00\x00n"},
+	{&TrashMoveRequest{Store: "s", Image: "im", Keep: 3}, "\x01\x00\x00\x00s\x02\x00\x00\x00im\x03\x00\x00\x00\x00\x00\x00\x00"},
+	{&TrashListRequest{Store: "s", After: id}, "\x01\x00\x00\x00s" + string(id[:])},
+	{&TrashList{More: true, Images: []TrashedImage{{ID: id, Name: "im", Moved: 1, Until: -2}}},
+		"\x01\x00\x00\x00\x01\x00\x00\x00" + string(id[:]) + "\x02\x00\x00\x00im\x01\x00\x00\x00\x00\x00\x00\x00\xfe\xff\xff\xff\xff\xff\xff\xff"},
+	{&TrashRemoveRequest{Store: "s", Image: "im", Force: true}, "\x01\x00\x00\x00s\x02\x00\x00\x00im\x01\x00\x00\x00"},
+	{&TrashRestoreRequest{Store: "s", Image: "im", Name: "n"}, "\x01\x00\x00\x00s\x02\x00\x00\x00im\x01\x00\x00\x00n"},
+	{&TrashPurgeRequest{Store: "s", At: -1}, "\x01\x00\x00\x00s\xff\xff\xff\xff\xff\xff\xff\xff"},
 	{&ResizeRequest{Size: 7, Shrink: true}, "\x07\x00\x00\x00\x00\x00\x00\x00\x01\x00\x00\x00"},
 	{&SizeResult{Size: 7}, "\x07\x00\x00\x00\x00\x00\x00\x00"},
 	{&SnapshotRequest{Name: "sn"}, "\x02\x00\x00\x00sn"},
@@ -158,7 +165,7 @@ func TestSnapshotNumber(t *testing.T) {
 func TestTypes(t *testing.T) {
 	for typ, want := range map[Type]string{
 		Open: "open", RenameSnapshot.Result(): "result of rename a snapshot",
-		RollBack.Progress(): "progress of roll back", 99: "type 99", 0xc001: "type 49153",
+		RollBack.Progress(): "progress of roll back", TrashPurge: "purge the trash", 99: "type 99", 0xc001: "type 49153",
 	} {
 		if typ.String() != want {
 			t.Errorf("%#x is %q, want %q", uint16(typ), typ, want)
