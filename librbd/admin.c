@@ -7,13 +7,7 @@
 #define ORDER_LEAST 12
 #define ORDER_MOST 25
 
-struct store {
-	uint8_t buf[REQUEST_MOST];
-	struct writer w;
-};
-
-/* Begins a request on the ioctx's store. */
-static int on_store(struct store *s, rados_ioctx_t io)
+int on_store(struct on_store *s, rados_ioctx_t io)
 {
 	char url[NAME_MOST + 1];
 	int e = store_url(io, url, sizeof url);
@@ -38,7 +32,7 @@ void rbd_version(int *major, int *minor, int *extra)
 /* order 0: the daemon's choice. */
 static int create(rados_ioctx_t io, const char *name, uint64_t size, uint64_t order)
 {
-	struct store s;
+	struct on_store s;
 	struct answer a;
 	int e;
 
@@ -118,7 +112,7 @@ int rbd_remove_with_progress(rados_ioctx_t io, const char *name, librbd_progress
 			     void *cbdata)
 {
 	struct progress pr = {.fn = cb, .arg = cbdata};
-	struct store s;
+	struct on_store s;
 	struct answer a;
 	int e = name && *name ? on_store(&s, io) : -EINVAL;
 
@@ -138,7 +132,7 @@ int rbd_remove(rados_ioctx_t io, const char *name)
 
 int rbd_rename(rados_ioctx_t src_io_ctx, const char *srcname, const char *destname)
 {
-	struct store s;
+	struct on_store s;
 	struct answer a;
 	int e = srcname && *srcname && destname && *destname ? on_store(&s, src_io_ctx) : -EINVAL;
 
@@ -220,7 +214,7 @@ static int names_get(rados_ioctx_t io, struct names *l)
 
 	memset(l, 0, sizeof *l);
 	while (e == 0 && more) {
-		struct store s;
+		struct on_store s;
 		struct answer a;
 		size_t before = l->n;
 

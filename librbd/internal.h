@@ -46,6 +46,11 @@ enum {
 	T_REMOVE = 5,
 	T_LIST = 6,
 	T_RENAME = 7,
+	T_TRASH_MOVE = 10,
+	T_TRASH_LIST = 11,
+	T_TRASH_REMOVE = 12,
+	T_TRASH_RESTORE = 13,
+	T_TRASH_PURGE = 14,
 	T_STAT = 16,
 	T_RESIZE = 17,
 	T_SNAP_CREATE = 18,
@@ -143,6 +148,15 @@ bool debugging(void);
 /* The store of the caller's ioctx as a URL: 0 or a negative errno. store.c */
 int store_url(rados_ioctx_t io, char *url, size_t n);
 int64_t store_pool_id(rados_ioctx_t io); /* -EOPNOTSUPP where there is none */
+
+/* ---- requests on a store: admin.c ---- */
+
+struct on_store {
+	uint8_t buf[REQUEST_MOST];
+	struct writer w;
+};
+/* Begins a request on the ioctx's store. */
+int on_store(struct on_store *s, rados_ioctx_t io);
 
 /* ---- the ring: ring.c ---- */
 
