@@ -572,6 +572,23 @@ static void do_list(struct handle *h, const struct frame *f, struct reader *r)
 	free(last);
 }
 
+/* Three images in the trash, one for each page. */
+static void list_trash(struct reader *r, struct writer *w)
+{
+	uint8_t id[16];
+	char name[2] = "a";
+
+	get_id(r, id);
+	name[0] = (char)('a' + id[0]);
+	id[0]++;
+	put_u32(w, id[0] < 3);
+	put_u32(w, 1);
+	put_id(w, id);
+	put_name(w, name);
+	put_u64(w, 1000);
+	put_u64(w, 1000 + id[0]);
+}
+
 static int do_admin(struct handle *h, const struct frame *f, struct reader *r, struct writer *w)
 {
 	char a[512], b[512], *s = NULL, *t = NULL;
@@ -608,6 +625,13 @@ static int do_admin(struct handle *h, const struct frame *f, struct reader *r, s
 		path_of(a, sizeof a, s, "");
 		path_of(b, sizeof b, t, "");
 		e = access(b, F_OK) == 0 ? -EEXIST : rename(a, b) < 0 ? -errno : 0;
+		break;
+	case T_TRASH_LIST:
+		list_trash(r, w);
+		break;
+	case T_TRASH_REMOVE:
+		s = take_name(r);
+		e = strncmp(s, "01", 2) ? -ENOENT : get_u32(r) == 1 ? 0 : -EPERM;
 		break;
 	case T_STAT:
 		put_id(w, h->id);

@@ -793,6 +793,34 @@ static void test_admin_images(void)
 	EQUAL(rbd_remove(io, "c"), 0);
 }
 
+/* The fake's three images in the trash: a, b and c. */
+static void test_trash(void)
+{
+	const char *first = "01000000-0000-0000-0000-000000000000";
+	rbd_trash_image_info_t infos[4], one;
+	size_t n = 2;
+
+	EQUAL(rbd_trash_list(io, infos, &n), -ERANGE);
+	EQUAL(n, 3);
+	n = 4;
+	EQUAL(rbd_trash_list(io, infos, &n), 3);
+	EQUAL(n, 3);
+	CHECK(strcmp(infos[0].id, first) == 0 && strcmp(infos[2].name, "c") == 0);
+	CHECK(infos[1].deletion_time == 1000 && infos[1].deferment_end_time == 1002);
+	EQUAL(infos[0].source, RBD_TRASH_IMAGE_SOURCE_USER);
+	rbd_trash_list_cleanup(infos, n);
+	EQUAL(rbd_trash_get(io, first, &one), 0);
+	CHECK(strcmp(one.id, first) == 0 && strcmp(one.name, "a") == 0);
+	rbd_trash_get_cleanup(&one);
+	EQUAL(rbd_trash_get(io, "04000000-0000-0000-0000-000000000000", &one), -ENOENT);
+	EQUAL(rbd_trash_remove(io, first, false), -EPERM);
+	EQUAL(rbd_trash_remove(io, first, true), 0);
+	EQUAL(rbd_trash_remove(io, "", true), -ENOENT);
+	EQUAL(rbd_trash_move(io, "", 0), -ENOENT);
+	EQUAL(rbd_trash_purge(io, 0, 2), -EINVAL);
+	EQUAL(rbd_trash_purge(io, 0, 0.5f), -EOPNOTSUPP);
+}
+
 static void test_admin_handle(void)
 {
 	rbd_image_t image, other;
@@ -974,6 +1002,8 @@ static void test_admin_aio(void)
 static void test_admin(void)
 {
 	test_admin_images();
+	if (getenv("FAKE_PID"))
+		test_trash();
 	test_admin_handle();
 	test_admin_snapshots();
 	test_admin_iterate();
