@@ -17,7 +17,8 @@ const (
 
 // changes orders what library clients change in an image, so that a write may begin and end
 // at any byte. Such a write reads the sectors at its edges, and writes them with its own bytes
-// in them. Until it has ended no other change of the same sectors may begin, and it begins when
+// in them; one that compares first (librarycompare.go) reads all of them. Until it has ended no
+// other change of the same sectors may begin, and it begins when
 // those before it have ended: the sectors would be without what these write. Its reads may have to
 // wait for the store, so changes of other sectors do not wait for it.
 //
@@ -112,6 +113,10 @@ func (c *changes) start(s *librarySlot) {
 	if err := c.takeEdges(s); err != 0 {
 		s.req.Err = err
 		s.RequestDone(&s.req)
+		return
+	}
+	if s.compare.wanted {
+		s.compareOn()
 		return
 	}
 	s.readEdges()

@@ -39,8 +39,8 @@ type handle struct {
 }
 
 // newHandle makes a handle that nobody serves yet.
-func newHandle(who string, sock io.Closer, readOnly bool, entries uint32, data uint64) (*handle, error) {
-	mem, err := ring.NewMemory(entries, data)
+func newHandle(who string, sock io.Closer, readOnly bool, version, entries uint32, data uint64) (*handle, error) {
+	mem, err := ring.NewMemory(version, entries, data)
 	if err != nil {
 		return nil, err
 	}
@@ -71,6 +71,16 @@ func (d *disk) hook(h *handle) {
 			h.mem.SetSize(d.image.Sectors() * engine.SectorSize)
 		}
 		d.rings.Hook(h.conn, newLibraryFront(d, int(h.mem.Entries()), h.readOnly))
+	})
+}
+
+// tell wakes the client of a handle, for what its ring's header says. If the handle is hooked to
+// another reactor before that, it is woken by that.
+func (d *disk) tell(h *handle) {
+	d.reactor.Post(func() {
+		if d.rings != nil && d.hooked.has(h) {
+			d.rings.Tell(h.conn)
+		}
 	})
 }
 
@@ -209,6 +219,25 @@ func (a *attachment) tellSize(size uint64) {
 	defer a.mu.Unlock()
 	for h := range a.handles {
 		h.mem.SetSize(size)
+	}
+	a.tellChangeLocked()
+}
+
+// tellChange tells library clients that the image has another size, other contents after a
+// rollback, or other snapshots.
+func (a *attachment) tellChange() {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.tellChangeLocked()
+}
+
+// tellChangeLocked is tellChange for who holds mu.
+func (a *attachment) tellChangeLocked() {
+	for h := range a.handles {
+		h.mem.Changed()
+		if a.disk != nil {
+			a.disk.tell(h)
+		}
 	}
 }
 

@@ -102,7 +102,7 @@ func (h *host) client() *libraryClient {
 func (c *libraryClient) hello() {
 	c.t.Helper()
 	var hello wire.HelloResult
-	if err := c.call(wire.Hello, &wire.HelloRequest{Low: 1, High: 1, Program: "test"}, &hello); err != nil {
+	if err := c.call(wire.Hello, &wire.HelloRequest{Low: 1, High: 2, Program: "test"}, &hello); err != nil {
 		c.t.Fatal(err)
 	}
 }
@@ -401,7 +401,7 @@ func TestLibraryErrors(t *testing.T) {
 		t.Run(c.name, func(t *testing.T) { errnoIs(t, h.client().open(c.q), c.want) })
 	}
 	c := h.dial()
-	errnoIs(t, c.call(wire.Hello, &wire.HelloRequest{Low: 2, High: 9}, nil), unix.EINVAL)
+	errnoIs(t, c.call(wire.Hello, &wire.HelloRequest{Low: 3, High: 9}, nil), unix.EINVAL)
 	if err := c.send(wire.Open, &wire.OpenRequest{}); err != nil {
 		t.Fatal(err)
 	}
@@ -698,7 +698,7 @@ func TestLibraryHookLost(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	hd, err := newHandle("process 1", io.NopCloser(nil), false, 8, 2<<20)
+	hd, err := newHandle("process 1", io.NopCloser(nil), false, 2, 8, 2<<20)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -27,9 +27,11 @@ type librarySlot struct {
 
 	// Of a write that does not begin or end with a sector: memory for the first and the last
 	// one, the reads of these, and how many of them are under way.
+	// A compare and write has them whatever its range, and compares piece by piece with them.
 	edges   []byte
 	reads   [2]edgeRead
 	pending int
+	compare comparison
 }
 
 // An edgeRead reads a sector of which a write changes a part.
@@ -53,7 +55,7 @@ func newLibraryFront(d *disk, entries int, readOnly bool) *libraryFront {
 // Handle implements ring.Handler.
 func (f *libraryFront) Handle(io *ring.IO) {
 	s := &f.slots[io.Tag]
-	s.io, s.change = io, false
+	s.io, s.change, s.compare = io, false, comparison{}
 	r := &s.req
 	r.Err, r.Leased = 0, false
 	r.FUA, r.Sector, r.Sectors, r.Buf = io.FUA, io.Sector, io.Sectors, io.Buf
@@ -64,6 +66,8 @@ func (f *libraryFront) Handle(io *ring.IO) {
 		r.Op = engine.Flush
 	case ring.OpWrite:
 		r.Op, s.change = engine.Write, true
+	case ring.OpCompareAndWrite:
+		r.Op, s.change, s.compare.wanted = engine.Write, true, true
 	case ring.OpDiscard:
 		r.Op, s.change = engine.Discard, true
 	case ring.OpWriteZeroes:
@@ -115,11 +119,14 @@ func (s *librarySlot) RequestDone(r *engine.Request) {
 		s.change = false
 		d.changes.end(s)
 	}
-	if err == 0 && leased {
+	switch {
+	case err == syscall.EILSEQ:
+		io.Mismatch(s.compare.at)
+	case err == 0 && leased:
 		io.CompleteUntil(0, d.env.lease)
-		return
+	default:
+		io.Complete(err)
 	}
-	io.Complete(err)
 }
 
 // touches reports whether two requests have sectors in common.
@@ -127,9 +134,10 @@ func (s *librarySlot) touches(o *librarySlot) bool {
 	return s.req.Sector < o.req.Sector+uint64(o.req.Sectors) && o.req.Sector < s.req.Sector+uint64(s.req.Sectors)
 }
 
-// edged reports whether a write changes a part of a sector.
+// edged reports whether a write needs the sectors that it changes: it changes a part of one, or
+// compares.
 func (s *librarySlot) edged() bool {
-	return s.req.Op == engine.Write && (s.io.Offset|s.io.Length)%engine.SectorSize != 0
+	return s.compare.wanted || s.req.Op == engine.Write && (s.io.Offset|s.io.Length)%engine.SectorSize != 0
 }
 
 // readEdges reads the sectors of which a write changes a part; then it is submitted.
@@ -162,6 +170,10 @@ func (e *edgeRead) RequestDone(r *engine.Request) {
 	}
 	if r.Err != 0 {
 		e.slot.req.Err = r.Err
+	}
+	if e.slot.compare.wanted {
+		e.slot.compared(r)
+		return
 	}
 	e.slot.edgeDone()
 }

@@ -130,7 +130,7 @@ func (s *session) openHandle(ctx context.Context, q *wire.OpenRequest) (o opened
 	if !readOnly {
 		want |= policy.Write
 	}
-	if o.handle, err = newHandle(s.who, s.conn, readOnly, q.Entries, q.Data); err != nil {
+	if o.handle, err = newHandle(s.who, s.conn, readOnly, s.version, q.Entries, q.Data); err != nil {
 		return opened{}, err
 	}
 	if q.Flags&wire.OpenAgain != 0 {

@@ -35,11 +35,11 @@ func (s *session) hello(f wire.Frame, w *answer) error {
 	if err := parse(f, &q); err != nil {
 		return err
 	}
-	if q.Low > ring.Version || q.High < ring.Version {
-		return fmt.Errorf("%w: the client speaks version %d to %d of the ring, this lsdd version %d: use those of one release", errInvalid, q.Low, q.High, ring.Version)
+	if q.Low > ring.Version || q.High < max(q.Low, ring.MinVersion) {
+		return fmt.Errorf("%w: the client speaks version %d to %d of the ring, this lsdd version %d to %d: use those of one release", errInvalid, q.Low, q.High, ring.MinVersion, ring.Version)
 	}
-	s.greeted = true
-	w.result = &wire.HelloResult{Version: ring.Version, Entries: ring.MaxEntries, Data: ring.MaxData, Daemon: s.d.cfg.Version}
+	s.version = min(q.High, ring.Version)
+	w.result = &wire.HelloResult{Version: s.version, Entries: ring.MaxEntries, Data: ring.MaxData, Daemon: s.d.cfg.Version}
 	return nil
 }
 
@@ -325,15 +325,23 @@ func (s *session) withStore(ctx context.Context, do func(context.Context, backen
 // snapshot makes a snapshot.
 func (s *session) snapshot(ctx context.Context, f wire.Frame) error {
 	nudge := func(ctx context.Context) error { return s.attachment.refresh(ctx, func(api.Progress) {}) }
-	return s.named(ctx, f, func(ctx context.Context, st backend.Store, id uuid.UUID, name string) error {
+	return s.changed(s.named(ctx, f, func(ctx context.Context, st backend.Store, id uuid.UUID, name string) error {
 		_, err := engine.CreateSnapshot(ctx, st, id, name, engine.SnapshotOptions{Nudge: nudge})
 		return err
-	})
+	}))
+}
+
+// changed tells the image's clients what has succeeded.
+func (s *session) changed(err error) error {
+	if err == nil {
+		s.attachment.tellChange()
+	}
+	return err
 }
 
 // removeSnapshot removes a snapshot that nobody here has open.
 func (s *session) removeSnapshot(ctx context.Context, f wire.Frame) error {
-	return s.named(ctx, f, func(ctx context.Context, st backend.Store, id uuid.UUID, name string) error {
+	return s.changed(s.named(ctx, f, func(ctx context.Context, st backend.Store, id uuid.UUID, name string) error {
 		list, err := engine.Snapshots(ctx, st, id)
 		if err != nil {
 			return err
@@ -350,7 +358,7 @@ func (s *session) removeSnapshot(ctx context.Context, f wire.Frame) error {
 			}
 		}
 		return engine.RemoveSnapshot(ctx, st, id, name)
-	})
+	}))
 }
 
 // renameSnapshot gives a snapshot another name.
@@ -364,9 +372,9 @@ func (s *session) renameSnapshot(ctx context.Context, f wire.Frame) error {
 			return invalid(err)
 		}
 	}
-	return s.withStore(ctx, func(ctx context.Context, st backend.Store, id uuid.UUID) error {
+	return s.changed(s.withStore(ctx, func(ctx context.Context, st backend.Store, id uuid.UUID) error {
 		return engine.RenameSnapshot(ctx, st, id, q.Snapshot, q.Name)
-	})
+	}))
 }
 
 // snapshots lists the snapshots of the handle's image.

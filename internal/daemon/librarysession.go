@@ -30,7 +30,7 @@ type session struct {
 	d    *Daemon
 	conn *net.UnixConn
 	peer
-	greeted bool
+	version uint32 // of the ring; 0: it has not said hello
 
 	// Of a handle: see open.
 	attachment *attachment
@@ -286,7 +286,7 @@ func (e invalidError) Unwrap() error { return e.error }
 
 // do does what a request asks.
 func (s *session) do(ctx context.Context, f wire.Frame, w *answer) error {
-	if f.Type != wire.Hello && !s.greeted {
+	if f.Type != wire.Hello && s.version == 0 {
 		return errRules
 	}
 	if f.Type >= wire.Stat || f.Type == wire.Close {

@@ -71,6 +71,7 @@ func (a *attachment) rollBack(ctx context.Context, q api.RollbackRequest, by *ha
 	if err := errors.Join(err, a.bringBack(a.d.ctx, k, progress)); err != nil {
 		return api.Image{}, err
 	}
+	a.tellChange()
 	a.logger.Info("rolled back", "snapshot", q.Snapshot)
 	return a.describe(ctx), nil
 }

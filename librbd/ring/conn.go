@@ -17,6 +17,8 @@ const (
 	OpFlush       Op = 3 // make durable what has completed before
 	OpDiscard     Op = 4 // the contents of the range do not matter any more
 	OpWriteZeroes Op = 5
+	// OpCompareAndWrite writes if the range has the contents that the client says.
+	OpCompareAndWrite Op = 7
 
 	opTooLate Op = 6
 )
@@ -34,6 +36,8 @@ func (op Op) String() string {
 		return "discard"
 	case OpWriteZeroes:
 		return "write-zeroes"
+	case OpCompareAndWrite:
+		return "compare and write"
 	case opTooLate:
 		return "too late"
 	}
@@ -41,13 +45,15 @@ func (op Op) String() string {
 }
 
 const (
-	flagFUA  = 1 // of a request
-	flagTime = 1 // of a completion
+	flagFUA     = 1 // of a request
+	flagDecided = 2 // of a request: see IO.Decided
+	flagTime    = 1 // of a completion
 
 	sectorSize  = 512
 	sectorShift = 9
-	maxTransfer = 1 << 20 // bytes of a read or a write
-	maxTrim     = 1 << 30 // bytes of a discard or of zeroes
+	maxTransfer = 1 << 20      // bytes of a read or a write
+	maxTrim     = 1 << 30      // bytes of a discard or of zeroes
+	maxCompare  = 1<<20 - 4096 // bytes of the whole sectors of a compare and write
 )
 
 // A Conn is the daemon's knowledge of one client's ring. It is served by at most one
@@ -79,14 +85,16 @@ const (
 // A slot is what is known of a tag: its request, of which the client's memory may say
 // something else by now.
 type slot struct {
-	phase  phase
-	op     Op
-	fua    bool
-	tag    uint32
-	seq    uint64 // its place in the order of submission
-	offset uint64
-	length uint64
-	data   uint64 // where the first sector lies in the data area
+	phase phase
+	op    Op
+	fua   bool
+	// decided says of a compare and write that the comparison has come out well.
+	decided bool
+	tag     uint32
+	seq     uint64 // its place in the order of submission
+	offset  uint64
+	length  uint64
+	data    uint64 // where the first sector lies in the data area
 }
 
 // NewConn returns what serves the client that has m. onBroken, which may be nil, is
@@ -149,7 +157,7 @@ func (c *Conn) take() (*slot, error) {
 	switch {
 	case uint16(w[0]>>16) != 0 || w[4]|w[5]|w[6]|w[7] != 0:
 		return nil, fmt.Errorf("%v: bytes that must be zero are not", op)
-	case flags&^flagFUA != 0:
+	case flags&^flagFUA != 0 && (op != OpCompareAndWrite || flags&^(flagFUA|flagDecided) != 0):
 		return nil, fmt.Errorf("%v: unknown flags %#x", op, flags)
 	case tag >= c.m.entries:
 		return nil, fmt.Errorf("%v: tag %d of %d", op, tag, c.m.entries)
@@ -169,12 +177,15 @@ func (c *Conn) take() (*slot, error) {
 		c.busy++
 		return s, nil
 	}
+	if op == OpCompareAndWrite && c.m.version < 2 {
+		return nil, fmt.Errorf("%v: %w", op, errOp)
+	}
 	data, err := place(op, w[1], w[2], w[3], uint64(len(c.m.data)))
 	if err != nil {
 		return nil, fmt.Errorf("%v of %d bytes at %d, data at %d: %w", op, w[2], w[1], w[3], err)
 	}
 	c.seq++
-	*s = slot{phase: taken, op: op, fua: flags&flagFUA != 0, tag: tag, seq: c.seq, offset: w[1], length: w[2], data: data}
+	*s = slot{phase: taken, op: op, fua: flags&flagFUA != 0, decided: flags&flagDecided != 0, tag: tag, seq: c.seq, offset: w[1], length: w[2], data: data}
 	c.busy++
 	return s, nil
 }
@@ -187,7 +198,7 @@ func place(op Op, offset, length, data, area uint64) (uint64, error) {
 		return 0, errEnd
 	}
 	switch op {
-	case OpRead, OpWrite:
+	case OpRead, OpWrite, OpCompareAndWrite:
 		if length == 0 || length > maxTransfer {
 			return 0, errLength
 		}
@@ -196,6 +207,12 @@ func place(op Op, offset, length, data, area uint64) (uint64, error) {
 		}
 		first := data - offset%sectorSize
 		size := (end+sectorSize-1)>>sectorShift<<sectorShift - offset>>sectorShift<<sectorShift
+		if op == OpCompareAndWrite {
+			if size > maxCompare {
+				return 0, errLength
+			}
+			size += compareAt(size)
+		}
 		if first >= area || size > area-first {
 			return 0, errArea
 		}
@@ -219,6 +236,10 @@ func place(op Op, offset, length, data, area uint64) (uint64, error) {
 	}
 	return 0, nil
 }
+
+// compareAt returns how far behind the beginning of the data of a compare and write, of so many
+// bytes of whole sectors, what is to be compared begins.
+func compareAt(size uint64) uint64 { return (size + align - 1) &^ (align - 1) }
 
 // A rule is what a request breaks.
 type rule string

@@ -42,8 +42,17 @@ func TestRules(t *testing.T) {
 		want string
 	}{
 		"no operation":         {req{Op: 0}, "no such operation"},
-		"unknown operation":    {req{Op: 7}, "no such operation"},
+		"unknown operation":    {req{Op: 8}, "no such operation"},
 		"unknown flag":         {req{Op: ringtest.Flush, Flags: 2}, "unknown flags"},
+		"flag of another":      {req{Op: ringtest.Write, Flags: ringtest.Decided, Length: 512}, "unknown flags"},
+		"empty compare":        {req{Op: ringtest.CompareAndWrite}, "too long, or empty"},
+		"long compare":         {req{Op: ringtest.CompareAndWrite, Length: mib - 4095}, "too long, or empty"},
+		"sectors of a compare": {req{Op: ringtest.CompareAndWrite, Offset: 511, Length: mib - 4096, Data: 511}, "too long, or empty"},
+		"compare not aligned":  {req{Op: ringtest.CompareAndWrite, Length: 512, Data: 512}, "does not lie"},
+		"half a compare":       {req{Op: ringtest.CompareAndWrite, Length: 512, Data: MinData - 4096}, "not in the data area"},
+		"compare over the end": {req{Op: ringtest.CompareAndWrite, Length: 4608, Data: MinData - 3*4096}, "not in the data area"},
+		"compare outside":      {req{Op: ringtest.CompareAndWrite, Length: 512, Data: 1<<64 - 4096}, "not in the data area"},
+		"compare flags":        {req{Op: ringtest.CompareAndWrite, Flags: 4, Length: 512}, "unknown flags"},
 		"reserved":             {req{Op: ringtest.Flush, Zero: 1}, "must be zero"},
 		"tag":                  {req{Op: ringtest.Flush, Tag: 8}, "tag 8 of 8"},
 		"great tag":            {req{Op: ringtest.Flush, Tag: 1<<32 - 1}, "tag 4294967295 of 8"},
@@ -125,6 +134,104 @@ func TestReservedBytes(t *testing.T) {
 		case <-time.After(patience):
 			t.Errorf("byte %d may be anything", i)
 		}
+	}
+}
+
+// TestFirstVersion: a ring of the first version has no compare and write, and does not count
+// changes.
+func TestFirstVersion(t *testing.T) {
+	k := newRigOf(t, MinVersion, 8, &keeper{})
+	k.c.Memory().Changed()
+	if n := k.client.Changes(); k.client.Version != 1 || n != 0 {
+		t.Errorf("version %d, %d changes", k.client.Version, n)
+	}
+	k.client.Submit(ringtest.Request{Op: ringtest.CompareAndWrite, Length: 512})
+	if err := <-k.broken; err == nil || !strings.Contains(err.Error(), "no such operation") {
+		t.Errorf("compare and write: %v", err)
+	}
+}
+
+// TestCompareAndWrite looks at what a handler gets of one, at what the client is told of it, and
+// that a decision outlives the reactor.
+func TestCompareAndWrite(t *testing.T) {
+	h := &keeper{}
+	k := newRig(t, 64, h)
+	const tag, data = 37, MinData - 2*4096*255
+	q := ringtest.Request{Op: ringtest.CompareAndWrite, Flags: ringtest.FUA, Tag: tag, Offset: 4096, Length: 255 * 4096, Data: data}
+	k.client.Submit(q)
+	k.turn(func() {})
+	call(t, k.r, func() {
+		io := h.handled[0]
+		if len(io.Buf) != 255*4096 || &io.Buf[0] != &k.c.m.data[data] || io.Decided || !io.FUA || io.Op != OpCompareAndWrite {
+			t.Errorf("%d bytes, %v, decided: %v", len(io.Buf), io.Op, io.Decided)
+		}
+		if c := io.Compare; len(c) != 255*4096 || cap(c) != len(c) || &c[len(c)-1] != &k.c.m.data[MinData-1] {
+			t.Errorf("%d bytes to compare", len(c))
+		}
+		io.Mismatch(4711)
+	})
+	if done := k.wait(); done != (ringtest.Completion{Tag: tag, Res: -int64(syscall.EILSEQ), At: 4711}) || k.client.Decided(tag) {
+		t.Errorf("%+v", done)
+	}
+	q.Offset, q.Length, q.Data = 511, 2, 511
+	k.client.Submit(q)
+	k.turn(func() {})
+	call(t, k.r, func() {
+		io := h.handled[1]
+		if len(io.Compare) != 2 || &io.Compare[0] != &k.c.m.data[4096+511] || len(io.Data()) != 2 || io.Decided {
+			t.Errorf("%+v", io)
+		}
+		io.Decide()
+	})
+	if !k.client.Decided(tag) || k.client.Decided(tag-1) || k.client.Decided(tag+1) {
+		t.Error("the client does not see what has been decided")
+	}
+	k.r.Post(func() { panic("boom") })
+	await(t, k.r.Done(), "the reactor's end")
+	next := &keeper{}
+	k.serve(next)
+	call(t, k.r, func() {
+		h.handled[1].Decide() // of the dead
+		if io := next.handled[0]; !io.Decided {
+			t.Error("the next reactor does not know what has been decided")
+		} else {
+			io.CompleteUntil(0, 1)
+		}
+	})
+	k.wait()
+	k.client.Submit(ringtest.Request{Op: ringtest.TooLate, Tag: tag})
+	k.turn(func() {})
+	call(t, k.r, func() { next.back[0].Complete(0) })
+	k.wait()
+	for _, flags := range []uint8{0, ringtest.Decided} {
+		q.Flags = flags
+		k.client.Submit(q)
+		k.turn(func() {})
+		call(t, k.r, func() {
+			io := next.handled[len(next.handled)-1]
+			if io.Decided != (flags != 0) {
+				t.Errorf("flags %d: decided: %v", flags, io.Decided)
+			}
+			io.Complete(0)
+		})
+		k.wait()
+	}
+}
+
+// TestTell: a client that sleeps is woken for what it was told, and not otherwise.
+func TestTell(t *testing.T) {
+	k := newRig(t, 8, &keeper{})
+	k.c.Memory().Changed()
+	if n := k.client.Changes(); n != 1 {
+		t.Errorf("%d changes", n)
+	}
+	k.client.Sleep()
+	if k.client.Woken(20*time.Millisecond) == nil {
+		t.Error("it is woken for nothing")
+	}
+	call(t, k.r, func() { k.g.Tell(k.c) })
+	if err := k.client.Woken(patience); err != nil {
+		t.Error(err)
 	}
 }
 
@@ -243,9 +350,11 @@ func FuzzRing(f *testing.F) {
 	flush := append([]byte{0, ringtest.Flush}, make([]byte, 63)...)
 	read := append([]byte{0, ringtest.Read, 0, 0, 0, 3}, make([]byte, 59)...)
 	binary.LittleEndian.PutUint64(read[17:], 4096)
+	compare := append([]byte{0, ringtest.CompareAndWrite, ringtest.Decided, 0, 0, 5}, make([]byte, 59)...)
+	binary.LittleEndian.PutUint64(compare[17:], 4096)
 	late := append([]byte{0, ringtest.TooLate, 0, 0, 0, 3}, make([]byte, 59)...)
 	for _, seed := range [][]byte{
-		flush, read, append(read, late...), append(append(read, 4, 0, 1), late...), append(flush, flush...),
+		flush, read, compare, append(compare, 4, 0, 0), append(read, late...), append(append(read, 4, 0, 1), late...), append(flush, flush...),
 		{1, 255, 255, 255, 255}, {2, 64, 9, 0, 0, 0}, {2, 128, 9, 0, 0, 0}, {2, 192, 1, 1, 1, 1, 3, 4, 0, 0},
 	} {
 		f.Add(seed)
@@ -308,7 +417,7 @@ func runScript(t *testing.T, r interface{ Call(func()) error }, h *suspicious, c
 			client.Publish(tail)
 		case 2: // any word of the header behind what does not change
 			p := next(5)
-			at := 64 + int(p[0])*4%448
+			at := 64 + int(p[0])*4%576
 			binary.LittleEndian.PutUint32(h.m.mem[at:], binary.LittleEndian.Uint32(p[1:]))
 		case 3: // anywhere in the entries, after they have been submitted
 			p := next(3)
@@ -359,6 +468,13 @@ func (h *suspicious) take(io *IO) {
 	end := io.Offset + io.Length
 	ok := io.Tag < 8 && end >= io.Offset && io.Sector == io.Offset/512 && uint64(io.Sectors) == (end+511)/512-io.Sector
 	switch io.Op {
+	case OpCompareAndWrite:
+		ok = ok && uint64(len(io.Compare)) == io.Length && cap(io.Compare) == len(io.Compare) && io.Sectors <= 255*8
+		clear(io.Compare)
+		if io.Length%2 == 0 {
+			io.Decide()
+		}
+		fallthrough
 	case OpRead, OpWrite:
 		ok = ok && io.Length > 0 && io.Length <= 1<<20 && h.inside(io)
 		clear(io.Buf)

@@ -168,6 +168,13 @@ func (s *session) start(t *slot) {
 	s.h.Handle(io)
 }
 
+// Tell wakes c's client, if it sleeps, for what Memory.Changed has counted.
+func (g *Group) Tell(c *Conn) {
+	if s := c.session; s != nil && s.g == g && !s.dropped {
+		s.dirty, g.left = true, true
+	}
+}
+
 // EndTurn implements reactor.Source: it wakes clients, and ends sessions.
 func (g *Group) EndTurn() {
 	if !g.left {

@@ -37,11 +37,17 @@ type IO struct {
 	Sector  uint64
 	Sectors uint32
 
-	// Buf is the place for the data of these sectors, of a read or a write: exactly
+	// Buf is the place for the data of these sectors, of a read or any write: exactly
 	// Sectors*512 bytes outside the Go heap that begin at a multiple of 4096, good for
 	// O_DIRECT and for a ring. The client can change them at any time. Of a write the
 	// handler fills in what lies outside of the range. It is nil for other operations.
 	Buf []byte
+	// Compare is, of a compare and write, what the range is to have: as long as Data, which
+	// is written if it has. The client can change it, too, at any time.
+	Compare []byte
+	// Decided says of a compare and write that it is done again after Decide: the range may
+	// have the contents that are to be written already.
+	Decided bool
 
 	s *session
 }
@@ -55,6 +61,22 @@ func (io *IO) Complete(err syscall.Errno) { io.s.complete(io.Tag, err, 0, 0) }
 // on the clock of package boottime, or has the Conn's handler take it back.
 func (io *IO) CompleteUntil(err syscall.Errno, until time.Duration) {
 	io.s.complete(io.Tag, err, flagTime, until)
+}
+
+// Mismatch ends a compare and write that has found another byte than the client says, at so many
+// bytes behind Offset: the client gets EILSEQ, and as of a read without a time.
+func (io *IO) Mismatch(at uint64) { io.s.completeAt(io.Tag, syscall.EILSEQ, 0, 0, at) }
+
+// Decide notes that a compare and write has found what the client says, before it has any effect:
+// whoever does it again, after the reactor's death or the daemon's, is told so by Decided.
+func (io *IO) Decide() {
+	s := io.s
+	if s.ended.Load() {
+		return
+	}
+	io.Decided = true
+	s.c.slots[io.Tag].decided = true
+	atomic.OrUint32(&s.c.m.decided[io.Tag/32], 1<<(io.Tag%32))
 }
 
 // Data returns the part of Buf that is the range itself, without the rest of its first
@@ -72,15 +94,25 @@ func (io *IO) load(s *slot, data []byte) {
 	io.Op, io.FUA, io.Offset, io.Length = s.op, s.fua, s.offset, s.length
 	io.Sector = s.offset >> sectorShift
 	io.Sectors = uint32((s.offset+s.length+sectorSize-1)>>sectorShift - io.Sector)
-	io.Buf = nil
-	if s.op == OpRead || s.op == OpWrite {
-		end := s.data + uint64(io.Sectors)*sectorSize
-		io.Buf = data[s.data:end:end]
+	io.Buf, io.Compare, io.Decided = nil, nil, s.decided
+	size := uint64(io.Sectors) * sectorSize
+	switch s.op {
+	case OpCompareAndWrite:
+		from := s.data + compareAt(size) + s.offset%sectorSize
+		io.Compare = data[from : from+s.length : from+s.length]
+		fallthrough
+	case OpRead, OpWrite:
+		io.Buf = data[s.data : s.data+size : s.data+size]
 	}
 }
 
 // complete puts a completion into the client's queue.
 func (s *session) complete(tag uint32, err syscall.Errno, flags uint32, until time.Duration) {
+	s.completeAt(tag, err, flags, until, 0)
+}
+
+// completeAt is complete that says where a comparison has found another byte.
+func (s *session) completeAt(tag uint32, err syscall.Errno, flags uint32, until time.Duration, at uint64) {
 	if s.ended.Load() {
 		return
 	}
@@ -100,7 +132,7 @@ func (s *session) complete(tag uint32, err syscall.Errno, flags uint32, until ti
 	}
 	// The client takes nothing before the tail says so. That it takes its tags' entries
 	// before it uses these again is its own affair.
-	c.m.cq[c.tail&(c.m.entries-1)] = [cqeWords]uint64{uint64(tag) | uint64(flags)<<32, uint64(-int64(err)), uint64(until), 0}
+	c.m.cq[c.tail&(c.m.entries-1)] = [cqeWords]uint64{uint64(tag) | uint64(flags)<<32, uint64(-int64(err)), uint64(until), at}
 	c.tail++
 	atomic.StoreUint32(c.m.cqTail, c.tail)
 	s.dirty = true

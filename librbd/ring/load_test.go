@@ -435,7 +435,7 @@ func TestManyRings(t *testing.T) {
 		var conns []*Conn
 		var clients []*ringtest.Client
 		for i := range 4 {
-			m, err := NewMemory(8, MinData)
+			m, err := NewMemory(Version, 8, MinData)
 			if err != nil {
 				t.Fatal(err)
 			}

@@ -13,8 +13,11 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Version is that of the ring.
-const Version = 1
+// Versions of the ring: the second one has compare and write, and counts the image's changes.
+const (
+	MinVersion = 1
+	Version    = 2
+)
 
 // Limits of a ring.
 const (
@@ -41,6 +44,8 @@ const (
 	offDaemonSleep = 320
 	offClientSleep = 384
 	offImageSize   = 448
+	offChanges     = 456
+	offDecided     = 512
 	queueStart     = 4096
 )
 
@@ -54,6 +59,7 @@ const (
 // A Memory is a ring's shared memory and the two eventfds of its sides. It is made for
 // one client. It belongs to who made it, who closes it when nobody serves its Conn.
 type Memory struct {
+	version uint32
 	entries uint32
 	files   [3]int // memory, and the eventfds that wake the daemon and the client
 
@@ -66,9 +72,11 @@ type Memory struct {
 	cqTail      *uint32
 	daemonSleep *uint32
 	clientSleep *uint32
+	decided     []uint32 // a bit for each tag
 
-	mu  sync.Mutex
-	mem []byte // the mapping; guarded by mu: nil when closed
+	mu      sync.Mutex
+	mem     []byte // the mapping; guarded by mu: nil when closed
+	changes uint64 // of the image, as the client was told; guarded by mu
 }
 
 // layout returns where the data area of a ring begins, and how long its memory is.
@@ -78,10 +86,12 @@ func layout(entries uint32, data uint64) (start, size uint64) {
 	return start, start + data
 }
 
-// NewMemory makes the memory of a ring of so many entries, a power of two, with a data
-// area of data bytes. The error matches ErrLimits when that is not allowed.
-func NewMemory(entries uint32, data uint64) (*Memory, error) {
+// NewMemory makes the memory of a ring of a version and of so many entries, a power of two,
+// with a data area of data bytes. The error matches ErrLimits when that is not allowed.
+func NewMemory(version, entries uint32, data uint64) (*Memory, error) {
 	switch {
+	case version < MinVersion || version > Version:
+		return nil, fmt.Errorf("ring of version %d: %w", version, ErrLimits)
 	case entries < MinEntries || entries > MaxEntries || bits.OnesCount32(entries) != 1:
 		return nil, fmt.Errorf("ring of %d entries, which is no power of two from %d to %d: %w", entries, MinEntries, MaxEntries, ErrLimits)
 	case data < MinData || data > MaxData || data%align != 0:
@@ -89,7 +99,7 @@ func NewMemory(entries uint32, data uint64) (*Memory, error) {
 	case binary.NativeEndian.Uint16([]byte{1, 0}) != 1:
 		return nil, fmt.Errorf("ring on a big-endian machine: %w", errors.ErrUnsupported)
 	}
-	m := &Memory{entries: entries, files: [3]int{-1, -1, -1}}
+	m := &Memory{version: version, entries: entries, files: [3]int{-1, -1, -1}}
 	start, size := layout(entries, data)
 	if err := m.open(int64(size)); err != nil {
 		return nil, errors.Join(err, m.Close())
@@ -134,6 +144,7 @@ func (m *Memory) view(start uint64) {
 	word := func(off int) *uint32 { return (*uint32)(unsafe.Pointer(&m.mem[off])) }
 	m.sqTail, m.sqHead, m.cqTail = word(offSQTail), word(offSQHead), word(offCQTail)
 	m.daemonSleep, m.clientSleep = word(offDaemonSleep), word(offClientSleep)
+	m.decided = unsafe.Slice(word(offDecided), MaxEntries/32)
 	m.sq = unsafe.Slice((*[sqeWords]uint64)(unsafe.Pointer(&m.mem[queueStart])), m.entries)
 	m.cq = unsafe.Slice((*[cqeWords]uint64)(unsafe.Pointer(&m.mem[queueStart+8*sqeWords*int(m.entries)])), m.entries)
 	m.data = m.mem[start:len(m.mem):len(m.mem)]
@@ -143,7 +154,7 @@ func (m *Memory) view(start uint64) {
 func (m *Memory) writeHeader(start, data uint64) {
 	h := m.mem
 	copy(h[offMagic:], magic)
-	binary.LittleEndian.PutUint32(h[offVersion:], Version)
+	binary.LittleEndian.PutUint32(h[offVersion:], m.version)
 	binary.LittleEndian.PutUint32(h[offEntries:], m.entries)
 	binary.LittleEndian.PutUint64(h[offDataStart:], start)
 	binary.LittleEndian.PutUint64(h[offDataSize:], data)
@@ -168,6 +179,18 @@ func (m *Memory) SetSize(bytes uint64) {
 	if m.mem != nil {
 		// Unsafe: as in view.
 		atomic.StoreUint64((*uint64)(unsafe.Pointer(&m.mem[offImageSize])), bytes)
+	}
+}
+
+// Changed counts a change of the image, or of its snapshots, for the client, whom Group.Tell
+// wakes. Any goroutine may call it; after Close it does nothing.
+func (m *Memory) Changed() {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.mem != nil && m.version >= 2 {
+		m.changes++
+		// Unsafe: as in view.
+		atomic.StoreUint64((*uint64)(unsafe.Pointer(&m.mem[offChanges])), m.changes)
 	}
 }
 

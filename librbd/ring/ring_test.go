@@ -50,7 +50,12 @@ func call(t testing.TB, r *reactor.Reactor, fn func()) {
 
 func newMemory(t testing.TB, entries uint32, data uint64) *Memory {
 	t.Helper()
-	m, err := NewMemory(entries, data)
+	return newMemoryOf(t, Version, entries, data)
+}
+
+func newMemoryOf(t testing.TB, version, entries uint32, data uint64) *Memory {
+	t.Helper()
+	m, err := NewMemory(version, entries, data)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -88,7 +93,13 @@ type rig struct {
 
 func newRig(t testing.TB, entries uint32, h Handler) *rig {
 	t.Helper()
-	m := newMemory(t, entries, MinData)
+	return newRigOf(t, Version, entries, h)
+}
+
+// newRigOf is newRig of a version of the ring.
+func newRigOf(t testing.TB, version, entries uint32, h Handler) *rig {
+	t.Helper()
+	m := newMemoryOf(t, version, entries, MinData)
 	k := &rig{t: t, broken: make(chan error, 8), client: newClient(t, m)}
 	k.c = NewConn(m, func(err error) { k.broken <- err })
 	k.serve(h)
@@ -178,6 +189,11 @@ func TestWriteAndRead(t *testing.T) {
 }
 
 func TestMemoryLimits(t *testing.T) {
+	for _, version := range []uint32{MinVersion - 1, Version + 1} {
+		if m, err := NewMemory(version, 8, MinData); !errors.Is(err, ErrLimits) {
+			t.Errorf("version %d: %v, %v", version, m, err)
+		}
+	}
 	for _, tt := range []struct {
 		entries uint32
 		data    uint64
@@ -185,7 +201,7 @@ func TestMemoryLimits(t *testing.T) {
 		{0, MinData}, {4, MinData}, {9, MinData}, {2048, MinData}, {8, 0}, {8, MinData - 4096},
 		{8, MinData + 512}, {8, MaxData + 4096}, {1 << 31, 1 << 63}, {8, 1<<64 - 4096},
 	} {
-		if m, err := NewMemory(tt.entries, tt.data); !errors.Is(err, ErrLimits) {
+		if m, err := NewMemory(Version, tt.entries, tt.data); !errors.Is(err, ErrLimits) {
 			t.Errorf("NewMemory(%d, %d) = %v, %v", tt.entries, tt.data, m, err)
 		}
 	}

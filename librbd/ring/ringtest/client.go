@@ -15,14 +15,16 @@ import (
 
 // Operations and flags of the submission queue, as docs/format-librbd.md has them.
 const (
-	Read        = 1
-	Write       = 2
-	Flush       = 3
-	Discard     = 4
-	WriteZeroes = 5
-	TooLate     = 6
+	Read            = 1
+	Write           = 2
+	Flush           = 3
+	Discard         = 4
+	WriteZeroes     = 5
+	TooLate         = 6
+	CompareAndWrite = 7
 
-	FUA = 1
+	FUA     = 1
+	Decided = 2
 )
 
 // Places in the header, in bytes.
@@ -34,6 +36,8 @@ const (
 	DaemonSleep = 320
 	ClientSleep = 384
 	ImageSize   = 448
+	Changes     = 456
+	DecidedBits = 512
 	queues      = 4096
 )
 
@@ -53,10 +57,12 @@ type Completion struct {
 	Flags uint32 // 1: there is a time
 	Res   int64
 	Until time.Duration
+	At    uint64 // where a comparison has found another byte
 }
 
 // A Client is the client's side of a ring. One goroutine uses it.
 type Client struct {
+	Version uint32
 	Entries uint32
 	Data    []byte // the data area
 	// Wakes counts the wake-ups of the daemon, Slept those of the client.
@@ -94,10 +100,10 @@ func New(fds [3]int) (*Client, error) {
 // header checks the header.
 func (c *Client) header() error {
 	le, h := binary.LittleEndian, c.mem
-	c.Entries = le.Uint32(h[8:])
+	c.Version, c.Entries = le.Uint32(h[4:]), le.Uint32(h[8:])
 	start, size := le.Uint64(h[16:]), le.Uint64(h[24:])
 	switch {
-	case string(h[:4]) != "LRNG" || le.Uint32(h[4:]) != 1 || le.Uint32(h[12:]) != 0:
+	case string(h[:4]) != "LRNG" || c.Version < 1 || c.Version > 2 || le.Uint32(h[12:]) != 0:
 		return fmt.Errorf("header % x", h[:16])
 	case crc32.Checksum(h[:32], crc32.MakeTable(crc32.Castagnoli)) != le.Uint32(h[32:]):
 		return errors.New("the header's checksum is wrong")
@@ -114,6 +120,29 @@ func (c *Client) Word(off int) *uint32 { return (*uint32)(unsafe.Pointer(&c.mem[
 // Size returns the size of the image.
 func (c *Client) Size() uint64 {
 	return atomic.LoadUint64((*uint64)(unsafe.Pointer(&c.mem[ImageSize])))
+}
+
+// Changes returns how often the image has changed, as the daemon says.
+func (c *Client) Changes() uint64 {
+	return atomic.LoadUint64((*uint64)(unsafe.Pointer(&c.mem[Changes])))
+}
+
+// Decided reports whether the compare and write of a tag had found what it was to find.
+func (c *Client) Decided(tag uint32) bool {
+	return atomic.LoadUint32(c.Word(DecidedBits+int(tag/32)*4))&(1<<(tag%32)) != 0
+}
+
+// Sleep says that the client sleeps.
+func (c *Client) Sleep() { atomic.StoreUint32(c.Word(ClientSleep), 1) }
+
+// Woken waits until the daemon has woken the client, whatever for, since it said that it sleeps.
+func (c *Client) Woken(timeout time.Duration) error {
+	for end := time.Now().Add(timeout); atomic.LoadUint32(c.Word(ClientSleep)) != 0; time.Sleep(time.Millisecond) {
+		if time.Now().After(end) {
+			return fmt.Errorf("not woken in %v", timeout)
+		}
+	}
+	return nil
 }
 
 // Entry returns the bytes of the submission queue's entry n.
@@ -174,6 +203,7 @@ func (c *Client) Take() (Completion, bool) {
 		Flags: le.Uint32(e[4:]),
 		Res:   int64(le.Uint64(e[8:])),
 		Until: time.Duration(le.Uint64(e[16:])),
+		At:    le.Uint64(e[24:]),
 	}
 	c.head++
 	atomic.StoreUint32(c.Word(CQHead), c.head)
