@@ -284,14 +284,15 @@ static int hello(struct conn *c, int64_t deadline)
 	int e;
 
 	put_u32(&w, 1);
-	put_u32(&w, 1);
+	put_u32(&w, RING_VERSION);
 	put_name(&w, program_invocation_short_name);
 	if (!deadline)
 		deadline = now_ms() + HELLO_MS;
 	e = conn_call(c, T_HELLO, &w, NULL, deadline, &a, &broken);
 	if (e < 0)
 		return e;
-	if (get_u32(&a.fields) != 1)
+	c->version = get_u32(&a.fields);
+	if (c->version < 1 || c->version > RING_VERSION)
 		e = -EPROTONOSUPPORT;
 	c->entries = get_u32(&a.fields);
 	c->data = get_u64(&a.fields);

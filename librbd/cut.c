@@ -28,6 +28,8 @@ bool cut_next(uint8_t op, uint64_t pos, uint64_t end, struct cut *out)
 			len = least(len - len % SECTOR, GIB - pos % GIB);
 		}
 		break;
+	case OP_COMPARE:
+		break; /* all of it or nothing: prepare has seen to its length */
 	default:
 		len = least(len, MIB - pos % MIB);
 	}

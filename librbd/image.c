@@ -47,7 +47,7 @@ static int take_open(struct answer *a, struct opened *o)
 	data = get_u64(&a->fields);
 	o->read_only = get_u32(&a->fields) & 1;
 	a->nfds = 0; /* ring_map takes them */
-	e = ring_map(&o->ring, a->fds, entries, data);
+	e = ring_map(&o->ring, a->fds, o->conn.version, entries, data);
 	if (e == 0 && (a->fields.bad || o->object == 0)) {
 		ring_unmap(&o->ring);
 		e = -EPROTO;
@@ -111,6 +111,7 @@ void image_adopt(struct image *h, struct opened *o)
 	h->object = o->object;
 	h->state = LIVE;
 	h->life++;
+	h->watch_due = h->watches != NULL;
 }
 
 /* ---- all handles, for forks ---- */
@@ -196,6 +197,7 @@ void image_free(struct image *h)
 		pthread_mutex_destroy(&h->control);
 		pthread_cond_destroy(&h->changed);
 	}
+	watches_free(h);
 	free(h->store);
 	free(h->name);
 	free(h);

@@ -35,6 +35,8 @@
 #define DATA_MOST (64u * MIB)
 #define UNITS_MOST (DATA_MOST / UNIT)
 #define ERRNO_MOST 4095
+#define RING_VERSION 2u /* the highest of ours; from 1 on */
+#define COMPARE_MOST (MIB - UNIT) /* bytes of the whole sectors of a compare and write */
 
 /* ---- frames: wire.c ---- */
 
@@ -110,6 +112,7 @@ void id_format(const uint8_t id[16], char text[ID_TEXT]);
 struct conn {
 	int fd; /* -1: none */
 	uint64_t number; /* of the last request */
+	uint32_t version; /* of the ring, as hello has agreed on */
 	uint32_t entries; /* what hello's answer allows */
 	uint64_t data;
 };
@@ -167,8 +170,10 @@ enum {
 	OP_DISCARD = 4,
 	OP_ZEROES = 5,
 	OP_TOO_LATE = 6,
+	OP_COMPARE = 7, /* compare and write */
 };
 #define SQE_FUA 1u
+#define SQE_DECIDED 2u
 #define CQE_TIME 1u
 
 struct sqe {
@@ -183,7 +188,7 @@ struct cqe {
 	uint32_t tag, flags;
 	int64_t result;
 	uint64_t time;
-	uint64_t zero;
+	uint64_t mismatch; /* of a compare and write: from the range's first byte on */
 };
 
 _Static_assert(sizeof(struct sqe) == 64, "an entry of the submission queue");
@@ -193,6 +198,7 @@ _Static_assert(sizeof(struct cqe) == 32, "an entry of the completion queue");
 struct ring {
 	uint8_t *base;
 	size_t size;
+	uint32_t version;
 	uint32_t entries;
 	uint32_t units; /* of the data area */
 	uint8_t *data;
@@ -201,13 +207,19 @@ struct ring {
 	uint32_t tail; /* next entry of the submission queue */
 	uint32_t told; /* the tail that the daemon knows */
 	uint32_t head; /* next entry of the completion queue */
+	uint64_t seen; /* changes of the image that the handle's thread knows of */
 	int memory, daemon, client; /* descriptors; memory is closed once mapped */
 };
 
 /* Takes the three descriptors in any case. 0, -EPROTO or another negative errno. */
-int ring_map(struct ring *r, const int fds[3], uint32_t entries, uint64_t data);
+int ring_map(struct ring *r, const int fds[3], uint32_t version, uint32_t entries,
+	     uint64_t data);
 void ring_unmap(struct ring *r);
 uint64_t ring_image_size(const struct ring *r);
+uint64_t ring_changes(const struct ring *r); /* of the image, a count; 0 in version 1 */
+/* A tag's bit: what it says when the daemon has died is in docs/format-librbd.md, "Death". */
+bool ring_decided(const struct ring *r, uint32_t tag);
+void ring_undecide(struct ring *r, uint32_t tag);
 void ring_push(struct ring *r, const struct sqe *e);
 void ring_tell(struct ring *r); /* makes pushed entries known, wakes the daemon */
 /* How many completions are there: at most entries, or -EPROTO. */
@@ -260,6 +272,10 @@ struct request {
 	const char *pattern;   /* instead of iov: what is written again and again */
 	size_t period;
 	int iovcnt;
+	int cmpcnt;
+	const struct iovec *cmp; /* what a compare and write compares: the caller's, or cmp_one */
+	struct iovec cmp_one;
+	uint64_t *mismatch;    /* where a compare and write says what differs, NULL: nowhere */
 	uint32_t left;         /* pieces that have not ended; the handle's thread, once submitted */
 	int error;             /* of the first that failed; the handle's thread */
 	ssize_t value;         /* what the caller gets if none fails */
@@ -308,6 +324,9 @@ struct piece {
 	struct cursor at;
 	uint8_t op;
 	uint8_t state; /* FREE, SENT, TAKEN */
+	/* of a compare and write when the daemon has ended: */
+	bool decided;  /* it may have taken effect */
+	bool effected; /* it has: the daemon said so, too late for the user */
 };
 enum { FREE, SENT, TAKEN };
 
@@ -352,6 +371,10 @@ struct image {
 	struct piece again[ENTRIES_MOST]; /* were under way when the daemon died, in order; lock */
 	uint32_t nagain, again_pos;
 	struct change *change; /* lock */
+	struct watch *watches; /* by number; lock */
+	uint64_t last_watch;   /* number of the last one; lock */
+	uint64_t watch_called; /* number of the one that is called now, 0: none; lock */
+	bool watch_due;        /* there is another ring: who knows what has changed; lock */
 	bool closing;        /* lock */
 	struct completion *closed; /* of aio_close; lock */
 
@@ -404,6 +427,10 @@ void *image_run(void *h); /* what a handle's thread does */
 int thread_start(pthread_t *thread, void *(*run)(void *), void *arg); /* 0 or a negative errno */
 bool image_own_thread(struct image *h);
 void image_wake(struct image *h);
+/* Whether watches are to be called; lock is held, and the handle LIVE. watch.c */
+bool watches_due(struct image *h);
+void watches_call(struct image *h); /* in the handle's thread */
+void watches_free(struct image *h);
 /* A control call: 0 or a negative errno. query: it may be asked twice. */
 int image_call(struct image *h, uint16_t type, const struct writer *w, const struct progress *pr,
 	       bool query, struct answer *a);

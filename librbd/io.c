@@ -247,6 +247,69 @@ int rbd_aio_writesame(rbd_image_t image, uint64_t off, size_t len, const char *b
 	return 0;
 }
 
+/* The first len bytes of what is compared and of what is written, for a request that is new. */
+static void set_compare(struct request *r, uint64_t off, size_t len, const char *cmp,
+			const char *buf, uint64_t *mismatch, int op_flags)
+{
+	set_buffer(r, OP_COMPARE, off, len, buf);
+	r->cmp_one = (struct iovec){.iov_base = (void *)(uintptr_t)cmp, .iov_len = len};
+	r->cmp = &r->cmp_one;
+	r->cmpcnt = 1;
+	r->mismatch = mismatch;
+	r->flags = write_flags(op_flags);
+}
+
+ssize_t rbd_compare_and_write(rbd_image_t image, uint64_t ofs, size_t len, const char *cmp_buf,
+			      const char *buf, uint64_t *mismatch_off, int op_flags)
+{
+	struct completion c;
+
+	completion_init(&c, NULL, NULL);
+	set_compare(&c.req, ofs, len, cmp_buf, buf, mismatch_off, op_flags);
+	return sync_run(image, &c);
+}
+
+ssize_t rbd_aio_compare_and_write(rbd_image_t image, uint64_t off, size_t len,
+				  const char *cmp_buf, const char *buf, rbd_completion_t comp,
+				  uint64_t *mismatch_off, int op_flags)
+{
+	struct completion *c = comp;
+	int e = claim(image, c);
+
+	if (e < 0)
+		return e;
+	set_compare(&c->req, off, len, cmp_buf, buf, mismatch_off, op_flags);
+	image_submit(image, c);
+	return 0;
+}
+
+/* Newer than the header that this is built with, maybe. */
+ssize_t rbd_aio_compare_and_writev(rbd_image_t image, uint64_t off, const struct iovec *cmp_iov,
+				   int cmp_iovcnt, const struct iovec *iov, int iovcnt,
+				   rbd_completion_t comp, uint64_t *mismatch_off, int op_flags);
+ssize_t rbd_aio_compare_and_writev(rbd_image_t image, uint64_t off, const struct iovec *cmp_iov,
+				   int cmp_iovcnt, const struct iovec *iov, int iovcnt,
+				   rbd_completion_t comp, uint64_t *mismatch_off, int op_flags)
+{
+	struct completion *c = comp;
+	int64_t len = vector_len(iov, iovcnt), cmp_len = vector_len(cmp_iov, cmp_iovcnt);
+	int e = len < 0 || cmp_len != len ? -EINVAL : claim(image, c);
+
+	if (e < 0)
+		return e;
+	c->req.op = OP_COMPARE;
+	c->req.off = off;
+	c->req.len = (uint64_t)len;
+	c->req.iov = iov;
+	c->req.iovcnt = iovcnt;
+	c->req.cmp = cmp_iov;
+	c->req.cmpcnt = cmp_iovcnt;
+	c->req.mismatch = mismatch_off;
+	c->req.flags = write_flags(op_flags);
+	image_submit(image, c);
+	return 0;
+}
+
 static bool all_zero(const char *p, size_t n)
 {
 	return n == 0 || (p[0] == 0 && memcmp(p, p + 1, n - 1) == 0);

@@ -14,6 +14,8 @@ enum {
 	DAEMON_SLEEPS = 320,
 	CLIENT_SLEEPS = 384,
 	IMAGE_SIZE = 448,
+	CHANGES = 456,
+	DECIDED = 512,
 	QUEUES = 4096,
 };
 
@@ -39,13 +41,14 @@ static uint64_t u64_at(const uint8_t *p)
 }
 
 /* Checks the header against what open's answer has said and against the memory's size. */
-static int header_check(const uint8_t *base, size_t size, uint32_t entries, uint64_t data)
+static int header_check(const uint8_t *base, size_t size, uint32_t version, uint32_t entries,
+			uint64_t data)
 {
 	uint8_t h[36];
 	uint64_t start, queues;
 
 	memcpy(h, base, sizeof h);
-	if (memcmp(h, "LRNG", 4) != 0 || u32_at(h + 4) != 1 ||
+	if (memcmp(h, "LRNG", 4) != 0 || u32_at(h + 4) != version ||
 	    crc32c(0, h, 32) != u32_at(h + 32))
 		return -EPROTO;
 	if (u32_at(h + 8) != entries || u64_at(h + 24) != data)
@@ -61,7 +64,7 @@ static int header_check(const uint8_t *base, size_t size, uint32_t entries, uint
 	return 0;
 }
 
-static int memory_map(struct ring *r, uint32_t entries, uint64_t data)
+static int memory_map(struct ring *r, uint32_t version, uint32_t entries, uint64_t data)
 {
 	struct stat st;
 	int seals = fcntl(r->memory, F_GET_SEALS), e;
@@ -81,9 +84,10 @@ static int memory_map(struct ring *r, uint32_t entries, uint64_t data)
 	}
 	/* A child of a fork must not have the ring; it gets an error of every call. */
 	madvise(r->base, r->size, MADV_DONTFORK);
-	e = header_check(r->base, r->size, entries, data);
+	e = header_check(r->base, r->size, version, entries, data);
 	if (e < 0)
 		return e;
+	r->version = version;
 	r->entries = entries;
 	r->units = (uint32_t)(data / UNIT);
 	r->data = r->base + u64_at(r->base + 16);
@@ -94,7 +98,8 @@ static int memory_map(struct ring *r, uint32_t entries, uint64_t data)
 	return 0;
 }
 
-int ring_map(struct ring *r, const int fds[3], uint32_t entries, uint64_t data)
+int ring_map(struct ring *r, const int fds[3], uint32_t version, uint32_t entries,
+	     uint64_t data)
 {
 	int e;
 
@@ -102,7 +107,7 @@ int ring_map(struct ring *r, const int fds[3], uint32_t entries, uint64_t data)
 	r->memory = fds[0];
 	r->daemon = fds[1];
 	r->client = fds[2];
-	e = memory_map(r, entries, data);
+	e = memory_map(r, version, entries, data);
 	if (e < 0) {
 		ring_unmap(r);
 		return e;
@@ -130,6 +135,23 @@ uint64_t ring_image_size(const struct ring *r)
 {
 	return atomic_load_explicit((_Atomic uint64_t *)(r->base + IMAGE_SIZE),
 				    memory_order_acquire);
+}
+
+uint64_t ring_changes(const struct ring *r)
+{
+	if (r->version < 2)
+		return 0;
+	return atomic_load_explicit((_Atomic uint64_t *)(r->base + CHANGES), memory_order_acquire);
+}
+
+bool ring_decided(const struct ring *r, uint32_t tag)
+{
+	return atomic_load(word(r, DECIDED + tag / 32 * 4)) >> (tag % 32) & 1;
+}
+
+void ring_undecide(struct ring *r, uint32_t tag)
+{
+	atomic_fetch_and(word(r, DECIDED + tag / 32 * 4), ~(1u << (tag % 32)));
 }
 
 void ring_push(struct ring *r, const struct sqe *e)
@@ -181,7 +203,7 @@ bool ring_sleep(struct ring *r)
 {
 	atomic_store_explicit(word(r, CLIENT_SLEEPS), 1, memory_order_relaxed);
 	atomic_thread_fence(memory_order_seq_cst);
-	if (ring_ready(r) == 0)
+	if (ring_ready(r) == 0 && ring_changes(r) == r->seen)
 		return true;
 	ring_awake(r);
 	return false;

@@ -58,7 +58,7 @@ void image_wake(struct image *h)
 
 static bool changes(uint8_t op)
 {
-	return op == OP_WRITE || op == OP_DISCARD || op == OP_ZEROES;
+	return op == OP_WRITE || op == OP_DISCARD || op == OP_ZEROES || op == OP_COMPARE;
 }
 
 static void copy_out(const struct request *r, const struct piece *p, uint8_t *data)
@@ -78,18 +78,44 @@ static uint8_t *piece_data(const struct image *h, const struct piece *p)
 	return h->ring.data + (size_t)p->unit * UNIT + p->off % SECTOR;
 }
 
+/* The room of a piece in the data area, in units. */
+static uint32_t units_of(const struct piece *p)
+{
+	uint32_t n = (uint32_t)((p->off % SECTOR + p->len + UNIT - 1) / UNIT);
+
+	switch (p->op) {
+	case OP_READ:
+	case OP_WRITE:
+		return n;
+	case OP_COMPARE:
+		return 2 * n; /* what is to be compared is behind what is to be written */
+	}
+	return 0;
+}
+
+/* What a compare and write has beside a write. */
+static void place_compare(struct image *h, const struct piece *p, struct sqe *e)
+{
+	struct cursor at = {0};
+
+	vector_out(p->req->cmp, p->req->cmpcnt, &at,
+		   piece_data(h, p) + (size_t)p->units / 2 * UNIT, p->len);
+	ring_undecide(&h->ring, e->tag);
+	if (p->decided)
+		e->flags |= SQE_DECIDED;
+}
+
 /* Puts a piece into the ring: false, and nothing has happened, where there is no room. */
 static bool place(struct image *h, const struct piece *new)
 {
 	struct sqe e = {.op = new->op, .off = new->off, .len = new->len};
 	struct piece *p;
 	int64_t unit = 0;
-	uint32_t units = 0;
+	uint32_t units = units_of(new);
 
 	if (h->ntags == 0)
 		return false;
-	if (new->op == OP_READ || new->op == OP_WRITE) {
-		units = (uint32_t)((new->off % SECTOR + new->len + UNIT - 1) / UNIT);
+	if (units > 0) {
 		unit = space_take(&h->space, units);
 		if (unit < 0)
 			return false;
@@ -107,8 +133,10 @@ static bool place(struct image *h, const struct piece *new)
 	}
 	if (units > 0)
 		e.data = (uint64_t)unit * UNIT + p->off % SECTOR;
-	if (p->op == OP_WRITE)
+	if (p->op == OP_WRITE || p->op == OP_COMPARE)
 		copy_out(p->req, p, piece_data(h, p));
+	if (p->op == OP_COMPARE)
+		place_compare(h, p, &e);
 	ring_push(&h->ring, &e);
 	return true;
 }
@@ -139,6 +167,27 @@ static bool place_next(struct image *h, struct request *r, const struct cut *c)
 			r->at.off = 0;
 		}
 	}
+	return true;
+}
+
+/* Ends a request without the daemon, in the handle's thread. */
+static void end_later(struct image *h, struct request *r, int error)
+{
+	r->error = error;
+	list_add(&h->failed, r);
+	image_wake(h);
+}
+
+/*
+ * place of what was under way when the daemon ended. That the image could be opened again says
+ * that what had taken effect still has. A daemon of an older release has no compare and write,
+ * and whether there was an effect nobody knows.
+ */
+static bool place_again(struct image *h, const struct piece *p)
+{
+	if (p->op != OP_COMPARE || (!p->effected && h->ring.version >= 2))
+		return place(h, p);
+	end_later(h, p->req, p->effected ? 0 : -EIO);
 	return true;
 }
 
@@ -196,6 +245,11 @@ static bool pump_request(struct image *h, struct request *r)
 		list_add(&h->flushes, r);
 		return true;
 	}
+	if (r->op == OP_COMPARE && h->ring.version < 2) {
+		list_take(&h->queue);
+		end_later(h, r, -EOPNOTSUPP);
+		return true;
+	}
 	while (cut_next(r->op, r->pos, r->off + r->len, &c))
 		if (!place_next(h, r, &c))
 			return false;
@@ -207,7 +261,7 @@ void image_pump(struct image *h)
 	if (h->state != LIVE)
 		return;
 	while (h->again_pos < h->nagain) {
-		if (!place(h, &h->again[h->again_pos]))
+		if (!place_again(h, &h->again[h->again_pos]))
 			goto out;
 		h->again_pos++;
 	}
@@ -239,6 +293,18 @@ uint64_t image_size(struct image *h)
 	return size;
 }
 
+/* A compare and write is one entry of the ring, and Ceph's is inside of one object. */
+static int prepare_compare(const struct image *h, const struct request *r)
+{
+	if (h->state == LIVE && h->ring.version < 2)
+		return -EOPNOTSUPP;
+	if (r->len > h->object || r->off % h->object > h->object - r->len)
+		return -EINVAL;
+	if ((r->off % SECTOR + r->len + SECTOR - 1) / SECTOR * SECTOR > COMPARE_MOST)
+		return -EINVAL;
+	return 0;
+}
+
 /* What of a request is to be done: 0, or its error. */
 static int prepare(struct image *h, struct request *r)
 {
@@ -252,6 +318,8 @@ static int prepare(struct image *h, struct request *r)
 	if (h->fixed && r->op != OP_READ)
 		return -EROFS;
 	e = clip(size_locked(h), r->off, &r->len);
+	if (e == 0 && r->op == OP_COMPARE)
+		e = prepare_compare(h, r);
 	if (e < 0)
 		return e;
 	end = r->off + r->len;
@@ -310,6 +378,13 @@ static uint64_t boot_ns(void)
 	return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
 }
 
+/* A mismatch is inside the range, and may be told at any time. */
+static bool mismatch_check(const struct piece *p, const struct cqe *e)
+{
+	return p->op != OP_COMPARE || e->result != -EILSEQ ||
+	       (e->mismatch < p->len && !(e->flags & CQE_TIME));
+}
+
 /* Takes what has completed: how many, or -EPROTO. */
 static int batch_take(struct image *h, struct batch *b)
 {
@@ -323,6 +398,8 @@ static int batch_take(struct image *h, struct batch *b)
 
 		if (e.tag >= h->ring.entries || h->pieces[e.tag].state != SENT ||
 		    e.result > 0 || e.result < -ERRNO_MOST)
+			return -EPROTO;
+		if (!mismatch_check(&h->pieces[e.tag], &e))
 			return -EPROTO;
 		h->pieces[e.tag].state = TAKEN;
 		b->at[b->n].e = e;
@@ -346,8 +423,12 @@ static void batch_end(struct image *h, struct batch *b)
 			vector_in(r->iov, r->iovcnt, &at, piece_data(h, p), p->len);
 		if (e->flags & CQE_TIME && boot_ns() > e->time) {
 			b->at[i].late = true;
+			p->effected = e->result == 0;
 			continue;
 		}
+		/* As Ceph has it: the object's beginning, and the distance from the range's. */
+		if (p->op == OP_COMPARE && e->result == -EILSEQ && r->mismatch)
+			*r->mismatch = p->off / h->object * h->object + e->mismatch;
 		if (e->result < 0 && !r->error)
 			r->error = (int)e->result;
 		if (--r->left == 0)
@@ -422,8 +503,13 @@ static void keep_for_next(struct image *h)
 
 	memmove(h->again + sent, h->again + h->again_pos, rest * sizeof *h->again);
 	for (uint32_t i = 0; i < h->ring.entries; i++)
-		if (h->pieces[i].state != FREE)
-			h->again[n++] = h->pieces[i];
+		if (h->pieces[i].state != FREE) {
+			struct piece *p = &h->again[n++];
+
+			*p = h->pieces[i];
+			if (p->op == OP_COMPARE && ring_decided(&h->ring, i))
+				p->decided = true;
+		}
 	qsort(h->again, n, sizeof *h->again, by_seq);
 	h->again_pos = 0;
 	h->nagain = n + rest;
@@ -762,7 +848,7 @@ static void finish(struct image *h)
 static bool turn(struct image *h, struct batch *b)
 {
 	struct list failed;
-	bool change, close, live;
+	bool change, close, live, watch = false;
 	int n = 0;
 
 	pthread_mutex_lock(&h->lock);
@@ -770,6 +856,7 @@ static bool turn(struct image *h, struct batch *b)
 	if (live) {
 		batch_give(h, b);
 		n = batch_take(h, b);
+		watch = watches_due(h);
 	}
 	failed = h->failed;
 	memset(&h->failed, 0, sizeof h->failed);
@@ -779,7 +866,9 @@ static bool turn(struct image *h, struct batch *b)
 
 	end_list(&failed);
 	batch_end(h, b);
-	if (n < 0 || (n == 0 && !failed.first && !change && !close && wait_events(h, live))) {
+	if (watch)
+		watches_call(h);
+	if (n < 0 || (n == 0 && !failed.first && !change && !close && !watch && wait_events(h, live))) {
 		drain(h, b);
 		reconnect(h);
 	} else if (change) {
