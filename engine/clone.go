@@ -64,7 +64,7 @@ func (c *cloner) addClone(sb *superblock, p snapshot) error {
 		case !from.Settled:
 			return fmt.Errorf("snapshot %s has been asked for, and not been taken yet", c.of)
 		}
-		p.point, p.Sectors, p.Last = from.point, from.Sectors, from.Last
+		p.point, p.Sectors, p.Last, p.Of = from.point, from.Sectors, from.Last, from.ID
 	}
 	sb.Clones = append(sb.Clones, p)
 	return nil

@@ -29,6 +29,9 @@ type snapshot struct {
 	// Made says, of the state that a clone begins with, that the clone is there: ID is the
 	// clone's, and Name the one that it was made under.
 	Made bool `json:"made,omitempty"`
+	// Of is the snapshot that was cloned, of such a state; uuid.Nil where it was none, and where
+	// an earlier lsd has made it.
+	Of uuid.UUID `json:"of,omitzero"`
 }
 
 // named calls yield for the snapshots, and for the states that clones begin with.

@@ -319,10 +319,7 @@ func (m *measurer) origin(im *usedImage) {
 		return
 	}
 	im.usage.Cloned = at.Since
-	for i := range parent.sb.Snapshots {
-		if s := &parent.sb.Snapshots[i]; s.Settled && s.Object == at.Object {
-			im.usage.Snapshot = s.Name
-			return
-		}
+	if s := parent.sb.clonedFrom(at); s != nil {
+		im.usage.Snapshot = s.Name
 	}
 }
