@@ -53,7 +53,7 @@ static int create(rados_ioctx_t io, const char *name, uint64_t size, uint64_t or
 }
 
 /* What can be asked for: what has a meaning here is always there. */
-static int check_layout(uint64_t features, uint64_t stripe_count)
+int check_layout(uint64_t features, uint64_t stripe_count)
 {
 	if (features & ~(uint64_t)RBD_FEATURES_ALL)
 		return -ENOSYS;
@@ -83,28 +83,31 @@ int rbd_create3(rados_ioctx_t io, const char *name, uint64_t size, uint64_t feat
 	return e < 0 ? e : rbd_create(io, name, size, order);
 }
 
-static uint64_t option(rbd_image_options_t opts, int name, uint64_t otherwise)
+uint64_t option(rbd_image_options_t opts, int name, uint64_t otherwise)
 {
 	uint64_t v;
 
 	return rbd_image_options_get_uint64(opts, name, &v) == 0 ? v : otherwise;
 }
 
-int rbd_create4(rados_ioctx_t io, const char *name, uint64_t size, rbd_image_options_t opts)
+int check_options(rbd_image_options_t opts)
 {
 	bool data_pool = false;
-	int e;
 
-	if (!opts)
-		return create(io, name, size, 0);
 	if (option(opts, RBD_IMAGE_OPTION_FORMAT, 2) != 2)
 		return -EINVAL;
 	rbd_image_options_is_set(opts, RBD_IMAGE_OPTION_DATA_POOL, &data_pool);
 	if (data_pool)
 		return -EOPNOTSUPP;
-	e = check_layout(option(opts, RBD_IMAGE_OPTION_FEATURES, 0) |
-				 option(opts, RBD_IMAGE_OPTION_FEATURES_SET, 0),
-			 option(opts, RBD_IMAGE_OPTION_STRIPE_COUNT, 0));
+	return check_layout(option(opts, RBD_IMAGE_OPTION_FEATURES, 0) |
+				    option(opts, RBD_IMAGE_OPTION_FEATURES_SET, 0),
+			    option(opts, RBD_IMAGE_OPTION_STRIPE_COUNT, 0));
+}
+
+int rbd_create4(rados_ioctx_t io, const char *name, uint64_t size, rbd_image_options_t opts)
+{
+	int e = check_options(opts);
+
 	return e < 0 ? e : create(io, name, size, option(opts, RBD_IMAGE_OPTION_ORDER, 0));
 }
 

@@ -200,6 +200,8 @@ void image_free(struct image *h)
 	watches_free(h);
 	free(h->store);
 	free(h->name);
+	free(h->pool_name);
+	free(h->pool_space);
 	free(h);
 }
 
@@ -228,8 +230,19 @@ static struct image *image_new(const char *store)
 	return h;
 }
 
-/* A handle on what t names, with its thread. */
-static int image_open(const struct target *t, int64_t pool, struct image **out)
+/* What an aio_open does in a thread of its own; an ordinary open has it on its stack. */
+struct opening {
+	char store[NAME_MOST + 1];
+	char *image, *snapshot;
+	bool by_id, read_only;
+	int64_t pool;
+	char *pool_name, *pool_space;
+	rbd_image_t *out;
+	struct completion *c;
+};
+
+/* A handle on what t names, with its thread; p's names of the pool are the handle's then. */
+static int image_open(const struct target *t, struct opening *p, struct image **out)
 {
 	struct opened o;
 	struct image *h = image_new(t->store);
@@ -242,7 +255,10 @@ static int image_open(const struct target *t, int64_t pool, struct image **out)
 	}
 	memcpy(h->id, o.id, sizeof h->id);
 	id_format(h->id, h->id_text);
-	h->pool = pool;
+	h->pool = p->pool;
+	h->pool_name = p->pool_name;
+	h->pool_space = p->pool_space;
+	p->pool_name = p->pool_space = NULL;
 	h->snapshot_number = o.number;
 	h->read_only = t->read_only;
 	h->fixed = o.read_only || t->read_only || o.number;
@@ -260,17 +276,7 @@ static int image_open(const struct target *t, int64_t pool, struct image **out)
 	return 0;
 }
 
-/* What an aio_open does in a thread of its own; an ordinary open has it on its stack. */
-struct opening {
-	char store[NAME_MOST + 1];
-	char *image, *snapshot;
-	bool by_id, read_only;
-	int64_t pool;
-	rbd_image_t *out;
-	struct completion *c;
-};
-
-static int opening_run(const struct opening *p)
+static int opening_run(struct opening *p)
 {
 	struct target t = {
 		.store = p->store,
@@ -280,10 +286,13 @@ static int opening_run(const struct opening *p)
 		.read_only = p->read_only,
 	};
 	struct image *h;
-	int e = image_open(&t, p->pool, &h);
+	int e = image_open(&t, p, &h);
 
 	if (e == 0)
 		*p->out = h;
+	free(p->pool_name);
+	free(p->pool_space);
+	p->pool_name = p->pool_space = NULL;
 	return e;
 }
 
@@ -298,7 +307,7 @@ static int opening_fill(struct opening *p, rados_ioctx_t io, rbd_image_t *image,
 	p->by_id = by_id;
 	p->read_only = read_only;
 	p->out = image;
-	return 0;
+	return store_pool_names(io, &p->pool_name, &p->pool_space);
 }
 
 static int open_now(rados_ioctx_t io, const char *name, rbd_image_t *image, const char *snap,
@@ -313,13 +322,19 @@ static int open_now(rados_ioctx_t io, const char *name, rbd_image_t *image, cons
 	if (!name || !image)
 		return -EINVAL;
 	e = opening_fill(&p, io, image, by_id, read_only);
-	return e < 0 ? e : opening_run(&p);
+	if (e == 0)
+		return opening_run(&p);
+	free(p.pool_name);
+	free(p.pool_space);
+	return e;
 }
 
 static void opening_free(struct opening *p)
 {
 	free(p->image);
 	free(p->snapshot);
+	free(p->pool_name);
+	free(p->pool_space);
 	free(p);
 }
 
@@ -659,14 +674,6 @@ int rbd_get_stripe_count(rbd_image_t image, uint64_t *stripe_count)
 	return h->forked ? -EIO : 0;
 }
 
-int rbd_get_overlap(rbd_image_t image, uint64_t *overlap)
-{
-	struct image *h = image;
-
-	*overlap = 0;
-	return h->forked ? -EIO : 0;
-}
-
 int rbd_get_name(rbd_image_t image, char *name, size_t *name_len)
 {
 	struct image *h = image;
@@ -717,33 +724,4 @@ int64_t rbd_get_data_pool_id(rbd_image_t image)
 	struct image *h = image;
 
 	return h->forked ? -EIO : h->pool;
-}
-
-int rbd_get_parent_info(rbd_image_t image, char *parent_poolname, size_t ppoolnamelen,
-			char *parent_name, size_t pnamelen, char *parent_snapname,
-			size_t psnapnamelen)
-{
-	struct image *h = image;
-
-	(void)parent_poolname, (void)ppoolnamelen, (void)parent_name, (void)pnamelen;
-	(void)parent_snapname, (void)psnapnamelen;
-	return h->forked ? -EIO : -ENOENT;
-}
-
-int rbd_get_parent_info2(rbd_image_t image, char *parent_poolname, size_t ppoolnamelen,
-			 char *parent_name, size_t pnamelen, char *parent_id, size_t pidlen,
-			 char *parent_snapname, size_t psnapnamelen)
-{
-	(void)parent_id, (void)pidlen;
-	return rbd_get_parent_info(image, parent_poolname, ppoolnamelen, parent_name, pnamelen,
-				   parent_snapname, psnapnamelen);
-}
-
-int rbd_get_parent(rbd_image_t image, rbd_linked_image_spec_t *parent_image,
-		   rbd_snap_spec_t *parent_snap)
-{
-	struct image *h = image;
-
-	(void)parent_image, (void)parent_snap;
-	return h->forked ? -EIO : -ENOENT;
 }

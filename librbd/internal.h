@@ -28,7 +28,7 @@
 #define GIB (1u << 30)
 #define NAME_MOST 4096u   /* bytes of a name in a frame */
 #define FRAME_MOST MIB    /* bytes of a frame's payload */
-#define REQUEST_MOST 12544u /* bytes of a payload of ours: three names and a few numbers */
+#define REQUEST_MOST 16640u /* bytes of a payload of ours: four names and a few numbers */
 #define ENTRIES_LEAST 8u
 #define ENTRIES_MOST 1024u
 #define DATA_LEAST (2u * MIB)
@@ -48,6 +48,7 @@ enum {
 	T_REMOVE = 5,
 	T_LIST = 6,
 	T_RENAME = 7,
+	T_CLONE = 8,
 	T_TRASH_MOVE = 10,
 	T_TRASH_LIST = 11,
 	T_TRASH_REMOVE = 12,
@@ -60,6 +61,8 @@ enum {
 	T_SNAP_LIST = 20,
 	T_ROLLBACK = 21,
 	T_SNAP_RENAME = 22,
+	T_PARENT = 23,
+	T_CHILDREN = 24,
 	T_PROGRESS = 0x4000,
 	T_RESULT = 0x8000,
 };
@@ -152,7 +155,10 @@ bool debugging(void);
 int store_url(rados_ioctx_t io, char *url, size_t n);
 int64_t store_pool_id(rados_ioctx_t io); /* -EOPNOTSUPP where there is none */
 
-/* ---- requests on a store: admin.c ---- */
+/* The names of its pool and namespace, malloc'ed, empty where there are none: 0 or -ENOMEM. */
+int store_pool_names(rados_ioctx_t io, char **pool, char **space);
+
+/* ---- requests on a store, and what is asked for of new images: admin.c ---- */
 
 struct on_store {
 	uint8_t buf[REQUEST_MOST];
@@ -160,6 +166,9 @@ struct on_store {
 };
 /* Begins a request on the ioctx's store. */
 int on_store(struct on_store *s, rados_ioctx_t io);
+int check_layout(uint64_t features, uint64_t stripe_count);
+int check_options(rbd_image_options_t opts);
+uint64_t option(rbd_image_options_t opts, int name, uint64_t otherwise);
 
 /* ---- the ring: ring.c ---- */
 
@@ -398,6 +407,7 @@ struct image {
 	uint64_t size; /* while there is no ring; lock */
 	uint64_t object;
 	int64_t pool;
+	char *pool_name, *pool_space;
 };
 
 /* What open needs beside the image. */

@@ -86,3 +86,12 @@ int64_t store_pool_id(rados_ioctx_t io)
 	memcpy(&f, &p, sizeof f);
 	return f(io);
 }
+
+int store_pool_names(rados_ioctx_t io, char **pool, char **space)
+{
+	char name[1024];
+
+	*pool = strdup(io && ask(io, "rados_ioctx_get_pool_name", name, sizeof name) == 0 ? name : "");
+	*space = strdup(io && ask(io, "rados_ioctx_get_namespace", name, sizeof name) == 0 ? name : "");
+	return *pool && *space ? 0 : -ENOMEM;
+}

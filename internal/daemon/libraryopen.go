@@ -77,13 +77,22 @@ func (s *subject) pickSnapshot(q *wire.OpenRequest) error {
 	if q.Snapshot == "" && q.Number == 0 {
 		return nil
 	}
-	for i, snap := range s.info.Snapshots {
-		if !snap.Pending && (q.Snapshot != "" && snap.Name == q.Snapshot || q.Snapshot == "" && wire.SnapshotNumber(snap.ID) == q.Number) {
-			s.snapshot = &s.info.Snapshots[i]
-			return nil
+	if s.snapshot = findSnapshot(s.info.Snapshots, q.Snapshot, q.Number); s.snapshot == nil {
+		return fmt.Errorf("%s: %w", s.store.Image(s.info.Name), engine.ErrNoSnapshot)
+	}
+	return nil
+}
+
+// findSnapshot finds a snapshot by its name, or where that is empty by its number; nil if there
+// is none.
+func findSnapshot(list []engine.Snapshot, name string, number uint64) *engine.Snapshot {
+	for i := range list {
+		s := &list[i]
+		if !s.Pending && (name != "" && s.Name == name || name == "" && wire.SnapshotNumber(s.ID) == number) {
+			return s
 		}
 	}
-	return fmt.Errorf("%s: %w", s.store.Image(s.info.Name), engine.ErrNoSnapshot)
+	return nil
 }
 
 // describeByID is describeImage of an image of which the id is known.

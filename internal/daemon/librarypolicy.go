@@ -290,6 +290,15 @@ func (s *session) libraryImage(store, image string, want policy.Rights) (backend
 	return u, err
 }
 
+// imageGrants says what the client may do in the store of the handle's image.
+func (s *session) imageGrants() (policy.Grants, error) {
+	u, _, _, err := backend.ParseSource(s.attachment.record().URL)
+	if err != nil {
+		return nil, err
+	}
+	return s.d.guard.policy().In(s.caller, u), nil
+}
+
 // denied says that the client may not do what it wants to.
 func (s *session) denied(want policy.Rights, what string) error {
 	right := "do anything with"
@@ -303,7 +312,7 @@ func (s *session) denied(want policy.Rights, what string) error {
 // are what its image allowed when it was opened.
 func handleRights(t wire.Type) policy.Rights {
 	switch t {
-	case wire.Close, wire.Stat, wire.ListSnapshots:
+	case wire.Close, wire.Stat, wire.ListSnapshots, wire.Parent, wire.Children:
 		return policy.Read
 	case wire.Snapshot, wire.RemoveSnapshot, wire.RenameSnapshot, wire.RollBack:
 		return policy.Write

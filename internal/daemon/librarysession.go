@@ -238,7 +238,7 @@ func errnoOf(err error) syscall.Errno {
 	var busy *ublk.BusyError
 	var errno syscall.Errno
 	switch {
-	case errors.Is(err, errNoImage), errors.Is(err, backend.ErrNotFound), errors.Is(err, engine.ErrNoSnapshot), errors.Is(err, engine.ErrRemoved):
+	case errors.Is(err, errNoImage), errors.Is(err, backend.ErrNotFound), errors.Is(err, engine.ErrNoSnapshot), errors.Is(err, engine.ErrRemoved), errors.Is(err, engine.ErrNoParent):
 		return syscall.ENOENT
 	case errors.Is(err, backend.ErrExists), errors.Is(err, engine.ErrSnapshotExists):
 		return syscall.EEXIST
@@ -321,6 +321,8 @@ func (s *session) do(ctx context.Context, f wire.Frame, w *answer) error {
 		return s.trashRestore(ctx, f)
 	case wire.TrashPurge:
 		return s.trashPurge(ctx, f, w)
+	case wire.Clone:
+		return s.clone(ctx, f, w)
 	}
 	return syscall.EOPNOTSUPP
 }
@@ -334,6 +336,10 @@ func (s *session) doWithHandle(ctx context.Context, f wire.Frame, w *answer) err
 		return s.stat(ctx, w)
 	case wire.ListSnapshots:
 		return s.snapshots(ctx, w)
+	case wire.Parent:
+		return s.parent(ctx, w)
+	case wire.Children:
+		return s.children(ctx, f, w)
 	}
 	if s.handle.readOnly {
 		return syscall.EROFS

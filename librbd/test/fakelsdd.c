@@ -589,6 +589,22 @@ static void list_trash(struct reader *r, struct writer *w)
 	put_u64(w, 1000 + id[0]);
 }
 
+/* Three clones, one for each page, of which the last by name comes first and has been removed. */
+static void list_children(struct reader *r, struct writer *w)
+{
+	uint8_t id[16];
+	char name[2] = "c";
+
+	get_id(r, id);
+	id[0]++;
+	name[0] = (char)('c' - id[0] + 1);
+	put_u32(w, id[0] < 3);
+	put_u32(w, 1);
+	put_name(w, name);
+	put_id(w, id);
+	put_u32(w, id[0] == 1);
+}
+
 static int do_admin(struct handle *h, const struct frame *f, struct reader *r, struct writer *w)
 {
 	char a[512], b[512], *s = NULL, *t = NULL;
@@ -682,6 +698,12 @@ static int do_admin(struct handle *h, const struct frame *f, struct reader *r, s
 	case T_SNAP_LIST:
 		put_u32(w, list_snaps(h->name, NULL, 0, NULL));
 		list_snaps(h->name, w, 0, NULL);
+		break;
+	case T_PARENT:
+		e = -ENOENT;
+		break;
+	case T_CHILDREN:
+		list_children(r, w);
 		break;
 	default:
 		e = -EOPNOTSUPP;

@@ -821,6 +821,35 @@ static void test_trash(void)
 	EQUAL(rbd_trash_purge(io, 0, 0.5f), -EOPNOTSUPP);
 }
 
+/* The fake's three clones: a, b, and c, which has been removed. */
+static void test_children(rbd_image_t image)
+{
+	rbd_linked_image_spec_t linked[4];
+	rbd_child_info_t infos[4];
+	char pools[64], images[64];
+	size_t p = 1, i = sizeof images, n = 2;
+	int most = 3;
+
+	EQUAL(rbd_list_children(image, pools, &p, images, &i), -ERANGE);
+	EQUAL(i, 4);
+	EQUAL(rbd_list_children(image, pools, &p, images, &i), 2);
+	CHECK(memcmp(images, "a\0b", 4) == 0);
+	EQUAL(rbd_list_children2(image, infos, &most), -ERANGE);
+	EQUAL(most, 4);
+	EQUAL(rbd_list_children2(image, infos, &most), 3);
+	CHECK(strcmp(infos[2].image_name, "c") == 0 && infos[2].trash && !infos[0].trash);
+	CHECK(strcmp(infos[0].image_id, "03000000-0000-0000-0000-000000000000") == 0);
+	CHECK(!infos[3].image_name);
+	rbd_list_children_cleanup(infos, 3);
+	EQUAL(rbd_list_children3(image, linked, &n), -ERANGE);
+	EQUAL(n, 3);
+	EQUAL(rbd_list_children3(image, linked, &n), 0);
+	CHECK(strcmp(linked[1].image_name, "b") == 0 && linked[2].trash);
+	rbd_linked_image_spec_list_cleanup(linked, n);
+	EQUAL(rbd_list_descendants(image, linked, &n), 0);
+	rbd_linked_image_spec_list_cleanup(linked, n);
+}
+
 static void test_admin_handle(void)
 {
 	rbd_image_t image, other;
@@ -854,6 +883,8 @@ static void test_admin_handle(void)
 	EQUAL(u, 8 * MIB);
 	EQUAL(rbd_get_parent_info(image, name, 1, name, 1, name, 1), -ENOENT);
 	EQUAL(rbd_get_parent(image, NULL, NULL), -ENOENT);
+	if (getenv("FAKE_PID"))
+		test_children(image);
 	EQUAL(rbd_metadata_set(image, "k", "v"), -EOPNOTSUPP);
 	EQUAL(rbd_list_lockers(image, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL),
 	      -EOPNOTSUPP);

@@ -44,6 +44,7 @@ const (
 	TrashRemove    Type = 12
 	TrashRestore   Type = 13
 	TrashPurge     Type = 14
+	Clone          Type = 8
 	Stat           Type = 16
 	Resize         Type = 17
 	Snapshot       Type = 18
@@ -51,6 +52,8 @@ const (
 	ListSnapshots  Type = 20
 	RollBack       Type = 21
 	RenameSnapshot Type = 22
+	Parent         Type = 23
+	Children       Type = 24
 )
 
 const (
@@ -72,6 +75,7 @@ func (t Type) String() string {
 		TrashRestore: "restore from the trash", TrashPurge: "purge the trash",
 		Stat: "stat", Resize: "resize", Snapshot: "snapshot", RemoveSnapshot: "remove a snapshot",
 		ListSnapshots: "list the snapshots", RollBack: "roll back", RenameSnapshot: "rename a snapshot",
+		Clone: "clone", Parent: "parent", Children: "children",
 	}
 	request := t &^ (progress | result)
 	name, ok := names[request]

@@ -57,6 +57,14 @@ var messages = []struct {
 	{&RenameSnapshotRequest{Snapshot: "sn", Name: "n"}, "\x02\x00\x00\x00sn\x01\x00\x00\x00n"},
 	{&SnapshotList{Snapshots: []ListedSnapshot{{Number: 1, Size: 2, Made: -3, Name: "sn"}}},
 		"\x01\x00\x00\x00\x01\x00\x00\x00\x00\x00\x00\x00\x02\x00\x00\x00\x00\x00\x00\x00\xfd\xff\xff\xff\xff\xff\xff\xff\x02\x00\x00\x00sn"},
+	{&CloneRequest{Store: "s", Image: "im", Snapshot: "sn", Number: 5, Name: "n"},
+		"\x01\x00\x00\x00s\x02\x00\x00\x00im\x02\x00\x00\x00sn\x05\x00\x00\x00\x00\x00\x00\x00\x01\x00\x00\x00n"},
+	{&CloneResult{ID: id, ObjectSize: 8 << 20}, string(id[:]) + "\x00\x00\x80\x00\x00\x00\x00\x00"},
+	{&ParentResult{ID: id, Name: "im", Snapshot: "sn", Number: 5, Overlap: 6, Flags: ParentUnnamed},
+		string(id[:]) + "\x02\x00\x00\x00im\x02\x00\x00\x00sn\x05\x00\x00\x00\x00\x00\x00\x00\x06\x00\x00\x00\x00\x00\x00\x00\x02\x00\x00\x00"},
+	{&ChildrenRequest{After: id, Flags: ChildrenDeep}, string(id[:]) + "\x01\x00\x00\x00"},
+	{&ChildrenResult{More: true, Children: []ListedChild{{ListedImage{Name: "a", ID: id}, ChildRemoved}}},
+		"\x01\x00\x00\x00\x01\x00\x00\x00\x01\x00\x00\x00a" + string(id[:]) + "\x01\x00\x00\x00"},
 	{&Progress{Done: 1, Total: 2}, "\x01\x00\x00\x00\x00\x00\x00\x00\x02\x00\x00\x00\x00\x00\x00\x00"},
 	{&status{res: -5, text: "x"}, "\xfb\xff\xff\xff\xff\xff\xff\xff\x01\x00\x00\x00x"},
 }
@@ -120,6 +128,18 @@ func TestListFits(t *testing.T) {
 	}
 	b, err := AppendResult(nil, &list)
 	if err != nil || len(b) > MaxPayload || len(b) < MaxPayload-MaxName-minListedImage || !list.More {
+		t.Errorf("%d bytes, more is %t, %v", len(b), list.More, err)
+	}
+}
+
+// TestChildrenFit is TestListFits for clones.
+func TestChildrenFit(t *testing.T) {
+	var list ChildrenResult
+	long := strings.Repeat("n", MaxName)
+	for list.Add(ListedChild{ListedImage: ListedImage{Name: long, ID: id}}) {
+	}
+	b, err := AppendResult(nil, &list)
+	if err != nil || len(b) > MaxPayload || len(b) < MaxPayload-MaxName-minListedChild || !list.More {
 		t.Errorf("%d bytes, more is %t, %v", len(b), list.More, err)
 	}
 }

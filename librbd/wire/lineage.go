@@ -1,0 +1,117 @@
+package wire
+
+import "github.com/google/uuid"
+
+// A CloneRequest makes an image of a snapshot of another one in the same store.
+type CloneRequest struct {
+	Store, Image string
+	Snapshot     string
+	Number       uint64 // of the snapshot, if Snapshot is empty
+	Name         string
+}
+
+// Fields implements Message.
+func (m *CloneRequest) Fields(f Fields) {
+	f.Name(&m.Store)
+	f.Name(&m.Image)
+	f.Name(&m.Snapshot)
+	f.U64(&m.Number)
+	f.Name(&m.Name)
+}
+
+// A CloneResult says which image was made.
+type CloneResult struct {
+	ID         uuid.UUID
+	ObjectSize uint64 // bytes
+}
+
+// Fields implements Message.
+func (m *CloneResult) Fields(f Fields) {
+	f.ID(&m.ID)
+	f.U64(&m.ObjectSize)
+}
+
+// Flags of a ParentResult.
+const (
+	ParentRemoved uint32 = 1 << iota // the image is there for its clones only
+	ParentUnnamed                    // the snapshot has been removed, or it was none: Snapshot is an id
+)
+
+// A ParentResult says of what the handle's image was cloned.
+type ParentResult struct {
+	ID       uuid.UUID
+	Name     string
+	Snapshot string
+	Number   uint64 // of the snapshot
+	Overlap  uint64 // bytes
+	Flags    uint32
+}
+
+// Fields implements Message.
+func (m *ParentResult) Fields(f Fields) {
+	f.ID(&m.ID)
+	f.Name(&m.Name)
+	f.Name(&m.Snapshot)
+	f.U64(&m.Number)
+	f.U64(&m.Overlap)
+	f.U32(&m.Flags)
+}
+
+// ChildrenDeep is a flag of a ChildrenRequest: the clones of clones as well.
+const ChildrenDeep uint32 = 1
+
+// A ChildrenRequest asks for the clones of what the handle has open, by id.
+type ChildrenRequest struct {
+	After uuid.UUID // the last one that is known; zero: from the beginning
+	Flags uint32
+}
+
+// Fields implements Message.
+func (m *ChildrenRequest) Fields(f Fields) {
+	f.ID(&m.After)
+	f.U32(&m.Flags)
+}
+
+// ChildRemoved is a flag of a ListedChild: it is there for its own clones only.
+const ChildRemoved uint32 = 1
+
+// A ListedChild is one of a ChildrenResult.
+type ListedChild struct {
+	ListedImage
+	Flags uint32
+}
+
+// minListedChild is the least that a ListedChild takes, in bytes.
+const minListedChild = minListedImage + 4
+
+// Fields implements Message.
+func (m *ListedChild) Fields(f Fields) {
+	m.ListedImage.Fields(f)
+	f.U32(&m.Flags)
+}
+
+// A ChildrenResult is a part of the clones.
+type ChildrenResult struct {
+	More     bool // there are more
+	Children []ListedChild
+
+	size int // bytes that Add has added
+}
+
+// Fields implements Message.
+func (m *ChildrenResult) Fields(f Fields) {
+	f.Bool(&m.More)
+	elements(f, &m.Children, minListedChild)
+}
+
+// Add adds a clone if the result has room for it, and else sets More and reports false.
+func (m *ChildrenResult) Add(c ListedChild) bool {
+	n := minListedChild + len(c.Name)
+	if listHead+m.size+n > MaxPayload {
+		m.More = true
+		return false
+	}
+	m.size += n
+	m.Children = append(m.Children, c)
+	return true
+}
