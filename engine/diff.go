@@ -51,7 +51,7 @@ func diffFrom(ctx context.Context, from, to *View, start uint64, fn func(Range) 
 	defer q.Wait()
 	defer stop()
 	for i := segmentOf(start / SectorSize); i < segmentsOf(to.im.sectors); i++ {
-		if sameSegment(from, to, i) {
+		if sameSegment(from, to.im, i) {
 			continue
 		}
 		if err := q.Add(func() ([]Range, error) { return diffSegment(ctx, from, to, i) }); err != nil {
@@ -67,13 +67,13 @@ func diffFrom(ctx context.Context, from, to *View, start uint64, fn func(Range) 
 // sameSegment reports whether it shows without a read that two states have the same in
 // segment i. Its changes since what is stored are as good as that: objects do not change,
 // and each number is that of one of them, on all branches.
-func sameSegment(from, to *View, i uint32) bool {
-	b := to.im.objs
+func sameSegment(from *View, to *Image, i uint32) bool {
+	b := to.objs
 	if from == nil || i >= segmentsOf(from.im.sectors) {
 		return b.empty(i) && !b.changed.has(i)
 	}
 	a := from.im.objs
-	if from.im.sectors < min(segmentStart(i+1), to.im.sectors) { // what is stored may go further than from does
+	if from.im.sectors < min(segmentStart(i+1), to.sectors) { // what is stored may go further than from does
 		return b.empty(i) && !b.changed.has(i) && a.empty(i) && !a.changed.has(i)
 	}
 	return a.places(i) == b.places(i) && slices.Equal(a.changes[i].all(), b.changes[i].all())

@@ -634,7 +634,12 @@ int rbd_get_features(rbd_image_t image, uint64_t *features)
 {
 	struct image *h = image;
 
-	*features = RBD_FEATURE_LAYERING;
+	/*
+	 * The others say that differences are known without a look at each object, which QEMU and
+	 * libvirt ask before they use them.
+	 */
+	*features = RBD_FEATURE_LAYERING | RBD_FEATURE_EXCLUSIVE_LOCK | RBD_FEATURE_OBJECT_MAP |
+		    RBD_FEATURE_FAST_DIFF;
 	return h->forked ? -EIO : 0;
 }
 

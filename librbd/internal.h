@@ -63,6 +63,9 @@ enum {
 	T_SNAP_RENAME = 22,
 	T_PARENT = 23,
 	T_CHILDREN = 24,
+	T_FLATTEN = 25,
+	T_DIFF = 26,
+	T_COPY = 27,
 	T_PROGRESS = 0x4000,
 	T_RESULT = 0x8000,
 };

@@ -312,7 +312,7 @@ func (s *session) denied(want policy.Rights, what string) error {
 // are what its image allowed when it was opened.
 func handleRights(t wire.Type) policy.Rights {
 	switch t {
-	case wire.Close, wire.Stat, wire.ListSnapshots, wire.Parent, wire.Children:
+	case wire.Close, wire.Stat, wire.ListSnapshots, wire.Parent, wire.Children, wire.Diff:
 		return policy.Read
 	case wire.Snapshot, wire.RemoveSnapshot, wire.RenameSnapshot, wire.RollBack:
 		return policy.Write

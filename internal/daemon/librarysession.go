@@ -36,6 +36,7 @@ type session struct {
 	attachment *attachment
 	handle     *handle
 	rights     policy.Rights // to its image, as it was opened
+	before     stateBefore // with which the image was compared last
 }
 
 // serveLibrary serves library clients until the listener is closed.
@@ -157,6 +158,7 @@ func processName(pid int32) string {
 
 // end gives up what the session holds.
 func (s *session) end() {
+	s.before.close()
 	if s.handle != nil {
 		s.attachment.endHandle(s.handle)
 		s.handle = nil
@@ -340,6 +342,8 @@ func (s *session) doWithHandle(ctx context.Context, f wire.Frame, w *answer) err
 		return s.parent(ctx, w)
 	case wire.Children:
 		return s.children(ctx, f, w)
+	case wire.Diff:
+		return s.diff(ctx, f, w)
 	}
 	if s.handle.readOnly {
 		return syscall.EROFS

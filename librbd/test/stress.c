@@ -878,7 +878,7 @@ static void test_admin_handle(void)
 	EQUAL(rbd_get_old_format(image, &old), 0);
 	EQUAL(old, 0);
 	EQUAL(rbd_get_features(image, &u), 0);
-	EQUAL(u, RBD_FEATURE_LAYERING);
+	CHECK(u & RBD_FEATURE_LAYERING && u & RBD_FEATURE_FAST_DIFF);
 	EQUAL(rbd_get_stripe_unit(image, &u), 0);
 	EQUAL(u, 8 * MIB);
 	EQUAL(rbd_get_parent_info(image, name, 1, name, 1, name, 1), -ENOENT);

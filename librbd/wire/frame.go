@@ -54,6 +54,9 @@ const (
 	RenameSnapshot Type = 22
 	Parent         Type = 23
 	Children       Type = 24
+	Flatten        Type = 25
+	Diff           Type = 26
+	Copy           Type = 27
 )
 
 const (
@@ -75,7 +78,7 @@ func (t Type) String() string {
 		TrashRestore: "restore from the trash", TrashPurge: "purge the trash",
 		Stat: "stat", Resize: "resize", Snapshot: "snapshot", RemoveSnapshot: "remove a snapshot",
 		ListSnapshots: "list the snapshots", RollBack: "roll back", RenameSnapshot: "rename a snapshot",
-		Clone: "clone", Parent: "parent", Children: "children",
+		Clone: "clone", Parent: "parent", Children: "children", Flatten: "flatten", Diff: "diff", Copy: "copy",
 	}
 	request := t &^ (progress | result)
 	name, ok := names[request]

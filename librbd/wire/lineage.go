@@ -115,3 +115,59 @@ func (m *ChildrenResult) Add(c ListedChild) bool {
 	m.Children = append(m.Children, c)
 	return true
 }
+
+// Flags of a DiffRequest.
+const (
+	DiffParent uint32 = 1 << iota // also what the image has of its ancestors
+	DiffWhole                     // whole objects
+)
+
+// A DiffRequest asks for the ranges in which what the handle has open differs from a snapshot.
+type DiffRequest struct {
+	From           string // a snapshot
+	Number         uint64 // of a snapshot, if From is empty; 0: none, what holds data is asked for
+	Offset, Length uint64 // bytes
+	Flags          uint32
+	Most           uint32 // ranges of the answer; 0: as many as it holds
+}
+
+// Fields implements Message.
+func (m *DiffRequest) Fields(f Fields) {
+	f.Name(&m.From)
+	f.U64(&m.Number)
+	f.U64(&m.Offset)
+	f.U64(&m.Length)
+	f.U32(&m.Flags)
+	f.U32(&m.Most)
+}
+
+// A DiffRange is a range of a DiffResult.
+type DiffRange struct {
+	Offset, Length uint64 // bytes
+	Exists         bool   // there is data; else it reads as zeroes
+}
+
+// diffRange is what a DiffRange takes, in bytes.
+const diffRange = 8 + 8 + 4
+
+// MaxDiffRanges is how many ranges a DiffResult holds.
+const MaxDiffRanges = (MaxPayload - resultHead - 8 - 4) / diffRange
+
+// Fields implements Message.
+func (m *DiffRange) Fields(f Fields) {
+	f.U64(&m.Offset)
+	f.U64(&m.Length)
+	f.Bool(&m.Exists)
+}
+
+// A DiffResult is a part of the ranges, ascending.
+type DiffResult struct {
+	Next   uint64 // byte up to which these are all
+	Ranges []DiffRange
+}
+
+// Fields implements Message.
+func (m *DiffResult) Fields(f Fields) {
+	f.U64(&m.Next)
+	elements(f, &m.Ranges, diffRange)
+}

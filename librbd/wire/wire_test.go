@@ -65,6 +65,10 @@ var messages = []struct {
 	{&ChildrenRequest{After: id, Flags: ChildrenDeep}, string(id[:]) + "\x01\x00\x00\x00"},
 	{&ChildrenResult{More: true, Children: []ListedChild{{ListedImage{Name: "a", ID: id}, ChildRemoved}}},
 		"\x01\x00\x00\x00\x01\x00\x00\x00\x01\x00\x00\x00a" + string(id[:]) + "\x01\x00\x00\x00"},
+	{&DiffRequest{From: "sn", Number: 5, Offset: 6, Length: 7, Flags: DiffWhole, Most: 8},
+		"\x02\x00\x00\x00sn\x05\x00\x00\x00\x00\x00\x00\x00\x06\x00\x00\x00\x00\x00\x00\x00\x07\x00\x00\x00\x00\x00\x00\x00\x02\x00\x00\x00\x08\x00\x00\x00"},
+	{&DiffResult{Next: 9, Ranges: []DiffRange{{Offset: 1, Length: 2, Exists: true}}},
+		"\x09\x00\x00\x00\x00\x00\x00\x00\x01\x00\x00\x00\x01\x00\x00\x00\x00\x00\x00\x00\x02\x00\x00\x00\x00\x00\x00\x00\x01\x00\x00\x00"},
 	{&Progress{Done: 1, Total: 2}, "\x01\x00\x00\x00\x00\x00\x00\x00\x02\x00\x00\x00\x00\x00\x00\x00"},
 	{&status{res: -5, text: "x"}, "\xfb\xff\xff\xff\xff\xff\xff\xff\x01\x00\x00\x00x"},
 }
@@ -141,6 +145,14 @@ func TestChildrenFit(t *testing.T) {
 	b, err := AppendResult(nil, &list)
 	if err != nil || len(b) > MaxPayload || len(b) < MaxPayload-MaxName-minListedChild || !list.More {
 		t.Errorf("%d bytes, more is %t, %v", len(b), list.More, err)
+	}
+}
+
+// TestDiffFits: as many ranges as it is said to hold fit into a frame, and no more.
+func TestDiffFits(t *testing.T) {
+	b, err := AppendResult(nil, &DiffResult{Ranges: make([]DiffRange, MaxDiffRanges)})
+	if err != nil || len(b) > MaxPayload || len(b)+diffRange <= MaxPayload {
+		t.Errorf("%d bytes, %v", len(b), err)
 	}
 }
 

@@ -90,6 +90,13 @@ func TestQEMU(t *testing.T) {
 			t.Errorf("what comes back is something else: %d bytes, %v", len(got), err)
 		}
 		h.mustCheck("vm1")
+		// What is empty is passed over, and nothing else, whether it has reached the store or not.
+		h.run("qemu-io", "-f", "raw", "-c", "write -P 5 30M 64k", "-c", "discard 0 1M", vm)
+		if out := h.run("qemu-img", "map", "--output=json", vm); !strings.Contains(out, `"start": 16777216, "length": 8388608, "depth": 0, "present": true, "zero": true`) {
+			t.Errorf("map: %s", out)
+		}
+		h.run("qemu-img", "convert", "-f", "raw", "-O", "qcow2", vm, back+".qcow2")
+		h.run("qemu-img", "compare", "-f", "raw", "-F", "qcow2", vm, back+".qcow2")
 		h.run("qemu-io", "-f", "raw", "-c", "write 0 1M", vm)
 		h.lsdctl("rm", h.image("vm1")) // though it is attached for a little longer
 	})
