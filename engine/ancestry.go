@@ -25,8 +25,9 @@ type Ancestry struct {
 }
 
 // AncestryOf returns of what the image id was cloned, as its present state has it, or its
-// snapshot of that id unless that is uuid.Nil. A state that has been flattened while others of
-// the image need the parent has none. It fails with ErrNoParent where there is none.
+// snapshot of that id unless that is uuid.Nil. A state that needs nothing of it any more, as when
+// it was flattened while others of the image need the parent, has none. It fails with ErrNoParent
+// where there is none.
 func AncestryOf(ctx context.Context, st backend.Store, id, snapshot uuid.UUID) (Ancestry, error) {
 	for try := 1; ; try++ {
 		sb, _, err := loadSuperblock(ctx, st, id)
@@ -85,31 +86,24 @@ func (s *superblock) ancestry(ctx context.Context, st backend.Store, snapshot uu
 	return a, nil
 }
 
-// flattened reports whether a state of a clone, which is named as kept names it, needs nothing
-// of an ancestor while another one does.
+// flattened reports whether a state of a clone, which is named as kept names it, needs nothing of
+// an ancestor, as a checkpoint of the clone's own says. What began as an empty image did is told by
+// its origins: it has none.
 func (s *superblock) flattened(ctx context.Context, st backend.Store, what string) (bool, error) {
-	if len(s.Origins) == 0 || len(s.Snapshots)+len(s.Clones)+len(s.Points) == 0 {
+	if len(s.Origins) == 0 {
 		return false, nil
 	}
 	look := &separator{st: patient{st, Real{}}, id: s.Image, flat: map[checkpointRef]bool{}}
-	mine, others := false, false
 	for name, p := range s.kept() {
-		if name != what && others {
-			continue
-		}
-		flat, err := look.isFlat(ctx, s, p)
-		switch {
-		case err != nil:
-			return false, fmt.Errorf("%s: %w", name, err)
-		case name != what:
-			others = !flat
-		case !flat:
-			return false, nil
-		default:
-			mine = true
+		if name == what {
+			flat, err := look.isFlat(ctx, s, p)
+			if err != nil {
+				return false, fmt.Errorf("%s: %w", name, err)
+			}
+			return flat, nil
 		}
 	}
-	return mine && others, nil
+	return false, nil
 }
 
 // clonedFrom returns the snapshot that a clone was made of, of which the image keeps the state

@@ -211,7 +211,9 @@ static int exchange(struct conn *c, uint16_t type, const struct writer *w,
 			uint64_t done = get_u64(&a->fields), total = get_u64(&a->fields);
 
 			if (!a->fields.bad)
-				pr->fn(done, total, pr->arg);
+				e = pr->fn(done, total, pr->arg);
+			if (!pr->ends || e > 0)
+				e = 0;
 		}
 	}
 	/* A daemon that ends in the middle is one error, however the kernel tells. */

@@ -126,6 +126,7 @@ struct conn {
 struct progress {
 	librbd_progress_fn_t fn;
 	void *arg;
+	bool ends; /* a negative result of fn ends the call, and the connection */
 };
 
 /* An answer: fields is behind the errno and the message; free payload. */

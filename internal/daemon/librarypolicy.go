@@ -312,11 +312,11 @@ func (s *session) denied(want policy.Rights, what string) error {
 // are what its image allowed when it was opened.
 func handleRights(t wire.Type) policy.Rights {
 	switch t {
-	case wire.Close, wire.Stat, wire.ListSnapshots, wire.Parent, wire.Children, wire.Diff:
+	case wire.Close, wire.Stat, wire.ListSnapshots, wire.Parent, wire.Children, wire.Diff, wire.Copy:
 		return policy.Read
 	case wire.Snapshot, wire.RemoveSnapshot, wire.RenameSnapshot, wire.RollBack:
 		return policy.Write
-	case wire.Resize:
+	case wire.Resize, wire.Flatten:
 		return policy.Manage
 	}
 	return policy.All // of what is not named here nobody has thought

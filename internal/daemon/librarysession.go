@@ -36,7 +36,7 @@ type session struct {
 	attachment *attachment
 	handle     *handle
 	rights     policy.Rights // to its image, as it was opened
-	before     stateBefore // with which the image was compared last
+	before     stateBefore   // with which the image was compared last
 }
 
 // serveLibrary serves library clients until the listener is closed.
@@ -344,6 +344,8 @@ func (s *session) doWithHandle(ctx context.Context, f wire.Frame, w *answer) err
 		return s.children(ctx, f, w)
 	case wire.Diff:
 		return s.diff(ctx, f, w)
+	case wire.Copy:
+		return s.copy(ctx, f, w)
 	}
 	if s.handle.readOnly {
 		return syscall.EROFS
@@ -359,6 +361,8 @@ func (s *session) doWithHandle(ctx context.Context, f wire.Frame, w *answer) err
 		return s.renameSnapshot(ctx, f)
 	case wire.RollBack:
 		return s.rollBack(ctx, f, w)
+	case wire.Flatten:
+		return s.flatten(ctx, w)
 	}
 	return syscall.EOPNOTSUPP
 }

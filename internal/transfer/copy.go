@@ -31,6 +31,12 @@ const (
 type CopyOptions struct {
 	Options
 	HeadOnly bool // without the snapshots
+	// Whole says that nothing is kept of a copy that has not come to its end, and that none that
+	// was begun before is gone on with.
+	Whole bool
+	// Of is the id of a snapshot that is copied in place of what the image is now, with those
+	// before it. It must stay. It is for Whole.
+	Of uuid.UUID
 	// Snapshot says how the snapshot of the source is made that is copied as what it is now.
 	Snapshot engine.SnapshotOptions
 
@@ -77,6 +83,8 @@ func Copy(ctx context.Context, src backend.Store, source uuid.UUID, dst backend.
 	switch {
 	case errors.Is(err, backend.ErrExists), errors.Is(err, engine.ErrCollected):
 		return Copied{}, c.giveUp(ctx, err)
+	case err != nil && o.Whole:
+		return Copied{}, c.giveUp(ctx, err)
 	case err != nil:
 		return Copied{}, &Unfinished{c.copied.ID, c.keep, err}
 	}
@@ -91,8 +99,8 @@ type copier struct {
 	name   string
 	o      CopyOptions
 
-	keep   string            // the snapshot of the source that is kept for this
-	states []engine.Snapshot // of the source that are copied, in their order; keep is the last
+	keep   string            // the snapshot of the source that is kept for this, unless it is o.Of
+	states []engine.Snapshot // of the source that are copied, in their order; keep, or o.Of, is the last
 	next   int               // the first of them that is not whole in the copy
 	at     engine.CopyState
 	im     *inproc.Image
@@ -115,7 +123,7 @@ func (c *copier) begin(ctx context.Context) (done bool, err error) {
 		switch {
 		case ok && taken && id == now:
 			return true, c.wasWhole(ctx, s, id)
-		case !ok || taken:
+		case !ok || taken || c.o.Whole:
 			continue
 		}
 		at, name, err := engine.CopyOf(ctx, c.dst, id)
@@ -176,13 +184,16 @@ func (c *copier) take(all []engine.Snapshot) error {
 	for _, s := range all {
 		_, other := copyID(s.Name)
 		switch {
-		case s.Name == c.keep:
+		case s.Name == c.keep && c.o.Of == uuid.Nil, s.ID == c.o.Of && !s.Pending:
 			c.states = append(c.states, s)
 			return nil
 		case other || c.o.HeadOnly || s.Pending:
 		default:
 			c.states = append(c.states, s)
 		}
+	}
+	if c.o.Of != uuid.Nil {
+		return engine.ErrNoSnapshot
 	}
 	return fmt.Errorf("the snapshot %s of the source has been removed", c.keep)
 }
@@ -241,7 +252,7 @@ func (c *copier) create(ctx context.Context) error {
 		return err
 	}
 	c.copied.ID, c.keep, c.at = id, copyPrefix+id.String(), engine.CopyState{Source: c.source}
-	if err = engine.NoteCopy(ctx, c.dst, id, c.at); err == nil {
+	if err = engine.NoteCopy(ctx, c.dst, id, c.at); err == nil && c.o.Of == uuid.Nil {
 		soon, stop := context.WithTimeoutCause(ctx, snapshotTimeout, fmt.Errorf("%v are over", snapshotTimeout))
 		_, err = engine.CreateSnapshot(soon, c.src, c.source, c.keep, c.o.Snapshot)
 		stop()
@@ -292,6 +303,9 @@ func (c *copier) giveUp(ctx context.Context, why error) error {
 
 // release removes the snapshot of the source that was kept.
 func (c *copier) release(ctx context.Context) error {
+	if c.o.Of != uuid.Nil {
+		return nil
+	}
 	err := engine.RemoveSnapshot(ctx, c.src, c.source, c.keep)
 	if err != nil && !errors.Is(err, engine.ErrNoSnapshot) {
 		return fmt.Errorf("the snapshot %s of what was copied is left, which lsdctl snap rm removes: %w", c.keep, err)

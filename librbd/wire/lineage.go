@@ -171,3 +171,20 @@ func (m *DiffResult) Fields(f Fields) {
 	f.U64(&m.Next)
 	elements(f, &m.Ranges, diffRange)
 }
+
+// CopyDeep is a flag of a CopyRequest: with the snapshots.
+const CopyDeep uint32 = 1
+
+// A CopyRequest makes an image, in any store, that is what the handle has open. The result is a
+// CreateResult.
+type CopyRequest struct {
+	Store, Image string
+	Flags        uint32
+}
+
+// Fields implements Message.
+func (m *CopyRequest) Fields(f Fields) {
+	f.Name(&m.Store)
+	f.Name(&m.Image)
+	f.U32(&m.Flags)
+}
