@@ -284,6 +284,7 @@ ssize_t rbd_aio_compare_and_write(rbd_image_t image, uint64_t off, size_t len,
 }
 
 /* Newer than the header that this is built with, maybe. */
+__attribute__((visibility("default")))
 ssize_t rbd_aio_compare_and_writev(rbd_image_t image, uint64_t off, const struct iovec *cmp_iov,
 				   int cmp_iovcnt, const struct iovec *iov, int iovcnt,
 				   rbd_completion_t comp, uint64_t *mismatch_off, int op_flags);

@@ -14,6 +14,7 @@
  *	lag=USEC                sleeps before each request
  *	ordered=1               the client writes from the lowest offset to the highest: what
  *	                        it submits again comes in order, too
+ *	version=N               of the ring at most
  *	shuffle=1               completes what it has in random order
  *	seed=N
  */
@@ -36,7 +37,7 @@
 
 static const char *dir;
 static long max_entries = 1024, max_data = 64 << 20, die_at, drop_at, late_at, lag, shuffle,
-	garbage, badframe, ordered;
+	garbage, badframe, ordered, max_version = 2;
 static unsigned seed = 1;
 static _Atomic long requests;
 
@@ -56,7 +57,7 @@ struct handle {
 	int fd;
 	pthread_mutex_t lock;
 	uint8_t *base;
-	uint32_t entries;
+	uint32_t version, entries;
 	uint64_t start, data;
 	struct sqe *sq;
 	struct cqe *cq;
@@ -108,6 +109,46 @@ static uint64_t boot_ns(void)
 
 /* ---- the ring ---- */
 
+/* Where a compare and write compares and writes of all handles, and what it is to do. */
+static pthread_mutex_t compare_lock = PTHREAD_MUTEX_INITIALIZER;
+
+/* A compare and write; stop: before the decision (1), before the write (2), after it (3). */
+static int compare(struct handle *h, const struct sqe *e, int stop, struct cqe *c)
+{
+	uint64_t first = e->off / 512 * 512, last = (e->off + e->len + 511) / 512 * 512;
+	uint64_t at = e->data - e->off % 512, half = (last - first + 4095) / 4096 * 4096;
+	const uint8_t *data = h->base + h->start + e->data, *want = data + half;
+	uint8_t *have = h->image + e->off;
+	bool decided = e->flags & SQE_DECIDED;
+
+	check(h->version >= 2, "compare and write in the first version");
+	check(e->len >= 1 && last - first <= COMPARE_MOST, "length of a compare and write");
+	check(e->data % 512 == e->off % 512 && at % 4096 == 0, "place of the data");
+	check(at + half + (last - first) <= h->data, "data outside the area");
+	check(!(atomic_load(word(h, 512 + e->tag / 32 * 4)) >> e->tag % 32 & 1), "a bit is left");
+	if (e->off > h->size || e->len > h->size - e->off)
+		return -EINVAL;
+	if (h->read_only)
+		return -EROFS;
+	if (stop == 1)
+		_exit(9);
+	if (memcmp(have, want, e->len) != 0 && !(decided && memcmp(have, data, e->len) == 0)) {
+		while (have[c->mismatch] == want[c->mismatch])
+			c->mismatch++;
+		if (!decided)
+			return -EILSEQ;
+		c->mismatch = 0;
+		return -EIO;
+	}
+	atomic_fetch_or(word(h, 512 + e->tag / 32 * 4), 1u << e->tag % 32);
+	if (stop == 2)
+		_exit(9);
+	memcpy(have, data, e->len);
+	if (stop == 3)
+		_exit(9);
+	return 0;
+}
+
 static int serve(struct handle *h, const struct sqe *e)
 {
 	uint64_t size = h->size;
@@ -150,18 +191,19 @@ static int serve(struct handle *h, const struct sqe *e)
 	return 0;
 }
 
-static void complete(struct handle *h, uint32_t tag, int result)
+static void complete_with(struct handle *h, struct cqe c)
 {
-	struct cqe c = {.tag = tag, .result = result};
 	static _Atomic long n;
+	uint32_t tag = c.tag;
+	bool timed = late_at && c.result != -EILSEQ;
 
-	if (late_at && ++n % late_at == 0 && !h->late[tag]) {
+	if (timed && ++n % late_at == 0 && !h->late[tag]) {
 		c.flags = CQE_TIME;
 		c.time = boot_ns() - 1;
 		h->late[tag] = true;
 		h->flying[tag] = true; /* until it is asked about */
 	} else {
-		if (late_at) {
+		if (timed) {
 			c.flags = CQE_TIME;
 			c.time = boot_ns() + 1000000000;
 		}
@@ -170,6 +212,11 @@ static void complete(struct handle *h, uint32_t tag, int result)
 	}
 	h->cq[h->tail & (h->entries - 1)] = c;
 	h->tail++;
+}
+
+static void complete(struct handle *h, uint32_t tag, int result)
+{
+	complete_with(h, (struct cqe){.tag = tag, .result = result});
 }
 
 /* What no daemon says: the client must hang up, and come again. */
@@ -212,6 +259,31 @@ static void publish(struct handle *h)
 			perror("wake");
 }
 
+/* A change of the image is known to its own client alone. */
+static void changed(struct handle *h)
+{
+	uint64_t one = 1;
+
+	if (h->version < 2)
+		return;
+	atomic_fetch_add((_Atomic uint64_t *)(h->base + 456), 1);
+	if (atomic_load(word(h, 384)) == 1 && atomic_exchange(word(h, 384), 0) == 1)
+		if (write(h->wake_client, &one, 8) < 0)
+			perror("wake");
+}
+
+/* It is known as soon as it has ended: what follows it must not be before it. */
+static void compare_entry(struct handle *h, const struct sqe *e, long n)
+{
+	struct cqe c = {.tag = e->tag};
+
+	pthread_mutex_lock(&compare_lock);
+	c.result = compare(h, e, die_at && n >= die_at ? 1 + (int)(rand() % 3) : 0, &c);
+	complete_with(h, c);
+	publish(h);
+	pthread_mutex_unlock(&compare_lock);
+}
+
 /* One request: false where the connection is to end. */
 static bool handle_entry(struct handle *h, const struct sqe *e)
 {
@@ -230,7 +302,7 @@ static bool handle_entry(struct handle *h, const struct sqe *e)
 	h->flying[e->tag] = true;
 	if (lag)
 		usleep((useconds_t)lag);
-	if (die_at && n >= die_at) {
+	if (die_at && n >= die_at && e->op != OP_COMPARE) {
 		/* Half of it is done, and nobody knows. */
 		if (e->op == OP_WRITE)
 			memcpy(h->image + e->off, h->base + h->start + e->data, e->len / 2);
@@ -239,6 +311,10 @@ static bool handle_entry(struct handle *h, const struct sqe *e)
 	if (drop_at && n % drop_at == 0) {
 		shutdown(h->fd, SHUT_RDWR);
 		return false;
+	}
+	if (e->op == OP_COMPARE) {
+		compare_entry(h, e, n);
+		return true;
 	}
 	complete(h, e->tag, serve(h, e));
 	return true;
@@ -320,7 +396,7 @@ static void ring_make(struct handle *h, uint32_t entries, uint64_t data, int fds
 	h->start = start;
 	h->data = data;
 	memcpy(h->base, "LRNG", 4);
-	memcpy(h->base + 4, &(uint32_t){1}, 4);
+	memcpy(h->base + 4, &h->version, 4);
 	memcpy(h->base + 8, &entries, 4);
 	memcpy(h->base + 16, &start, 8);
 	memcpy(h->base + 24, &data, 8);
@@ -708,6 +784,8 @@ static int do_admin(struct handle *h, const struct frame *f, struct reader *r, s
 	default:
 		e = -EOPNOTSUPP;
 	}
+	if (e == 0 && f->type > T_STAT && f->type != T_SNAP_LIST)
+		changed(h);
 	free(s);
 	free(t);
 	return e;
@@ -755,9 +833,10 @@ static void *conn_thread(void *arg)
 		switch (f.type) {
 		case T_HELLO:
 			hello = true;
-			check(get_u32(&r) == 1 && get_u32(&r) == 1, "versions");
+			check(get_u32(&r) == 1 && get_u32(&r) == 2, "versions");
+			h->version = (uint32_t)max_version;
 			free(take_name(&r));
-			put_u32(&w, 1);
+			put_u32(&w, h->version);
 			put_u32(&w, (uint32_t)max_entries);
 			put_u64(&w, (uint64_t)max_data);
 			put_name(&w, "fake");
@@ -801,7 +880,7 @@ int main(int argc, char **argv)
 		{"entries", &max_entries}, {"data", &max_data}, {"die", &die_at},
 		{"drop", &drop_at},	   {"late", &late_at},	{"lag", &lag},
 		{"shuffle", &shuffle},	   {"garbage", &garbage}, {"badframe", &badframe},
-		{"ordered", &ordered},
+		{"ordered", &ordered},	   {"version", &max_version},
 	};
 	int s;
 
@@ -809,6 +888,7 @@ int main(int argc, char **argv)
 		return 2;
 	signal(SIGPIPE, SIG_IGN);
 	dir = argv[2];
+	srand((unsigned)getpid());
 	for (int i = 3; i < argc; i++) {
 		char *eq = strchr(argv[i], '=');
 

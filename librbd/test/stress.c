@@ -1148,6 +1148,234 @@ static void test_exit(void)
 	exit(0);
 }
 
+/* ---- compare and write: what it says, and handles that count together ---- */
+
+ssize_t rbd_aio_compare_and_writev(rbd_image_t image, uint64_t off, const struct iovec *cmp_iov,
+				   int cmp_iovcnt, const struct iovec *iov, int iovcnt,
+				   rbd_completion_t c, uint64_t *mismatch_off, int op_flags);
+
+#define OBJECT (8u << 20)
+#define COUNTERS 4
+
+static ssize_t compare_wait(int e, rbd_completion_t c)
+{
+	EQUAL(e, 0);
+	rbd_aio_wait_for_complete(c);
+	e = (int)rbd_aio_get_return_value(c);
+	rbd_aio_release(c);
+	return e;
+}
+
+static void compare_ranges(rbd_image_t image)
+{
+	static char old[MIB], new[MIB], got[MIB];
+	static const struct {
+		uint64_t off;
+		size_t len;
+	} ranges[] = {{0, 512}, {OBJECT + 100, 1}, {2 * OBJECT + 511, 2}, {4096 + 7, 20000},
+		      {3 * OBJECT, MIB - 4096}, {OBJECT - 1, 1}};
+	struct iovec a[2], b[3];
+	rbd_completion_t c;
+	uint64_t at;
+
+	for (size_t i = 0; i < sizeof ranges / sizeof *ranges; i++) {
+		uint64_t off = ranges[i].off;
+		size_t len = ranges[i].len;
+
+		memset(new, (int)i + 1, len);
+		EQUAL(rbd_read(image, off, len, old), (ssize_t)len);
+		at = 777;
+		EQUAL(rbd_compare_and_write(image, off, len, old, new, &at, 0), (ssize_t)len);
+		EQUAL(at, 777);
+		EQUAL(rbd_read(image, off, len, got), (ssize_t)len);
+		CHECK(memcmp(got, new, len) == 0);
+		got[len / 2]++;
+		EQUAL(rbd_compare_and_write(image, off, len, got, old, &at, 0), -EILSEQ);
+		EQUAL(at, off / OBJECT * OBJECT + len / 2);
+		EQUAL(rbd_compare_and_write(image, off, len, got, old, NULL, 0), -EILSEQ);
+		got[len / 2]--;
+		EQUAL(rbd_aio_create_completion(NULL, NULL, &c), 0);
+		a[0] = (struct iovec){got, len / 3};
+		a[1] = (struct iovec){got + len / 3, len - len / 3};
+		b[0] = (struct iovec){old, len / 2};
+		b[1] = (struct iovec){NULL, 0};
+		b[2] = (struct iovec){old + len / 2, len - len / 2};
+		EQUAL(rbd_aio_compare_and_writev(image, off, a, 2, b, 2, c, &at, 0), -EINVAL);
+		EQUAL(compare_wait((int)rbd_aio_compare_and_writev(image, off, a, 2, b, 3, c, &at, 0), c), 0);
+		EQUAL(rbd_aio_create_completion(NULL, NULL, &c), 0);
+		EQUAL(compare_wait((int)rbd_aio_compare_and_write(image, off, len, old, new, c, &at,
+							    LIBRADOS_OP_FLAG_FADVISE_FUA), c), 0);
+	}
+	memset(old, 0, sizeof old);
+	EQUAL(rbd_compare_and_write(image, OBJECT - 1, 2, old, new, &at, 0), -EINVAL);
+	EQUAL(rbd_compare_and_write(image, 3, MIB - 4096, old, new, &at, 0), -EINVAL);
+	EQUAL(rbd_compare_and_write(image, 0, MIB, old, new, &at, 0), -EINVAL);
+	EQUAL(rbd_compare_and_write(image, IMAGE, 512, old, new, &at, 0), -EINVAL);
+	EQUAL(rbd_compare_and_write(image, IMAGE - 256, 512, old, new, &at, 0), 256);
+	EQUAL(rbd_compare_and_write(image, 0, 0, old, new, &at, 0), 0);
+}
+
+static _Atomic uint64_t unknown;
+
+/* Each number is its own: the count, and behind it what nobody else writes. */
+static void *count(void *arg)
+{
+	unsigned r = seed + (unsigned)(uintptr_t)arg;
+	rbd_image_t image = open_image("vm1");
+	uint64_t n[2], next[2], at;
+
+	for (uintptr_t done = 0; done < 200;) {
+		EQUAL(rbd_read(image, 5000, sizeof n, (char *)n), sizeof n);
+		next[0] = n[0] + 1;
+		next[1] = (uint64_t)(uintptr_t)arg << 32 | any(&r, 1 << 30);
+		ssize_t e = rbd_compare_and_write(image, 5000, sizeof n, (char *)n, (char *)next, &at, 0);
+
+		if (e == sizeof n)
+			done++;
+		else if (e == -EIO)
+			unknown++; /* the daemon died, and another handle was faster */
+		else
+			EQUAL(e, -EILSEQ);
+	}
+	EQUAL(rbd_close(image), 0);
+	return NULL;
+}
+
+static void test_compare(void)
+{
+	static const char nothing[16];
+	rbd_image_t image = open_image("vm1"), fixed;
+	pthread_t t[COUNTERS];
+	uint64_t n[2], at;
+
+	compare_ranges(image);
+	EQUAL(rbd_open_read_only(io, "vm1", &fixed, NULL), 0);
+	EQUAL(rbd_compare_and_write(fixed, 0, 16, nothing, nothing, &at, 0), -EROFS);
+	EQUAL(rbd_close(fixed), 0);
+	EQUAL(rbd_write(image, 5000, sizeof nothing, nothing), sizeof nothing);
+	for (uintptr_t i = 0; i < COUNTERS; i++)
+		EQUAL(pthread_create(&t[i], NULL, count, (void *)(i + 1)), 0);
+	for (int i = 0; i < COUNTERS; i++)
+		pthread_join(t[i], NULL);
+	EQUAL(rbd_read(image, 5000, sizeof n, (char *)n), sizeof n);
+	CHECK(n[0] >= COUNTERS * 200 && n[0] <= COUNTERS * 200 + unknown);
+	EQUAL(rbd_close(image), 0);
+}
+
+/* ---- a daemon of an older release ---- */
+
+static void nobody(void *arg)
+{
+	(void)arg;
+	CHECK(false);
+}
+
+static void test_old(void)
+{
+	static char b[512];
+	rbd_image_t image = open_image("vm1");
+	rbd_completion_t c;
+	uint64_t at;
+
+	EQUAL(rbd_compare_and_write(image, 0, 512, b, b, &at, 0), -EOPNOTSUPP);
+	EQUAL(rbd_aio_create_completion(NULL, NULL, &c), 0);
+	EQUAL(compare_wait((int)rbd_aio_compare_and_write(image, 0, 512, b, b, c, &at, 0), c), -EOPNOTSUPP);
+	EQUAL(rbd_update_watch(image, &at, nobody, NULL), -EOPNOTSUPP);
+	EQUAL(rbd_write(image, 0, 512, b), 512);
+	EQUAL(rbd_resize(image, IMAGE + MIB), 0);
+	EQUAL(rbd_close(image), 0);
+}
+
+/* ---- watches ---- */
+
+struct watcher {
+	rbd_image_t image;
+	uint64_t handle, size;
+	_Atomic int calls;
+	_Atomic bool running;
+	bool leaves;
+};
+
+static void on_update(void *arg)
+{
+	struct watcher *w = arg;
+	rbd_image_info_t info;
+
+	w->running = true;
+	CHECK(rbd_stat(w->image, &info, sizeof info) <= 0);
+	w->size = info.size;
+	if (w->leaves)
+		EQUAL(rbd_update_unwatch(w->image, w->handle), 0);
+	usleep(5000);
+	w->running = false;
+	w->calls++;
+}
+
+static void await_call(struct watcher *w, int before)
+{
+	for (int i = 0; w->calls <= before; i++) {
+		CHECK(i < 10000);
+		usleep(1000);
+	}
+}
+
+static void test_watch(void)
+{
+	rbd_image_t image = open_image("vm1");
+	struct watcher a = {.image = image}, b = {.image = image, .leaves = true};
+	char buf[512] = "";
+	int n;
+
+	EQUAL(rbd_update_watch(image, &a.handle, NULL, NULL), -EINVAL);
+	EQUAL(rbd_resize(image, IMAGE + 1 * MIB), 0); /* nobody watches */
+	EQUAL(rbd_update_watch(image, &a.handle, on_update, &a), 0);
+	EQUAL(rbd_update_watch(image, &b.handle, on_update, &b), 0);
+	EQUAL(rbd_resize(image, IMAGE + 2 * MIB), 0);
+	await_call(&b, 0);
+	EQUAL(a.size, IMAGE + 2 * MIB);
+	EQUAL(rbd_update_unwatch(image, b.handle), -EINVAL);
+	n = a.calls;
+	EQUAL(rbd_snap_create(image, "s1"), 0);
+	await_call(&a, n);
+	n = a.calls;
+	EQUAL(rbd_snap_rename(image, "s1", "s2"), 0);
+	await_call(&a, n);
+	n = a.calls;
+	EQUAL(rbd_snap_remove(image, "s2"), 0);
+	await_call(&a, n);
+	usleep(50000);
+	n = a.calls;
+	for (int i = 0; i < 100; i++)
+		EQUAL(rbd_write(image, 0, sizeof buf, buf), sizeof buf);
+	EQUAL(a.calls, n);
+	EQUAL(rbd_resize(image, IMAGE), 0);
+	while (!a.running && a.calls == n)
+		;
+	EQUAL(rbd_update_unwatch(image, a.handle), 0);
+	CHECK(!a.running);
+	EQUAL(b.calls, 1);
+	n = a.calls;
+	EQUAL(rbd_resize(image, IMAGE + MIB), 0);
+	usleep(20000);
+	EQUAL(a.calls, n);
+	EQUAL(rbd_update_watch(image, &a.handle, on_update, &a), 0);
+	EQUAL(rbd_close(image), 0); /* with a watch */
+}
+
+/* The daemon dies: who knows what has changed meanwhile. */
+static void test_rewatch(void)
+{
+	rbd_image_t image = open_image("vm1");
+	struct watcher a = {.image = image};
+	char buf[512] = "";
+
+	EQUAL(rbd_update_watch(image, &a.handle, on_update, &a), 0);
+	for (int i = 0; i < 200; i++)
+		EQUAL(rbd_write(image, 0, sizeof buf, buf), sizeof buf);
+	await_call(&a, 0);
+	EQUAL(rbd_close(image), 0);
+}
+
 int main(int argc, char **argv)
 {
 	static const struct {
@@ -1155,6 +1383,7 @@ int main(int argc, char **argv)
 		void (*run)(void);
 	} tests[] = {
 		{"admin", test_admin},	   {"big", test_big},	{"callbacks", test_callbacks},
+		{"compare", test_compare}, {"old", test_old},	{"rewatch", test_rewatch}, {"watch", test_watch},
 		{"control", test_control}, {"exit", test_exit},	   {"flush", test_flush}, {"fork", test_fork},
 		{"forks", test_forks},	   {"frames", test_frames}, {"gone", test_gone},
 		{"order", test_order},	   {"poll", test_poll},
