@@ -98,6 +98,7 @@ const (
 	rmAgain    = "an lsdctl rm that was interrupted leaves this: repeat it; else bring it back from a copy of the pool"
 	byHand     = "lsd has not made it: look at it and remove it by hand"
 	mendCounts = "lsdctl check --repair corrects it"
+	clearMeta  = "bring it back from a copy of the pool, or give it up: lsdctl meta rm STORE/IMAGE --all; the disk itself is not affected"
 )
 
 // Check checks the image of that name: everything that its superblock leads to,
@@ -195,7 +196,7 @@ func (c *checker) add(f Finding) {
 // have made it have named, each for itself.
 func withoutKey(text, key string) string {
 	text = strings.ReplaceAll(text, " of object "+key+": ", ": ")
-	for _, what := range []string{"superblock ", "object ", "checkpoint ", "load ", "get ", "stat "} {
+	for _, what := range []string{"superblock ", "metadata and locks ", "object ", "checkpoint ", "load ", "get ", "stat "} {
 		text = strings.ReplaceAll(text, what+key+": ", "")
 	}
 	return text
@@ -276,6 +277,9 @@ func (c *checker) run(ctx context.Context) error {
 	}
 	c.allRead()
 	c.describe()
+	if err := c.checkAttributes(ctx); err != nil {
+		return err
+	}
 	if err := c.checkKeys(ctx); err != nil {
 		return err
 	}
@@ -422,6 +426,21 @@ func (c *checker) describe() {
 		c.rep.AttachedBy = sb.Owner.Host
 		c.rep.Notes = append(c.rep.Notes, fmt.Sprintf("it is attached by %s: what that host changes meanwhile is not counted, and nothing is repaired", sb.Owner.Host))
 	}
+}
+
+// checkAttributes reports metadata and locks that cannot be read.
+func (c *checker) checkAttributes(ctx context.Context) error {
+	_, _, err := loadAttributes(ctx, c.st, c.id)
+	switch {
+	case errors.Is(err, frame.ErrVersion):
+		return err
+	case damagedAttributes(err):
+		key := attributesKey(c.id)
+		f := Finding{Object: key, Problem: withoutKey(err.Error(), key), Action: clearMeta}
+		c.rep.Errors = append(c.rep.Errors, f)
+		return nil
+	}
+	return err
 }
 
 // checkKeys looks for objects that nothing needs.

@@ -144,12 +144,13 @@ type storeScan struct {
 	total   int
 	objects map[uuid.UUID]int // of each image
 	super   map[uuid.UUID]bool
+	kept    map[uuid.UUID]bool // it has attributes
 	strange []string
 }
 
 // scanStore lists a store.
 func scanStore(ctx context.Context, st backend.Store) (*storeScan, error) {
-	s := &storeScan{objects: map[uuid.UUID]int{}, super: map[uuid.UUID]bool{}}
+	s := &storeScan{objects: map[uuid.UUID]int{}, super: map[uuid.UUID]bool{}, kept: map[uuid.UUID]bool{}}
 	if err := st.List(ctx, "", s.note); err != nil {
 		return nil, fmt.Errorf("list the objects of the store: %w", err)
 	}
@@ -179,6 +180,7 @@ func (s *storeScan) note(key string) error {
 	default:
 		s.objects[id]++
 		s.super[id] = s.super[id] || name == "super"
+		s.kept[id] = s.kept[id] || name == "attributes"
 	}
 	return nil
 }

@@ -106,6 +106,9 @@ func (c *cloner) finish(ctx context.Context, at *snapshot) error {
 	if err != nil {
 		return fmt.Errorf("make the superblock of the clone: %w", err)
 	}
+	if err := CopyMetadata(ctx, c.st, c.image, c.st, sb.Image); err != nil {
+		return fmt.Errorf("give the clone the metadata of the image: %w", err)
+	}
 	if err := c.note(ctx); err != nil {
 		return err
 	}
@@ -136,11 +139,8 @@ func (c *cloner) undo(ctx context.Context, why error) error {
 	if errors.Is(err, backend.ErrNotFound) || errors.Is(err, backend.ErrConflict) {
 		err = nil
 	}
-	if err == nil {
-		err = c.st.Delete(ctx, SuperblockKey(c.want.ID))
-		if errors.Is(err, backend.ErrNotFound) {
-			err = nil
-		}
+	if err == nil { // the superblock last: with it gc finds the rest
+		err = deleteKeys(ctx, c.st, []string{attributesKey(c.want.ID), SuperblockKey(c.want.ID)}, nil)
 	}
 	if err == nil {
 		err = releaseClone(ctx, c.st, c.image, c.want.ID)

@@ -90,6 +90,7 @@ type collector struct {
 	o     GCOptions
 	now   time.Time
 	named map[uuid.UUID]bool
+	kept  map[uuid.UUID]bool // images with attributes
 	waits map[uuid.UUID]bool // images that o.Late or o.Kept was told of
 	found []Garbage
 }
@@ -110,6 +111,7 @@ func (g *collector) run(ctx context.Context) error {
 	if g.named, err = namedImages(ctx, g.st); err != nil {
 		return err
 	}
+	g.kept = s.kept
 	b := &bereft{needed: map[uuid.UUID]bool{}}
 	for _, id := range s.ids() {
 		if !s.super[id] {
@@ -137,7 +139,7 @@ func (g *collector) look(ctx context.Context, sb *superblock, objects int) error
 	if err := g.claims(ctx, sb); err != nil {
 		return err
 	}
-	unmade := !sb.Removed && !g.named[sb.Image] && g.old(sb.Created) && !sb.Partial && objects == 1 && sb.untouched()
+	unmade := !sb.Removed && !g.named[sb.Image] && g.old(sb.Created) && !sb.Partial && (objects == 1 || objects == 2 && g.kept[sb.Image]) && sb.untouched()
 	switch {
 	case unmade:
 		return g.collect(leftOf(sb, "it was not made to its end", objects), func() error { return g.removeUnmade(ctx, sb.Image) })

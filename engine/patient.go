@@ -22,6 +22,14 @@ const (
 	patientPause = 50 * time.Millisecond // before the second try; it doubles
 )
 
+// patiently returns a store whose reads are tried a few times.
+func patiently(st backend.Store) patient {
+	if p, ok := st.(patient); ok {
+		return p
+	}
+	return patient{st, Real{}}
+}
+
 func (p patient) try(ctx context.Context, read func() error) error {
 	for n := range patientTries - 1 {
 		err := read()

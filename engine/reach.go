@@ -23,6 +23,7 @@ const (
 	keyData
 	keyManifest
 	keyMap
+	keyAttributes
 )
 
 // imageKey is a key of an image's object, taken apart.
@@ -39,8 +40,11 @@ func parseKey(id uuid.UUID, key string) imageKey {
 	if !ok {
 		return imageKey{}
 	}
-	if rest == "super" {
+	switch rest {
+	case "super":
 		return imageKey{kind: keySuper}
+	case "attributes":
+		return imageKey{kind: keyAttributes}
 	}
 	kind, name, _ := strings.Cut(rest, "/")
 	var n [3]uint64
@@ -255,7 +259,7 @@ func (g *goneState) has(k imageKey) bool {
 func (r *reach) class(key string) keyClass {
 	k := parseKey(r.sb.Image, key)
 	switch k.kind {
-	case keySuper:
+	case keySuper, keyAttributes:
 		return classNeeded
 	case keyData:
 		return r.dataClass(k)

@@ -34,6 +34,7 @@ func removeStops(t *testing.T, n int, dies, byGC bool) bool {
 	h, id := attached(t, inner, smallImage(), nil)
 	h.mustFill(1000)
 	h.mustClose()
+	mustSetMetadata(t, inner, id, "k", "v")
 	st := &endingStore{inner, n, dies}
 	err := removeWhole(st, "disk", RemoveOptions{})
 	if dies && (st.n <= 0) != (err != nil) {
@@ -226,6 +227,7 @@ func TestReclaimAncestors(t *testing.T) {
 		h, id := attached(t, st, smallImage(), nil)
 		h.mustFill(1000)
 		h.mustClose()
+		mustSetMetadata(t, st, id, "k", "v")
 		middle := mustClone(t, st, id, "", "middle", nil)
 		last := mustClone(t, st, middle, "", "last", nil)
 		for _, name := range []string{"disk", "middle"} {

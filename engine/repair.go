@@ -70,10 +70,10 @@ func (c *checker) mend(ctx context.Context, counts bool) error {
 }
 
 // otherErrors reports whether something is wrong with the image's state beside the
-// counts: then the map is not what they can be taken from.
+// counts, orphans and metadata: then the map is not what they can be taken from.
 func (c *checker) otherErrors() bool {
 	for _, f := range c.rep.Errors {
-		if f.Action != mendCounts && f.Action != rmOrphan {
+		if f.Action != mendCounts && f.Action != rmOrphan && f.Action != clearMeta {
 			return true
 		}
 	}

@@ -341,10 +341,7 @@ func (s *superblock) pruneEpochs() {
 // changeInsistently is changeSuperblock, and repeats a change of which the outcome is not
 // known a few times. What it does must be right also where an earlier attempt has done it.
 func changeInsistently(ctx context.Context, st backend.Store, id uuid.UUID, change func(*superblock) error) error {
-	p, ok := st.(patient)
-	if !ok {
-		p = patient{st, Real{}}
-	}
+	p := patiently(st)
 	return p.try(ctx, func() error {
 		_, _, err := changeSuperblock(ctx, p, id, change)
 		return err

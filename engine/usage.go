@@ -144,6 +144,8 @@ func (l listed) key(id uuid.UUID) string {
 		return manifestKey(id, ref, int(l.part))
 	case keyMap:
 		return mapKey(id, ref, l.part)
+	case keyAttributes:
+		return attributesKey(id)
 	}
 	return SuperblockKey(id)
 }

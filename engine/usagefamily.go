@@ -347,7 +347,7 @@ func (f *family) sum() {
 		for i, l := range im.list {
 			t := &f.objects[im.first+i]
 			switch {
-			case l.kind == keySuper && im.sb != nil:
+			case l.kind == keySuper && im.sb != nil, l.kind == keyAttributes && im.sb != nil && !im.sb.Removed:
 				t.needed = true
 			case l.kind == keyManifest || l.kind == keyMap:
 				// A checkpoint that is being written.

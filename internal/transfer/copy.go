@@ -326,6 +326,9 @@ func (c *copier) run(ctx context.Context) error {
 	if err := c.fill(ctx); err != nil {
 		return err
 	}
+	if err := engine.CopyMetadata(ctx, c.src, c.source, c.dst, c.copied.ID); err != nil {
+		return fmt.Errorf("copy the metadata: %w", err)
+	}
 	c.copied.Size, c.copied.Snapshots = c.states[len(c.states)-1].Size, len(c.states)-1
 	return engine.Finish(ctx, c.dst, c.name, c.copied.ID, 0)
 }

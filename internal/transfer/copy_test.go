@@ -159,6 +159,12 @@ func TestCopy(t *testing.T) {
 			t.Run(fmt.Sprintf("clone %v, head %v", clone, headOnly), func(t *testing.T) {
 				t.Parallel()
 				src := newOriginal(t, 1, clone)
+				if err := engine.SetMetadata(t.Context(), src.st, src.id, "k", "v"); err != nil {
+					t.Fatal(err)
+				}
+				if err := engine.Lock(t.Context(), src.st, src.id, engine.Locker{Client: "client.1"}, true, ""); err != nil {
+					t.Fatal(err)
+				}
 				for _, dst := range []backend.Store{mem.New(), src.st} {
 					o := copying()
 					o.HeadOnly = headOnly
@@ -173,6 +179,12 @@ func TestCopy(t *testing.T) {
 						mustBeClean(t, dst, "new")
 					}
 					src.mustEqual(dst, made.ID, !headOnly)
+					if v, err := engine.MetadataOf(t.Context(), dst, made.ID, "k"); v != "v" || err != nil {
+						t.Errorf("metadata %q, %v", v, err)
+					}
+					if l, err := engine.LocksOf(t.Context(), dst, made.ID); len(l.Lockers) > 0 || err != nil {
+						t.Errorf("locks were copied: %+v, %v", l, err)
+					}
 					info, err := engine.Describe(t.Context(), dst, "new")
 					if err != nil || info.ID != made.ID || info.Parent != uuid.Nil || info.Owner != nil {
 						t.Errorf("%+v, %v", info, err)
