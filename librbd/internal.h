@@ -66,6 +66,16 @@ enum {
 	T_FLATTEN = 25,
 	T_DIFF = 26,
 	T_COPY = 27,
+	T_META_LIST = 28,
+	T_META_GET = 29,
+	T_META_SET = 30,
+	T_META_REMOVE = 31,
+	T_LOCKS = 32,
+	T_LOCK = 33,
+	T_UNLOCK = 34,
+	T_BREAK_LOCK = 35,
+	T_TIMES = 36,
+	T_WATCHERS = 37,
 	T_PROGRESS = 0x4000,
 	T_RESULT = 0x8000,
 };
@@ -96,6 +106,7 @@ void put_u32(struct writer *w, uint32_t v);
 void put_u64(struct writer *w, uint64_t v);
 void put_id(struct writer *w, const uint8_t id[16]);
 void put_bytes(struct writer *w, const void *p, size_t n);
+void put_text(struct writer *w, const char *s); /* of any length */
 void put_name(struct writer *w, const char *s); /* NULL is empty; too long sets bad */
 
 /* Reads fields; what is not there sets bad, and reads as zero. */

@@ -109,6 +109,18 @@ void put_bytes(struct writer *w, const void *p, size_t n)
 	put(w, p, n);
 }
 
+void put_text(struct writer *w, const char *s)
+{
+	size_t n = strlen(s);
+
+	if (n > FRAME_MOST) {
+		w->bad = true;
+		return;
+	}
+	put_u32(w, (uint32_t)n);
+	put(w, s, n);
+}
+
 void put_name(struct writer *w, const char *s)
 {
 	put_bytes(w, s, s ? strlen(s) : 0);

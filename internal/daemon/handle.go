@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math/rand/v2"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -29,6 +30,7 @@ const (
 // of an attachment serves. It stays when the reactor is replaced.
 type handle struct {
 	who      string // the process, for people
+	number   uint64 // unlike those of other handles
 	sock     io.Closer
 	readOnly bool
 	mem      *ring.Memory
@@ -44,7 +46,7 @@ func newHandle(who string, sock io.Closer, readOnly bool, version, entries uint3
 	if err != nil {
 		return nil, err
 	}
-	h := &handle{who: who, sock: sock, readOnly: readOnly, mem: mem}
+	h := &handle{who: who, number: rand.Uint64(), sock: sock, readOnly: readOnly, mem: mem}
 	h.conn = ring.NewConn(mem, func(error) { h.sock.Close() })
 	h.refs.Store(1)
 	return h, nil

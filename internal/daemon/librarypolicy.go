@@ -312,9 +312,11 @@ func (s *session) denied(want policy.Rights, what string) error {
 // are what its image allowed when it was opened.
 func handleRights(t wire.Type) policy.Rights {
 	switch t {
-	case wire.Close, wire.Stat, wire.ListSnapshots, wire.Parent, wire.Children, wire.Diff, wire.Copy:
+	case wire.Close, wire.Stat, wire.ListSnapshots, wire.Parent, wire.Children, wire.Diff, wire.Copy,
+		wire.ListMetadata, wire.GetMetadata, wire.Locks, wire.Times, wire.Watchers:
 		return policy.Read
-	case wire.Snapshot, wire.RemoveSnapshot, wire.RenameSnapshot, wire.RollBack:
+	case wire.Snapshot, wire.RemoveSnapshot, wire.RenameSnapshot, wire.RollBack,
+		wire.SetMetadata, wire.RemoveMetadata, wire.Lock, wire.Unlock, wire.BreakLock:
 		return policy.Write
 	case wire.Resize, wire.Flatten:
 		return policy.Manage

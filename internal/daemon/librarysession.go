@@ -240,9 +240,10 @@ func errnoOf(err error) syscall.Errno {
 	var busy *ublk.BusyError
 	var errno syscall.Errno
 	switch {
-	case errors.Is(err, errNoImage), errors.Is(err, backend.ErrNotFound), errors.Is(err, engine.ErrNoSnapshot), errors.Is(err, engine.ErrRemoved), errors.Is(err, engine.ErrNoParent):
+	case errors.Is(err, errNoImage), errors.Is(err, backend.ErrNotFound), errors.Is(err, engine.ErrNoSnapshot), errors.Is(err, engine.ErrRemoved),
+		errors.Is(err, engine.ErrNoMetadata), errors.Is(err, engine.ErrNoLock), errors.Is(err, engine.ErrNoParent):
 		return syscall.ENOENT
-	case errors.Is(err, backend.ErrExists), errors.Is(err, engine.ErrSnapshotExists):
+	case errors.Is(err, backend.ErrExists), errors.Is(err, engine.ErrSnapshotExists), errors.Is(err, engine.ErrLockExists):
 		return syscall.EEXIST
 	case errors.As(err, &owned), errors.As(err, &busy):
 		return syscall.EBUSY
@@ -252,11 +253,16 @@ func errnoOf(err error) syscall.Errno {
 		return syscall.EPERM
 	case errors.Is(err, errDetached), errors.Is(err, errTaken):
 		return syscall.ESTALE
-	case errors.Is(err, errAtIt):
+	case errors.Is(err, engine.ErrFull):
+		return syscall.ENOSPC
+	case errors.Is(err, engine.ErrTooLong):
+		return syscall.E2BIG
+	case errors.Is(err, errAtIt), errors.Is(err, engine.ErrLocked):
 		return syscall.EBUSY
 	case errors.Is(err, errEnding), errors.Is(err, context.Canceled):
 		return syscall.EAGAIN
-	case errors.Is(err, ring.ErrLimits), errors.Is(err, engine.ErrShrinks), errors.Is(err, errInvalid):
+	case errors.Is(err, ring.ErrLimits), errors.Is(err, engine.ErrShrinks), errors.Is(err, errInvalid),
+		errors.Is(err, engine.ErrMetadataText), errors.Is(err, engine.ErrLockText):
 		return syscall.EINVAL
 	case errors.Is(err, context.DeadlineExceeded):
 		return syscall.ETIMEDOUT
@@ -346,6 +352,14 @@ func (s *session) doWithHandle(ctx context.Context, f wire.Frame, w *answer) err
 		return s.diff(ctx, f, w)
 	case wire.Copy:
 		return s.copy(ctx, f, w)
+	case wire.ListMetadata, wire.GetMetadata:
+		return s.metadata(ctx, f, w)
+	case wire.Locks, wire.Lock, wire.Unlock, wire.BreakLock:
+		return s.locks(ctx, f, w)
+	case wire.Times:
+		return s.times(ctx, w)
+	case wire.Watchers:
+		return s.watchers(ctx, w)
 	}
 	if s.handle.readOnly {
 		return syscall.EROFS
@@ -363,6 +377,8 @@ func (s *session) doWithHandle(ctx context.Context, f wire.Frame, w *answer) err
 		return s.rollBack(ctx, f, w)
 	case wire.Flatten:
 		return s.flatten(ctx, w)
+	case wire.SetMetadata, wire.RemoveMetadata:
+		return s.changeMetadata(ctx, f)
 	}
 	return syscall.EOPNOTSUPP
 }

@@ -210,6 +210,45 @@ static void test_space(void)
 	CHECK(space_take(&s, 1) == -1);
 }
 
+static void test_features(void)
+{
+	static const struct {
+		const char *text;
+		int e;
+		uint64_t bits;
+	} cases[] = {
+		{"layering", 0, 1},
+		{"layering,exclusive-lock", 0, 5},
+		{" layering , striping ", 0, 3},
+		{"61", 0, 61},
+		{"", 0, RBD_FEATURES_DEFAULT},
+		{"layering,", -EINVAL, 0},
+		{",", -EINVAL, 0},
+		{"0x3d", -EINVAL, 0},
+		{"nonsense", -EINVAL, 0},
+		{"4096", -EINVAL, 0},
+		{"99999999999999999999", -EINVAL, 0},
+	};
+	char text[256];
+	uint64_t bits;
+	size_t n;
+
+	for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+		bits = 0;
+		CHECK(rbd_features_from_string(cases[i].text, &bits) == cases[i].e);
+		CHECK(bits == cases[i].bits);
+	}
+	for (bits = 0; bits < 4096; bits++) {
+		uint64_t again = 0;
+
+		n = 0;
+		CHECK(rbd_features_to_string(bits, text, &n) == -ERANGE && n <= sizeof text);
+		CHECK(rbd_features_to_string(bits, text, &n) == 0 && n == strlen(text) + 1);
+		CHECK(bits == 0 || (rbd_features_from_string(text, &again) == 0 && again == bits));
+	}
+	CHECK(rbd_features_to_string(4096, text, &n) == -EINVAL);
+}
+
 static void test_copies(void)
 {
 	char a[10], b[1], c[20], all[31], want[31], out[31];
@@ -276,6 +315,7 @@ int main(void)
 	test_clip();
 	test_cut();
 	test_space();
+	test_features();
 	test_copies();
 	test_options();
 	if (failures)

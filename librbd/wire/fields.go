@@ -20,6 +20,8 @@ type Fields interface {
 	Bool(*bool) // a u32; anything but 0 is true
 	ID(*uuid.UUID)
 	Name(*string) // at most MaxName bytes
+	// Text is of at most so many bytes.
+	Text(v *string, most int)
 	// Count is the number of the elements that follow, of which each has at least size
 	// bytes: it takes that to be written and returns that to go through.
 	Count(n, size int) int
@@ -81,9 +83,12 @@ func (e *Encoder) Bool(v *bool) {
 func (e *Encoder) ID(v *uuid.UUID) { e.b = append(e.b, v[:]...) }
 
 // Name implements Fields.
-func (e *Encoder) Name(v *string) {
-	if len(*v) > MaxName && e.err == nil {
-		e.err = fmt.Errorf("a name of %d bytes, of at most %d: %w", len(*v), MaxName, ErrTooLong)
+func (e *Encoder) Name(v *string) { e.Text(v, MaxName) }
+
+// Text implements Fields.
+func (e *Encoder) Text(v *string, most int) {
+	if len(*v) > most && e.err == nil {
+		e.err = fmt.Errorf("a name of %d bytes, of at most %d: %w", len(*v), most, ErrTooLong)
 	}
 	n := uint32(len(*v))
 	e.U32(&n)
@@ -164,11 +169,14 @@ func (d *Decoder) ID(v *uuid.UUID) {
 }
 
 // Name implements Fields.
-func (d *Decoder) Name(v *string) {
+func (d *Decoder) Name(v *string) { d.Text(v, MaxName) }
+
+// Text implements Fields.
+func (d *Decoder) Text(v *string, most int) {
 	var n uint32
 	d.U32(&n)
-	if d.err == nil && n > MaxName {
-		d.err = fmt.Errorf("%w: a name of %d bytes, of at most %d", ErrPayload, n, MaxName)
+	if d.err == nil && uint64(n) > uint64(most) {
+		d.err = fmt.Errorf("%w: a name of %d bytes, of at most %d", ErrPayload, n, most)
 	}
 	if p := d.next(int(n), "a name"); d.err == nil {
 		*v = string(p)

@@ -57,6 +57,16 @@ const (
 	Flatten        Type = 25
 	Diff           Type = 26
 	Copy           Type = 27
+	ListMetadata   Type = 28
+	GetMetadata    Type = 29
+	SetMetadata    Type = 30
+	RemoveMetadata Type = 31
+	Locks          Type = 32
+	Lock           Type = 33
+	Unlock         Type = 34
+	BreakLock      Type = 35
+	Times          Type = 36
+	Watchers       Type = 37
 )
 
 const (
@@ -79,6 +89,8 @@ func (t Type) String() string {
 		Stat: "stat", Resize: "resize", Snapshot: "snapshot", RemoveSnapshot: "remove a snapshot",
 		ListSnapshots: "list the snapshots", RollBack: "roll back", RenameSnapshot: "rename a snapshot",
 		Clone: "clone", Parent: "parent", Children: "children", Flatten: "flatten", Diff: "diff", Copy: "copy",
+		ListMetadata: "list the metadata", GetMetadata: "get metadata", SetMetadata: "set metadata", RemoveMetadata: "remove metadata",
+		Locks: "locks", Lock: "lock", Unlock: "unlock", BreakLock: "break a lock", Times: "times", Watchers: "watchers",
 	}
 	request := t &^ (progress | result)
 	name, ok := names[request]

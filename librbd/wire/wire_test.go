@@ -70,6 +70,20 @@ var messages = []struct {
 	{&DiffResult{Next: 9, Ranges: []DiffRange{{Offset: 1, Length: 2, Exists: true}}},
 		"\x09\x00\x00\x00\x00\x00\x00\x00\x01\x00\x00\x00\x01\x00\x00\x00\x00\x00\x00\x00\x02\x00\x00\x00\x00\x00\x00\x00\x01\x00\x00\x00"},
 	{&CopyRequest{Store: "s", Image: "im", Flags: CopyDeep}, "\x01\x00\x00\x00s\x02\x00\x00\x00im\x01\x00\x00\x00"},
+	{&MetadataRequest{Key: "k"}, "\x01\x00\x00\x00k"},
+	{&Metadatum{Key: "k", Value: "va"}, "\x01\x00\x00\x00k\x02\x00\x00\x00va"},
+	{&MetadataResult{Value: "va"}, "\x02\x00\x00\x00va"},
+	{&ListMetadataRequest{After: "k", Most: 5}, "\x01\x00\x00\x00k\x05\x00\x00\x00"},
+	{&MetadataList{More: true, Metadata: []Metadatum{{"a", "b"}, {"c", ""}}},
+		"\x01\x00\x00\x00\x02\x00\x00\x00\x01\x00\x00\x00a\x01\x00\x00\x00b\x01\x00\x00\x00c\x00\x00\x00\x00"},
+	{&LockRequest{Exclusive: true, Cookie: "c", Tag: "t"}, "\x01\x00\x00\x00\x01\x00\x00\x00c\x01\x00\x00\x00t"},
+	{&UnlockRequest{Cookie: "c"}, "\x01\x00\x00\x00c"},
+	{&BreakLockRequest{Client: "x", Cookie: "c"}, "\x01\x00\x00\x00x\x01\x00\x00\x00c"},
+	{&LockList{Exclusive: true, Tag: "t", Lockers: []Locker{{"x", "c", "h", -1}}},
+		"\x01\x00\x00\x00\x01\x00\x00\x00t\x01\x00\x00\x00\x01\x00\x00\x00x\x01\x00\x00\x00c\x01\x00\x00\x00h\xff\xff\xff\xff\xff\xff\xff\xff"},
+	{&TimesResult{Created: 1, Modified: 2, Accessed: 3}, "\x01\x00\x00\x00\x00\x00\x00\x00\x02\x00\x00\x00\x00\x00\x00\x00\x03\x00\x00\x00\x00\x00\x00\x00"},
+	{&WatcherList{Owned: true, Host: "h", Watchers: []Watcher{{"a", 1, 2}}},
+		"\x01\x00\x00\x00\x01\x00\x00\x00h\x01\x00\x00\x00\x01\x00\x00\x00a\x01\x00\x00\x00\x00\x00\x00\x00\x02\x00\x00\x00\x00\x00\x00\x00"},
 	{&Progress{Done: 1, Total: 2}, "\x01\x00\x00\x00\x00\x00\x00\x00\x02\x00\x00\x00\x00\x00\x00\x00"},
 	{&status{res: -5, text: "x"}, "\xfb\xff\xff\xff\xff\xff\xff\xff\x01\x00\x00\x00x"},
 }
@@ -145,6 +159,18 @@ func TestChildrenFit(t *testing.T) {
 	}
 	b, err := AppendResult(nil, &list)
 	if err != nil || len(b) > MaxPayload || len(b) < MaxPayload-MaxName-minListedChild || !list.More {
+		t.Errorf("%d bytes, more is %t, %v", len(b), list.More, err)
+	}
+}
+
+// TestMetadataFits is the same for metadata.
+func TestMetadataFits(t *testing.T) {
+	var list MetadataList
+	long := strings.Repeat("v", MaxValue/4)
+	for list.Add(Metadatum{"k", long}) {
+	}
+	b, err := AppendResult(nil, &list)
+	if err != nil || len(b) > MaxPayload || len(b) < MaxPayload-len(long)-minMetadatum-1 || !list.More {
 		t.Errorf("%d bytes, more is %t, %v", len(b), list.More, err)
 	}
 }
