@@ -100,6 +100,7 @@ have a unit of 1024: 512, 4K, 20G, 1T.`,
 		a.createCommand(), a.lsCommand(), a.infoCommand(), a.checkCommand(), a.resizeCommand(), a.renameCommand(), a.rmCommand(), a.trashCommand(), a.snapCommand(),
 		a.cloneCommand(), a.flattenCommand(), a.childrenCommand(), a.treeCommand(), a.dfCommand(), a.gcCommand(),
 		a.diffCommand(), a.exportCommand(), a.exportDiffCommand(), a.importCommand(), a.importDiffCommand(), a.copyCommand(),
+		a.metaCommand(), a.lockCommand(),
 		a.addCommand(), a.runCommand(), a.listCommand(), a.statusCommand(), a.flushCommand(), a.delCommand(),
 		a.featuresCommand(), a.logCommand(), a.daemonCommand(), a.cacheCommand(), a.versionCommand(), a.shutdownCommand(),
 	)
