@@ -164,11 +164,14 @@ func inTrash(ctx context.Context, st backend.Store, u backend.URL, which string)
 
 // trashError says which image is not in the trash, or what is wrong with it.
 func trashError(u backend.URL, which string, err error) error {
+	var owned *engine.OwnedError
 	switch {
 	case err == nil, errors.Is(err, engine.ErrRemoved):
 		return nil
 	case errors.Is(err, backend.ErrNotFound):
 		return fmt.Errorf("%s is not in the trash of %s: see lsdctl trash ls %s", which, u, u)
+	case errors.As(err, &owned) && !owned.Command:
+		return fmt.Errorf("%s in the trash of %s is attached by %s: detach it there with lsdctl del; if that host is gone for good, lsdctl trash restore it, and lsdctl rm --force", which, u, owned.Host)
 	}
 	return fmt.Errorf("%s in the trash of %s: %w", which, u, err)
 }

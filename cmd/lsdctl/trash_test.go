@@ -80,6 +80,22 @@ func TestTrashCommands(t *testing.T) {
 	}
 }
 
+// TestTrashAttached: an image that is attached is moved with force alone, and is not removed.
+func TestTrashAttached(t *testing.T) {
+	store := "file://" + t.TempDir() + "/store"
+	must(t, "create", store+"/vm1", "--size", "1M")
+	im, detach := openedImage(t, store+"/vm1")
+	if im == nil {
+		t.Fatal("not open")
+	}
+	must(t, "trash", "mv", store+"/vm1", "--force")
+	if list := printed[[]engine.Trashed](t, "trash", "ls", store); len(list) != 1 || list[0].Owner == "" {
+		t.Errorf("trash ls: %+v", list)
+	}
+	detach()
+	must(t, "trash", "rm", store+"/vm1")
+}
+
 // TestTrashPurge: a purge removes what need not be kept any more, and leaves and names what has
 // snapshots.
 func TestTrashPurge(t *testing.T) {
