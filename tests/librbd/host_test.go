@@ -42,6 +42,7 @@ type host struct {
 	store  string // URL
 	pool   string // what programs call the store
 	socket string
+	flags  []string // of the daemon, besides those that it needs
 	daemon *exec.Cmd
 	died   chan error
 	log    *os.File
@@ -56,7 +57,13 @@ func onStores(t *testing.T, test func(*testing.T, *host)) {
 // newHost starts a daemon for a store of the kind that nobody has used yet.
 func newHost(t *testing.T, kind string) *host {
 	t.Helper()
-	h := &host{t: t, dir: t.TempDir(), pool: "any"}
+	return newHostIn(t, kind, t.TempDir())
+}
+
+// newHostIn is newHost with a directory, and flags for the daemon.
+func newHostIn(t *testing.T, kind, dir string, flags ...string) *host {
+	t.Helper()
+	h := &host{t: t, dir: dir, pool: "any", flags: flags}
 	h.socket = filepath.Join(h.dir, "s")
 	h.store = "file://" + filepath.Join(h.dir, "store")
 	if kind == "rados" {
@@ -82,7 +89,7 @@ func newHost(t *testing.T, kind string) *host {
 // start starts the daemon.
 func (h *host) start() {
 	h.t.Helper()
-	h.daemon = exec.Command(program(h.t, "lsdd"), "--socket", h.socket, "--state-dir", filepath.Join(h.dir, "state"), "--read-cache-size", "64M")
+	h.daemon = exec.Command(program(h.t, "lsdd"), append([]string{"--socket", h.socket, "--state-dir", filepath.Join(h.dir, "state"), "--read-cache-size", "64M"}, h.flags...)...)
 	h.daemon.Stdout, h.daemon.Stderr = h.log, h.log
 	if err := h.daemon.Start(); err != nil {
 		h.t.Fatal(err)
