@@ -183,6 +183,20 @@ func (h *host) runs(args ...string) (string, error) {
 	return h.try(h.command(ctx, args...))
 }
 
+// io runs commands of qemu-io's, which must not fail.
+func (h *host) io(spec string, commands ...string) {
+	h.t.Helper()
+	h.run(ioArgs(spec, commands)...)
+}
+
+func ioArgs(spec string, commands []string) []string {
+	args := []string{"qemu-io", "-f", "raw"}
+	for _, c := range commands {
+		args = append(args, "-c", c)
+	}
+	return append(args, spec)
+}
+
 // attached returns what is attached.
 func (h *host) attached() []api.Image {
 	h.t.Helper()
