@@ -6,11 +6,13 @@ import (
 	"bufio"
 	"bytes"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -102,9 +104,54 @@ func (v *vm) gone() error {
 // kill ends QEMU as a loss of power would.
 func (v *vm) kill() {
 	_ = v.cmd.Process.Signal(syscall.SIGKILL)
-	for range v.lines {
+	for line := range v.lines {
+		v.shown = append(v.shown, line)
 	}
 	v.ended <- <-v.ended
+}
+
+// line waits until the guest says something on its console, and returns what follows that.
+func (v *vm) line(says string) (string, error) {
+	end := time.After(2 * time.Minute)
+	for {
+		select {
+		case line, ok := <-v.lines:
+			if !ok {
+				return "", fmt.Errorf("the guest has ended before it said %q: %s", says, v.said)
+			}
+			v.shown = append(v.shown, line)
+			if rest, ok := strings.CutPrefix(line, "guest: "+says); ok {
+				return strings.TrimSpace(rest), nil
+			}
+			if strings.HasPrefix(line, "guest: failed") {
+				return "", errors.New(line)
+			}
+		case <-end:
+			return "", fmt.Errorf("the guest does not say %q", says)
+		}
+	}
+}
+
+// hear is line of what must come.
+func (v *vm) hear(says string) string {
+	v.h.t.Helper()
+	rest, err := v.line(says)
+	if err != nil {
+		v.h.t.Fatalf("%v; its console:\n%s", err, strings.Join(v.shown, "\n"))
+	}
+	return rest
+}
+
+// last returns what followed what the guest said, the last time that it did.
+func (v *vm) last(says string) string {
+	v.h.t.Helper()
+	for _, line := range slices.Backward(v.shown) {
+		if rest, ok := strings.CutPrefix(line, "guest: "+says+" "); ok {
+			return rest
+		}
+	}
+	v.h.t.Fatalf("the guest has not said %q", says)
+	return ""
 }
 
 // quit ends QEMU as one who has the monitor does.
