@@ -132,6 +132,12 @@ librbd: build ## the C library's own tests, with ASan and UBSan, then fio, QEMU 
 	@echo "== unchanged programs on the C library"
 	go test $(GOFLAGS_LINK) -tags lab -count=1 -timeout 10m ./tests/librbd
 
+.PHONY: librbd-san
+librbd-san: build ## fio and QEMU on the C library with ASan and UBSan
+	$(MAKE) --no-print-directory -s -C librbd SAN=1 BIN=$(CURDIR)/bin/san/librbd
+	cp bin/lsdctl bin/san/
+	LSD_LIBRBD_SAN=1 go test $(GOFLAGS_LINK) -tags lab -count=1 -timeout 20m -skip Table ./tests/librbd
+
 .PHONY: install-librbd
 install-librbd: build ## install the C library below PREFIX, where lsdctl run finds it and nobody else does
 	install -d $(DESTDIR)$(PREFIX)/lib/lsd

@@ -55,14 +55,14 @@ if [ "$phase" = verify ]; then
 fi
 echo "guest: booted"
 fio --name=v --filename=/verified --size=8m --rw=randwrite --bsrange=4k-64k --direct=1 \
-	--ioengine=libaio --iodepth=8 --verify=crc32c --verify_fatal=1 --output=/fio.log || die "fio: $(cat /fio.log)"
+	--ioengine=libaio --iodepth=8 --verify=crc32c --verify_fatal=1 --eta=never --output=/fio.log || die "fio: $(cat /fio.log)"
 rm /verified
 fstrim / || die fstrim
 size=$(cat /sys/block/vda/size)
 echo "guest: verified $size"
 while [ "$(cat /sys/block/vda/size)" = "$size" ]; do sleep 0.2; done
 echo "guest: resized $(cat /sys/block/vda/size)"
-fio --name=w --filename=/written --size=16m --rw=randwrite --bs=4k --fsync=32 --rate=1m --time_based=1 --runtime=1000 --output=/dev/null &
+fio --name=w --filename=/written --size=16m --rw=randwrite --bs=4k --fsync=32 --rate=1m --time_based=1 --runtime=1000 --eta=never --output=/dev/null &
 mkdir /stamps
 for i in $(seq 100000); do
 	contents "$i" >"/stamps/$i" && sync "/stamps/$i" || die "stamp $i"
@@ -183,16 +183,4 @@ func (h *host) place(path, script string) {
 	if err := os.WriteFile(path, []byte(script), 0o700); err != nil {
 		h.t.Fatal(err)
 	}
-}
-
-// shell runs a script in a directory and returns what it prints.
-func (h *host) shell(dir, script string) string {
-	h.t.Helper()
-	cmd := exec.CommandContext(h.t.Context(), "bash", "-e", "-o", "pipefail", "-c", script)
-	cmd.Dir = dir
-	out, err := h.try(cmd)
-	if err != nil {
-		h.t.Fatalf("%s: %v", script, err)
-	}
-	return out
 }

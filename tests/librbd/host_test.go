@@ -37,15 +37,18 @@ func program(t *testing.T, name string) string {
 
 // A host is a state directory, and the daemon on it.
 type host struct {
-	t      *testing.T
-	dir    string
-	store  string // URL
-	pool   string // what programs call the store
-	socket string
-	flags  []string // of the daemon, besides those that it needs
-	daemon *exec.Cmd
-	died   chan error
-	log    *os.File
+	t     *testing.T
+	dir   string
+	store string // URL
+	pool  string // what programs call the store
+	tools string // directory of QEMU's programs, if they are not those that are installed
+	// Path of ASan's library, if programs run on the library that has it: LSD_LIBRBD_SAN.
+	sanitizer string
+	socket    string
+	flags     []string // of the daemon, besides those that it needs
+	daemon    *exec.Cmd
+	died      chan error
+	log       *os.File
 }
 
 // onStores runs a test on each kind of store.
@@ -74,9 +77,13 @@ func newHostIn(t *testing.T, kind, dir string, flags ...string) *host {
 	if h.log, err = os.Create(filepath.Join(h.dir, "lsdd.log")); err != nil {
 		t.Fatal(err)
 	}
+	if os.Getenv("LSD_LIBRBD_SAN") != "" {
+		h.sanitizer = strings.TrimSpace(h.shell(".", "cc -print-file-name=libasan.so"))
+	}
 	h.start()
 	t.Cleanup(func() {
 		h.stop(syscall.SIGKILL)
+		h.noReports()
 		if t.Failed() {
 			text, _ := os.ReadFile(h.log.Name())
 			t.Logf("the daemon's log:\n%s", text)
@@ -149,10 +156,38 @@ func (h *host) lsdctl(args ...string) string {
 
 // command returns a program that is to run on the library.
 func (h *host) command(ctx context.Context, args ...string) *exec.Cmd {
-	run := append([]string{"--socket", h.socket, "run", "--store", h.store, "--"}, args...)
-	cmd := exec.CommandContext(ctx, program(h.t, "lsdctl"), run...)
+	ctl, name := "lsdctl", args[0]
+	var env []string
+	if h.tools != "" && strings.HasPrefix(name, "qemu-") {
+		env = append(env, "QEMU_MODULE_DIR="+filepath.Join(h.tools, "../lib/x86_64-linux-gnu/qemu"))
+		name = filepath.Join(h.tools, name)
+	}
+	if h.sanitizer != "" {
+		ctl = "san/lsdctl"
+		env = append(env, "LD_PRELOAD="+h.sanitizer, "UBSAN_OPTIONS=print_stacktrace=1,log_path="+h.reports(),
+			// QEMU and fio have leaks of their own.
+			"ASAN_OPTIONS=verify_asan_link_order=0,detect_leaks=0,log_path="+h.reports())
+	}
+	run := append([]string{"--socket", h.socket, "run", "--store", h.store, "--", name}, args[1:]...)
+	cmd := exec.CommandContext(ctx, program(h.t, ctl), run...)
 	cmd.Dir = h.dir // fio leaves files
+	cmd.Env = append(os.Environ(), env...)
 	return cmd
+}
+
+// reports is how the names of the sanitizers' reports begin.
+func (h *host) reports() string { return filepath.Join(h.dir, "sanitizer") }
+
+// noReports ends that the sanitizers have found nothing.
+func (h *host) noReports() {
+	names, err := filepath.Glob(h.reports() + ".*")
+	if err != nil {
+		h.t.Error(err)
+	}
+	for _, name := range names {
+		text, _ := os.ReadFile(name)
+		h.t.Errorf("a sanitizer: %s", text)
+	}
 }
 
 // try runs a command and returns what it prints. The error has what it says.
@@ -195,6 +230,18 @@ func ioArgs(spec string, commands []string) []string {
 		args = append(args, "-c", c)
 	}
 	return append(args, spec)
+}
+
+// shell runs a script in a directory and returns what it prints.
+func (h *host) shell(dir, script string) string {
+	h.t.Helper()
+	cmd := exec.CommandContext(h.t.Context(), "bash", "-e", "-o", "pipefail", "-c", script)
+	cmd.Dir = dir
+	out, err := h.try(cmd)
+	if err != nil {
+		h.t.Fatalf("%s: %v", script, err)
+	}
+	return out
 }
 
 // attached returns what is attached.

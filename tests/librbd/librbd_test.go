@@ -4,10 +4,7 @@ package librbd_test
 
 import (
 	"bytes"
-	"crypto/rand"
 	"fmt"
-	"os"
-	"path/filepath"
 	"strings"
 	"syscall"
 	"testing"
@@ -46,59 +43,6 @@ func TestFio(t *testing.T) {
 			})
 		}
 		h.mustCheck("vm1")
-	})
-}
-
-// TestQEMU: QEMU's tools make an image, bring data in and out, resize it, and make, roll back to
-// and remove snapshots.
-func TestQEMU(t *testing.T) {
-	onStores(t, func(t *testing.T, h *host) {
-		raw := filepath.Join(h.dir, "raw")
-		data := make([]byte, 24<<20)
-		if _, err := rand.Read(data[4<<20 : 9<<20]); err != nil {
-			t.Fatal(err)
-		}
-		if err := os.WriteFile(raw, data, 0o600); err != nil {
-			t.Fatal(err)
-		}
-		if out, err := h.runs("qemu-img", "info", h.spec("none")); err == nil || !strings.Contains(err.Error(), "No such file or directory") {
-			t.Errorf("an image that is not there: %q, %v", out, err)
-		}
-		vm := h.spec("vm1")
-		h.run("qemu-img", "create", "-f", "raw", vm, "24M")
-		h.run("qemu-img", "convert", "-n", "-f", "raw", "-O", "raw", raw, vm)
-		h.run("qemu-img", "compare", "-f", "raw", "-F", "raw", raw, vm)
-		h.run("qemu-img", "snapshot", "-c", "before", vm)
-		h.run("qemu-io", "-f", "raw", "-c", "write -P 7 1M 3M", "-c", "write -P 9 12345 777", "-c", "read -P 9 12345 777", "-c", "flush", vm)
-		if out, err := h.runs("qemu-img", "compare", "-f", "raw", "-F", "raw", raw, vm); err == nil {
-			t.Errorf("nothing has changed: %s", out)
-		}
-		if out := h.run("qemu-img", "snapshot", "-l", vm); !strings.Contains(out, "before") {
-			t.Errorf("the snapshot is not listed: %q", out)
-		}
-		h.run("qemu-img", "snapshot", "-a", "before", vm)
-		h.run("qemu-img", "compare", "-f", "raw", "-F", "raw", raw, vm)
-		h.run("qemu-img", "resize", "-f", "raw", vm, "32M")
-		if out := h.run("qemu-img", "info", vm); !strings.Contains(out, "32 MiB") {
-			t.Errorf("not resized: %s", out)
-		}
-		h.run("qemu-img", "snapshot", "-d", "before", vm)
-		back := filepath.Join(h.dir, "back")
-		h.run("qemu-img", "convert", "-f", "raw", "-O", "raw", vm, back)
-		got, err := os.ReadFile(back)
-		if err != nil || len(got) != 32<<20 || !bytes.Equal(got[:24<<20], data) {
-			t.Errorf("what comes back is something else: %d bytes, %v", len(got), err)
-		}
-		h.mustCheck("vm1")
-		// What is empty is passed over, and nothing else, whether it has reached the store or not.
-		h.run("qemu-io", "-f", "raw", "-c", "write -P 5 30M 64k", "-c", "discard 0 1M", vm)
-		if out := h.run("qemu-img", "map", "--output=json", vm); !strings.Contains(out, `"start": 16777216, "length": 8388608, "depth": 0, "present": true, "zero": true`) {
-			t.Errorf("map: %s", out)
-		}
-		h.run("qemu-img", "convert", "-f", "raw", "-O", "qcow2", vm, back+".qcow2")
-		h.run("qemu-img", "compare", "-f", "raw", "-F", "qcow2", vm, back+".qcow2")
-		h.run("qemu-io", "-f", "raw", "-c", "write 0 1M", vm)
-		h.lsdctl("rm", h.image("vm1")) // though it is attached for a little longer
 	})
 }
 
