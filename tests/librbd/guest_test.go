@@ -74,7 +74,7 @@ done
 // death of the daemon, sees the disk grow, moves to another QEMU, and after the loss of its power
 // finds all that it had synced, on a file system without a fault.
 func TestGuest(t *testing.T) {
-	onStores(t, func(t *testing.T, h *host) {
+	onStoresLong(t, func(t *testing.T, h *host) {
 		g := h.guest("vm1")
 		v := g.boot("first", "phase=write")
 		v.hear("booted")

@@ -4,7 +4,6 @@ package librbd_test
 
 import (
 	"bytes"
-	"fmt"
 	"strings"
 	"syscall"
 	"testing"
@@ -60,6 +59,7 @@ func TestDaemonKilled(t *testing.T) {
 		}
 		ended := make(chan error, 1)
 		go func() { ended <- cmd.Wait() }()
+		h.awaitClient("fio")
 		for range 3 {
 			time.Sleep(2 * time.Second)
 			h.stop(syscall.SIGKILL)
@@ -87,22 +87,7 @@ func TestClientKilled(t *testing.T) {
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
-	clients := func() string {
-		list := h.attached()
-		if len(list) == 0 {
-			return "none"
-		}
-		return fmt.Sprint(list[0].Clients)
-	}
-	await := func(what string, is func() bool) {
-		t.Helper()
-		for end := time.Now().Add(15 * time.Second); !is(); time.Sleep(50 * time.Millisecond) {
-			if time.Now().After(end) {
-				t.Fatalf("%s: clients are %s", what, clients())
-			}
-		}
-	}
-	await("fio does not open it", func() bool { return strings.Contains(clients(), "fio") })
+	h.awaitClient("fio")
 	if out, err := h.runs("qemu-img", "snapshot", "-a", "none", h.spec("vm1")); err == nil {
 		t.Errorf("rolled back under fio: %s", out)
 	}
@@ -111,7 +96,7 @@ func TestClientKilled(t *testing.T) {
 		t.Fatal(err)
 	}
 	_ = cmd.Wait()
-	await("fio's handle stays", func() bool { return !strings.Contains(clients(), "fio") })
+	h.await("fio's handle stays", func() bool { return !strings.Contains(h.clients(), "fio") })
 	h.awaitDetached()
 	h.mustCheck("vm1")
 }

@@ -44,7 +44,7 @@ func TestDaemonize(t *testing.T) {
 
 // TestBlockResize: a disk grows under a QEMU that uses it, and shrinks again.
 func TestBlockResize(t *testing.T) {
-	onStores(t, func(t *testing.T, h *host) {
+	onStoresLong(t, func(t *testing.T, h *host) {
 		h.lsdctl("create", h.image("vm1"), "--size", "64M")
 		v := h.qemu("vm", append(machine("-S"), h.disk("vm1")...)...)
 		for _, mib := range []uint64{100, 64, 80} {

@@ -120,10 +120,11 @@ func (v *vm) line(says string) (string, error) {
 				return "", fmt.Errorf("the guest has ended before it said %q: %s", says, v.said)
 			}
 			v.shown = append(v.shown, line)
-			if rest, ok := strings.CutPrefix(line, "guest: "+says); ok {
+			// A message of the kernel's may stand before it.
+			if _, rest, ok := strings.Cut(line, "guest: "+says); ok {
 				return strings.TrimSpace(rest), nil
 			}
-			if strings.HasPrefix(line, "guest: failed") {
+			if strings.Contains(line, "guest: failed") {
 				return "", errors.New(line)
 			}
 		case <-end:
@@ -146,7 +147,7 @@ func (v *vm) hear(says string) string {
 func (v *vm) last(says string) string {
 	v.h.t.Helper()
 	for _, line := range slices.Backward(v.shown) {
-		if rest, ok := strings.CutPrefix(line, "guest: "+says+" "); ok {
+		if _, rest, ok := strings.Cut(line, "guest: "+says+" "); ok {
 			return rest
 		}
 	}
