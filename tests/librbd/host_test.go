@@ -279,10 +279,10 @@ func (h *host) clients() string {
 	return fmt.Sprint(list[0].Clients)
 }
 
-// await waits until something is so; complaint says that it is not.
-func (h *host) await(complaint string, is func() bool) {
+// await waits until something is so, but not for longer than limit; complaint says that it is not.
+func (h *host) await(complaint string, limit time.Duration, is func() bool) {
 	h.t.Helper()
-	for end := time.Now().Add(time.Minute); !is(); time.Sleep(50 * time.Millisecond) {
+	for end := time.Now().Add(limit); !is(); time.Sleep(50 * time.Millisecond) {
 		if time.Now().After(end) {
 			h.t.Fatalf("%s: clients are %s", complaint, h.clients())
 		}
@@ -292,13 +292,13 @@ func (h *host) await(complaint string, is func() bool) {
 // awaitClient waits until a program has an image open.
 func (h *host) awaitClient(program string) {
 	h.t.Helper()
-	h.await(program+" does not open it", func() bool { return strings.Contains(h.clients(), program) })
+	h.await(program+" does not open it", time.Minute, func() bool { return strings.Contains(h.clients(), program) })
 }
 
 // awaitDetached waits until nothing is attached any more: nobody uses it.
 func (h *host) awaitDetached() {
 	h.t.Helper()
-	h.await("still attached", func() bool { return len(h.attached()) == 0 })
+	h.await("still attached", time.Minute, func() bool { return len(h.attached()) == 0 })
 }
 
 // mustCheck ends that nothing is wrong with an image that nobody has open.

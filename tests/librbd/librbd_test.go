@@ -96,7 +96,7 @@ func TestClientKilled(t *testing.T) {
 		t.Fatal(err)
 	}
 	_ = cmd.Wait()
-	h.await("fio's handle stays", func() bool { return !strings.Contains(h.clients(), "fio") })
+	h.await("fio's handle stays", 15*time.Second, func() bool { return !strings.Contains(h.clients(), "fio") })
 	h.awaitDetached()
 	h.mustCheck("vm1")
 }
