@@ -141,7 +141,7 @@ librbd-long: build ## the same programs, long form: guests and resizes on Ceph a
 librbd-san: build ## the same programs on the C library with ASan and UBSan
 	$(MAKE) --no-print-directory -s -C librbd SAN=1 BIN=$(CURDIR)/bin/san/librbd
 	cp bin/lsdctl bin/san/
-	LSD_LIBRBD_SAN=1 go test $(GOFLAGS_LINK) -tags lab -count=1 -timeout 20m -short -run 'Fio|DaemonKilled|QEMU/file|BlockResize|Daemonize|Mirror|Migration' ./tests/librbd
+	LSD_LIBRBD_SAN=1 go test $(GOFLAGS_LINK) -tags lab -count=1 -timeout 20m -short -run 'Fio|DaemonKilled|QEMU/file|BlockResize|Daemonize|Mirror|Migration|Grows' ./tests/librbd
 
 .PHONY: install-librbd
 install-librbd: build ## install the C library below PREFIX, where lsdctl run finds it and nobody else does

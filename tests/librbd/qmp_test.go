@@ -118,3 +118,38 @@ func TestMigration(t *testing.T) {
 	h.io(h.spec("vm1"), "read -P 5 0 4M", "read -P 6 4M 8M")
 	h.mustCheck("vm1")
 }
+
+// TestGrows: an image can hold another format of QEMU's, which makes it larger as it is written to.
+func TestGrows(t *testing.T) {
+	h := newHost(t, "file")
+	h.lsdctl("create", h.image("vm1"), "--size", "1M")
+	v := h.qemu("vm", machine("-S")...)
+	node := h.protocol("vm1")
+	node["node-name"] = "vm1"
+	v.do("blockdev-add", node)
+	v.do("blockdev-create", map[string]any{"job-id": "format", "options": map[string]any{"driver": "qcow2", "file": "vm1", "size": 24 << 20}})
+	v.job("format")
+	v.quit()
+	raw, _ := h.sparse()
+	h.run("qemu-img", "convert", "-n", "-f", "raw", "-O", "qcow2", raw, h.spec("vm1"))
+	h.run("qemu-img", "compare", "-f", "raw", "-F", "qcow2", raw, h.spec("vm1"))
+	h.run("qemu-img", "check", "-f", "qcow2", h.spec("vm1"))
+	h.mustCheck("vm1")
+}
+
+// job waits until a job has ended, well.
+func (q *qmp) job(id string) {
+	q.t.Helper()
+	for end := time.Now().Add(time.Minute); ; time.Sleep(20 * time.Millisecond) {
+		var jobs []struct{ ID, Status, Error string }
+		if err := json.Unmarshal(q.do("query-jobs", nil), &jobs); err != nil {
+			q.t.Fatal(err)
+		}
+		if len(jobs) != 1 || jobs[0].ID != id || jobs[0].Error != "" || time.Now().After(end) {
+			q.t.Fatalf("job %s: %+v", id, jobs)
+		}
+		if jobs[0].Status == "concluded" {
+			return
+		}
+	}
+}
