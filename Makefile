@@ -136,12 +136,12 @@ librbd: build ## the C library's own tests, with ASan and UBSan, then fio, QEMU 
 librbd-long: build ## the same programs, long form: guests and resizes on Ceph as well
 	go test $(GOFLAGS_LINK) -tags lab -count=1 -timeout 20m ./tests/librbd
 
-# QEMU and Ceph together hang under ASan as QEMU ends, in what is not the library's.
+# Not QEMU on Ceph, where ASan's library is there before C++'s and does not find how librados throws.
 .PHONY: librbd-san
 librbd-san: build ## the same programs on the C library with ASan and UBSan
 	$(MAKE) --no-print-directory -s -C librbd SAN=1 BIN=$(CURDIR)/bin/san/librbd
 	cp bin/lsdctl bin/san/
-	LSD_LIBRBD_SAN=1 go test $(GOFLAGS_LINK) -tags lab -count=1 -timeout 20m -short -run 'Fio|DaemonKilled|QEMU/file|BlockResize|Daemonize|Mirror|Migration|Grows' ./tests/librbd
+	LSD_LIBRBD_SAN=1 go test $(GOFLAGS_LINK) -tags lab -count=1 -timeout 20m -short -run 'Fio|Killed|QEMU/file|BlockResize|Daemonize|Mirror|Migration|Grows' ./tests/librbd
 
 .PHONY: install-librbd
 install-librbd: build ## install the C library below PREFIX, where lsdctl run finds it and nobody else does

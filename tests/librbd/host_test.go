@@ -43,7 +43,7 @@ type host struct {
 	store string // URL
 	pool  string // what programs call the store
 	tools string // directory of QEMU's programs, if they are not those that are installed
-	// What is to be loaded first if programs run on the library that has ASan: LSD_LIBRBD_SAN.
+	// ASan's own library, if programs run on the library that is built with it: LSD_LIBRBD_SAN.
 	sanitizer string
 	socket    string
 	flags     []string // of the daemon, besides those that it needs
@@ -87,8 +87,7 @@ func newHostIn(t *testing.T, kind, dir string, flags ...string) *host {
 		t.Fatal(err)
 	}
 	if os.Getenv("LSD_LIBRBD_SAN") != "" {
-		// Without C++'s library it would not find what librados throws with.
-		h.sanitizer = strings.TrimSpace(h.shell(".", `echo "$(cc -print-file-name=libasan.so):$(cc -print-file-name=libstdc++.so.6)"`))
+		h.sanitizer = strings.TrimSpace(h.shell(".", "cc -print-file-name=libasan.so"))
 	}
 	h.start()
 	t.Cleanup(func() {
