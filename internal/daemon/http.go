@@ -13,7 +13,7 @@ import (
 	"time"
 
 	"github.com/lsd-ceph/lsd/internal/api"
-	"golang.org/x/sys/unix"
+	"github.com/lsd-ceph/lsd/internal/peercred"
 )
 
 // maxRequest bounds the body of a request.
@@ -80,23 +80,11 @@ func withPeer(ctx context.Context, c net.Conn) context.Context {
 	if !ok {
 		return ctx
 	}
-	cred, err := peerOf(uc)
+	cred, err := peercred.Of(uc)
 	if err != nil {
 		return ctx
 	}
 	return context.WithValue(ctx, peerKey{}, cred.Uid)
-}
-
-// peerOf says which process is at the other end of a connection.
-func peerOf(c *net.UnixConn) (cred *unix.Ucred, err error) {
-	raw, err := c.SyscallConn()
-	if err != nil {
-		return nil, err
-	}
-	cerr := raw.Control(func(fd uintptr) {
-		cred, err = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED)
-	})
-	return cred, errors.Join(cerr, err)
 }
 
 // isOwner reports whether a user is root, or the daemon's own.

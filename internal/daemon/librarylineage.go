@@ -90,8 +90,10 @@ func (s *session) children(ctx context.Context, f wire.Frame, w *answer) error {
 	of := s.attachment.record().Snapshot
 	var list []engine.Descendant
 	if err := s.withStore(ctx, func(ctx context.Context, st backend.Store, id uuid.UUID) (err error) {
-		list, err = engine.Descendants(ctx, st, id, of, q.Flags&wire.ChildrenDeep != 0)
-		return err
+		if list, err = engine.Descendants(ctx, st, id, of, q.Flags&wire.ChildrenDeep != 0); err != nil {
+			return err
+		}
+		return showTrashed(ctx, st, list)
 	}); err != nil {
 		return err
 	}
@@ -109,5 +111,24 @@ func (s *session) children(ctx context.Context, f wire.Frame, w *answer) error {
 		}
 	}
 	w.result = l
+	return nil
+}
+
+// showTrashed gives what is in the trash of a list the name that it had.
+func showTrashed(ctx context.Context, st backend.Store, list []engine.Descendant) error {
+	for i := range list {
+		c := &list[i]
+		if !backend.InTrash(c.Name) {
+			continue
+		}
+		t, err := engine.InTrash(ctx, st, c.ID)
+		switch {
+		case err == nil:
+			c.Name = t.Name
+		case !errors.Is(err, backend.ErrNotFound): // that: it has just left it
+			return err
+		}
+		c.Removed = true // for clients
+	}
 	return nil
 }

@@ -53,10 +53,10 @@ func (s *session) lookUp(ctx context.Context, q *wire.OpenRequest, want policy.R
 	if err != nil {
 		return nil, err
 	}
-	sub := &subject{store: u}
+	sub, name := &subject{store: u}, q.Image
 	if q.Flags&wire.OpenByID != 0 {
-		sub.info, err = s.d.describeByID(ctx, u, q.Image)
-		if err == nil && !grants.Allow(sub.info.Name, want) || err != nil && errnoOf(err) == unix.ENOENT && !grants.AllowAll(want) {
+		sub.info, name, err = s.d.describeByID(ctx, u, q.Image)
+		if err == nil && !grants.Allow(name, want) || err != nil && errnoOf(err) == unix.ENOENT && !grants.AllowAll(want) {
 			err = s.denied(want, fmt.Sprintf("image %q of %s", clip(q.Image), u))
 		}
 	} else if u, err = s.libraryImage(q.Store, q.Image, want); err == nil {
@@ -65,7 +65,7 @@ func (s *session) lookUp(ctx context.Context, q *wire.OpenRequest, want policy.R
 	if err != nil {
 		return nil, err
 	}
-	sub.rights = grants.Rights(sub.info.Name)
+	sub.rights = grants.Rights(name)
 	return sub, sub.pickSnapshot(q)
 }
 
@@ -95,30 +95,31 @@ func findSnapshot(list []engine.Snapshot, name string, number uint64) *engine.Sn
 	return nil
 }
 
-// describeByID is describeImage of an image of which the id is known.
-func (d *Daemon) describeByID(ctx context.Context, u backend.URL, text string) (engine.Info, error) {
+// describeByID is describeImage of an image of which the id is known. name is what the policy knows
+// it by: the one that it has, or had before it came into the trash.
+func (d *Daemon) describeByID(ctx context.Context, u backend.URL, text string) (info engine.Info, name string, err error) {
 	id, err := uuid.Parse(text)
 	if err != nil {
-		return engine.Info{}, fmt.Errorf("%q is no image's id: %w", text, backend.ErrNotFound)
+		return info, "", fmt.Errorf("%q is no image's id: %w", clip(text), backend.ErrNotFound)
 	}
 	ctx, stop := context.WithTimeout(ctx, lookTimeout)
 	defer stop()
 	st, err := d.openSt(ctx, u)
 	if err != nil {
-		return engine.Info{}, err
+		return info, "", err
 	}
 	defer st.Close()
-	info, err := engine.DescribeID(ctx, st, id)
+	info, err = engine.DescribeID(ctx, st, id)
 	if err == nil && info.Removed {
 		err = engine.ErrRemoved
 	}
 	if err == nil { // the superblock's may be out of date, and another image's
-		info.Name, err = nameOf(ctx, st, id)
+		info.Name, name, err = namesOf(ctx, st, id)
 	}
 	if err != nil {
-		return info, fmt.Errorf("image %s in %s: %w", id, u, err)
+		err = fmt.Errorf("image %s in %s: %w", id, u, err)
 	}
-	return info, nil
+	return info, name, err
 }
 
 // An opened is an image that a library client has opened.

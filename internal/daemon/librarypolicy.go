@@ -11,9 +11,9 @@ import (
 	"sync"
 	"sync/atomic"
 	"time"
-	"unsafe"
 
 	"github.com/lsd-ceph/lsd/backend"
+	"github.com/lsd-ceph/lsd/internal/peercred"
 	"github.com/lsd-ceph/lsd/internal/policy"
 	"github.com/lsd-ceph/lsd/librbd/wire"
 	"golang.org/x/sys/unix"
@@ -156,7 +156,7 @@ type peer struct {
 
 // libraryPeer says who is at the other end.
 func libraryPeer(conn *net.UnixConn) (peer, error) {
-	cred, err := peerOf(conn)
+	cred, err := peercred.Of(conn)
 	if err != nil {
 		return peer{}, err
 	}
@@ -166,40 +166,9 @@ func libraryPeer(conn *net.UnixConn) (peer, error) {
 		return p, nil
 	}
 	p.who += fmt.Sprintf(" of user %d", cred.Uid)
-	groups, err := peerGroups(conn)
+	groups, err := peercred.Groups(conn)
 	p.caller.Groups = append(groups, cred.Gid)
 	return p, err
-}
-
-// peerGroups returns the supplementary groups of the process at the other end of a connection, as
-// they were when it connected.
-func peerGroups(c *net.UnixConn) (groups []uint32, err error) {
-	raw, err := c.SyscallConn()
-	if err != nil {
-		return nil, err
-	}
-	groups = make([]uint32, 64)
-	cerr := raw.Control(func(fd uintptr) {
-		for range 2 { // the second time there is room for all
-			size := uint32(len(groups) * 4)
-			_, _, e := unix.Syscall6(unix.SYS_GETSOCKOPT, fd, unix.SOL_SOCKET, unix.SO_PEERGROUPS, uintptr(unsafe.Pointer(&groups[0])), uintptr(unsafe.Pointer(&size)), 0)
-			if e == unix.ERANGE {
-				groups = make([]uint32, size/4)
-				err = e
-				continue
-			}
-			if err = nil; e != 0 {
-				err = fmt.Errorf("groups of the process: %w", e)
-				return
-			}
-			groups = groups[:size/4]
-			return
-		}
-	})
-	if err = errors.Join(cerr, err); err != nil {
-		return nil, err
-	}
-	return groups, nil
 }
 
 // Who may have how many connections at a time. No user can take them all.

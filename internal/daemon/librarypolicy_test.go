@@ -494,3 +494,85 @@ func TestLibraryPlaces(t *testing.T) {
 		t.Error("one place was given back")
 	}
 }
+
+// TestLibraryPolicyOfNames: what is asked for by names and ids beside the image that is open is
+// bounded by the policy as well, by the names that images have, or had before they were thrown away.
+func TestLibraryPolicyOfNames(t *testing.T) {
+	w := newWorld(t)
+	h := w.newHost()
+	h.makeLog("vm1")
+	root := h.handle(wire.OpenRequest{})
+	root.snapshot("s")
+	own, others := root.mustClone("s", "own-1"), root.mustClone("s", "secret")
+	h.allow("allow user:7 "+libraryURL+" vm1 read", "allow user:7 "+libraryURL+" own-* read,write,manage", "allow user:8 "+libraryURL+" own-* manage")
+	c := h.clientOf(7)
+	for what, err := range map[string]error{
+		"a clone by a name that is not its own": c.call(wire.Clone, cloneRequest("s", "secret-2"), nil),
+		"a clone of what it may not read":       h.clientOf(8).call(wire.Clone, cloneRequest("s", "own-2"), nil),
+		"another's image into the trash":        c.call(wire.TrashMove, &wire.TrashMoveRequest{Store: libraryURL, Image: "secret"}, nil),
+	} {
+		if !errors.Is(err, unix.EPERM) {
+			t.Errorf("%s: %v", what, err)
+		}
+	}
+	if err := c.call(wire.Clone, cloneRequest("s", "own-2"), nil); err != nil {
+		t.Error(err)
+	}
+	user := h.clientOf(7)
+	if err := user.open(wire.OpenRequest{Flags: wire.OpenReadOnly}); err != nil {
+		t.Fatal(err)
+	}
+	copied := func(name string) error {
+		return user.call(wire.Copy, &wire.CopyRequest{Store: libraryURL, Image: name}, &wire.CreateResult{})
+	}
+	errnoIs(t, copied("secret-2"), unix.EPERM)
+	errnoIs(t, user.call(wire.SetMetadata, &wire.Metadatum{Key: "k", Value: "v"}, nil), unix.EPERM)
+	errnoIs(t, user.call(wire.Lock, &wire.LockRequest{Cookie: "c"}, nil), unix.EPERM)
+	errnoIs(t, user.call(wire.Flatten, nil, nil), unix.EPERM)
+	if err := copied("own-3"); err != nil {
+		t.Error(err)
+	}
+	thrown := map[uuid.UUID]string{own: "own-1", others: "secret"}
+	for _, name := range thrown {
+		root.must(wire.TrashMove, &wire.TrashMoveRequest{Store: libraryURL, Image: name})
+	}
+	if list := c.trash(); len(list) != 1 || list[0].ID != own {
+		t.Errorf("the trash: %+v", list)
+	}
+	var children wire.ChildrenResult
+	if err := user.call(wire.Children, &wire.ChildrenRequest{}, &children); err != nil {
+		t.Fatal(err)
+	}
+	for _, x := range children.Children {
+		if x.ID == others || (x.ID == own) != (x.Flags == wire.ChildRemoved) {
+			t.Errorf("a child: %+v", x)
+		}
+	}
+	restore := func(id uuid.UUID, name string) error {
+		return c.call(wire.TrashRestore, &wire.TrashRestoreRequest{Store: libraryURL, Image: id.String(), Name: name}, nil)
+	}
+	for what, err := range map[string]error{
+		"another's image, by its id":   h.clientOf(7).open(wire.OpenRequest{Image: others.String(), Flags: wire.OpenByID}),
+		"another's image back":         restore(others, ""),
+		"another's under an own name":  restore(others, "own-9"),
+		"an own one under another's":   restore(own, "secret"),
+		"one that is not there":        restore(uuid.New(), "own-9"),
+		"another's image for ever":     c.call(wire.TrashRemove, &wire.TrashRemoveRequest{Store: libraryURL, Image: others.String(), Force: true}, nil),
+		"the trash, of who may not":    h.clientOf(9).call(wire.ListTrash, &wire.TrashListRequest{Store: libraryURL}, &wire.TrashList{}),
+		"a purge, of who may not read": h.clientOf(9).call(wire.TrashPurge, &wire.TrashPurgeRequest{Store: libraryURL}, nil),
+	} {
+		if !errors.Is(err, unix.EPERM) {
+			t.Errorf("%s: %v", what, err)
+		}
+	}
+	if err := h.clientOf(7).open(wire.OpenRequest{Image: own.String(), Flags: wire.OpenByID | wire.OpenReadOnly}); err != nil {
+		t.Errorf("an own image in the trash: %v", err)
+	}
+	if err := restore(own, ""); err != nil {
+		t.Error(err)
+	}
+	c.must(wire.TrashPurge, &wire.TrashPurgeRequest{Store: libraryURL})
+	if list := root.trash(); len(list) != 1 || list[0].ID != others {
+		t.Errorf("the trash after a purge by another user: %+v", list)
+	}
+}

@@ -8,6 +8,8 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+
+	"github.com/lsd-ceph/lsd/internal/peercred"
 )
 
 // A process is that at the other end of a library client's connection.
@@ -19,7 +21,7 @@ type process struct {
 
 // processAt says who is at the other end of a connection.
 func (d *Daemon) processAt(conn *net.UnixConn) (process, error) {
-	cred, err := peerOf(conn)
+	cred, err := peercred.Of(conn)
 	if err != nil {
 		return process{}, err
 	}

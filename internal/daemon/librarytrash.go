@@ -37,6 +37,16 @@ func nameOf(ctx context.Context, st backend.Store, id uuid.UUID) (string, error)
 	return "", fmt.Errorf("it has no name: %w", backend.ErrNotFound)
 }
 
+// namesOf returns the name that the directory has for an image, and the one that it has for people,
+// which is another one where it is in the trash.
+func namesOf(ctx context.Context, st backend.Store, id uuid.UUID) (inDirectory, name string, err error) {
+	if inDirectory, err = nameOf(ctx, st, id); err != nil || !backend.InTrash(inDirectory) {
+		return inDirectory, inDirectory, err
+	}
+	t, err := engine.InTrash(ctx, st, id)
+	return inDirectory, t.Name, err
+}
+
 // trashMove moves an image to the trash; who has it open goes on.
 func (s *session) trashMove(ctx context.Context, f wire.Frame) error {
 	var q wire.TrashMoveRequest
