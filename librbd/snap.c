@@ -205,7 +205,7 @@ int rbd_snap_list(rbd_image_t image, rbd_snap_info_t *snaps, int *max_snaps)
 	struct snapshots l;
 	int e;
 
-	if (!snaps || !max_snaps)
+	if (!max_snaps || (!snaps && *max_snaps > 0)) /* go-ceph asks for the number first */
 		return -EINVAL;
 	e = list_get(image, &l);
 	if (e < 0)

@@ -862,7 +862,7 @@ static void test_admin_handle(void)
 	EQUAL(rbd_open(io, "nothing", &image, NULL), -ENOENT);
 	EQUAL(rbd_open(io, "a", &image, "nothing"), -ENOENT);
 	image = open_image("a");
-	EQUAL(rbd_stat(image, &info, sizeof info), 0);
+	EQUAL(rbd_stat(image, &info, 8), 0); /* a size that is wrong says nothing */
 	EQUAL(info.size, 10 * MIB);
 	EQUAL(info.obj_size, 8 * MIB);
 	EQUAL(info.num_objs, 2);
@@ -936,6 +936,10 @@ static void test_admin_snapshots(void)
 	EQUAL(rbd_snap_create(image, "s1"), -EEXIST);
 	EQUAL(rbd_write(image, 100, 4, "two!"), 4);
 	EQUAL(rbd_snap_list(image, snaps, &n), -ERANGE);
+	EQUAL(n, 2);
+	EQUAL(rbd_snap_list(image, NULL, &n), -EINVAL);
+	n = 0;
+	EQUAL(rbd_snap_list(image, NULL, &n), -ERANGE);
 	EQUAL(n, 2);
 	EQUAL(rbd_snap_list(image, snaps, &n), 1);
 	CHECK(strcmp(snaps[0].name, "s1") == 0 && snaps[1].name == NULL);
