@@ -195,7 +195,7 @@ static void complete_with(struct handle *h, struct cqe c)
 {
 	static _Atomic long n;
 	uint32_t tag = c.tag;
-	bool timed = late_at && c.result != -EILSEQ;
+	bool timed = late_at && c.result == 0; /* only what went well can turn out not to have */
 
 	if (timed && ++n % late_at == 0 && !h->late[tag]) {
 		c.flags = CQE_TIME;
@@ -205,7 +205,7 @@ static void complete_with(struct handle *h, struct cqe c)
 	} else {
 		if (timed) {
 			c.flags = CQE_TIME;
-			c.time = boot_ns() + 1000000000;
+			c.time = boot_ns() + 60000000000; /* no client is that slow */
 		}
 		h->late[tag] = false;
 		h->flying[tag] = false;
