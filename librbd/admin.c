@@ -246,6 +246,8 @@ int rbd_list2(rados_ioctx_t io, rbd_image_spec_t *images, size_t *max_images)
 
 	if (!max_images)
 		return -EINVAL;
+	if (*max_images > 0) /* callers clean up what they have, whatever comes of it */
+		memset(images, 0, *max_images * sizeof *images);
 	e = names_get(io, &l);
 	if (e < 0)
 		return e;

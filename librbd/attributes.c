@@ -153,7 +153,8 @@ struct pairs {
 	uint64_t n;
 };
 
-static int take_page(struct reader *r, struct pairs *l, bool *more)
+/* Keys come in order, behind start: else there would be no end of them. */
+static int take_page(struct reader *r, const char *start, struct pairs *l, bool *more)
 {
 	uint32_t n;
 	int e = 0;
@@ -163,8 +164,12 @@ static int take_page(struct reader *r, struct pairs *l, bool *more)
 	if (r->bad || (n == 0 && *more))
 		return -EPROTO;
 	for (uint32_t i = 0; e == 0 && i < n; i++) {
+		size_t before = l->last;
+
 		l->last = l->keys.n;
 		e = take_text(r, &l->keys);
+		if (e == 0 && strcmp(l->keys.p + l->last, l->n ? l->keys.p + before : start ? start : "") <= 0)
+			e = -EPROTO;
 		if (e == 0)
 			e = take_text(r, &l->values);
 		l->n++;
@@ -192,7 +197,7 @@ static int list_pairs(struct image *h, const char *start, uint64_t max, struct p
 		e = ask(h, T_META_LIST, &w, true, &a);
 		if (e < 0)
 			return e;
-		e = take_page(&a.fields, l, &more);
+		e = take_page(&a.fields, start, l, &more);
 		answer_free(&a);
 	}
 	return e;

@@ -329,8 +329,10 @@ int conn_open(struct conn *c, int64_t deadline, bool quiet)
 
 void conn_close(struct conn *c)
 {
-	if (c->fd >= 0)
+	if (c->fd >= 0) {
+		shutdown(c->fd, SHUT_RDWR); /* the child of a fork may have it as well */
 		close(c->fd);
+	}
 	c->fd = -1;
 }
 

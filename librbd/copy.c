@@ -36,6 +36,8 @@ static int long_call(struct image *h, uint16_t type, bool read_only, const struc
 	e = conn_call(&o.conn, type, w, &pr, 0, &a, &broken);
 	if (e == 0)
 		answer_free(&a);
+	if (!broken)
+		goodbye(&o.conn); /* the image is not in use any more when this returns */
 	opened_free(&o);
 	return e;
 }

@@ -445,6 +445,8 @@ struct opened {
 };
 int image_connect(const struct target *t, int64_t deadline, bool quiet, struct opened *o);
 void opened_free(struct opened *o);
+/* Says goodbye to the daemon, which answers when the handle has ended there. */
+int goodbye(struct conn *c);
 /* Makes o the handle's; lock and control are held. */
 void image_adopt(struct image *h, struct opened *o);
 

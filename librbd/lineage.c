@@ -227,12 +227,16 @@ int rbd_get_parent(rbd_image_t image, rbd_linked_image_spec_t *parent_image,
 		   rbd_snap_spec_t *parent_snap)
 {
 	struct parent p;
-	int e = parent_get(image, &p);
+	int e;
 
-	if (e == 0)
-		e = linked_fill(image, parent_image, p.id, p.name, p.removed);
-	else
+	if (parent_image)
+		memset(parent_image, 0, sizeof *parent_image);
+	if (parent_snap)
+		memset(parent_snap, 0, sizeof *parent_snap);
+	e = parent_get(image, &p);
+	if (e < 0)
 		return e;
+	e = linked_fill(image, parent_image, p.id, p.name, p.removed);
 	if (e < 0) {
 		free(p.snapshot); /* the name went with the image */
 		return e;
@@ -392,6 +396,8 @@ int rbd_list_children2(rbd_image_t image, rbd_child_info_t *children, int *max_c
 
 	if (!children || !max_children)
 		return -EINVAL;
+	if (*max_children > 0) /* as in list_linked */
+		memset(children, 0, (size_t)*max_children * sizeof *children);
 	e = children_get(h, false, &l);
 	if (e < 0)
 		return e;
@@ -426,14 +432,15 @@ static int list_linked(struct image *h, bool deep, rbd_linked_image_spec_t *imag
 {
 	struct children l;
 	size_t given = 0;
-	int e = children_get(h, deep, &l);
+	int e;
 
+	if (*max_images > 0) /* callers clean up what they have, whatever comes of it */
+		memset(images, 0, *max_images * sizeof *images);
+	e = children_get(h, deep, &l);
 	if (e < 0)
 		return e;
 	if (*max_images < l.n)
 		e = -ERANGE;
-	else if (*max_images > 0)
-		memset(images, 0, *max_images * sizeof *images);
 	for (; e == 0 && given < l.n; given++) {
 		struct child *c = &l.at[given];
 		char id[ID_TEXT];

@@ -207,6 +207,8 @@ int rbd_snap_list(rbd_image_t image, rbd_snap_info_t *snaps, int *max_snaps)
 
 	if (!max_snaps || (!snaps && *max_snaps > 0)) /* go-ceph asks for the number first */
 		return -EINVAL;
+	if (*max_snaps > 0) /* callers clean up what they have, whatever comes of it */
+		memset(snaps, 0, (size_t)*max_snaps * sizeof *snaps);
 	e = list_get(image, &l);
 	if (e < 0)
 		return e;

@@ -719,8 +719,7 @@ static void reconnect(struct image *h)
 	die(h, (int)wait);
 }
 
-/* Says goodbye to the daemon, which answers when the handle has ended there. */
-static int goodbye(struct conn *c)
+int goodbye(struct conn *c)
 {
 	struct answer a;
 	bool broken;

@@ -211,6 +211,8 @@ int rbd_trash_list(rados_ioctx_t io, rbd_trash_image_info_t *trash_entries, size
 
 	if (!num_entries)
 		return -EINVAL;
+	if (*num_entries > 0) /* callers clean up what they have, whatever comes of it */
+		memset(trash_entries, 0, *num_entries * sizeof *trash_entries);
 	e = trash_get(io, &l);
 	if (e < 0)
 		return e;
