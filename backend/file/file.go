@@ -433,6 +433,18 @@ func (s *Store) open(name string) (*os.File, fs.FileInfo, error) {
 	return f, info, nil
 }
 
+// changed returns when a file was last changed: as the kernel has it, since what copies files back
+// gives them the times that they had.
+func changed(info fs.FileInfo) time.Time {
+	at := info.ModTime()
+	if st, ok := info.Sys().(*syscall.Stat_t); ok {
+		if c := time.Unix(st.Ctim.Unix()); c.After(at) {
+			return c
+		}
+	}
+	return at
+}
+
 func links(info fs.FileInfo) uint64 {
 	if st, ok := info.Sys().(*syscall.Stat_t); ok {
 		return uint64(st.Nlink)
@@ -487,7 +499,7 @@ func (s *Store) Stat(ctx context.Context, key string) (backend.Info, error) {
 	if info.Size() < header {
 		return backend.Info{}, fail("stat", key, errCorrupt)
 	}
-	return backend.Info{Size: info.Size() - header, Modified: info.ModTime()}, nil
+	return backend.Info{Size: info.Size() - header, Modified: changed(info)}, nil
 }
 
 // Delete implements backend.Store. It leaves the directories of the key: one

@@ -693,3 +693,28 @@ func BenchmarkPut8M(b *testing.B) {
 		}
 	}
 }
+
+// TestModified: an object is as old as its file is here, whatever time what has copied it back has
+// given that.
+func TestModified(t *testing.T) {
+	dir := t.TempDir()
+	s := create(t, dir)
+	defer s.Close()
+	if err := s.Put(t.Context(), "a/b", []byte("data")); err != nil {
+		t.Fatal(err)
+	}
+	before := time.Now().Add(-24 * time.Hour)
+	found := 0
+	if err := filepath.WalkDir(dir, func(path string, e os.DirEntry, err error) error {
+		if err == nil && e.Type().IsRegular() {
+			found++
+			err = os.Chtimes(path, before, before)
+		}
+		return err
+	}); err != nil || found == 0 {
+		t.Fatal(found, err)
+	}
+	if is, err := s.Stat(t.Context(), "a/b"); err != nil || time.Since(is.Modified) > time.Hour {
+		t.Errorf("Stat: %+v, %v", is, err)
+	}
+}
