@@ -64,8 +64,12 @@ func (im *Image) MapPart(off, end uint64, o MapPartOptions, fn func(*MapPart, er
 		if err == nil {
 			err = im.mayTell(o.From)
 		}
-		if err != nil {
+		switch {
+		case err != nil:
 			fn(nil, err)
+			return
+		case !im.readOnly && !im.leased(): // the store may have taken long
+			im.MapPart(off, end, o, fn)
 			return
 		}
 		p.Size = im.sectors * SectorSize

@@ -261,6 +261,8 @@ func renamed(ctx context.Context, st backend.Store, id uuid.UUID, to string, was
 			return removedError(true, nil)
 		case sb.Trash != nil && was != nil && sb.Trash.ID == was.ID:
 			sb.Trash = nil
+		case sb.Trash != nil:
+			return errNothing // whoever has moved it there since has noted the name that it had then
 		case sb.Name == to:
 			return errNothing
 		}

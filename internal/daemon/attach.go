@@ -464,7 +464,7 @@ func (d *Daemon) needsLog(ctx context.Context, rec record, f *writelog.OSFile) b
 	if last, err := writelog.LastSeq(ctx, f); err != nil || last > 0 {
 		return true
 	}
-	u, name, _, err := backend.ParseSource(rec.URL)
+	u, _, _, err := backend.ParseSource(rec.URL)
 	if err != nil {
 		return true
 	}
@@ -473,6 +473,6 @@ func (d *Daemon) needsLog(ctx context.Context, rec record, f *writelog.OSFile) b
 		return true
 	}
 	defer st.Close()
-	info, err := engine.Describe(ctx, st, name)
+	info, err := engine.DescribeID(ctx, st, rec.ImageID) // the name may be another image's by now
 	return err != nil || info.Owner != nil && info.Owner.Log == h.Log
 }

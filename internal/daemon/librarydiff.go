@@ -195,6 +195,8 @@ func (s *session) mapPart(ctx context.Context, off, end uint64, o engine.MapPart
 			if p, err = dk.mapPart(ctx, off, end, o); !errors.Is(err, reactor.ErrStopped) {
 				return p, err
 			}
+		} else if why := s.attachment.usable(ctx); why != nil && !errors.Is(why, errNotOpen) {
+			return nil, why
 		}
 		if time.Now().After(until) || !sleep(ctx, joinPause) {
 			return nil, fmt.Errorf("%s: %w", s.attachment.name(), cmp.Or(context.Cause(ctx), err))

@@ -166,7 +166,17 @@ func (s *session) openFresh(ctx context.Context, q *wire.OpenRequest, want polic
 			if err := s.d.attachFor(ctx, sub, o.handle.readOnly); err != nil && !errors.Is(err, errAttached) {
 				return err
 			}
-			continue // also where another client was faster, whose attempt may yet fail
+			if s.d.attachmentOf(sub.info.ID, sub.snapshotID()) == nil {
+				// Another client was faster, whose attempt has failed; or the name has become that of
+				// another image.
+				if !sleep(ctx, joinPause) {
+					return context.Cause(ctx)
+				}
+				if sub, err = s.lookUp(ctx, q, want); err != nil {
+					return err
+				}
+			}
+			continue
 		}
 		if ok, err := s.join(ctx, a, sub, want, o, false); ok || err != nil {
 			return err

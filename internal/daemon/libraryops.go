@@ -52,8 +52,12 @@ func (s *session) open(ctx context.Context, f wire.Frame, w *answer) error {
 	if s.handle != nil {
 		return errRules
 	}
+	if err := s.takeRing(q.Data); err != nil {
+		return err
+	}
 	o, err := s.openHandle(ctx, &q)
 	if err != nil {
+		s.giveRing()
 		return err
 	}
 	s.attachment, s.handle, s.rights = o.attachment, o.handle, o.rights

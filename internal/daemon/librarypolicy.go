@@ -15,6 +15,7 @@ import (
 	"github.com/lsd-ceph/lsd/backend"
 	"github.com/lsd-ceph/lsd/internal/peercred"
 	"github.com/lsd-ceph/lsd/internal/policy"
+	"github.com/lsd-ceph/lsd/librbd/ring"
 	"github.com/lsd-ceph/lsd/librbd/wire"
 	"golang.org/x/sys/unix"
 )
@@ -36,6 +37,9 @@ type guard struct {
 
 	current atomic.Pointer[policy.Policy]
 
+	mu    sync.Mutex
+	rings map[uint32]uint64 // guarded by mu; bytes of data of each user's rings
+
 	// Of the goroutine that calls refresh; before that, of who makes the daemon.
 	stamp policy.Stamp // of the policy as it was last looked at
 	file  bool         // current comes from a file
@@ -47,7 +51,7 @@ const noGroup = math.MaxUint32
 
 // newGuard reads the policy that a daemon begins with.
 func newGuard(cfg Config, logger *slog.Logger) (*guard, error) {
-	g := &guard{path: cfg.LibraryPolicy, socket: cfg.LibrarySocket, group: noGroup, logger: logger}
+	g := &guard{path: cfg.LibraryPolicy, socket: cfg.LibrarySocket, group: noGroup, logger: logger, rings: make(map[uint32]uint64)}
 	if err := g.findGroup(cfg.LibraryGroup); err != nil {
 		return nil, err
 	}
@@ -205,6 +209,37 @@ func (p *places) give(uid uint32) {
 	if p.user[uid]--; p.user[uid] == 0 {
 		delete(p.user, uid)
 	}
+}
+
+// maxUserRings is how many bytes of data the rings of a user other than root may have together: it
+// is this process's memory.
+const maxUserRings = 8 << 30
+
+// takeRing counts the data of a ring that the session is to have.
+func (s *session) takeRing(n uint64) error {
+	g := s.d.guard
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if n > ring.MaxData {
+		return nil // it is refused for that
+	}
+	if s.caller.UID != 0 && g.rings[s.caller.UID]+n > maxUserRings {
+		return fmt.Errorf("user %d has rings of %d GiB, which is what a user may have: close images, or ask for smaller rings: %w", s.caller.UID, maxUserRings>>30, unix.ENOMEM)
+	}
+	g.rings[s.caller.UID] += n
+	s.ring = n
+	return nil
+}
+
+// giveRing takes it off again.
+func (s *session) giveRing() {
+	g := s.d.guard
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if g.rings[s.caller.UID] -= s.ring; g.rings[s.caller.UID] == 0 {
+		delete(g.rings, s.caller.UID)
+	}
+	s.ring = 0
 }
 
 // refuseTimeout is how long a client that is refused may take to ask for anything.

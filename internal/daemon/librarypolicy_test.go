@@ -18,6 +18,7 @@ import (
 	"github.com/lsd-ceph/lsd/engine"
 	"github.com/lsd-ceph/lsd/internal/api"
 	"github.com/lsd-ceph/lsd/internal/policy"
+	"github.com/lsd-ceph/lsd/librbd/ring"
 	"github.com/lsd-ceph/lsd/librbd/ring/ringtest"
 	"github.com/lsd-ceph/lsd/librbd/wire"
 	"golang.org/x/sys/unix"
@@ -574,5 +575,32 @@ func TestLibraryPolicyOfNames(t *testing.T) {
 	c.must(wire.TrashPurge, &wire.TrashPurgeRequest{Store: libraryURL})
 	if list := root.trash(); len(list) != 1 || list[0].ID != others {
 		t.Errorf("the trash after a purge by another user: %+v", list)
+	}
+}
+
+// TestLibraryRings: a user other than root has so much of the rings' memory and no more, and gets
+// it back.
+func TestLibraryRings(t *testing.T) {
+	w := newWorld(t)
+	h := w.newHost()
+	h.makeLog("vm1")
+	h.allow("allow user:7 " + libraryURL + " * read,write")
+	h.guard.mu.Lock()
+	h.guard.rings[7] = maxUserRings - ring.MinData
+	h.guard.mu.Unlock()
+	small := wire.OpenRequest{Entries: 8, Data: ring.MinData}
+	c, other := h.clientOf(7), h.clientOf(7)
+	errnoIs(t, other.open(wire.OpenRequest{Entries: 8, Data: ring.MinData + 4096}), unix.ENOMEM)
+	errnoIs(t, other.open(wire.OpenRequest{Entries: 8, Data: 1 << 63}), unix.EINVAL)
+	errnoIs(t, other.open(wire.OpenRequest{Image: "none", Entries: 8, Data: ring.MinData}), unix.ENOENT)
+	if err := c.open(small); err != nil {
+		t.Fatal(err)
+	}
+	errnoIs(t, other.open(small), unix.ENOMEM)
+	if err := c.close(); err != nil {
+		t.Fatal(err)
+	}
+	if err := other.open(small); err != nil {
+		t.Errorf("after the first was closed: %v", err)
 	}
 }

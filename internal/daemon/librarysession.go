@@ -36,6 +36,7 @@ type session struct {
 	attachment *attachment
 	handle     *handle
 	rights     policy.Rights // to its image, as it was opened
+	ring       uint64        // bytes of data of its ring, as the user's are counted
 	before     stateBefore   // with which the image was compared last
 }
 
@@ -163,6 +164,7 @@ func (s *session) end() {
 		s.attachment.endHandle(s.handle)
 		s.handle = nil
 	}
+	s.giveRing()
 }
 
 // answer does what one request asks, and answers it. An error ends the session.

@@ -121,7 +121,7 @@ func (c *copier) begin(ctx context.Context) (done bool, err error) {
 	for _, s := range all {
 		id, ok := copyID(s.Name)
 		switch {
-		case ok && taken && id == now:
+		case ok && taken && id == now && !c.o.Whole:
 			return true, c.wasWhole(ctx, s, id)
 		case !ok || taken || c.o.Whole:
 			continue

@@ -531,3 +531,26 @@ func TestCopyLate(t *testing.T) {
 	}
 	mustHave(t, dst, u.ID, uint64(len(mine)), mine)
 }
+
+// TestCopyWholeTaken: what is to be copied as a whole is not taken for done because a copy of that
+// name was made before, whose snapshot is still there.
+func TestCopyWholeTaken(t *testing.T) {
+	src, dst := newOriginal(t, 1, false), mem.New()
+	made, err := Copy(t.Context(), src.st, src.id, dst, "new", copying())
+	if err != nil {
+		t.Fatal(err)
+	}
+	kept := copyPrefix + made.ID.String()
+	if _, err := engine.CreateSnapshot(t.Context(), src.st, src.id, kept, engine.SnapshotOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	o := copying()
+	o.Whole = true
+	if again, err := Copy(t.Context(), src.st, src.id, dst, "new", o); !errors.Is(err, backend.ErrExists) {
+		t.Errorf("%+v, %v", again, err)
+	}
+	list, err := engine.Snapshots(t.Context(), src.st, src.id)
+	if err != nil || !slices.ContainsFunc(list, func(s engine.Snapshot) bool { return s.Name == kept }) {
+		t.Errorf("the snapshot of the first copy has gone: %+v, %v", list, err)
+	}
+}
