@@ -46,7 +46,7 @@ unit: ## unit tests with the race detector, in short where there is a long form 
 	go test $(GOFLAGS_LINK) -timeout 15m ./tests/bench
 	@echo "== simulation"
 	go test $(GOFLAGS_LINK) -tags invariants -timeout 15m -run 'Crashes|Replays|DeepClones|Reverts|Histories|Resize|DiffRandom|Killed|UnderOverload|DebtIsPaid|TakeTurns|DeltaPays' ./engine ./cache/writelog ./internal/transfer
-	$(MAKE) sim SEEDS=2000
+	$(MAKE) sim SEEDS=1000
 	$(MAKE) sim-mutations
 	@echo "== what a hundred images cost"
 	go test $(GOFLAGS_LINK) -count=1 -run 'Hundred|Hung' -v ./internal/daemon

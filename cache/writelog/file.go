@@ -28,13 +28,21 @@ type OSFile struct {
 // ErrLocked is matched when another process has the log open.
 var ErrLocked = errors.New("write log is in use by another process")
 
+// CheckSize reports whether a log can have so many bytes.
+func CheckSize(size int64) error {
+	if size < MinSize || size > MaxSize || size%BlockSize != 0 {
+		return fmt.Errorf("a write log of %d bytes: it must have from %d to %d, a multiple of %d", size, MinSize, int64(MaxSize), BlockSize)
+	}
+	return nil
+}
+
 // MakeFile makes the file of a log at path, which must not exist, with the given
 // number of bytes, all written, and durable. progress, if set, is called now and
 // then with the bytes written so far. On an error nothing is left behind. It fails with
 // ErrLocked while another process makes it.
 func MakeFile(ctx context.Context, path string, size int64, progress func(int64)) (err error) {
-	if size < MinSize || size > MaxSize || size%BlockSize != 0 {
-		return fmt.Errorf("a write log of %d bytes: it must have from %d to %d, a multiple of %d", size, MinSize, int64(MaxSize), BlockSize)
+	if err := CheckSize(size); err != nil {
+		return err
 	}
 	tmp := path + ".new"
 	f, err := makeTemp(tmp)

@@ -16,6 +16,7 @@ import (
 	"time"
 
 	"github.com/lsd-ceph/lsd/cache/readcache"
+	"github.com/lsd-ceph/lsd/cache/writelog"
 	"github.com/lsd-ceph/lsd/engine"
 	"github.com/lsd-ceph/lsd/internal/api"
 	"github.com/lsd-ceph/lsd/internal/bytesize"
@@ -36,6 +37,7 @@ type options struct {
 	readMemory    bytesize.Size
 	scrubRate     bytesize.Size
 	readCache     bytesize.Size
+	libraryLog    bytesize.Size
 	envErr        error // of what the environment says
 	supervise     bool
 	logFile       string
@@ -76,6 +78,8 @@ systemd runs it as lsd.service; without systemd, lsdctl add starts it with
 	f.StringVar(&o.cfg.LibrarySocket, "librbd-socket", os.Getenv(api.EnvLibrarySocket), "serve librbd's clients on this unix socket ($"+api.EnvLibrarySocket+"; default: "+api.DefaultLibrarySocket+", or beside --socket)")
 	f.StringVar(&o.cfg.LibraryGroup, "librbd-group", "", "let this group use that socket; without a policy its members may do everything (default: "+daemon.DefaultLibraryGroup+", if there is such a group)")
 	f.StringVar(&o.cfg.LibraryPolicy, "librbd-policy", "", "file that says which users and groups may do what there (default: "+daemon.DefaultLibraryPolicy+", if it is there)")
+	o.libraryLog = daemon.DefaultLogSize
+	f.Var(&o.libraryLog, "librbd-log-size", "size of the write log of an image that they open")
 	f.StringVar(&o.cfg.StateDir, "state-dir", env(api.EnvStateDir, api.DefaultStateDir), "write down what is attached here ($"+api.EnvStateDir+")")
 	f.StringVar(&o.cfg.ReadCache, "read-cache", os.Getenv(envReadCache), "file of the read cache, on a local SSD ($"+envReadCache+"; default: cache/read-cache in the state directory)")
 	o.readCache = daemon.DefaultReadCacheSize
@@ -155,6 +159,10 @@ func (o *options) run(ctx context.Context) (int, error) {
 		}
 		*m.to = int64(*m.n)
 	}
+	if err := writelog.CheckSize(int64(o.libraryLog)); err != nil {
+		return 0, fmt.Errorf("--librbd-log-size %s: %w", &o.libraryLog, err)
+	}
+	o.cfg.LibraryLogSize = int64(o.libraryLog)
 	o.cfg.ScrubRate = int64(o.scrubRate)
 	if err := o.sizeReadCache(); err != nil {
 		return 0, err

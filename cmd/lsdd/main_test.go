@@ -28,7 +28,7 @@ func TestBadOptions(t *testing.T) {
 	dir := filepath.Join(t.TempDir(), "state")
 	good := func() options {
 		return options{
-			cfg: daemon.Config{Socket: filepath.Join(dir, "s"), StateDir: dir, Host: "h", ExitTimeout: time.Second}, onTerm: "leave", logMemory: daemon.DefaultLogMemory, mapMemory: engine.DefaultMapMemory, destageMemory: engine.DefaultDestageMemory, readMemory: engine.DefaultReadMemory,
+			cfg: daemon.Config{Socket: filepath.Join(dir, "s"), StateDir: dir, Host: "h", ExitTimeout: time.Second}, onTerm: "leave", logMemory: daemon.DefaultLogMemory, mapMemory: engine.DefaultMapMemory, destageMemory: engine.DefaultDestageMemory, readMemory: engine.DefaultReadMemory, libraryLog: daemon.DefaultLogSize,
 		}
 	}
 	for _, tt := range []struct {
@@ -40,6 +40,7 @@ func TestBadOptions(t *testing.T) {
 		{func(o *options) { o.cfg.StateDir = "state" }, "absolute"},
 		{func(o *options) { o.cfg.Socket = "/" + strings.Repeat("s", maxSocket) }, "--socket: a path of 100 bytes"},
 		{func(o *options) { o.cfg.LibraryPolicy = "policy" }, "--librbd-policy policy"},
+		{func(o *options) { o.libraryLog = 4096 }, "--librbd-log-size 4K: a write log of 4096 bytes"},
 		{func(o *options) { o.cfg.ExitTimeout = -time.Second }, "--exit-timeout -1s"},
 		{func(o *options) { o.logMemory = 1 << 20 }, "--log-memory-total 1M"},
 		{func(o *options) { o.logMemory = 1 << 51 }, "--log-memory-total 2P"},

@@ -21,9 +21,11 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Defaults of an attachment.
+// DefaultLogSize is that of a write log, in bytes.
+const DefaultLogSize = 1 << 30
+
+// Other defaults of an attachment.
 const (
-	defaultLogSize  = 1 << 30
 	defaultQueues   = 1
 	defaultDepth    = 128
 	defaultNullSize = 1 << 30
@@ -98,7 +100,7 @@ func (d *Daemon) plan(ctx context.Context, q api.AttachRequest) (record, error) 
 		ReadOnly: q.ReadOnly, Null: q.Null, Lease: q.Lease,
 		BatchAge: q.BatchAge, CheckpointEvery: q.CheckpointEvery, SpaceRatio: q.SpaceRatio, StoreTimeout: q.StoreTimeout,
 	}
-	setDefault(&rec.LogSize, defaultLogSize)
+	setDefault(&rec.LogSize, DefaultLogSize)
 	setDefault(&rec.Queues, defaultQueues)
 	setDefault(&rec.Depth, defaultDepth)
 	if err := checkPlan(rec, q); err != nil {
@@ -130,8 +132,8 @@ func checkPlan(rec record, q api.AttachRequest) error {
 		return fmt.Errorf("%d queues: there can be 1 to %d", rec.Queues, maxQueues)
 	case rec.Depth < 1 || rec.Depth > maxDepth:
 		return fmt.Errorf("queue depth %d: it must be from 1 to %d", rec.Depth, maxDepth)
-	case rec.LogSize < writelog.MinSize || rec.LogSize > writelog.MaxSize || rec.LogSize%writelog.BlockSize != 0:
-		return fmt.Errorf("a write log of %d bytes: it must have from %d to %d, a multiple of %d", rec.LogSize, writelog.MinSize, int64(writelog.MaxSize), writelog.BlockSize)
+	case writelog.CheckSize(rec.LogSize) != nil:
+		return writelog.CheckSize(rec.LogSize)
 	case rec.LogMemory != 0 && (rec.LogMemory < leastLogMemory || rec.LogMemory > maxLogMemory || rec.LogMemory%writelog.SegmentSize != 0):
 		return fmt.Errorf("%d bytes of memory for the write log: it must be from %d to %d, a multiple of %d", rec.LogMemory, leastLogMemory, int64(maxLogMemory), writelog.SegmentSize)
 	case rec.Lease != 0 && (rec.Lease < engine.MinLease || rec.Lease > engine.MaxLease):

@@ -42,9 +42,12 @@ type Config struct {
 	// LibraryPolicy is the file that says who may do what there. Default: DefaultLibraryPolicy, if
 	// that is there.
 	LibraryPolicy string
-	StateDir      string
-	Host          string // named to others who want an image
-	Version       string
+	// LibraryLogSize is the size in bytes of the write log of an image that library clients open.
+	// Default: DefaultLogSize.
+	LibraryLogSize int64
+	StateDir       string
+	Host           string // named to others who want an image
+	Version        string
 	// ReadCache is the file of the read cache. Default: read-cache in the state
 	// directory's cache.
 	ReadCache string

@@ -262,7 +262,7 @@ func (d *Daemon) attachmentOf(image, snapshot uuid.UUID) *attachment {
 
 // attachFor attaches an image, or a snapshot, for library clients.
 func (d *Daemon) attachFor(ctx context.Context, s *subject, readOnly bool) error {
-	_, err := d.attach(ctx, api.AttachRequest{Image: s.url(), ID: -1, Library: true, ReadOnly: readOnly}, func(api.Progress) {})
+	_, err := d.attach(ctx, api.AttachRequest{Image: s.url(), ID: -1, Library: true, ReadOnly: readOnly, LogSize: d.cfg.LibraryLogSize}, func(api.Progress) {})
 	return err
 }
 

@@ -105,7 +105,7 @@ func newHostIn(t *testing.T, kind, dir string, flags ...string) *host {
 // start starts the daemon.
 func (h *host) start() {
 	h.t.Helper()
-	h.daemon = exec.Command(program(h.t, "lsdd"), append([]string{"--socket", h.socket, "--state-dir", filepath.Join(h.dir, "state"), "--read-cache-size", "64M"}, h.flags...)...)
+	h.daemon = exec.Command(program(h.t, "lsdd"), append([]string{"--socket", h.socket, "--state-dir", filepath.Join(h.dir, "state"), "--read-cache-size", "64M", "--librbd-log-size", "128M"}, h.flags...)...)
 	h.daemon.Stdout, h.daemon.Stderr = h.log, h.log
 	if err := h.daemon.Start(); err != nil {
 		h.t.Fatal(err)
