@@ -42,10 +42,10 @@ check: ## gofmt, vet, staticcheck, for every build tag
 .PHONY: unit
 unit: ## unit tests with the race detector, in short where there is a long form below, simulation and fuzz seeds included
 	@echo "== unit tests"
-	go test $(GOFLAGS_LINK) -race -short -timeout 15m $$(go list ./... | grep -v /tests/bench)
+	go test $(GOFLAGS_LINK) -race -short -timeout 20m $$(go list ./... | grep -v /tests/bench)
 	go test $(GOFLAGS_LINK) -timeout 15m ./tests/bench
 	@echo "== simulation"
-	go test $(GOFLAGS_LINK) -tags invariants -timeout 15m -run 'Crashes|Replays|DeepClones|Reverts|Histories|Resize|DiffRandom|Killed|UnderOverload|DebtIsPaid|TakeTurns|DeltaPays' ./engine ./cache/writelog ./internal/transfer
+	go test $(GOFLAGS_LINK) -tags invariants -timeout 15m -run 'Crashes|Replays|DeepClones|Reverts|Histories|Resize|DiffRandom|Killed|UnderOverload|DebtIsPaid|TakeTurns|DeltaPays|CheckBesideOwner|ForgottenOwnership|RepairBesideOthers|TrashRaces' ./engine ./cache/writelog ./internal/transfer
 	$(MAKE) sim SEEDS=1000
 	$(MAKE) sim-mutations
 	@echo "== what a hundred images cost"

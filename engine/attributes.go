@@ -142,12 +142,12 @@ func ClearMetadata(ctx context.Context, st backend.Store, id uuid.UUID) error {
 // CopyMetadata gives an image the metadata of another one, beside what it has. Locks are not
 // copied.
 func CopyMetadata(ctx context.Context, src backend.Store, from uuid.UUID, dst backend.Store, to uuid.UUID) error {
-	list, err := Metadata(ctx, src, from)
-	if err != nil || len(list) == 0 {
+	has, _, err := loadAttributes(ctx, patiently(src), from)
+	if err != nil || len(has.metadata) == 0 {
 		return err
 	}
 	return changeAttributes(ctx, dst, to, func(a *attributes, _ bool) error {
-		for _, m := range list {
+		for _, m := range has.metadata {
 			if i, ok := a.find(m.Key); ok {
 				a.metadata[i] = m
 			} else {

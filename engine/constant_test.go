@@ -102,8 +102,9 @@ func constantOps(id uuid.UUID) []constantOp {
 		{"create after that", 4, 1, create("d")},
 		{"remove", 4, 1, func(ctx context.Context, st backend.Store) error { return RemoveSnapshot(ctx, st, id, "a") }},
 		{"list", 4, 0, func(ctx context.Context, st backend.Store) error { _, err := Snapshots(ctx, st, id); return err }},
-		// Its state, its superblock, that it is there, and its name.
-		{"clone", 10, 4, func(ctx context.Context, st backend.Store) error {
+		// Its state, its superblock, that it is there, and its name; and a look at the metadata of
+		// the image.
+		{"clone", 11, 4, func(ctx context.Context, st backend.Store) error {
 			_, err := Clone(ctx, st, id, "copy", CloneOptions{Snapshot: "d", SnapshotOptions: SnapshotOptions{Parallel: 1}})
 			return err
 		}},

@@ -121,6 +121,7 @@ func TestLogIDTellsOwnershipsApart(t *testing.T) {
 // so many others were cut off after it that its point has gone, and so many have had
 // the image after these that nobody knows where its ownership ended.
 func TestForgottenOwnership(t *testing.T) {
+	notShort(t)
 	st := mem.New()
 	id := newImageIn(t, st)
 	a := newHost(t, "alpha", st, 1)

@@ -246,6 +246,7 @@ func TestRepairLate(t *testing.T) {
 // repair has it, and the repair says so; another repair that comes in between is no
 // worse.
 func TestRepairBesideOthers(t *testing.T) {
+	notShort(t)
 	whole := newMiscounted(t)
 	before, steps := whole.steps(t)
 	for _, x := range []struct {

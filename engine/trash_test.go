@@ -330,6 +330,7 @@ func (s *betweenStore) Swap(ctx context.Context, key string, old backend.Version
 // removed; its data is there as long as it is not; what nobody has the right to remove stays; and
 // of a removal that was refused, or a restoration that was not, the image is there in the end.
 func TestTrashRaces(t *testing.T) {
+	notShort(t)
 	ops := []string{"move", "move for long", "restore", "restore other", "remove", "remove early", "rename", "rm", "restore and move for long"}
 	for _, trash := range []bool{false, true} {
 		for _, a := range ops {
