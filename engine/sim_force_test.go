@@ -26,6 +26,8 @@ func (w *world) removeAttached(m *model) {
 	w.run(w.rng.IntN(300))
 	w.removeForced()
 	h.m.lost = true
+	_, _, err := loadSuperblock(context.Background(), w.inner, w.id)
+	unreadable := errors.Is(err, backend.ErrNotFound) // each answer was damaged: nothing says what may come
 	w.acting = true
 	reclaimed := false
 	now := time.Now
@@ -50,8 +52,12 @@ func (w *world) removeAttached(m *model) {
 	w.drop(h)
 	w.flushLate()
 	w.count(countForcedLate, reclaimed && len(w.keys()) > before)
-	_, _, err := loadSuperblock(context.Background(), w.inner, w.id)
-	w.count(countRemnants, errors.Is(err, backend.ErrNotFound) && len(w.keys()) > 0)
+	_, _, err = loadSuperblock(context.Background(), w.inner, w.id)
+	remnants := errors.Is(err, backend.ErrNotFound) && len(w.keys()) > 0
+	w.count(countRemnants, remnants)
+	if remnants && !unreadable && !w.plan.extras.stands {
+		w.fail("the superblock of a removed image went before all had come that could: %q", w.keys())
+	}
 	if w.rng.IntN(2) == 0 {
 		w.collect()
 	}
