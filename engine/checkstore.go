@@ -141,16 +141,16 @@ func noDirectory(ctx context.Context, st backend.Store) (bool, error) {
 
 // storeScan is what a listing of a store has.
 type storeScan struct {
-	total   int
-	objects map[uuid.UUID]int // of each image
-	super   map[uuid.UUID]bool
-	kept    map[uuid.UUID]bool // it has attributes
-	strange []string
+	total      int
+	objects    map[uuid.UUID]int // of each image
+	super      map[uuid.UUID]bool
+	attributes map[uuid.UUID]bool // it has some
+	strange    []string
 }
 
 // scanStore lists a store.
 func scanStore(ctx context.Context, st backend.Store) (*storeScan, error) {
-	s := &storeScan{objects: map[uuid.UUID]int{}, super: map[uuid.UUID]bool{}, kept: map[uuid.UUID]bool{}}
+	s := &storeScan{objects: map[uuid.UUID]int{}, super: map[uuid.UUID]bool{}, attributes: map[uuid.UUID]bool{}}
 	if err := st.List(ctx, "", s.note); err != nil {
 		return nil, fmt.Errorf("list the objects of the store: %w", err)
 	}
@@ -180,7 +180,7 @@ func (s *storeScan) note(key string) error {
 	default:
 		s.objects[id]++
 		s.super[id] = s.super[id] || name == "super"
-		s.kept[id] = s.kept[id] || name == "attributes"
+		s.attributes[id] = s.attributes[id] || name == "attributes"
 	}
 	return nil
 }

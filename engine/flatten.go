@@ -16,6 +16,9 @@ import (
 // ErrPaused is matched where a flattening was ended before it was done.
 var ErrPaused = errors.New("flattening was paused")
 
+// ErrFlattening is why an image is not flattened a second time at once.
+var ErrFlattening = errors.New("the image is being flattened already")
+
 const (
 	// flattenPoll is the pause between two looks whether the cleaner is idle.
 	flattenPoll = 100 * time.Millisecond
@@ -63,7 +66,7 @@ func (im *Image) Flatten(progress func(done, total uint64), fn func(error)) {
 	case im.state != Active:
 		err = im.ended()
 	case im.flatten != nil:
-		err = errors.New("the image is being flattened already")
+		err = ErrFlattening
 	}
 	if err != nil {
 		fn(err)

@@ -86,13 +86,13 @@ func GC(ctx context.Context, st backend.Store, o GCOptions) ([]Garbage, error) {
 
 // collector collects garbage.
 type collector struct {
-	st    patient
-	o     GCOptions
-	now   time.Time
-	named map[uuid.UUID]bool
-	kept  map[uuid.UUID]bool // images with attributes
-	waits map[uuid.UUID]bool // images that o.Late or o.Kept was told of
-	found []Garbage
+	st         patient
+	o          GCOptions
+	now        time.Time
+	named      map[uuid.UUID]bool
+	attributes map[uuid.UUID]bool // images that have some
+	waits      map[uuid.UUID]bool // images that o.Late or o.Kept was told of
+	found      []Garbage
 }
 
 func (g *collector) run(ctx context.Context) error {
@@ -111,7 +111,7 @@ func (g *collector) run(ctx context.Context) error {
 	if g.named, err = namedImages(ctx, g.st); err != nil {
 		return err
 	}
-	g.kept = s.kept
+	g.attributes = s.attributes
 	b := &bereft{needed: map[uuid.UUID]bool{}}
 	for _, id := range s.ids() {
 		if !s.super[id] {
@@ -139,7 +139,7 @@ func (g *collector) look(ctx context.Context, sb *superblock, objects int) error
 	if err := g.claims(ctx, sb); err != nil {
 		return err
 	}
-	unmade := !sb.Removed && !g.named[sb.Image] && g.old(sb.Created) && !sb.Partial && (objects == 1 || objects == 2 && g.kept[sb.Image]) && sb.untouched()
+	unmade := !sb.Removed && !g.named[sb.Image] && g.old(sb.Created) && !sb.Partial && (objects == 1 || objects == 2 && g.attributes[sb.Image]) && sb.untouched()
 	switch {
 	case unmade:
 		return g.collect(leftOf(sb, "it was not made to its end", objects), func() error { return g.removeUnmade(ctx, sb.Image) })

@@ -151,6 +151,18 @@ int rbd_rename(rados_ioctx_t src_io_ctx, const char *srcname, const char *destna
 
 /* ---- lists ---- */
 
+void *list_room(void *at, size_t n, size_t *room, size_t size)
+{
+	size_t more = *room ? 2 * *room : 64;
+
+	if (n < *room)
+		return at;
+	at = reallocarray(at, more, size);
+	if (at)
+		*room = more;
+	return at;
+}
+
 struct names {
 	rbd_image_spec_t *at;
 	size_t n, room;
@@ -159,19 +171,14 @@ struct names {
 static int names_add(struct names *l, char *name, const uint8_t id[16])
 {
 	char text[ID_TEXT];
-	rbd_image_spec_t s = {.name = name};
+	rbd_image_spec_t s = {.name = name}, *at;
 
 	if (!name)
 		return -EPROTO;
-	if (l->n == l->room) {
-		size_t room = l->room ? 2 * l->room : 64;
-		rbd_image_spec_t *at = realloc(l->at, room * sizeof *at);
-
-		if (!at)
-			return -ENOMEM;
-		l->at = at;
-		l->room = room;
-	}
+	at = list_room(l->at, l->n, &l->room, sizeof *at);
+	if (!at)
+		return -ENOMEM;
+	l->at = at;
 	id_format(id, text);
 	s.id = strdup(text);
 	if (!s.id)

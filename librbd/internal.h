@@ -185,6 +185,12 @@ int check_layout(uint64_t features, uint64_t stripe_count);
 int check_options(rbd_image_options_t opts);
 uint64_t option(rbd_image_options_t opts, int name, uint64_t otherwise);
 
+/*
+ * A list of n elements of size bytes each, which has room for *room, with room for one more behind
+ * them: where it is now, or NULL, and then at is what it was.
+ */
+void *list_room(void *at, size_t n, size_t *room, size_t size);
+
 /* ---- the ring: ring.c ---- */
 
 enum {

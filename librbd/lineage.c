@@ -272,17 +272,12 @@ static void children_free(struct children *l)
 
 static int children_add(struct children *l, struct reader *r)
 {
-	struct child *c;
+	struct child *c, *at;
 
-	if (l->n == l->room) {
-		size_t room = l->room ? 2 * l->room : 64;
-		struct child *at = realloc(l->at, room * sizeof *at);
-
-		if (!at)
-			return -ENOMEM;
-		l->at = at;
-		l->room = room;
-	}
+	at = list_room(l->at, l->n, &l->room, sizeof *at);
+	if (!at)
+		return -ENOMEM;
+	l->at = at;
 	c = &l->at[l->n];
 	c->name = get_string(r);
 	if (!c->name)

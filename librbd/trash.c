@@ -89,15 +89,12 @@ struct trash {
 
 static int trash_add(struct trash *l, const rbd_trash_image_info_t *info)
 {
-	if (l->n == l->room) {
-		size_t room = l->room ? 2 * l->room : 64;
-		rbd_trash_image_info_t *at = realloc(l->at, room * sizeof *at);
+	rbd_trash_image_info_t *at;
 
-		if (!at)
-			return -ENOMEM;
-		l->at = at;
-		l->room = room;
-	}
+	at = list_room(l->at, l->n, &l->room, sizeof *at);
+	if (!at)
+		return -ENOMEM;
+	l->at = at;
 	l->at[l->n++] = *info;
 	return 0;
 }

@@ -1,6 +1,7 @@
 package daemon
 
 import (
+	"fmt"
 	"testing"
 
 	"github.com/google/uuid"
@@ -80,5 +81,13 @@ func TestLibraryCopy(t *testing.T) {
 	info, err := engine.Describe(t.Context(), w.store, "vm1")
 	if err != nil || len(info.Snapshots) != 2 {
 		t.Errorf("snapshots of the source: %+v, %v", info.Snapshots, err)
+	}
+}
+
+// TestLibraryFlattenTwice: who wants an image flattened that is being flattened is told that it is
+// busy.
+func TestLibraryFlattenTwice(t *testing.T) {
+	if got := errnoOf(fmt.Errorf("flatten: %w", engine.ErrFlattening)); got != unix.EBUSY {
+		t.Errorf("errno %v", got)
 	}
 }

@@ -259,7 +259,7 @@ func errnoOf(err error) syscall.Errno {
 		return syscall.ENOSPC
 	case errors.Is(err, engine.ErrTooLong):
 		return syscall.E2BIG
-	case errors.Is(err, errAtIt), errors.Is(err, engine.ErrLocked):
+	case errors.Is(err, errAtIt), errors.Is(err, engine.ErrLocked), errors.Is(err, engine.ErrFlattening):
 		return syscall.EBUSY
 	case errors.Is(err, errEnding), errors.Is(err, context.Canceled):
 		return syscall.EAGAIN

@@ -59,12 +59,9 @@ func (m *MetadataList) Fields(f Fields) {
 
 // Add adds metadata if the list has room for it, and else sets More and reports false.
 func (m *MetadataList) Add(d Metadatum) bool {
-	n := minMetadatum + len(d.Key) + len(d.Value)
-	if listHead+m.size+n > MaxPayload {
-		m.More = true
+	if !fits(&m.More, &m.size, minMetadatum+len(d.Key)+len(d.Value)) {
 		return false
 	}
-	m.size += n
 	m.Metadata = append(m.Metadata, d)
 	return true
 }

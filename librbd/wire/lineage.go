@@ -106,12 +106,9 @@ func (m *ChildrenResult) Fields(f Fields) {
 
 // Add adds a clone if the result has room for it, and else sets More and reports false.
 func (m *ChildrenResult) Add(c ListedChild) bool {
-	n := minListedChild + len(c.Name)
-	if listHead+m.size+n > MaxPayload {
-		m.More = true
+	if !fits(&m.More, &m.size, minListedChild+len(c.Name)) {
 		return false
 	}
-	m.size += n
 	m.Children = append(m.Children, c)
 	return true
 }

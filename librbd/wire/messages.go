@@ -158,7 +158,7 @@ const (
 	minListedImage    = 4 + 16         // bytes
 	minListedSnapshot = 8 + 8 + 8 + 4  // bytes
 	resultHead        = 8 + 4          // bytes before the fields of a result without an error
-	listHead          = resultHead + 8 // bytes before the images of a ListResult
+	listHead          = resultHead + 8 // bytes before the elements of a part of a list
 )
 
 // Fields implements Message.
@@ -183,13 +183,21 @@ func (m *ListResult) Fields(f Fields) {
 
 // Add adds an image if the result has room for it, and else sets More and reports false.
 func (m *ListResult) Add(im ListedImage) bool {
-	n := minListedImage + len(im.Name)
-	if listHead+m.size+n > MaxPayload {
-		m.More = true
+	if !fits(&m.More, &m.size, minListedImage+len(im.Name)) {
 		return false
 	}
-	m.size += n
 	m.Images = append(m.Images, im)
+	return true
+}
+
+// fits counts an element of n bytes of a part of a list, which has size already, if the part has
+// room for it, and else sets more and reports false.
+func fits(more *bool, size *int, n int) bool {
+	if listHead+*size+n > MaxPayload {
+		*more = true
+		return false
+	}
+	*size += n
 	return true
 }
 

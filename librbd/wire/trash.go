@@ -62,12 +62,9 @@ func (m *TrashList) Fields(f Fields) {
 
 // Add adds an image if the list has room for it, and else sets More and reports false.
 func (m *TrashList) Add(im TrashedImage) bool {
-	n := minTrashedImage + len(im.Name)
-	if listHead+m.size+n > MaxPayload {
-		m.More = true
+	if !fits(&m.More, &m.size, minTrashedImage+len(im.Name)) {
 		return false
 	}
-	m.size += n
 	m.Images = append(m.Images, im)
 	return true
 }
