@@ -21,6 +21,7 @@ import (
 	"github.com/lsd-ceph/lsd/cache/writelog"
 	"github.com/lsd-ceph/lsd/engine"
 	"github.com/lsd-ceph/lsd/internal/aio"
+	"github.com/lsd-ceph/lsd/internal/memfile"
 )
 
 var silent = slog.New(slog.NewTextHandler(io.Discard, nil))
@@ -72,26 +73,23 @@ func (l *loop) call(fn func()) {
 
 // file is a file in memory: for the write log, and for the read cache.
 type file struct {
+	*memfile.File
 	mu sync.Mutex
-	b  []byte
 }
+
+func newFile(size int64) *file { return &file{File: memfile.New(size)} }
 
 func (f *file) ReadAt(p []byte, off int64) (int, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	return copy(p, f.b[off:]), nil
+	return f.File.ReadAt(p, off)
 }
 
 func (f *file) WriteAt(p []byte, off int64) (int, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	return copy(f.b[off:], p), nil
+	return f.File.WriteAt(p, off)
 }
-
-func (f *file) Sync() error         { return nil }
-func (f *file) Size() int64         { return int64(len(f.b)) }
-func (f *file) Buffer(n int) []byte { return make([]byte, n) }
-func (f *file) Close() error        { return nil }
 
 // device is a file on a loop's ring.
 type device struct {
@@ -265,7 +263,7 @@ func written(t *testing.T, st backend.Store, scattered bool) uuid.UUID {
 	if err != nil {
 		t.Fatal(err)
 	}
-	f := &file{b: make([]byte, 2*writelog.MinSize)}
+	f := newFile(2 * writelog.MinSize)
 	im, err := engine.Open(ctx, st, id, engine.OpenOptions{Log: f, Host: "test", Config: engine.Config{Logger: silent}})
 	if err != nil {
 		t.Fatal(err)
@@ -350,7 +348,7 @@ func TestRandomReadsFetchLittle(t *testing.T) {
 				st.bytes.Store(0)
 				cache, f := readcache.None(readcache.Options{}), (*file)(nil)
 				if c.cached {
-					f = &file{b: make([]byte, readcache.MinSize)}
+					f = newFile(readcache.MinSize)
 					cache = openCache(t, f)
 				}
 				r := openReader(t, st, id, cache, f)
@@ -394,7 +392,7 @@ func TestSequentialReadsUseTheStore(t *testing.T) {
 				st.latency, st.bandwidth = c.latency, bandwidth
 				cache, f := readcache.None(readcache.Options{}), (*file)(nil)
 				if c.cached {
-					f = &file{b: make([]byte, readcache.MinSize)}
+					f = newFile(readcache.MinSize)
 					cache = openCache(t, f)
 				}
 				st.bytes.Store(0)
@@ -421,7 +419,7 @@ func TestSharedCache(t *testing.T) {
 		st := &farStore{Store: mem.New(), latency: time.Millisecond}
 		id := written(t, st, true)
 		st.bytes.Store(0)
-		f := &file{b: make([]byte, 160<<20)}
+		f := newFile(160 << 20)
 		cache := openCache(t, f)
 		a, b := openReader(t, st, id, cache, f), openReader(t, st, id, cache, f)
 		var both sync.WaitGroup
@@ -458,7 +456,7 @@ func TestClonesShareTheCache(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		st := &farStore{Store: mem.New(), latency: time.Millisecond}
 		id := written(t, st, true)
-		f := &file{b: make([]byte, 160<<20)}
+		f := newFile(160 << 20)
 		cache := openCache(t, f)
 		st.bytes.Store(0)
 		for i := range 10 {
@@ -481,13 +479,16 @@ func TestDamagedCache(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		st := &farStore{Store: mem.New()}
 		id := written(t, st, false)
-		f := &file{b: make([]byte, 160<<20)}
+		f := newFile(160 << 20)
 		cache := openCache(t, f)
 		r := openReader(t, st, id, cache, f)
 		drive(t, r.l, r.im, engine.Read, 4, 4096, shuffled())
 		cache.Close()
-		for i := 5 * 4096; i < len(f.b); i += 64 << 10 {
-			f.b[i+100] ^= 1
+		b := make([]byte, 1)
+		for i := int64(5*4096 + 100); i < f.Size(); i += 64 << 10 {
+			_, _ = f.ReadAt(b, i)
+			b[0] ^= 1
+			_, _ = f.WriteAt(b, i)
 		}
 		r.close()
 		cache = openCache(t, f)
@@ -550,7 +551,7 @@ func (c *counted) RequestDone(r *engine.Request) {
 func TestHitsDoNotAllocate(t *testing.T) {
 	st := &farStore{Store: mem.New(), latency: time.Millisecond}
 	var id uuid.UUID
-	f := &file{b: make([]byte, 160<<20)}
+	f := newFile(160 << 20)
 	synctest.Test(t, func(t *testing.T) {
 		id = written(t, st, false)
 		cache := openCache(t, f)

@@ -18,6 +18,7 @@ import (
 	"github.com/lsd-ceph/lsd/backend"
 	"github.com/lsd-ceph/lsd/cache/writelog"
 	"github.com/lsd-ceph/lsd/engine"
+	"github.com/lsd-ceph/lsd/internal/memfile"
 )
 
 const (
@@ -81,7 +82,7 @@ func Open(ctx context.Context, st backend.Store, id uuid.UUID, o Options) (*Imag
 	if err != nil {
 		return nil, fmt.Errorf("name of this host: %w", err)
 	}
-	log := newMemory(logSize)
+	log := memfile.New(logSize)
 	im, err := engine.Open(ctx, st, id, engine.OpenOptions{
 		Log: log, URL: o.URL, Host: host, Volatile: true, Partial: o.Partial, Lease: cmp.Or(o.Lease, defaultLease), Progress: o.Progress,
 		Config: engine.Config{Logger: o.Logger, PaceFrom: 1},
@@ -91,7 +92,7 @@ func Open(ctx context.Context, st backend.Store, id uuid.UUID, o Options) (*Imag
 	}
 	i := &Image{store: st, id: id, loop: newLoop(), image: im, patience: cmp.Or(o.Patience, storePatience)}
 	i.failed, i.fail = context.WithCancelCause(context.Background())
-	dev := &device{loop: i.loop, memory: log}
+	dev := &device{loop: i.loop, file: log}
 	go i.loop.run(func() {
 		im.Start(i.loop, dev, make([]byte, mirror))
 		i.watch()
