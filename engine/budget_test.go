@@ -10,6 +10,7 @@ import (
 	"github.com/lsd-ceph/lsd/backend/faultstore"
 	"github.com/lsd-ceph/lsd/backend/mem"
 	"github.com/lsd-ceph/lsd/cache/writelog"
+	"github.com/lsd-ceph/lsd/internal/racetest"
 	"github.com/lsd-ceph/lsd/internal/simdisk"
 )
 
@@ -184,6 +185,7 @@ func TestBudgetHand(t *testing.T) {
 // TestImagesShareMapMemory: what an idle image holds of its map goes when another
 // one needs memory, and what is in use stays.
 func TestImagesShareMapMemory(t *testing.T) {
+	racetest.Slow(t)
 	const limit = 8 << 20
 	shared := NewShared(Limits{Map: limit})
 	var images [3]opened

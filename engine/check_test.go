@@ -16,6 +16,7 @@ import (
 	"github.com/lsd-ceph/lsd/backend/faultstore"
 	"github.com/lsd-ceph/lsd/backend/mem"
 	"github.com/lsd-ceph/lsd/internal/extmap"
+	"github.com/lsd-ceph/lsd/internal/racetest"
 )
 
 // checkedImage is an image with a history: random writes, cleaning, a forced
@@ -366,7 +367,7 @@ func TestCheckDamage(t *testing.T) {
 	first := r.head.m.place(kindWhole, 0)
 	segments := mapKey(whole.id, first.object.at, first.object.part)
 	short := func(key string) string { return strings.ReplaceAll(key, whole.id.String(), "ID") }
-	for _, x := range []struct {
+	for i, x := range []struct {
 		name   string
 		damage func(c *checkedImage)
 		want   string // in the one error, or in each
@@ -420,6 +421,9 @@ func TestCheckDamage(t *testing.T) {
 		}, "", false, false},
 	} {
 		t.Run(x.name, func(t *testing.T) {
+			if i%8 > 0 {
+				racetest.Slow(t)
+			}
 			c := whole.copy(t)
 			x.damage(c)
 			before := fmt.Sprint(c.keys(""))
@@ -560,7 +564,7 @@ func (s *watchedStore) List(ctx context.Context, prefix string, fn func(string) 
 // between any two steps of a check makes no false alarm; and what is really
 // missing is found all the same.
 func TestCheckBesideOwner(t *testing.T) {
-	notShort(t)
+	racetest.Slow(t)
 	c := newCheckedImage(t)
 	h := newHost(t, "gamma", c.st, 3)
 	if err := h.open(c.id, false); err != nil {

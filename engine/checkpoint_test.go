@@ -12,6 +12,7 @@ import (
 	"github.com/lsd-ceph/lsd/backend"
 	"github.com/lsd-ceph/lsd/backend/faultstore"
 	"github.com/lsd-ceph/lsd/backend/mem"
+	"github.com/lsd-ceph/lsd/internal/racetest"
 )
 
 // TestCheckpointsAreIncremental: a checkpoint writes the parts of the map that have
@@ -131,6 +132,7 @@ func TestRecoveryIsBounded(t *testing.T) {
 // as it has begun, as one object with writes anywhere brings about. It does not all go into
 // one map object.
 func TestCheckpointOfBusyMap(t *testing.T) {
+	racetest.Slow(t)
 	const segments = 128
 	st := mem.New()
 	h, id := attached(t, st, CreateOptions{Size: segments * segmentSectors * SectorSize}, nil)

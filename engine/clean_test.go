@@ -12,6 +12,7 @@ import (
 	"github.com/lsd-ceph/lsd/backend"
 	"github.com/lsd-ceph/lsd/backend/faultstore"
 	"github.com/lsd-ceph/lsd/backend/mem"
+	"github.com/lsd-ceph/lsd/internal/racetest"
 )
 
 // TestVictimList compares the choice of victims with sorting all.
@@ -72,6 +73,7 @@ func TestVictimsAreAccepted(t *testing.T) {
 // TestCleaningRestoresOrder: what several writers have written side by side is in
 // longer runs after it has been cleaned, so that it is read with fewer requests.
 func TestCleaningRestoresOrder(t *testing.T) {
+	racetest.Slow(t)
 	st := mem.New()
 	h := newHost(t, "alpha", st, 1)
 	if err := h.open(newImageIn(t, st), false); err != nil {
@@ -125,6 +127,7 @@ func TestCleaningRestoresOrder(t *testing.T) {
 // lives, while all else works, keep neither writes nor the cleaning of others waiting.
 // They are cleaned when they can be read.
 func TestUnreadableVictims(t *testing.T) {
+	racetest.Slow(t)
 	for _, tt := range []struct {
 		name string
 		key  func(imageKey) bool
@@ -227,6 +230,7 @@ func BenchmarkChoose(b *testing.B) {
 // TestCleaningBesideDeadStore: images of a store that takes no objects keep those of
 // another from nothing.
 func TestCleaningBesideDeadStore(t *testing.T) {
+	racetest.Slow(t)
 	shared := NewShared(Limits{})
 	down := false
 	begin := func(name string, seed uint64, dies bool) (*host, func(int)) {
@@ -284,6 +288,7 @@ func TestCleaningBesideDeadStore(t *testing.T) {
 // TestCleaningBesideStuckReads: reads of one object that are never answered keep the
 // cleaner from nothing else.
 func TestCleaningBesideStuckReads(t *testing.T) {
+	racetest.Slow(t)
 	st := faultstore.New(mem.New())
 	id := newImageIn(t, st)
 	a := newHost(t, "alpha", st, 1)

@@ -5,12 +5,14 @@ import (
 	"time"
 
 	"github.com/lsd-ceph/lsd/backend/mem"
+	"github.com/lsd-ceph/lsd/internal/racetest"
 )
 
 // TestCutOffRecordsStayAway: a record that a recovery has cut off, because the one
 // before it was lost, does not come back in a later one that begins right in front of it,
 // over what was written, flushed and destaged since.
 func TestCutOffRecordsStayAway(t *testing.T) {
+	racetest.Slow(t)
 	tested := 0
 	for seed := range uint64(40) {
 		for _, power := range []bool{false, true} {

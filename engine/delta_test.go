@@ -12,6 +12,7 @@ import (
 	"github.com/lsd-ceph/lsd/backend/faultstore"
 	"github.com/lsd-ceph/lsd/backend/mem"
 	"github.com/lsd-ceph/lsd/internal/extmap"
+	"github.com/lsd-ceph/lsd/internal/racetest"
 )
 
 // storedAlone is a segment that checkpoints write, each of them into a map object of its
@@ -115,7 +116,7 @@ func TestDeltaOfAnything(t *testing.T) {
 // TestDeltaPays: what checkpoints of few changes put is a small part of what the segment
 // would be each time, and no more where deltas are of no use.
 func TestDeltaPays(t *testing.T) {
-	notShort(t)
+	racetest.Slow(t)
 	const blocks, rounds = segmentSectors / 8, 200
 	for _, x := range []struct {
 		name    string

@@ -399,7 +399,7 @@ func (b *branches) compare(from, to *View, was, is map[uint64]uint64) (more int)
 func TestDiffRandom(t *testing.T) {
 	seeds := 20
 	if testing.Short() {
-		seeds = 5
+		seeds = 2
 	}
 	moved, more, pairs := uint64(0), 0, 0
 	for seed := range uint64(seeds) {

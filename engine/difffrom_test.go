@@ -6,10 +6,12 @@ import (
 
 	"github.com/google/uuid"
 	"github.com/lsd-ceph/lsd/backend/mem"
+	"github.com/lsd-ceph/lsd/internal/racetest"
 )
 
 // TestDiffDataFrom: from some byte on there is what there is in all of it, and nothing else.
 func TestDiffDataFrom(t *testing.T) {
+	racetest.Slow(t)
 	const size = 192 << 20 // three segments
 	st := mem.New()
 	h, id := attached(t, st, CreateOptions{Size: size, ObjectSize: MinObjectSize}, nil)

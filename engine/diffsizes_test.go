@@ -94,7 +94,7 @@ func (b *sizedBranches) resize(blocks uint64) {
 func TestDiffRandomSizes(t *testing.T) {
 	seeds := 10
 	if testing.Short() {
-		seeds = 3
+		seeds = 1
 	}
 	for seed := range uint64(seeds) {
 		st := mem.New()

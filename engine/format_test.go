@@ -19,6 +19,7 @@ import (
 	"github.com/lsd-ceph/lsd/cache/writelog"
 	"github.com/lsd-ceph/lsd/internal/extmap"
 	"github.com/lsd-ceph/lsd/internal/frame"
+	"github.com/lsd-ceph/lsd/internal/racetest"
 )
 
 const fuzzSectors = 1 << 22
@@ -308,7 +309,7 @@ func TestManifestLimit(t *testing.T) {
 			}
 		}
 	}
-	if raceEnabled {
+	if racetest.Enabled {
 		return // which would touch all of what follows
 	}
 	st, m := mem.New(), &manifest{image: uuid.New(), epoch: 1, at: position{1, 1, 0}}

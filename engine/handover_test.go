@@ -12,6 +12,7 @@ import (
 	"github.com/lsd-ceph/lsd/backend"
 	"github.com/lsd-ceph/lsd/backend/faultstore"
 	"github.com/lsd-ceph/lsd/backend/mem"
+	"github.com/lsd-ceph/lsd/internal/racetest"
 )
 
 // pryingStore calls hook right before the n-th load of a superblock from now.
@@ -121,7 +122,7 @@ func TestLogIDTellsOwnershipsApart(t *testing.T) {
 // so many others were cut off after it that its point has gone, and so many have had
 // the image after these that nobody knows where its ownership ended.
 func TestForgottenOwnership(t *testing.T) {
-	notShort(t)
+	racetest.Slow(t)
 	st := mem.New()
 	id := newImageIn(t, st)
 	a := newHost(t, "alpha", st, 1)

@@ -20,6 +20,7 @@ import (
 	"github.com/lsd-ceph/lsd/backend/mem"
 	"github.com/lsd-ceph/lsd/cache/writelog"
 	"github.com/lsd-ceph/lsd/internal/extmap"
+	"github.com/lsd-ceph/lsd/internal/racetest"
 	"github.com/lsd-ceph/lsd/internal/simdisk"
 )
 
@@ -282,7 +283,8 @@ func (o *opened) read(tb testing.TB, n int, sector func(i int) uint64, each func
 // TestHugeImage opens 64 TiB that hold 1 TiB of random 4 KiB writes. What is
 // asserted is memory and loads; the time is told.
 func TestHugeImage(t *testing.T) {
-	if raceEnabled {
+	racetest.Slow(t)
+	if racetest.Enabled {
 		t.Log("under the race detector memory says nothing: only loads are counted")
 	}
 	st := newHugeStore(t, MaxSize)
@@ -293,7 +295,7 @@ func TestHugeImage(t *testing.T) {
 	if st.mapGets != 0 {
 		t.Errorf("opening loaded %d map segments", st.mapGets)
 	}
-	if !raceEnabled && (o.peak >= 64<<20 || o.heap >= 64<<20) {
+	if !racetest.Enabled && (o.peak >= 64<<20 || o.heap >= 64<<20) {
 		t.Errorf("opening took %.1f MiB, of which %.1f stay: more than 64", mib(o.peak), mib(o.heap))
 	}
 	loads, highest := 0, int64(0)

@@ -13,6 +13,7 @@ import (
 	"github.com/lsd-ceph/lsd/backend"
 	"github.com/lsd-ceph/lsd/backend/faultstore"
 	"github.com/lsd-ceph/lsd/backend/mem"
+	"github.com/lsd-ceph/lsd/internal/racetest"
 )
 
 // TestPrunedRollbackOnAPath: a rollback is remembered as long as a later one has gone back to
@@ -379,6 +380,7 @@ func (s *endingStore) Delete(ctx context.Context, key string) error {
 // TestCloningEnds: wherever the making of clones, or the removal of an image between two
 // others, ends or loses an answer, what is there is whole, and the rest can be removed.
 func TestCloningEnds(t *testing.T) {
+	racetest.Slow(t)
 	for _, dies := range []bool{false, true} {
 		more := true
 		for n := 1; more; n++ {

@@ -11,6 +11,7 @@ import (
 	"github.com/google/uuid"
 	"github.com/lsd-ceph/lsd/backend/mem"
 	"github.com/lsd-ceph/lsd/cache/writelog"
+	"github.com/lsd-ceph/lsd/internal/racetest"
 	"github.com/lsd-ceph/lsd/internal/simdisk"
 )
 
@@ -105,6 +106,7 @@ func overload(t *testing.T, paceFrom float64) *flood {
 // the log does not become full, and no write waits for long; without back-pressure
 // it does, and they do.
 func TestBackPressure(t *testing.T) {
+	racetest.Slow(t)
 	paced, free := overload(t, 0.5), overload(t, 1)
 	for what, f := range map[string]*flood{"with back-pressure": paced, "without": free} {
 		t.Logf("%s: %d writes in %v, the longest took %v, the log was filled up to %.2f", what, f.ended, f.env.now, f.longest, f.filled())
@@ -123,21 +125,12 @@ func TestBackPressure(t *testing.T) {
 // filled returns how much of the log was in use at most.
 func (f *flood) filled() float64 { return float64(f.fullest) / float64(f.im.log.Size()) }
 
-// notShort leaves a test of much work on one goroutine to the run that is not short, in which
-// the race detector does not make it slower many times over: make unit has both.
-func notShort(t *testing.T) {
-	t.Helper()
-	if testing.Short() {
-		t.Skip("not with -short")
-	}
-}
-
 // TestSpaceUnderOverload: where writes come faster than the store takes them for ever, and
 // the log is full of them, the image's objects take little more than they may, and writes go
 // on; also if most of what lives in the store has been written again in the log, or most of
 // the map is not in memory.
 func TestSpaceUnderOverload(t *testing.T) {
-	notShort(t)
+	racetest.Slow(t)
 	for _, x := range []struct {
 		objects uint64 // of the image
 		log     int64
@@ -186,7 +179,7 @@ func TestSpaceUnderOverload(t *testing.T) {
 // TestDebtIsPaidBesideWrites: where far more is dead than may be, as after a point has gone,
 // the space falls, and writes go on meanwhile.
 func TestDebtIsPaidBesideWrites(t *testing.T) {
-	notShort(t)
+	racetest.Slow(t)
 	const object = 1 << 20
 	st := mem.New()
 	id, err := Create(context.Background(), st, "disk", CreateOptions{Size: 128 * object, ObjectSize: object})
@@ -221,7 +214,7 @@ func TestDebtIsPaidBesideWrites(t *testing.T) {
 // TestCleaningsTakeTurns: images that are overloaded, and more of them than may be cleaned at
 // one time, all keep their space, and all go on.
 func TestCleaningsTakeTurns(t *testing.T) {
-	notShort(t)
+	racetest.Slow(t)
 	const object, images = 1 << 20, maxCleanings + 2
 	shared := NewShared(Limits{})
 	var all []*flood

@@ -11,6 +11,7 @@ import (
 	"github.com/lsd-ceph/lsd/backend"
 	"github.com/lsd-ceph/lsd/backend/faultstore"
 	"github.com/lsd-ceph/lsd/backend/mem"
+	"github.com/lsd-ceph/lsd/internal/racetest"
 )
 
 // miscounted is a small image that nobody has attached, whose checkpoint counts
@@ -188,6 +189,9 @@ func TestRepairInterrupted(t *testing.T) {
 		for k, step := range steps {
 			for _, attached := range []bool{false, true} { // before the second repair
 				t.Run(fmt.Sprintf("%s %d %s, attached %v", x.name, k, strings.ReplaceAll(step, "/", "."), attached), func(t *testing.T) {
+					if k > 0 {
+						racetest.Slow(t)
+					}
 					c := whole.copy(t)
 					n := -before - k
 					rep, err := c.repair(func(op faultstore.Op) faultstore.Fault {
@@ -246,7 +250,7 @@ func TestRepairLate(t *testing.T) {
 // repair has it, and the repair says so; another repair that comes in between is no
 // worse.
 func TestRepairBesideOthers(t *testing.T) {
-	notShort(t)
+	racetest.Slow(t)
 	whole := newMiscounted(t)
 	before, steps := whole.steps(t)
 	for _, x := range []struct {

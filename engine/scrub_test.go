@@ -10,6 +10,7 @@ import (
 	"github.com/lsd-ceph/lsd/backend"
 	"github.com/lsd-ceph/lsd/backend/faultstore"
 	"github.com/lsd-ceph/lsd/backend/mem"
+	"github.com/lsd-ceph/lsd/internal/racetest"
 )
 
 // newScrubbed returns a host that has an image of some MiB open, and scrubs it at
@@ -136,6 +137,7 @@ func TestScrubYields(t *testing.T) {
 // TestScrubBesideCleaner: objects that the cleaner deletes under the scrub are no
 // errors, and a pass that an image's end cuts short leaves no share taken.
 func TestScrubBesideCleaner(t *testing.T) {
+	racetest.Slow(t)
 	h := newScrubbed(t, mem.New())
 	h.shared.Scrub.Set(64 << 20)
 	rng := rand.New(rand.NewPCG(5, 5))

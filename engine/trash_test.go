@@ -11,6 +11,7 @@ import (
 	"github.com/google/uuid"
 	"github.com/lsd-ceph/lsd/backend"
 	"github.com/lsd-ceph/lsd/backend/mem"
+	"github.com/lsd-ceph/lsd/internal/racetest"
 )
 
 // filledIn returns an image of the name disk that has a snapshot, and is not attached.
@@ -330,7 +331,7 @@ func (s *betweenStore) Swap(ctx context.Context, key string, old backend.Version
 // removed; its data is there as long as it is not; what nobody has the right to remove stays; and
 // of a removal that was refused, or a restoration that was not, the image is there in the end.
 func TestTrashRaces(t *testing.T) {
-	notShort(t)
+	racetest.Slow(t)
 	ops := []string{"move", "move for long", "restore", "restore other", "remove", "remove early", "rename", "rm", "restore and move for long"}
 	for _, trash := range []bool{false, true} {
 		for _, a := range ops {

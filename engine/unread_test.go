@@ -15,6 +15,7 @@ import (
 	"github.com/lsd-ceph/lsd/backend"
 	"github.com/lsd-ceph/lsd/backend/faultstore"
 	"github.com/lsd-ceph/lsd/backend/mem"
+	"github.com/lsd-ceph/lsd/internal/racetest"
 )
 
 // unreadImage is an image on host a whose segment 0 has changed since the last checkpoint and
@@ -303,6 +304,7 @@ func TestEvictedWithDamagedMap(t *testing.T) {
 // TestCloseWaitsForStore: a part of the map, or a store, that does not answer is waited for, and
 // the image is closed with a checkpoint when it does; or without one, some time after another host has asked for the image.
 func TestCloseWaitsForStore(t *testing.T) {
+	racetest.Slow(t)
 	part := faultstore.All(faultstore.Method(faultstore.Get), faultstore.Key("*/m/*"))
 	refused := &backend.Error{Op: "any", Class: backend.ErrPermanent, Cause: errors.New("it has lost its marker")}
 	for name, c := range map[string]struct {

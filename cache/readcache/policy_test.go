@@ -4,6 +4,8 @@ import (
 	"container/list"
 	"math/rand/v2"
 	"testing"
+
+	"github.com/lsd-ceph/lsd/internal/racetest"
 )
 
 // A trace yields the blocks that are asked for, one after another.
@@ -115,6 +117,7 @@ func hitRatio(n int, t trace, access func(uint64) bool) float64 {
 // TestBeatsLRU: with scans between, and on loops, S3-FIFO keeps what is used again
 // where an LRU of the same size loses it; elsewhere it is as good.
 func TestBeatsLRU(t *testing.T) {
+	racetest.Slow(t)
 	for name, least := range map[string]float64{
 		"zipf 1.1":             1.0,
 		"zipf 1.01":            1.0,

@@ -10,6 +10,7 @@ import (
 	"testing"
 
 	"github.com/google/uuid"
+	"github.com/lsd-ceph/lsd/internal/racetest"
 	"github.com/lsd-ceph/lsd/internal/simdisk"
 )
 
@@ -86,7 +87,12 @@ var pattern = func() (p [Sector]byte) {
 // holds everything that was durable, or completed if only the process died.
 func TestCrashes(t *testing.T) {
 	for seed := range uint64(10) {
-		t.Run(fmt.Sprint(seed), func(t *testing.T) { crashes(t, seed) })
+		t.Run(fmt.Sprint(seed), func(t *testing.T) {
+			if seed > 0 {
+				racetest.Slow(t)
+			}
+			crashes(t, seed)
+		})
 	}
 }
 
@@ -330,6 +336,7 @@ func TestCreateOverOldLog(t *testing.T) {
 }
 
 func TestHoldKeepsSegment(t *testing.T) {
+	racetest.Slow(t)
 	d := newDisk(t, rand.New(rand.NewPCG(3, 3)))
 	l := start(t, d, &client{}, Start{Seq: 1}, nil)
 	w := written{n: 1, count: MaxData / Sector}

@@ -21,6 +21,7 @@ import (
 	"github.com/lsd-ceph/lsd/cache/writelog"
 	"github.com/lsd-ceph/lsd/engine"
 	"github.com/lsd-ceph/lsd/internal/api"
+	"github.com/lsd-ceph/lsd/internal/racetest"
 	"github.com/lsd-ceph/lsd/internal/uring"
 	"golang.org/x/sys/unix"
 )
@@ -37,7 +38,7 @@ const (
 // crowdSize is a hundred images, or a few where the race detector makes them
 // slow and hides what they cost.
 func crowdSize() int {
-	if raceEnabled {
+	if racetest.Enabled {
 		return 20
 	}
 	return 100
@@ -213,7 +214,7 @@ func TestHundredImages(t *testing.T) {
 	for _, id := range c.ids { // they work on
 		c.write(id, written)
 	}
-	if raceEnabled {
+	if racetest.Enabled {
 		return // the detector's own memory is most of it
 	}
 	if n := (used.rss - before.rss) / images; n < written<<20 {
@@ -435,7 +436,7 @@ func TestBusyImages(t *testing.T) {
 	const object = engine.DefaultObjectSize + 1<<20 // and its header
 	limit := images*(logMemory+idleImage) + max(objects, images*object) + 16<<20
 	t.Logf("%d images, %d MiB written to each: %d MiB at most, %d allowed", images, written, (most-before.rss)>>20, limit>>20)
-	if !raceEnabled && most-before.rss > limit {
+	if !racetest.Enabled && most-before.rss > limit {
 		t.Errorf("%d MiB, %d are allowed", (most-before.rss)>>20, limit>>20)
 	}
 }

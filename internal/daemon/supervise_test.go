@@ -12,6 +12,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/lsd-ceph/lsd/internal/racetest"
 	"golang.org/x/sys/unix"
 )
 
@@ -104,7 +105,7 @@ func TestSuperviseRestarts(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if took := time.Unix(0, ns).Sub(killed); took > 200*time.Millisecond && !raceEnabled {
+		if took := time.Unix(0, ns).Sub(killed); took > 200*time.Millisecond && !racetest.Enabled {
 			t.Errorf("started again after %v", took)
 		}
 	}

@@ -18,6 +18,7 @@ import (
 	"github.com/lsd-ceph/lsd/backend/mem"
 	"github.com/lsd-ceph/lsd/engine"
 	"github.com/lsd-ceph/lsd/internal/inproc"
+	"github.com/lsd-ceph/lsd/internal/racetest"
 )
 
 // original is an image that is copied.
@@ -157,6 +158,9 @@ func TestCopy(t *testing.T) {
 	for _, clone := range []bool{false, true} {
 		for _, headOnly := range []bool{false, true} {
 			t.Run(fmt.Sprintf("clone %v, head %v", clone, headOnly), func(t *testing.T) {
+				if !clone || headOnly {
+					racetest.Slow(t)
+				}
 				t.Parallel()
 				src := newOriginal(t, 1, clone)
 				if err := engine.SetMetadata(t.Context(), src.st, src.id, "k", "v"); err != nil {
@@ -208,6 +212,9 @@ func TestCopyKilled(t *testing.T) {
 	}
 	for seed := range seeds {
 		t.Run(fmt.Sprint(seed), func(t *testing.T) {
+			if seed > 0 {
+				racetest.Slow(t)
+			}
 			t.Parallel()
 			src := newOriginal(t, seed, seed%4 == 3)
 			dst := mem.New()
@@ -327,6 +334,9 @@ func TestCopyResumed(t *testing.T) {
 		"head only at first": {at: "s0", head: true, anew: true},
 	} {
 		t.Run(name, func(t *testing.T) {
+			if name != "nothing" && name != "written to" {
+				racetest.Slow(t)
+			}
 			t.Parallel()
 			src := newOriginal(t, 5, false)
 			dst := mem.New()
@@ -365,6 +375,7 @@ func (o *original) remove(name string) {
 // TestCopyCollected: a copy that was interrupted, and collected, is begun anew; another
 // command at it is refused.
 func TestCopyCollected(t *testing.T) {
+	racetest.Slow(t)
 	src := newOriginal(t, 6, false)
 	dst := mem.New()
 	u := src.interrupted(dst, "s1", copying())
@@ -500,6 +511,7 @@ func mustRemove(t *testing.T, st backend.Store, name string) {
 // TestCopyLate: a command that comes to a copy when another one has brought it to its end, and
 // somebody uses it, leaves it alone.
 func TestCopyLate(t *testing.T) {
+	racetest.Slow(t)
 	src := newOriginal(t, 8, false)
 	dst := mem.New()
 	u := src.interrupted(dst, "s1", copying())
@@ -535,6 +547,7 @@ func TestCopyLate(t *testing.T) {
 // TestCopyWholeTaken: what is to be copied as a whole is not taken for done because a copy of that
 // name was made before, whose snapshot is still there.
 func TestCopyWholeTaken(t *testing.T) {
+	racetest.Slow(t)
 	src, dst := newOriginal(t, 1, false), mem.New()
 	made, err := Copy(t.Context(), src.st, src.id, dst, "new", copying())
 	if err != nil {

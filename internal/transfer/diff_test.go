@@ -15,6 +15,7 @@ import (
 	"github.com/lsd-ceph/lsd/backend/mem"
 	"github.com/lsd-ceph/lsd/engine"
 	"github.com/lsd-ceph/lsd/internal/inproc"
+	"github.com/lsd-ceph/lsd/internal/racetest"
 	"github.com/lsd-ceph/lsd/internal/rbddiff"
 )
 
@@ -109,6 +110,7 @@ func padded(disk []byte) []byte {
 // TestApplyChain: diffs that follow one another, with sizes that go up and down, give all the
 // states, and each fits the image after the one before alone.
 func TestApplyChain(t *testing.T) {
+	racetest.Slow(t)
 	rng := rand.New(rand.NewPCG(1, 1))
 	st := mem.New()
 	id := blank(t, st, 4<<20)
@@ -157,6 +159,7 @@ func TestApplyChain(t *testing.T) {
 // TestApplyMoved: where data has come to another place since the snapshot, as by the cleaner,
 // and is the same, the image is what the diff begins with.
 func TestApplyMoved(t *testing.T) {
+	racetest.Slow(t)
 	st := mem.New()
 	id := blank(t, st, 4<<20)
 	disk := contents(4<<20, 1)
@@ -194,6 +197,7 @@ func TestApplyMoved(t *testing.T) {
 // TestApplyEnd: what is beyond a disk that has become smaller, in its last block, is gone, and
 // does not come back when it grows.
 func TestApplyEnd(t *testing.T) {
+	racetest.Slow(t)
 	for _, size := range []uint64{1<<20 + 1, 1<<20 + 512, 1<<20 + 1000, 1<<20 + 4095} {
 		st := mem.New()
 		id := blank(t, st, 2<<20)
@@ -213,6 +217,7 @@ func TestApplyEnd(t *testing.T) {
 
 // TestApplyRefused: what does not fit changes nothing.
 func TestApplyRefused(t *testing.T) {
+	racetest.Slow(t)
 	st := mem.New()
 	id := blank(t, st, 4<<20)
 	write := func(b byte) {
@@ -302,6 +307,7 @@ func TestApplyTooLarge(t *testing.T) {
 // TestApplyCut: of a file that is cut off the message says so; a rollback brings the image
 // back, and so does to apply all of it.
 func TestApplyCut(t *testing.T) {
+	racetest.Slow(t)
 	rng := rand.New(rand.NewPCG(3, 1))
 	st := mem.New()
 	id := blank(t, st, 4<<20)

@@ -18,6 +18,7 @@ import (
 	"github.com/lsd-ceph/lsd/backend/mem"
 	"github.com/lsd-ceph/lsd/engine"
 	"github.com/lsd-ceph/lsd/internal/inproc"
+	"github.com/lsd-ceph/lsd/internal/racetest"
 )
 
 // disk is a Source of what is in memory, with holes left out where known is set.
@@ -131,7 +132,7 @@ func mustBeClean(t *testing.T, st backend.Store, name string) {
 }
 
 func TestImport(t *testing.T) {
-	for _, x := range []struct {
+	for i, x := range []struct {
 		size, ask, want uint64
 		block           uint32
 	}{
@@ -144,6 +145,9 @@ func TestImport(t *testing.T) {
 	} {
 		for _, known := range []bool{true, false} {
 			t.Run(fmt.Sprintf("%d of %d, %v", x.size, x.ask, known), func(t *testing.T) {
+				if i > 0 {
+					racetest.Slow(t)
+				}
 				t.Parallel()
 				st := mem.New()
 				d := &disk{data: contents(int(x.size), 1), known: known}

@@ -15,6 +15,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/lsd-ceph/lsd/internal/racetest"
 	"github.com/lsd-ceph/lsd/internal/reactor"
 	"github.com/lsd-ceph/lsd/librbd/ring/ringtest"
 	"golang.org/x/sys/unix"
@@ -480,7 +481,7 @@ func openFiles(t testing.TB) int {
 
 // TestNothingAllocated: a request costs no memory.
 func TestNothingAllocated(t *testing.T) {
-	if raceEnabled {
+	if racetest.Enabled {
 		t.Skip("the race detector allocates")
 	}
 	k := newRig(t, 32, handler{
