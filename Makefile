@@ -10,6 +10,8 @@ STORE        ?= file
 SEEDS        ?= 500
 FIRST        ?= 0
 FUZZTIME     ?= 30s
+# Says what is being done, and how long it took.
+STAGE        := scripts/stage
 export CGO_ENABLED := 1
 
 .PHONY: help
@@ -34,36 +36,37 @@ setup: ## install what building, tests and lab need (Debian 12, as root)
 
 .PHONY: check
 check: ## gofmt, vet, staticcheck, for every build tag
-	@echo "== gofmt, vet, staticcheck"
 	@unformatted=$$(gofmt -l $$(git ls-files '*.go')); test -z "$$unformatted" || { echo "not gofmt'ed: $$unformatted" >&2; exit 1; }
-	go vet $(GOFLAGS_LINK) -tags lab,ublk,e2e,invariants,mutate ./...
-	go run $(STATICCHECK) -tags lab,ublk,e2e,invariants,mutate ./...
+	$(STAGE) "vet" go vet $(GOFLAGS_LINK) -tags lab,ublk,e2e,invariants,mutate ./...
+	$(STAGE) "staticcheck" go run $(STATICCHECK) -tags lab,ublk,e2e,invariants,mutate ./...
+
+# Those with tests that the race detector does not see in the short form: see internal/racetest.
+slow_packages = $(shell git grep -l 'racetest\.Slow(t)' -- '*_test.go' | xargs -n1 dirname | sort -u | sed 's|^|./|')
 
 .PHONY: unit
-unit: ## unit tests with the race detector, in short where there is a long form below, simulation and fuzz seeds included
-	@echo "== unit tests"
-	go test $(GOFLAGS_LINK) -race -short -timeout 20m $$(go list ./... | grep -v /tests/bench)
-	go test $(GOFLAGS_LINK) -timeout 15m ./tests/bench
-	@echo "== simulation"
-	go test $(GOFLAGS_LINK) -tags invariants -timeout 15m -run 'Crashes|Replays|DeepClones|Reverts|Histories|Resize|DiffRandom|Killed|UnderOverload|DebtIsPaid|TakeTurns|DeltaPays|CheckBesideOwner|ForgottenOwnership|RepairBesideOthers|TrashRaces' ./engine ./cache/writelog ./internal/transfer
-	$(MAKE) sim SEEDS=1000
-	$(MAKE) sim-mutations
-	@echo "== what a hundred images cost"
-	go test $(GOFLAGS_LINK) -count=1 -run 'Hundred|Hung' -v ./internal/daemon
+unit: ## unit tests: all with the race detector, in short; whole packages without it where it leaves tests out; simulation and fuzz seeds
+	$(STAGE) "unit tests with the race detector" go test $(GOFLAGS_LINK) -race -short -timeout 20m $$(go list ./... | grep -v /tests/bench)
+	$(STAGE) "whole packages without it" go test $(GOFLAGS_LINK) -tags invariants -timeout 15m $(slow_packages)
+	$(STAGE) "tests of the benchmarks" go test $(GOFLAGS_LINK) -timeout 15m ./tests/bench
+	$(STAGE) "simulation" $(MAKE) --no-print-directory sim SEEDS=1000
+	$(STAGE) "simulation of planted bugs" $(MAKE) --no-print-directory sim-mutations
+	$(STAGE) "what a hundred images cost" go test $(GOFLAGS_LINK) -count=1 -run 'Hundred|Hung' -v ./internal/daemon
+
+.PHONY: race
+race: ## everything that is not in a VM or on Ceph with the race detector, long form
+	$(STAGE) "all tests with the race detector" go test $(GOFLAGS_LINK) -race -timeout 0 $$(go list ./... | grep -v /tests/bench)
 
 .PHONY: lab
 lab: ## the stores' conformance suite, fencing, and diffs from and to rbd, on a real Ceph cluster
-	@echo "== stores on real Ceph"
-	go test $(GOFLAGS_LINK) -tags lab -timeout 10m ./backend/...
-	go test $(GOFLAGS_LINK) -tags lab -timeout 5m -run RADOS ./engine
-	go test $(GOFLAGS_LINK) -tags lab -timeout 5m -run RBD ./cmd/lsdctl
+	$(STAGE) "stores on real Ceph" go test $(GOFLAGS_LINK) -tags lab -timeout 10m ./backend/...
+	$(STAGE) "fencing on real Ceph" go test $(GOFLAGS_LINK) -tags lab -timeout 5m -run RADOS ./engine
+	$(STAGE) "diffs from and to rbd" go test $(GOFLAGS_LINK) -tags lab -timeout 5m -run RBD ./cmd/lsdctl
 
 .PHONY: vm
 vm: build ## ublk and end-to-end tests on kernels 6.12 and 7.2, short form
-	@for k in 6.12 7.2; do echo "== ublk on kernel $$k"; \
+	@for k in 6.12 7.2; do scripts/stage "ublk on kernel $$k" \
 	  go test $(GOFLAGS_LINK) -tags ublk -count=1 -exec "$(CURDIR)/scripts/vm --kernel $$k --timeout 600 --" ./ublk || exit 1; done
-	@echo "== end to end on real ublk kernels"
-	scripts/e2e --short
+	$(STAGE) "end to end on real ublk kernels" scripts/e2e --short
 
 .PHONY: vm-long
 vm-long: build ## the same, long form
@@ -126,11 +129,9 @@ bench-scale: ## opening images up to 64 TiB: time and memory against size, objec
 
 .PHONY: librbd
 librbd: build ## the C library's own tests, with ASan and UBSan, then fio, QEMU and kills on a directory and on Ceph
-	@echo "== the C library by itself"
-	$(MAKE) --no-print-directory -C librbd SAN=1 test
+	$(STAGE) "the C library by itself" $(MAKE) --no-print-directory -C librbd SAN=1 test
 	go test $(GOFLAGS_LINK) -count=1 -run Alloc -v ./librbd/ring
-	@echo "== unchanged programs on the C library"
-	go test $(GOFLAGS_LINK) -tags lab -count=1 -short -timeout 15m ./tests/librbd
+	$(STAGE) "unchanged programs on the C library" go test $(GOFLAGS_LINK) -tags lab -count=1 -short -timeout 15m ./tests/librbd
 
 .PHONY: librbd-long
 librbd-long: build ## the same programs, long form: guests and resizes on Ceph as well
