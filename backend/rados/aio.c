@@ -3,6 +3,11 @@
 
 #include <malloc.h>
 
+// What is free, such as librados' copies of objects, is kept up to so many bytes: the kernel
+// must find and clear the pages of each anew otherwise, which costs more than all else that a
+// put costs here.
+#define KEPT (64 << 20)
+
 static const char attr_name[] = "lsd.version";
 
 // A thread of librados calls this.
@@ -12,9 +17,18 @@ static void complete(rados_completion_t c, void *arg)
 	lsdRadosDone(((struct lsd_op *)arg)->handle);
 }
 
-void lsd_bound_malloc(void)
+// The C library is told before there are threads, each of which would have a heap of its own:
+// what is free has then one end, which can be given back also where memory is locked (mlock(2)).
+__attribute__((constructor)) static void bound_malloc(void)
 {
-	mallopt(M_MMAP_THRESHOLD, 128 << 10);
+	mallopt(M_MMAP_THRESHOLD, 32 << 20);
+	mallopt(M_TRIM_THRESHOLD, KEPT);
+	mallopt(M_ARENA_MAX, 1);
+}
+
+void lsd_trim(void)
+{
+	malloc_trim(0);
 }
 
 void *lsd_alloc(size_t len)

@@ -25,9 +25,6 @@ func lsdRadosDone(handle C.uintptr_t) {
 	close(done)
 }
 
-// boundMalloc keeps memory that librados has freed from staying in the process.
-func boundMalloc() { C.lsd_bound_malloc() }
-
 // do is doIn for an operation on data.
 func (l *link) do(ctx context.Context, len int, submit func(C.rados_ioctx_t, *C.struct_lsd_op) C.int, result func(op *C.struct_lsd_op, ret int)) (int, error) {
 	return l.doIn(ctx, l.cluster.slots, len, submit, result)
@@ -38,7 +35,7 @@ func (l *link) do(ctx context.Context, len int, submit func(C.rados_ioctx_t, *C.
 // what the operation returned, which is negative errno if it failed, or the error of
 // ctx; then the operation was cancelled, which it may have been too late for.
 //
-// The operation's own memory is len bytes of buffer, and lives until librados
+// The operation's own memory is len bytes of C's memory, and lives until librados
 // is through with it, however long that takes. Until then it also holds its
 // slot, so that operations that nobody waits for are bounded too.
 func (l *link) doIn(ctx context.Context, slots chan struct{}, len int, submit func(C.rados_ioctx_t, *C.struct_lsd_op) C.int, result func(op *C.struct_lsd_op, ret int)) (int, error) {
@@ -54,7 +51,8 @@ func (l *link) doIn(ctx context.Context, slots chan struct{}, len int, submit fu
 	l.running.Add(1)
 	done := make(chan struct{})
 	h := cgo.NewHandle(done)
-	buf := l.cluster.buffers.take(len)
+	l.cluster.memory.use(len)
+	buf := alloc(len)
 	var op *C.struct_lsd_op
 	if buf != nil || len == 0 {
 		op = C.lsd_op_new(C.uintptr_t(h), buf, C.size_t(len))
@@ -63,7 +61,7 @@ func (l *link) doIn(ctx context.Context, slots chan struct{}, len int, submit fu
 		if op != nil {
 			C.lsd_op_free(op)
 		}
-		l.cluster.buffers.give(buf, len)
+		free(buf)
 		<-slots
 		l.running.Done()
 	}
@@ -97,6 +95,7 @@ func (l *link) doIn(ctx context.Context, slots chan struct{}, len int, submit fu
 }
 
 func (l *link) put(ctx context.Context, oid string, data []byte) (int, error) {
+	l.cluster.memory.use(len(data)) // that librados copies them to
 	return l.do(ctx, 0, func(io C.rados_ioctx_t, op *C.struct_lsd_op) C.int {
 		name := C.CString(oid)
 		defer C.free(unsafe.Pointer(name))

@@ -24,10 +24,8 @@ struct lsd_op {
 	int rval_read, rval_stat, rval_xattrs;
 };
 
-// lsd_bound_malloc makes the C library give large buffers, such as librados' copies
-// of objects, back to the system when they are freed. By itself it learns to keep
-// up to 32 MiB of each, and where memory is locked it cannot give them back later.
-void lsd_bound_malloc(void);
+// lsd_trim gives free memory back to the system.
+void lsd_trim(void);
 
 // lsd_alloc is malloc, of which cgo's own form ends the process when there is no memory.
 void *lsd_alloc(size_t len);

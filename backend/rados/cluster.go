@@ -63,7 +63,7 @@ type cluster struct {
 	leases   chan struct{} // of operations in flight on objects that change
 	blocking chan struct{} // of blocking calls in flight
 	asking   chan struct{} // held while the monitors are asked for the newest map
-	buffers  buffers       // of operations
+	memory   trimmer       // of operations
 }
 
 // acquire returns the connection for key, and makes it if there is none. The
@@ -136,7 +136,7 @@ func (cs *Clusters) release(c *cluster) {
 	cs.mu.Unlock()
 	if last && c.conn != nil {
 		c.conn.Shutdown()
-		c.buffers.end()
+		c.memory.end()
 	}
 }
 
@@ -187,7 +187,6 @@ func (c *cluster) failed() bool {
 
 // connect makes a connection.
 func connect(key clusterKey) (*rados.Conn, error) {
-	boundMalloc()
 	newConn := rados.NewConn
 	if key.id != "" {
 		newConn = func() (*rados.Conn, error) { return rados.NewConnWithUser(key.id) }
