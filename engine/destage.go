@@ -233,8 +233,8 @@ func (im *Image) bufferSize() int { return int(im.object)*SectorSize + 128<<10 }
 
 // buffer returns n bytes for an object, perhaps used before. Workers call it.
 func (im *Image) buffer(n int) []byte {
-	if p, _ := im.shared.buffers.Get().(*[]byte); p != nil && cap(*p) >= n {
-		return (*p)[:n]
+	if b := im.shared.buffers.take(n); b != nil {
+		return b
 	}
 	return make([]byte, n, max(n, im.bufferSize()))
 }
@@ -304,9 +304,8 @@ func (im *Image) putOne(b *batch, o *builtObject) {
 // stored says that all of b's objects are in the store.
 func (im *Image) stored(b *batch) {
 	b.state = batchDurable
-	buf := b.buf[:0]
+	im.shared.buffers.give(b.buf)
 	b.buf = nil
-	im.shared.buffers.Put(&buf)
 	im.giveMemory(b)
 	im.advance()
 }
