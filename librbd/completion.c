@@ -12,7 +12,7 @@
  * Of all handles: who releases a completion need not know whether its handle still is.
  * Taken for handles with set_image_notification only.
  */
-static pthread_mutex_t event_lock = PTHREAD_MUTEX_INITIALIZER;
+static pthread_mutex_t event_lock = PTHREAD_ADAPTIVE_MUTEX_INITIALIZER_NP;
 
 unsigned fork_generation;
 
@@ -68,12 +68,13 @@ static void unlink_event(struct completion *c)
 	c->queued = false;
 }
 
-/* One event for one completion; none for one that its callback has released. */
+/*
+ * One event for one completion; none for one that its callback has released. The program is
+ * told by events_tell.
+ */
 static void event_add(struct completion *c)
 {
 	struct image *h;
-	uint64_t one = 1;
-	int fd = -1, type = 0;
 
 	pthread_mutex_lock(&event_lock);
 	h = c->events;
@@ -82,14 +83,44 @@ static void event_add(struct completion *c)
 		*(h->event_last ? &h->event_last->next : &h->event_first) = c;
 		h->event_last = c;
 		c->queued = true;
-		fd = atomic_load(&h->event_fd);
-		type = h->event_type;
+		h->events_due++;
 	}
 	pthread_mutex_unlock(&event_lock);
+}
+
+/* Writes n events to a pipe, one byte for each, or to an eventfd, whose count they add to. */
+static void event_write(int fd, int type, uint64_t n)
+{
+	static const char bytes[64];
+
+	while (n > 0) {
+		size_t run = n < sizeof bytes ? n : sizeof bytes;
+		ssize_t done = type == EVENT_TYPE_PIPE ? write(fd, bytes, run) :
+							 write(fd, &n, sizeof n);
+
+		if (done < 0 && errno == EINTR)
+			continue;
+		if (done <= 0 || type != EVENT_TYPE_PIPE)
+			return;
+		n -= (uint64_t)done;
+	}
+}
+
+void events_tell(struct image *h)
+{
+	uint64_t n;
+	int fd, type;
+
+	if (h->events_due == 0)
+		return;
+	pthread_mutex_lock(&event_lock);
+	n = h->events_due;
+	h->events_due = 0;
+	fd = atomic_load(&h->event_fd);
+	type = h->event_type;
+	pthread_mutex_unlock(&event_lock);
 	if (fd >= 0)
-		while (write(fd, &one, type == EVENT_TYPE_PIPE ? 1 : sizeof one) < 0 &&
-		       errno == EINTR)
-			;
+		event_write(fd, type, n);
 }
 
 void completion_end(struct completion *c, ssize_t value)

@@ -212,9 +212,11 @@ static struct image *image_new(const char *store)
 
 	if (!h)
 		return NULL;
-	pthread_mutex_init(&h->lock, NULL);
-	/* Whoever asks from inside a progress callback gets an error. */
 	pthread_mutexattr_init(&attr);
+	/* It is held for as long as a copy takes: to sleep takes longer. */
+	pthread_mutexattr_settype(&attr, PTHREAD_MUTEX_ADAPTIVE_NP);
+	pthread_mutex_init(&h->lock, &attr);
+	/* Whoever asks from inside a progress callback gets an error. */
 	pthread_mutexattr_settype(&attr, PTHREAD_MUTEX_ERRORCHECK);
 	pthread_mutex_init(&h->control, &attr);
 	pthread_mutexattr_destroy(&attr);

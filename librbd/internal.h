@@ -338,6 +338,7 @@ void completion_init(struct completion *c, rbd_callback_t fn, void *arg);
 int completion_use(struct completion *c);
 void completion_end(struct completion *c, ssize_t value); /* in a thread of ours */
 ssize_t completion_wait(struct completion *c);
+void events_tell(struct image *h); /* tells the program of its events; in the handle's thread */
 void events_drop(struct image *h); /* forgets what poll_io_events has not been asked for */
 void events_after_fork(void);
 
@@ -415,6 +416,7 @@ struct image {
 	int wake;            /* eventfd: something for the thread in the lists above */
 	_Atomic int event_fd; /* of set_image_notification, -1: none */
 	int event_type;      /* event_lock */
+	uint64_t events_due; /* of which the program has not been told; the thread's */
 	struct completion *event_first, *event_last; /* event_lock */
 
 	/* set at open, then constant but for the thread at a change of the snapshot (lock) */

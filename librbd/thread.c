@@ -434,6 +434,7 @@ static void batch_end(struct image *h, struct batch *b)
 		if (--r->left == 0)
 			end(r);
 	}
+	events_tell(h);
 }
 
 /* Gives back the tags and the room of what has ended, and asks about what came too late. */
@@ -465,12 +466,13 @@ static void batch_give(struct image *h, struct batch *b)
 	b->n = 0;
 }
 
-static void end_list(struct list *l)
+static void end_list(struct image *h, struct list *l)
 {
 	struct request *r;
 
 	while ((r = list_take(l)))
 		end(r);
+	events_tell(h);
 }
 
 /* Nothing has begun and not ended. */
@@ -554,6 +556,7 @@ static void die(struct image *h, int error)
 		r->error = error;
 		end(r);
 	}
+	events_tell(h);
 }
 
 static int64_t reconnect_ms(void)
@@ -670,7 +673,7 @@ static int64_t waiting_ms(struct image *h, int64_t limit, int64_t *since)
 		  h->asking || h->change;
 	closing = h->closing;
 	pthread_mutex_unlock(&h->lock);
-	end_list(&failed);
+	end_list(h, &failed);
 
 	if (!waiting) {
 		*since = 0;
@@ -863,7 +866,7 @@ static bool turn(struct image *h, struct batch *b)
 	close = n == 0 && !failed.first && !h->change && h->closing && idle(h);
 	pthread_mutex_unlock(&h->lock);
 
-	end_list(&failed);
+	end_list(h, &failed);
 	batch_end(h, b);
 	if (watch)
 		watches_call(h);
