@@ -1,0 +1,35 @@
+package engine
+
+import "testing"
+
+// TestObjectBuffers: a buffer is used again where it is large enough, and no more are kept than are
+// allowed, nor any once they are dropped.
+func TestObjectBuffers(t *testing.T) {
+	s := NewShared(Limits{})
+	p := &s.buffers
+	if p.take(1) != nil {
+		t.Error("a buffer out of nothing")
+	}
+	small, large := make([]byte, 4096), make([]byte, 1<<20)
+	p.give(small)
+	p.give(large)
+	if b := p.take(1 << 20); len(b) != 1<<20 || &b[0] != &large[0] {
+		t.Errorf("%d bytes, which are not those that were given", len(b))
+	}
+	if b := p.take(4097); b != nil {
+		t.Errorf("a buffer of %d bytes for 4097", cap(b))
+	}
+	if b := p.take(100); len(b) != 100 || &b[0] != &small[0] {
+		t.Errorf("%d bytes, which are not those that were given", len(b))
+	}
+	for range maxKeptBuffers>>20 + 5 {
+		p.give(make([]byte, 1<<20))
+	}
+	if p.kept != maxKeptBuffers || len(p.free) != maxKeptBuffers>>20 {
+		t.Errorf("%d buffers of %d bytes are kept", len(p.free), p.kept)
+	}
+	s.DropBuffers()
+	if p.kept != 0 || p.take(1) != nil {
+		t.Errorf("%d bytes are kept", p.kept)
+	}
+}
