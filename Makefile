@@ -10,6 +10,7 @@ STORE        ?= file
 SEEDS        ?= 500
 FIRST        ?= 0
 FUZZTIME     ?= 30s
+ROUNDS       ?= 5
 # Says what is being done, and how long it took.
 STAGE        := scripts/stage
 export CGO_ENABLED := 1
@@ -122,6 +123,11 @@ bench-latency: ## latency of writes with and without the cleaner, and under over
 .PHONY: bench-read
 bench-read: ## reads through the engine and its read cache beside the store alone: a directory, and Ceph
 	go test $(GOFLAGS_LINK) -tags lab -run xxx -bench ReadPath -benchtime 1x -timeout 0 ./tests/bench
+
+.PHONY: bench-librbd
+bench-librbd: build ## fio on the C library beside Ceph's librbd and a plain file, on one lab cluster (ROUNDS=5)
+	go test $(GOFLAGS_LINK) -tags lab -run xxx -bench BesideLibrbd -benchtime 1x -timeout 0 -v ./tests/librbd -bench.rounds $(ROUNDS) -bench.out $(CURDIR)/docs/benchmarks
+	go run ./tests/bench/plot docs/benchmarks/librbd-*.json
 
 .PHONY: bench-scale
 bench-scale: ## opening images up to 64 TiB: time and memory against size, objects and log

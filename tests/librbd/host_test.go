@@ -27,7 +27,7 @@ import (
 func TestMain(m *testing.M) { os.Exit(cephtest.Main(m, 400, "bluestore")) }
 
 // program returns the path of one of those that make build has made.
-func program(t *testing.T, name string) string {
+func program(t testing.TB, name string) string {
 	t.Helper()
 	path, err := filepath.Abs(filepath.Join("../../bin", name))
 	if err != nil {
@@ -38,7 +38,7 @@ func program(t *testing.T, name string) string {
 
 // A host is a state directory, and the daemon on it.
 type host struct {
-	t     *testing.T
+	t     testing.TB
 	dir   string
 	store string // URL
 	pool  string // what programs call the store
@@ -67,13 +67,13 @@ func onStoresLong(t *testing.T, test func(*testing.T, *host)) {
 }
 
 // newHost starts a daemon for a store of the kind that nobody has used yet.
-func newHost(t *testing.T, kind string) *host {
+func newHost(t testing.TB, kind string) *host {
 	t.Helper()
 	return newHostIn(t, kind, t.TempDir())
 }
 
 // newHostIn is newHost with a directory, and flags for the daemon.
-func newHostIn(t *testing.T, kind, dir string, flags ...string) *host {
+func newHostIn(t testing.TB, kind, dir string, flags ...string) *host {
 	t.Helper()
 	h := &host{t: t, dir: dir, pool: "any", flags: flags}
 	h.socket = filepath.Join(h.dir, "s")

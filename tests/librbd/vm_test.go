@@ -178,7 +178,7 @@ func (v *vm) wait() {
 
 // A qmp is a connection to a QEMU's monitor, for one goroutine.
 type qmp struct {
-	t      *testing.T
+	t      testing.TB
 	conn   net.Conn
 	dec    *json.Decoder
 	events []event // that have come, and nobody has waited for
@@ -190,7 +190,7 @@ type event struct {
 }
 
 // dialQMP waits until a monitor answers; gone tells why it never will.
-func dialQMP(t *testing.T, path string, gone func() error) *qmp {
+func dialQMP(t testing.TB, path string, gone func() error) *qmp {
 	t.Helper()
 	q := &qmp{t: t}
 	for end := time.Now().Add(30 * time.Second); ; time.Sleep(20 * time.Millisecond) {
