@@ -150,10 +150,14 @@ librbd-san: build ## the same programs on the C library with ASan and UBSan
 	cp bin/lsdctl bin/san/
 	LSD_LIBRBD_SAN=1 go test $(GOFLAGS_LINK) -tags lab -count=1 -timeout 20m -short -run 'Fio|Killed|QEMU/file|BlockResize|Daemonize|Mirror|Migration|Grows' ./tests/librbd
 
+# SYSTEM=1 puts the directory before that of the distribution's librbd for all programs; without it
+# the line is there and does nothing.
 .PHONY: install-librbd
-install-librbd: build ## install the C library below PREFIX, where lsdctl run finds it and nobody else does
-	install -d $(DESTDIR)$(PREFIX)/lib/lsd
+install-librbd: build ## install the C library below PREFIX, where lsdctl run finds it; SYSTEM=1: where all programs do
+	install -d $(DESTDIR)$(PREFIX)/lib/lsd $(DESTDIR)/etc/ld.so.conf.d
 	install -m 0644 bin/librbd/librbd.so.1 bin/librbd/librbd-preload.so $(DESTDIR)$(PREFIX)/lib/lsd/
+	echo '$(if $(SYSTEM),,# )$(PREFIX)/lib/lsd' > $(DESTDIR)/etc/ld.so.conf.d/00-lsd-librbd.conf
+	$(if $(DESTDIR),,ldconfig)
 
 .PHONY: install
 install: build ## install the binaries and the systemd unit below PREFIX
