@@ -194,7 +194,6 @@ void image_free(struct image *h)
 		if (h->wake >= 0)
 			close(h->wake);
 		pthread_mutex_destroy(&h->lock);
-		pthread_mutex_destroy(&h->control);
 		pthread_cond_destroy(&h->changed);
 	}
 	watches_free(h);
@@ -212,13 +211,10 @@ static struct image *image_new(const char *store)
 
 	if (!h)
 		return NULL;
-	pthread_mutexattr_init(&attr);
 	/* It is held for as long as a copy takes: to sleep takes longer. */
+	pthread_mutexattr_init(&attr);
 	pthread_mutexattr_settype(&attr, PTHREAD_MUTEX_ADAPTIVE_NP);
 	pthread_mutex_init(&h->lock, &attr);
-	/* Whoever asks from inside a progress callback gets an error. */
-	pthread_mutexattr_settype(&attr, PTHREAD_MUTEX_ERRORCHECK);
-	pthread_mutex_init(&h->control, &attr);
 	pthread_mutexattr_destroy(&attr);
 	pthread_cond_init(&h->changed, NULL);
 	atomic_init(&h->event_fd, -1);
@@ -481,21 +477,56 @@ int rbd_aio_close(rbd_image_t image, rbd_completion_t c)
 /* ---- control calls of a handle ---- */
 
 /*
- * Waits until there is a connection: its number, or a negative errno. From a callback
- * nobody can wait for what only this thread can bring.
+ * What a control call must wait for: 0, nothing; 1, something that will come; or a negative errno.
+ * lock is held. From a callback nobody can wait for what only the handle's thread can bring, nor
+ * from a progress callback for its own call's end.
  */
-static int64_t wait_live(struct image *h)
+static int call_waits(const struct image *h, const struct call *c)
 {
-	int64_t life;
+	bool own = pthread_equal(c->thread, h->thread);
+
+	if (h->call && (pthread_equal(h->call->thread, c->thread) || (own && h->call->calls_back)))
+		return -EDEADLK;
+	if (h->state == DEAD)
+		return h->dead;
+	if (h->state == LOST && own)
+		return -ECONNRESET;
+	return h->call || h->state == LOST || (h->change && !own);
+}
+
+/* Waits for the handle's connection, which is the call's then: 0 or a negative errno. */
+static int call_begin(struct image *h, struct call *c)
+{
+	int e;
 
 	pthread_mutex_lock(&h->lock);
 	h->asking++;
-	while (h->state == LOST && !image_own_thread(h))
+	while ((e = call_waits(h, c)) > 0)
 		pthread_cond_wait(&h->changed, &h->lock);
 	h->asking--;
-	life = h->state == LIVE ? (int64_t)h->life : h->state == DEAD ? h->dead : -ECONNRESET;
+	if (e == 0) {
+		c->conn = h->conn;
+		c->life = h->life;
+		c->left = false;
+		h->call = c;
+	}
 	pthread_mutex_unlock(&h->lock);
-	return life;
+	return e;
+}
+
+/* Gives the connection back, or ends it where the handle has none or another one now. */
+static void call_end(struct image *h, struct call *c)
+{
+	pthread_mutex_lock(&h->lock);
+	h->call = NULL;
+	if (c->left)
+		conn_close(&c->conn);
+	else
+		h->conn.number = c->conn.number;
+	if (h->change)
+		image_wake(h); /* it has waited for this */
+	pthread_cond_broadcast(&h->changed);
+	pthread_mutex_unlock(&h->lock);
 }
 
 /* Waits until the handle's thread has seen the end of a connection. */
@@ -510,6 +541,7 @@ static void wait_seen(struct image *h, unsigned life)
 int image_call(struct image *h, uint16_t type, const struct writer *w, const struct progress *pr,
 	       bool query, struct answer *a)
 {
+	struct call c = {.thread = pthread_self(), .calls_back = pr && pr->fn};
 	bool broken;
 	int e;
 
@@ -517,28 +549,23 @@ int image_call(struct image *h, uint16_t type, const struct writer *w, const str
 	if (h->forked)
 		return -EIO;
 	for (;;) {
-		int64_t life = wait_live(h);
-
-		if (life < 0)
-			return (int)life;
-		e = pthread_mutex_lock(&h->control);
-		if (e)
-			return -e; /* EDEADLK: from a progress callback of this handle's */
-		if (h->conn.fd < 0) {
-			/* Gone between the two: nothing has been asked. */
-			pthread_mutex_unlock(&h->control);
-			if (image_own_thread(h))
-				return -ECONNRESET;
-			continue;
-		}
-		e = conn_call(&h->conn, type, w, pr, 0, a, &broken);
+		e = call_begin(h, &c);
+		if (e < 0)
+			return e;
+		e = conn_call(&c.conn, type, w, pr, 0, a, &broken);
 		if (broken)
-			shutdown(h->conn.fd, SHUT_RDWR); /* the thread sees it */
-		pthread_mutex_unlock(&h->control);
+			shutdown(c.conn.fd, SHUT_RDWR); /* the thread sees it */
+		call_end(h, &c);
 		if (!broken || !query || image_own_thread(h))
 			return e;
-		wait_seen(h, (unsigned)life);
+		wait_seen(h, c.life);
 	}
+}
+
+/* Whether this is a progress callback of the handle's; lock is held. */
+static bool asks(const struct image *h)
+{
+	return h->call && pthread_equal(h->call->thread, pthread_self());
 }
 
 int image_change(struct image *h, const char *snapshot, uint64_t number)
@@ -550,8 +577,12 @@ int image_change(struct image *h, const char *snapshot, uint64_t number)
 	if (image_own_thread(h))
 		return -EDEADLK;
 	pthread_mutex_lock(&h->lock);
-	while (h->change)
+	while (h->change && !asks(h))
 		pthread_cond_wait(&h->changed, &h->lock);
+	if (asks(h)) {
+		pthread_mutex_unlock(&h->lock);
+		return -EDEADLK;
+	}
 	h->change = &ch;
 	image_wake(h);
 	while (!ch.done)

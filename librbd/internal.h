@@ -383,12 +383,13 @@ struct image {
 	bool forked;     /* of another process: set in the child of a fork, no thread runs */
 
 	pthread_mutex_t lock;
-	pthread_cond_t changed; /* state, generation, change */
+	pthread_cond_t changed; /* state, life, change, call */
 
 	int state;           /* lock */
 	int dead;            /* errno of all that comes, negative; lock */
 	unsigned life;       /* counts connections; lock */
 	unsigned asking;     /* control calls that wait for the daemon; lock */
+	struct call *call;   /* the control call that is under way, NULL: none; lock */
 	struct ring ring;    /* lock; replaced by the thread */
 	struct piece pieces[ENTRIES_MOST]; /* by tag; lock, and what is TAKEN the thread's */
 	uint32_t tags[ENTRIES_MOST]; /* those that are free; lock */
@@ -409,8 +410,7 @@ struct image {
 	bool closing;        /* lock */
 	struct completion *closed; /* of aio_close; lock */
 
-	pthread_mutex_t control; /* one request at a time on conn; taken before lock */
-	struct conn conn;        /* control */
+	struct conn conn;    /* lock; its descriptor is call's while there is one */
 
 	pthread_t thread;
 	int wake;            /* eventfd: something for the thread in the lists above */
@@ -431,6 +431,18 @@ struct image {
 	uint64_t object;
 	int64_t pool;
 	char *pool_name, *pool_space;
+};
+
+/*
+ * A control call, on the stack of its caller: one at a time asks on the handle's connection. The
+ * handle's thread never waits for it, for its progress callback may wait for that thread.
+ */
+struct call {
+	struct conn conn;
+	unsigned life;     /* of the handle, when it began */
+	pthread_t thread;
+	bool calls_back;   /* it has a progress callback */
+	bool left;         /* the handle's thread has let go of the connection; lock */
 };
 
 /* What open needs beside the image. */
@@ -455,7 +467,7 @@ int image_connect(const struct target *t, int64_t deadline, bool quiet, struct o
 void opened_free(struct opened *o);
 /* Says goodbye to the daemon, which answers when the handle has ended there. */
 int goodbye(struct conn *c);
-/* Makes o the handle's; lock and control are held. */
+/* Makes o the handle's; lock is held. */
 void image_adopt(struct image *h, struct opened *o);
 
 void *image_run(void *h); /* what a handle's thread does */

@@ -268,8 +268,11 @@ void image_pump(struct image *h)
 	while (h->queue.first) {
 		struct request *r = h->queue.first;
 
-		/* What has begun must end before the snapshot can be another. */
-		if ((h->change && r->pos == r->off) || !pump_request(h, r))
+		/*
+		 * What has begun must end before the snapshot can be another; and so must a
+		 * control call, whose callback may wait for what comes here.
+		 */
+		if ((h->change && !h->call && r->pos == r->off) || !pump_request(h, r))
 			break;
 		if (h->queue.first == r)
 			list_take(&h->queue);
@@ -627,7 +630,6 @@ static int reconnect_once(struct image *h, int64_t deadline)
 		opened_free(&o);
 		return -ESTALE;
 	}
-	pthread_mutex_lock(&h->control);
 	pthread_mutex_lock(&h->lock);
 	image_adopt(h, &o);
 	image_pump(h);
@@ -635,24 +637,26 @@ static int reconnect_once(struct image *h, int64_t deadline)
 	ring_tell(&h->ring);
 	pthread_cond_broadcast(&h->changed);
 	pthread_mutex_unlock(&h->lock);
-	pthread_mutex_unlock(&h->control);
 	return 0;
 }
 
 /* Forgets the connection and the ring; what was under way is kept. */
 static void let_go(struct image *h)
 {
-	shutdown(h->conn.fd, SHUT_RDWR); /* a control call ends */
-	pthread_mutex_lock(&h->control);
 	pthread_mutex_lock(&h->lock);
 	h->size = ring_image_size(&h->ring);
 	h->state = LOST;
 	keep_for_next(h);
+	if (h->call && !h->call->left) { /* it ends, and closes what is its own now */
+		h->call->left = true;
+		shutdown(h->conn.fd, SHUT_RDWR);
+		h->conn.fd = -1;
+	}
 	conn_close(&h->conn);
 	ring_unmap(&h->ring);
 	h->writes = 0;
+	pthread_cond_broadcast(&h->changed);
 	pthread_mutex_unlock(&h->lock);
-	pthread_mutex_unlock(&h->control);
 }
 
 /*
@@ -732,7 +736,7 @@ int goodbye(struct conn *c)
 	return broken ? 0 : e;
 }
 
-/* Another snapshot for the handle; nothing is under way. */
+/* Another snapshot for the handle; nothing is under way, and no control call begins. */
 static int change_snapshot(struct image *h, const struct change *ch)
 {
 	struct target t = {
@@ -750,7 +754,6 @@ static int change_snapshot(struct image *h, const struct change *ch)
 
 	if (e < 0)
 		return e;
-	pthread_mutex_lock(&h->control);
 	pthread_mutex_lock(&h->lock);
 	old = h->conn;
 	ring = h->ring;
@@ -758,7 +761,6 @@ static int change_snapshot(struct image *h, const struct change *ch)
 	h->snapshot_number = o.number;
 	h->fixed = o.read_only || o.number;
 	pthread_mutex_unlock(&h->lock);
-	pthread_mutex_unlock(&h->control);
 	goodbye(&old);
 	conn_close(&old);
 	ring_unmap(&ring);
@@ -830,12 +832,14 @@ static void finish(struct image *h)
 	struct completion *c;
 	int e = 0;
 
-	pthread_mutex_lock(&h->control);
+	pthread_mutex_lock(&h->lock);
+	while (h->call)
+		pthread_cond_wait(&h->changed, &h->lock);
+	pthread_mutex_unlock(&h->lock);
 	if (h->conn.fd >= 0)
 		e = goodbye(&h->conn);
 	conn_close(&h->conn);
 	ring_unmap(&h->ring);
-	pthread_mutex_unlock(&h->control);
 	handles_remove(h);
 	events_drop(h);
 	c = h->closed;
@@ -862,7 +866,7 @@ static bool turn(struct image *h, struct batch *b)
 	}
 	failed = h->failed;
 	memset(&h->failed, 0, sizeof h->failed);
-	change = h->change && (!live || quiet(h));
+	change = h->change && (!live || (quiet(h) && !h->call));
 	close = n == 0 && !failed.first && !h->change && h->closing && idle(h);
 	pthread_mutex_unlock(&h->lock);
 

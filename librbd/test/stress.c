@@ -1380,6 +1380,55 @@ static void test_rewatch(void)
 	EQUAL(rbd_close(image), 0);
 }
 
+/* ---- progress callbacks that use their own handle ---- */
+
+static _Atomic int busy_calls;
+static _Atomic bool busy_over;
+
+static int busy_progress(uint64_t done, uint64_t total, void *arg)
+{
+	char b[4096], c[sizeof b];
+
+	(void)done, (void)total;
+	memset(b, ++busy_calls, sizeof b);
+	for (unsigned i = 0; i < 30; i++) {
+		EQUAL(rbd_write(arg, i * sizeof b, sizeof b, b), sizeof b);
+		EQUAL(rbd_read(arg, i * sizeof b, sizeof c, c), sizeof c);
+		CHECK(memcmp(b, c, sizeof b) == 0);
+	}
+	EQUAL(rbd_snap_set(arg, NULL), -EDEADLK);
+	return 0;
+}
+
+/* Another snapshot waits for the call, and nothing waits for that. */
+static void *set_snapshots(void *arg)
+{
+	while (!busy_over) {
+		int e = rbd_snap_set(arg, NULL);
+
+		CHECK(e == 0 || hung_up(e) || e == -ECONNREFUSED);
+		usleep(2000);
+	}
+	return NULL;
+}
+
+static void test_progress(void)
+{
+	rbd_image_t image = open_image("vm1");
+	pthread_t t;
+	int e;
+
+	pthread_create(&t, NULL, set_snapshots, image);
+	for (unsigned i = 0; i < 20; i++) {
+		e = rbd_resize_with_progress(image, IMAGE + (i % 2) * MIB, busy_progress, image);
+		CHECK(e == 0 || hung_up(e));
+	}
+	CHECK(busy_calls > 0);
+	busy_over = true;
+	pthread_join(t, NULL);
+	EQUAL(rbd_close(image), 0);
+}
+
 int main(int argc, char **argv)
 {
 	static const struct {
@@ -1390,7 +1439,7 @@ int main(int argc, char **argv)
 		{"compare", test_compare}, {"old", test_old},	{"rewatch", test_rewatch}, {"watch", test_watch},
 		{"control", test_control}, {"exit", test_exit},	   {"flush", test_flush}, {"fork", test_fork},
 		{"forks", test_forks},	   {"frames", test_frames}, {"gone", test_gone},
-		{"order", test_order},	   {"poll", test_poll},
+		{"order", test_order},	   {"poll", test_poll}, {"progress", test_progress},
 		{"random", test_random}, {"snapshot", test_snapshot},
 	};
 
