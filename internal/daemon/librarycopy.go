@@ -35,12 +35,13 @@ func (s *session) atLength(ctx context.Context, do func(context.Context, backend
 }
 
 // flatten moves what the image has of its ancestors into objects of its own, and ends that it is
-// a clone if no snapshot of it is one still. What was moved stays moved if the client goes.
+// a clone if no snapshot of it is one still, as lsdctl flatten does. What was moved stays moved if
+// the client goes.
 func (s *session) flatten(ctx context.Context, w *answer) error {
 	return s.atLength(ctx, func(ctx context.Context, u backend.URL, st backend.Store, id uuid.UUID) error {
-		a, err := engine.AncestryOf(ctx, st, id, uuid.Nil)
-		if errors.Is(err, engine.ErrNoParent) {
-			err = invalid(errors.New(err.Error())) // as to librbd, not "no such file"
+		info, err := engine.DescribeID(ctx, st, id)
+		if err == nil && info.Parent == uuid.Nil {
+			err = invalid(errors.New(engine.ErrNoParent.Error())) // as to librbd, not "no such file"
 		}
 		for try := 1; err == nil; try++ {
 			if _, err = s.attachment.flatten(ctx, w.progress); err != nil {
@@ -55,11 +56,22 @@ func (s *session) flatten(ctx context.Context, w *answer) error {
 				err = errors.New("it was changed meanwhile, and needs something of its parent still: flatten it again")
 			}
 		}
-		if err == nil && a.Removed {
-			s.reclaim(u, a.Parent)
+		if err == nil {
+			s.reclaimRemoved(ctx, u, st, info.Parent)
 		}
 		return err
 	})
+}
+
+// reclaimRemoved is reclaim of an image that may not have been removed.
+func (s *session) reclaimRemoved(ctx context.Context, u backend.URL, st backend.Store, id uuid.UUID) {
+	switch info, err := engine.DescribeID(ctx, st, id); {
+	case errors.Is(err, backend.ErrNotFound): // all of it is gone
+	case err != nil:
+		s.d.logger.Warn("it is not known whether there is space to be reclaimed of the parent of an image that was flattened: lsdctl gc finds it", "store", u.String(), "parent", id, "err", err)
+	case info.Removed:
+		s.reclaim(u, id)
+	}
 }
 
 // reclaim has reclaimed what nobody needs any more of an image that has been removed.

@@ -38,6 +38,44 @@ func TestLibraryFlatten(t *testing.T) {
 	}
 }
 
+// TestLibraryFlattenForSnapshot: a snapshot that needs the parent still keeps the image a clone until
+// it is gone and the image is flattened again, though the image itself needs nothing of it.
+func TestLibraryFlattenForSnapshot(t *testing.T) {
+	w := newWorld(t)
+	h := w.newHost()
+	h.makeLog("vm1")
+	c := h.handle(wire.OpenRequest{})
+	c.write(1000, 5000, 7)
+	c.snapshot("monday")
+	h.client().mustClone("monday", "clone")
+	h.makeLog("clone")
+	clone := h.handle(wire.OpenRequest{Image: "clone"})
+	clone.snapshot("tuesday")
+	isClone := func(want bool) {
+		t.Helper()
+		info, err := engine.Describe(t.Context(), w.store, "clone")
+		if err != nil || info.Parent != uuid.Nil != want {
+			t.Errorf("%+v, %v: want a clone: %v", info, err, want)
+		}
+	}
+	for range 2 {
+		if err := clone.call(wire.Flatten, nil, nil); err != nil {
+			t.Fatal(err)
+		}
+		errnoIs(t, clone.call(wire.Parent, nil, nil), unix.ENOENT)
+		isClone(true)
+	}
+	if err := clone.call(wire.RemoveSnapshot, &wire.SnapshotRequest{Name: "tuesday"}, nil); err != nil {
+		t.Fatal(err)
+	}
+	if err := clone.call(wire.Flatten, nil, nil); err != nil {
+		t.Fatal(err)
+	}
+	isClone(false)
+	errnoIs(t, clone.call(wire.Flatten, nil, nil), unix.EINVAL)
+	clone.check(1000, 5000, 7)
+}
+
 // TestLibraryCopy: a copy is what the handle has open, with its snapshots if these are wanted, and
 // nothing is left in the source.
 func TestLibraryCopy(t *testing.T) {
