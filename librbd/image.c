@@ -20,7 +20,8 @@ static uint32_t power_of_two(uint32_t n)
 static void fill_open(struct writer *w, const struct target *t, uint32_t entries, uint64_t data)
 {
 	static const uint8_t none[16];
-	uint32_t flags = (t->read_only ? 1 : 0) | (t->by_id ? 2 : 0) | (t->again ? 4 : 0);
+	uint32_t flags = (t->read_only ? 1 : 0) | (t->by_id ? 2 : 0) | (t->again ? 4 : 0) |
+			 (t->instead ? 8 : 0);
 
 	put_name(w, t->store);
 	put_name(w, t->image);
@@ -30,6 +31,8 @@ static void fill_open(struct writer *w, const struct target *t, uint32_t entries
 	put_u32(w, entries);
 	put_u64(w, data);
 	put_id(w, t->again ? t->again : none);
+	if (t->instead)
+		put_u64(w, t->instead);
 }
 
 static int take_open(struct answer *a, struct opened *o)
@@ -46,6 +49,7 @@ static int take_open(struct answer *a, struct opened *o)
 	entries = get_u32(&a->fields);
 	data = get_u64(&a->fields);
 	o->read_only = get_u32(&a->fields) & 1;
+	o->handle = a->fields.n >= 8 ? get_u64(&a->fields) : 0; /* not of older daemons */
 	a->nfds = 0; /* ring_map takes them */
 	e = ring_map(&o->ring, a->fds, o->conn.version, entries, data);
 	if (e == 0 && (a->fields.bad || o->object == 0)) {
@@ -109,6 +113,7 @@ void image_adopt(struct image *h, struct opened *o)
 	h->name = o->name;
 	h->size = o->size;
 	h->object = o->object;
+	h->number = o->handle;
 	h->state = LIVE;
 	h->life++;
 	h->watch_due = h->watches != NULL;

@@ -390,7 +390,7 @@ struct image {
 	unsigned life;       /* counts connections; lock */
 	unsigned asking;     /* control calls that wait for the daemon; lock */
 	struct call *call;   /* the control call that is under way, NULL: none; lock */
-	struct ring ring;    /* lock; replaced by the thread */
+	struct ring ring;    /* lock; replaced by the thread; the last one while LOST */
 	struct piece pieces[ENTRIES_MOST]; /* by tag; lock, and what is TAKEN the thread's */
 	uint32_t tags[ENTRIES_MOST]; /* those that are free; lock */
 	uint32_t ntags;      /* lock */
@@ -423,6 +423,7 @@ struct image {
 	char *store;
 	char *name; /* lock: rename is another handle's business, open's answer renews it */
 	uint64_t snapshot_number; /* 0: the image itself; a name may become another */
+	uint64_t number; /* of the handle, as the daemon has it; the thread's */
 	bool read_only; /* as the caller has opened it */
 	bool fixed;     /* read-only or a snapshot: no writes */
 	uint8_t id[16];
@@ -451,6 +452,7 @@ struct target {
 	uint64_t number;
 	bool by_id, read_only;
 	const uint8_t *again; /* the id: flag 4 */
+	uint64_t instead;     /* with it, the number of the handle that the client had, 0: none */
 };
 
 /* What open's answer says. */
@@ -461,6 +463,7 @@ struct opened {
 	char *name;
 	uint64_t size, object;
 	uint64_t number; /* of the snapshot, 0: the image itself */
+	uint64_t handle; /* the daemon's number of it, 0: it is of an older release */
 	bool read_only;
 };
 int image_connect(const struct target *t, int64_t deadline, bool quiet, struct opened *o);

@@ -500,7 +500,10 @@ static int by_seq(const void *a, const void *b)
 	return p->seq < q->seq ? -1 : p->seq > q->seq;
 }
 
-/* Keeps what was under way for the next ring, in order, before what still is from the last. */
+/*
+ * Keeps what was under way for the next ring, in order, before what still is from the last. Nothing
+ * of it may be going on any more.
+ */
 static void keep_for_next(struct image *h)
 {
 	uint32_t rest = h->nagain - h->again_pos, n = 0;
@@ -512,12 +515,15 @@ static void keep_for_next(struct image *h)
 			struct piece *p = &h->again[n++];
 
 			*p = h->pieces[i];
+			h->pieces[i].state = FREE;
 			if (p->op == OP_COMPARE && ring_decided(&h->ring, i))
 				p->decided = true;
 		}
 	qsort(h->again, n, sizeof *h->again, by_seq);
 	h->again_pos = 0;
 	h->nagain = n + rest;
+	h->ntags = h->ring.entries;
+	h->writes = 0;
 }
 
 /* All that waits and all that comes ends with error. */
@@ -528,6 +534,7 @@ static void die(struct image *h, int error)
 	struct cut c;
 
 	pthread_mutex_lock(&h->lock);
+	keep_for_next(h);
 	h->state = DEAD;
 	h->dead = error;
 	queue = h->queue;
@@ -610,6 +617,45 @@ static void pause_for(struct image *h, int64_t ms)
 		wake_clear(h);
 }
 
+/* Takes what a daemon that has ended had completed. */
+static void drain(struct image *h, struct batch *b)
+{
+	for (;;) {
+		int n;
+
+		pthread_mutex_lock(&h->lock);
+		batch_give(h, b);
+		n = batch_take(h, b);
+		pthread_mutex_unlock(&h->lock);
+		batch_end(h, b);
+		if (n <= 0)
+			break;
+	}
+	pthread_mutex_lock(&h->lock);
+	batch_give(h, b);
+	pthread_mutex_unlock(&h->lock);
+}
+
+/* Makes o the handle's, which goes on with what it had under way. */
+static void go_on(struct image *h, struct opened *o)
+{
+	struct batch b = {0};
+	struct ring old;
+
+	/* The daemon may have lived on, and have ended some of it only now, or decided on it. */
+	drain(h, &b);
+	pthread_mutex_lock(&h->lock);
+	keep_for_next(h);
+	old = h->ring;
+	image_adopt(h, o);
+	image_pump(h);
+	image_pump_flushes(h);
+	ring_tell(&h->ring);
+	pthread_cond_broadcast(&h->changed);
+	pthread_mutex_unlock(&h->lock);
+	ring_unmap(&old);
+}
+
 /* One attempt at a daemon that is there again. */
 static int reconnect_once(struct image *h, int64_t deadline)
 {
@@ -620,6 +666,7 @@ static int reconnect_once(struct image *h, int64_t deadline)
 		.by_id = true,
 		.read_only = h->read_only,
 		.again = h->id,
+		.instead = h->number,
 	};
 	struct opened o;
 	int e = image_connect(&t, deadline, true, &o);
@@ -630,31 +677,22 @@ static int reconnect_once(struct image *h, int64_t deadline)
 		opened_free(&o);
 		return -ESTALE;
 	}
-	pthread_mutex_lock(&h->lock);
-	image_adopt(h, &o);
-	image_pump(h);
-	image_pump_flushes(h);
-	ring_tell(&h->ring);
-	pthread_cond_broadcast(&h->changed);
-	pthread_mutex_unlock(&h->lock);
+	go_on(h, &o);
 	return 0;
 }
 
-/* Forgets the connection and the ring; what was under way is kept. */
+/* Forgets the connection; of what was under way the next daemon's answer to open tells more. */
 static void let_go(struct image *h)
 {
 	pthread_mutex_lock(&h->lock);
 	h->size = ring_image_size(&h->ring);
 	h->state = LOST;
-	keep_for_next(h);
 	if (h->call && !h->call->left) { /* it ends, and closes what is its own now */
 		h->call->left = true;
 		shutdown(h->conn.fd, SHUT_RDWR);
 		h->conn.fd = -1;
 	}
 	conn_close(&h->conn);
-	ring_unmap(&h->ring);
-	h->writes = 0;
 	pthread_cond_broadcast(&h->changed);
 	pthread_mutex_unlock(&h->lock);
 }
@@ -674,7 +712,7 @@ static int64_t waiting_ms(struct image *h, int64_t limit, int64_t *since)
 	failed = h->failed;
 	memset(&h->failed, 0, sizeof h->failed);
 	waiting = h->queue.first || h->flushes.first || h->again_pos < h->nagain ||
-		  h->asking || h->change;
+		  h->ntags < h->ring.entries || h->asking || h->change;
 	closing = h->closing;
 	pthread_mutex_unlock(&h->lock);
 	end_list(h, &failed);
@@ -806,25 +844,6 @@ static bool wait_events(struct image *h, bool live)
 	if (p[1].revents & POLLIN && read(h->ring.client, &n, sizeof n) < 0)
 		return errno != EAGAIN && errno != EINTR;
 	return p[2].revents != 0 || p[1].revents & (POLLERR | POLLHUP | POLLNVAL);
-}
-
-/* Takes what a daemon that has ended had completed. */
-static void drain(struct image *h, struct batch *b)
-{
-	for (;;) {
-		int n;
-
-		pthread_mutex_lock(&h->lock);
-		batch_give(h, b);
-		n = batch_take(h, b);
-		pthread_mutex_unlock(&h->lock);
-		batch_end(h, b);
-		if (n <= 0)
-			break;
-	}
-	pthread_mutex_lock(&h->lock);
-	batch_give(h, b);
-	pthread_mutex_unlock(&h->lock);
 }
 
 static void finish(struct image *h)

@@ -96,6 +96,7 @@ type Daemon struct {
 	readCache *readCache
 	doors     *doors
 	guard     *guard
+	living    livingHandles
 
 	openKernel func() (kernel, error)
 	kernelMu   sync.Mutex

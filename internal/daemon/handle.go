@@ -146,9 +146,9 @@ func (s *hookedHandles) closeAll() {
 	}
 }
 
-// unhook has the reactor leave a handle's ring once nothing of it is under way any more, of which
-// a client that is gone is not told. It returns when that is so, or ctx ends.
-func (d *disk) unhook(ctx context.Context, h *handle, gone bool) error {
+// unhook has the reactor leave a handle's ring once nothing of it is under way any more. It returns
+// when that is so, or ctx ends.
+func (d *disk) unhook(ctx context.Context, h *handle) error {
 	done := make(chan struct{})
 	d.reactor.Post(func() {
 		if !d.hooked.has(h) || d.deaf { // when that ends so does its use of the memory
@@ -162,11 +162,7 @@ func (d *disk) unhook(ctx context.Context, h *handle, gone bool) error {
 				d.logger.Error("free the ring of a library client", "err", err)
 			}
 		}
-		if gone {
-			d.rings.Drop(h.conn, end)
-		} else {
-			d.rings.Unhook(h.conn, end)
-		}
+		d.rings.Unhook(h.conn, end)
 	})
 	select {
 	case <-done:
@@ -198,8 +194,9 @@ func (a *attachment) endHandle(h *handle) {
 	dk := a.disk
 	a.mu.Unlock()
 	if dk != nil {
-		// What is under way ends by itself, or the disk does.
-		_ = dk.unhook(context.Background(), h, true)
+		// What is under way ends by itself, or the disk does. The ring says how, for a client that
+		// has lost its connection alone.
+		_ = dk.unhook(context.Background(), h)
 	}
 	if err := h.put(); err != nil {
 		a.logger.Error("free the ring of a library client", "err", err)
@@ -277,7 +274,7 @@ func (a *attachment) holders(k kernel) []string {
 func (a *attachment) pause(ctx context.Context, dk *disk, h *handle) error {
 	ctx, stop := context.WithTimeout(ctx, pauseTimeout)
 	defer stop()
-	err := dk.unhook(ctx, h, false)
+	err := dk.unhook(ctx, h)
 	if err != nil && ctx.Err() != nil {
 		h.sock.Close() // it opens the image again, and has all of it done anew
 	}

@@ -5,6 +5,7 @@ import (
 	"encoding/binary"
 	"math/rand/v2"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -245,6 +246,55 @@ func TestLibraryCompareDeath(t *testing.T) {
 			t.Fatalf("round %d: %d has won, the number is % x: %v", round, won, got, err)
 		}
 		count = binary.LittleEndian.Uint64(got[:])
+	}
+}
+
+// TestLibraryReturn: a client that has lost its connection, and not the daemon, finds in its last ring
+// the end of all that was taken from that, and does what was not with another one. Each of its compare
+// and writes takes effect once.
+func TestLibraryReturn(t *testing.T) {
+	w := newWorld(t)
+	h := w.newHost()
+	h.makeLog("vm1")
+	c := h.handle(wire.OpenRequest{})
+	again := wire.OpenRequest{Flags: wire.OpenAgain | wire.OpenInstead, ID: c.opened.ID}
+	const off, each = 508, 12
+	number := func(n uint64) []byte { return binary.LittleEndian.AppendUint64(nil, n) }
+	var count uint64
+	for round := range 20 {
+		var all []ringtest.Request
+		for i := range uint64(each) { // each counts on from the one before it
+			at := i*16384 + off%512
+			copy(c.Data[at:], number(count+i+1))
+			copy(c.Data[at+4096:], number(count+i))
+			all = append(all, ringtest.Request{Op: ringtest.CompareAndWrite, Tag: uint32(i), Offset: off, Length: 8, Data: at})
+		}
+		c.Submit(all...)
+		time.Sleep(time.Duration(round*20) * time.Microsecond)
+		last := c
+		last.conn.Close()
+		again.Instead = last.opened.Number
+		c = h.handle(again)
+		ended := uint64(0)
+		for done, ok := last.Take(); ok; done, ok = last.Take() {
+			if done.Res != 0 || uint64(done.Tag) != ended {
+				t.Errorf("round %d: %+v, and %d before it", round, done, ended)
+			}
+			ended++
+		}
+		if taken := atomic.LoadUint32(last.Word(ringtest.SQHead)); uint64(taken) != ended {
+			t.Errorf("round %d: %d have been taken, and %d have ended", round, taken, ended)
+		}
+		last.leave()
+		for i := ended; i < each; i++ {
+			if err, at := c.compare(0, off, number(count+i), number(count+i+1)); err != 0 {
+				t.Fatalf("round %d: %d of %d, the first one again is %d: %v at %d", round, i, each, ended, err, at)
+			}
+		}
+		count += each
+	}
+	if n := len(h.door().clients()); n != 1 {
+		t.Errorf("%d handles", n)
 	}
 }
 

@@ -185,7 +185,8 @@ func (s *session) openFresh(ctx context.Context, q *wire.OpenRequest, want polic
 }
 
 // openAgain opens what a client had open when the daemon before this one died. It must have been
-// attached ever since: what the client knows of it may be out of date otherwise.
+// attached ever since: what the client knows of it may be out of date otherwise. What the client
+// had under way has ended then, also where it was its connection alone that has.
 func (s *session) openAgain(ctx context.Context, q *wire.OpenRequest, want policy.Rights, o *opened) error {
 	var sub *subject
 	if s.caller.UID != 0 { // who only says that he had it open; root need not wait for the store
@@ -195,6 +196,9 @@ func (s *session) openAgain(ctx context.Context, q *wire.OpenRequest, want polic
 		if sub, err = s.lookUp(ctx, &byID, want); err != nil {
 			return err
 		}
+	}
+	if err := s.d.living.await(ctx, q.Instead); err != nil {
+		return err
 	}
 	for {
 		a := s.d.again(q, o.handle.readOnly)

@@ -61,12 +61,13 @@ func (s *session) open(ctx context.Context, f wire.Frame, w *answer) error {
 		return err
 	}
 	s.attachment, s.handle, s.rights = o.attachment, o.handle, o.rights
+	s.d.living.add(s.handle)
 	st, err := s.describe(ctx)
 	if err != nil {
 		s.end()
 		return err
 	}
-	res := &wire.OpenResult{StatResult: st, Entries: q.Entries, Data: q.Data}
+	res := &wire.OpenResult{StatResult: st, Entries: q.Entries, Data: q.Data, Number: s.handle.number}
 	if s.handle.readOnly {
 		res.Flags = wire.OpenedReadOnly
 	}
@@ -104,7 +105,7 @@ func (s *session) describe(ctx context.Context) (o wire.StatResult, err error) {
 // closeHandle ends the handle, once nothing of it is under way.
 func (s *session) closeHandle(ctx context.Context) error {
 	for dk := s.attachment.getDisk(); dk != nil; dk = s.attachment.getDisk() {
-		err := dk.unhook(ctx, s.handle, false)
+		err := dk.unhook(ctx, s.handle)
 		if err == nil {
 			break
 		}

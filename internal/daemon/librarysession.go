@@ -162,6 +162,7 @@ func (s *session) end() {
 	s.before.close()
 	if s.handle != nil {
 		s.attachment.endHandle(s.handle)
+		s.d.living.remove(s.handle)
 		s.handle = nil
 	}
 	s.giveRing()

@@ -8,6 +8,7 @@
  *	entries=N data=BYTES    what it allows at most
  *	die=N                   _exit(9) in the middle of the N-th request of the ring
  *	drop=N                  the connection's end instead, at each N-th request
+ *	straggle=1              after that it goes on with what it has taken, slowly
  *	late=N                  each N-th completion has a time that is over
  *	garbage=N               each N-th time it writes nonsense into the completion queue
  *	badframe=N              a bit of about each N-th frame is another
@@ -37,7 +38,7 @@
 
 static const char *dir;
 static long max_entries = 1024, max_data = 64 << 20, die_at, drop_at, late_at, lag, shuffle,
-	garbage, badframe, ordered, max_version = 2;
+	garbage, badframe, ordered, straggle, max_version = 2;
 static unsigned seed = 1;
 static _Atomic long requests;
 
@@ -54,6 +55,9 @@ static void check(bool ok, const char *what)
 }
 
 struct handle {
+	struct handle *next; /* in living */
+	uint64_t number;
+	bool straggles; /* lock */
 	int fd;
 	pthread_mutex_t lock;
 	uint8_t *base;
@@ -76,6 +80,51 @@ struct handle {
 	bool read_only;
 	char snapshot[256];
 };
+
+/* The handles that have not ended; living_lock. */
+static pthread_mutex_t living_lock = PTHREAD_MUTEX_INITIALIZER;
+static pthread_cond_t died = PTHREAD_COND_INITIALIZER;
+static struct handle *living;
+
+static void living_add(struct handle *h)
+{
+	static uint32_t last;
+
+	pthread_mutex_lock(&living_lock);
+	h->number = (uint64_t)getpid() << 32 | ++last;
+	h->next = living;
+	living = h;
+	pthread_mutex_unlock(&living_lock);
+}
+
+static void living_remove(struct handle *h)
+{
+	pthread_mutex_lock(&living_lock);
+	for (struct handle **p = &living; *p; p = &(*p)->next)
+		if (*p == h) {
+			*p = h->next;
+			break;
+		}
+	pthread_cond_broadcast(&died);
+	pthread_mutex_unlock(&living_lock);
+}
+
+static bool lives(uint64_t number)
+{
+	for (struct handle *h = living; h; h = h->next)
+		if (h->number == number)
+			return true;
+	return false;
+}
+
+/* Who comes back must not be before what its last handle has begun. */
+static void await_end(uint64_t number)
+{
+	pthread_mutex_lock(&living_lock);
+	while (lives(number))
+		pthread_cond_wait(&died, &living_lock);
+	pthread_mutex_unlock(&living_lock);
+}
 
 static _Atomic uint32_t *word(struct handle *h, size_t off)
 {
@@ -310,8 +359,12 @@ static bool handle_entry(struct handle *h, const struct sqe *e)
 	}
 	if (drop_at && n % drop_at == 0) {
 		shutdown(h->fd, SHUT_RDWR);
-		return false;
+		h->straggles = straggle;
+		if (!straggle)
+			return false;
 	}
+	if (h->straggles)
+		usleep(5000);
 	if (e->op == OP_COMPARE) {
 		compare_entry(h, e, n);
 		return true;
@@ -567,7 +620,10 @@ static void do_open(struct handle *h, const struct frame *f, struct reader *r)
 	int fds[3], e = 0;
 
 	get_id(r, id);
+	if (flags & 8)
+		await_end(get_u64(r));
 	check(!r->bad, "open is too short");
+	check(!(flags & 4) == !(flags & 8), "it does not say instead of what");
 	check(!h->base, "a second open");
 	check(entries >= 8 && entries <= max_entries && !(entries & (entries - 1)), "entries");
 	check(data >= DATA_LEAST && data <= (uint64_t)max_data && data % 4096 == 0, "data");
@@ -595,6 +651,8 @@ static void do_open(struct handle *h, const struct frame *f, struct reader *r)
 		put_u32(&w, entries);
 		put_u64(&w, data);
 		put_u32(&w, h->read_only);
+		living_add(h);
+		put_u64(&w, h->number);
 		pthread_create(&h->thread, NULL, ring_thread, h);
 	}
 	answer(h->fd, f, e, &w, fds);
@@ -809,6 +867,7 @@ static void ring_end(struct handle *h)
 	close(h->wake_daemon);
 	close(h->wake_client);
 	h->base = NULL;
+	living_remove(h);
 }
 
 static void *conn_thread(void *arg)
@@ -880,7 +939,7 @@ int main(int argc, char **argv)
 		{"entries", &max_entries}, {"data", &max_data}, {"die", &die_at},
 		{"drop", &drop_at},	   {"late", &late_at},	{"lag", &lag},
 		{"shuffle", &shuffle},	   {"garbage", &garbage}, {"badframe", &badframe},
-		{"ordered", &ordered},	   {"version", &max_version},
+		{"ordered", &ordered},	   {"version", &max_version}, {"straggle", &straggle},
 	};
 	int s;
 

@@ -42,7 +42,8 @@ func (m *HelloResult) Fields(f Fields) {
 const (
 	OpenReadOnly uint32 = 1 << iota
 	OpenByID            // Image is an id
-	OpenAgain           // after the daemon has ended: ID is that of the image
+	OpenAgain           // after the connection has ended: ID is that of the image
+	OpenInstead         // with OpenAgain: Instead is there
 )
 
 // An OpenRequest opens an image, or a snapshot of it.
@@ -55,6 +56,7 @@ type OpenRequest struct {
 	Entries  uint32    // of the ring
 	Data     uint64    // bytes of the ring's data area
 	ID       uuid.UUID // zero without OpenAgain
+	Instead  uint64    // number of the handle that the client had: OpenResult.Number
 }
 
 // Fields implements Message.
@@ -67,6 +69,9 @@ func (m *OpenRequest) Fields(f Fields) {
 	f.U32(&m.Entries)
 	f.U64(&m.Data)
 	f.ID(&m.ID)
+	if m.Flags&OpenInstead != 0 { // clients of older releases do not know it
+		f.U64(&m.Instead)
+	}
 }
 
 // A StatResult is what an image is.
@@ -96,6 +101,7 @@ type OpenResult struct {
 	Entries uint32
 	Data    uint64 // bytes
 	Flags   uint32
+	Number  uint64 // of the handle, unlike all others that there are
 }
 
 // Fields implements Message.
@@ -104,6 +110,7 @@ func (m *OpenResult) Fields(f Fields) {
 	f.U32(&m.Entries)
 	f.U64(&m.Data)
 	f.U32(&m.Flags)
+	f.U64(&m.Number)
 }
 
 // A CreateRequest makes an image.

@@ -32,9 +32,11 @@ var messages = []struct {
 	{&OpenRequest{Store: "s", Image: "im", Snapshot: "sn", Number: 5, Flags: OpenReadOnly | OpenAgain, Entries: 128, Data: 4 << 20, ID: id},
 		"\x01\x00\x00\x00s\x02\x00\x00\x00im\x02\x00\x00\x00sn\x05\x00\x00\x00\x00\x00\x00\x00\x05\x00\x00\x00" +
 			"\x80\x00\x00\x00\x00\x00\x40\x00\x00\x00\x00\x00" + string(id[:])},
-	{&OpenResult{StatResult: StatResult{ID: id, Name: "im", Size: 1 << 30, Block: 512, ObjectSize: 8 << 20}, Entries: 128, Data: 4 << 20, Flags: OpenedReadOnly},
+	{&OpenRequest{Flags: OpenAgain | OpenInstead, ID: id, Instead: 9},
+		strings.Repeat("\x00", 20) + "\x0c\x00\x00\x00" + strings.Repeat("\x00", 12) + string(id[:]) + "\x09\x00\x00\x00\x00\x00\x00\x00"},
+	{&OpenResult{StatResult: StatResult{ID: id, Name: "im", Size: 1 << 30, Block: 512, ObjectSize: 8 << 20}, Entries: 128, Data: 4 << 20, Flags: OpenedReadOnly, Number: 9},
 		string(id[:]) + "\x02\x00\x00\x00im\x00\x00\x00\x40\x00\x00\x00\x00\x00\x02\x00\x00\x00\x00\x80\x00\x00\x00\x00\x00" +
-			"\x80\x00\x00\x00\x00\x00\x40\x00\x00\x00\x00\x00\x01\x00\x00\x00"},
+			"\x80\x00\x00\x00\x00\x00\x40\x00\x00\x00\x00\x00\x01\x00\x00\x00\x09\x00\x00\x00\x00\x00\x00\x00"},
 	{&StatResult{ID: id, Name: "im", Size: 1 << 30, Block: 4096, ObjectSize: 1 << 20}, ""},
 	{&CreateRequest{Store: "s", Image: "im", Size: 3, ObjectSize: 4},
 		"\x01\x00\x00\x00s\x02\x00\x00\x00im\x03\x00\x00\x00\x00\x00\x00\x00\x04\x00\x00\x00\x00\x00\x00\x00"},
