@@ -355,8 +355,8 @@ struct piece {
 	struct cursor at;
 	uint8_t op;
 	uint8_t state; /* FREE, SENT, TAKEN */
-	/* of a compare and write when the daemon has ended: */
-	bool decided;  /* it may have taken effect */
+	/* when the daemon has ended: */
+	bool decided;  /* a compare and write may have taken effect */
 	bool effected; /* it has: the daemon said so, too late for the user */
 };
 enum { FREE, SENT, TAKEN };

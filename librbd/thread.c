@@ -179,15 +179,21 @@ static void end_later(struct image *h, struct request *r, int error)
 }
 
 /*
- * place of what was under way when the daemon ended. That the image could be opened again says
- * that what had taken effect still has. A daemon of an older release has no compare and write,
- * and whether there was an effect nobody knows.
+ * place of what was under way when the daemon ended. What had taken effect must not do so once
+ * more, over what other handles have written since; that the image could be opened again says that
+ * it still has. That this is so when its user is told a flush says in its place, within the lease
+ * of now. A daemon of an older release has no compare and write, and whether there was an effect
+ * nobody knows.
  */
 static bool place_again(struct image *h, const struct piece *p)
 {
-	if (p->op != OP_COMPARE || (!p->effected && h->ring.version >= 2))
+	struct piece flush = {.req = p->req, .seq = p->seq, .op = OP_FLUSH, .effected = true};
+
+	if (p->effected)
+		return place(h, &flush);
+	if (p->op != OP_COMPARE || h->ring.version >= 2)
 		return place(h, p);
-	end_later(h, p->req, p->effected ? 0 : -EIO);
+	end_later(h, p->req, -EIO);
 	return true;
 }
 
@@ -426,7 +432,7 @@ static void batch_end(struct image *h, struct batch *b)
 			vector_in(r->iov, r->iovcnt, &at, piece_data(h, p), p->len);
 		if (e->flags & CQE_TIME && boot_ns() > e->time) {
 			b->at[i].late = true;
-			p->effected = e->result == 0;
+			p->effected = e->result == 0 && p->op != OP_READ;
 			continue;
 		}
 		/* As Ceph has it: the object's beginning, and the distance from the range's. */

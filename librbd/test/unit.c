@@ -306,6 +306,54 @@ static void test_options(void)
 	rbd_image_options_destroy(o);
 }
 
+/*
+ * With the next daemon, what a late completion has said took effect is not done again: others may
+ * have written over it.
+ */
+static void test_effected(void)
+{
+	static const uint8_t ops[] = {OP_WRITE, OP_WRITE, OP_DISCARD, OP_COMPARE, OP_FLUSH};
+	static const bool effected[] = {true, false, true, true, false};
+	enum { N = sizeof ops };
+	static struct completion c[N];
+	struct image *h = calloc(1, sizeof *h);
+	uint8_t *memory = aligned_alloc(UNIT, 2 * MIB);
+	static char data[SECTOR];
+
+	memset(memory, 0, 2 * MIB);
+	h->state = LIVE;
+	h->ring = (struct ring){.base = memory, .version = 2, .entries = 16, .units = 256,
+				.data = memory + MIB, .sq = (struct sqe *)(memory + UNIT)};
+	for (uint32_t tag = 0; tag < h->ring.entries; tag++)
+		h->tags[h->ntags++] = tag;
+	space_init(&h->space, h->ring.units);
+	for (int i = 0; i < N; i++) {
+		struct request *r = &c[i].req;
+
+		r->one = (struct iovec){.iov_base = data, .iov_len = sizeof data};
+		r->iov = r->cmp = &r->one;
+		r->iovcnt = r->cmpcnt = 1;
+		h->again[h->nagain++] = (struct piece){.req = r, .op = ops[i], .seq = (uint64_t)i,
+						       .effected = effected[i],
+						       .off = i * SECTOR, .len = SECTOR};
+	}
+	h->again[N - 1].off = h->again[N - 1].len = 0;
+	image_pump(h);
+	CHECK(h->ring.tail == N && h->again_pos == N && h->writes == 1);
+	for (int i = 0; i < N; i++) {
+		const struct sqe *e = &h->ring.sq[i];
+		bool flush = effected[i] || ops[i] == OP_FLUSH;
+
+		CHECK(e->op == (flush ? OP_FLUSH : ops[i]));
+		CHECK(e->off == (flush ? 0 : i * SECTOR) && e->len == (flush ? 0 : SECTOR));
+		CHECK(h->pieces[e->tag].req == &c[i].req && h->pieces[e->tag].state == SENT);
+		/* And not with the one after the next either. */
+		CHECK(h->pieces[e->tag].effected == effected[i]);
+	}
+	free(memory);
+	free(h);
+}
+
 int main(void)
 {
 	test_crc();
@@ -318,6 +366,7 @@ int main(void)
 	test_features();
 	test_copies();
 	test_options();
+	test_effected();
 	if (failures)
 		fprintf(stderr, "unit: %d failures\n", failures);
 	else
