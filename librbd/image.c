@@ -5,10 +5,13 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <sys/eventfd.h>
+#include <time.h>
 #include <unistd.h>
 
 #define ENTRIES_WANTED 512u
 #define DATA_WANTED (32u * MIB)
+#define OPEN_TRIES 10       /* of an open at which the daemon hangs up */
+#define OPEN_PAUSE 100000000 /* ns */
 
 static uint32_t power_of_two(uint32_t n)
 {
@@ -244,12 +247,35 @@ struct opening {
 	struct completion *c;
 };
 
+/*
+ * image_connect of what is not open yet. A daemon that dies or ends while it is at it is waited for
+ * as by what is open; one that is not there to begin with is not, nor one that hangs up again and
+ * again, as it does where it has no room.
+ */
+static int connect_first(const struct target *t, struct opened *o)
+{
+	const struct timespec pause = {.tv_nsec = OPEN_PAUSE};
+	int64_t limit = reconnect_ms(), end = now_ms() + limit;
+
+	for (int tries = 0;;) {
+		int e = image_connect(t, 0, tries > 0, o);
+
+		if (e == -ECONNRESET || e == -EAGAIN)
+			tries++;
+		else if (e != -ECONNREFUSED || tries == 0)
+			return e;
+		if (tries == OPEN_TRIES || (limit && now_ms() >= end))
+			return e;
+		nanosleep(&pause, NULL);
+	}
+}
+
 /* A handle on what t names, with its thread; p's names of the pool are the handle's then. */
 static int image_open(const struct target *t, struct opening *p, struct image **out)
 {
 	struct opened o;
 	struct image *h = image_new(t->store);
-	int e = h ? image_connect(t, 0, false, &o) : -ENOMEM;
+	int e = h ? connect_first(t, &o) : -ENOMEM;
 
 	if (e < 0) {
 		if (h)

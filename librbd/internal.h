@@ -467,6 +467,7 @@ struct opened {
 	bool read_only;
 };
 int image_connect(const struct target *t, int64_t deadline, bool quiet, struct opened *o);
+int64_t reconnect_ms(void); /* for how long a daemon that has died is waited for; 0: for ever */
 void opened_free(struct opened *o);
 /* Says goodbye to the daemon, which answers when the handle has ended there. */
 int goodbye(struct conn *c);

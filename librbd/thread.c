@@ -575,7 +575,7 @@ static void die(struct image *h, int error)
 	events_tell(h);
 }
 
-static int64_t reconnect_ms(void)
+int64_t reconnect_ms(void)
 {
 	const char *v = secure_getenv("LSD_RECONNECT_TIMEOUT");
 	char *end;

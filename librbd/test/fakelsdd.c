@@ -12,6 +12,7 @@
  *	late=N                  each N-th completion has a time that is over
  *	garbage=N               each N-th time it writes nonsense into the completion queue
  *	badframe=N              a bit of about each N-th frame is another
+ *	dieopen=N               _exit(9) instead of the answer to the N-th open
  *	lag=USEC                sleeps before each request
  *	ordered=1               the client writes from the lowest offset to the highest: what
  *	                        it submits again comes in order, too
@@ -38,7 +39,8 @@
 
 static const char *dir;
 static long max_entries = 1024, max_data = 64 << 20, die_at, drop_at, late_at, lag, shuffle,
-	garbage, badframe, ordered, straggle, max_version = 2;
+	garbage, badframe, ordered, straggle, dieopen,
+	max_version = 2;
 static unsigned seed = 1;
 static _Atomic long requests;
 
@@ -616,6 +618,7 @@ static void do_open(struct handle *h, const struct frame *f, struct reader *r)
 	uint64_t number = get_u64(r);
 	uint32_t flags = get_u32(r), entries = get_u32(r);
 	uint64_t data = get_u64(r);
+	static _Atomic long opens;
 	char name[256], found[256] = "";
 	int fds[3], e = 0;
 
@@ -625,6 +628,8 @@ static void do_open(struct handle *h, const struct frame *f, struct reader *r)
 	check(!r->bad, "open is too short");
 	check(!(flags & 4) == !(flags & 8), "it does not say instead of what");
 	check(!h->base, "a second open");
+	if (dieopen && ++opens == dieopen)
+		_exit(9);
 	check(entries >= 8 && entries <= max_entries && !(entries & (entries - 1)), "entries");
 	check(data >= DATA_LEAST && data <= (uint64_t)max_data && data % 4096 == 0, "data");
 	snprintf(name, sizeof name, "%s", image);
@@ -940,6 +945,7 @@ int main(int argc, char **argv)
 		{"drop", &drop_at},	   {"late", &late_at},	{"lag", &lag},
 		{"shuffle", &shuffle},	   {"garbage", &garbage}, {"badframe", &badframe},
 		{"ordered", &ordered},	   {"version", &max_version}, {"straggle", &straggle},
+		{"dieopen", &dieopen},
 	};
 	int s;
 

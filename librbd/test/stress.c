@@ -1380,6 +1380,29 @@ static void test_rewatch(void)
 	EQUAL(rbd_close(image), 0);
 }
 
+/* ---- opens at which the daemon dies ---- */
+
+static void test_opening(void)
+{
+	rbd_image_t image;
+	rbd_completion_t c;
+	char b[3];
+
+	for (int i = 0; i < 10; i++) {
+		EQUAL(rbd_open(io, "vm1", &image, NULL), 0);
+		EQUAL(rbd_write(image, 100, 3, "abc"), 3);
+		EQUAL(rbd_close(image), 0);
+		EQUAL(rbd_open(io, "none", &image, NULL), -ENOENT);
+		EQUAL(rbd_aio_create_completion(NULL, NULL, &c), 0);
+		EQUAL(rbd_aio_open_read_only(io, "vm1", &image, NULL, c), 0);
+		EQUAL(rbd_aio_wait_for_complete(c), 0);
+		EQUAL(rbd_aio_get_return_value(c), 0);
+		rbd_aio_release(c);
+		EQUAL(rbd_read(image, 100, 3, b), 3);
+		EQUAL(rbd_close(image), 0);
+	}
+}
+
 /* ---- progress callbacks that use their own handle ---- */
 
 static _Atomic int busy_calls;
@@ -1440,6 +1463,7 @@ int main(int argc, char **argv)
 		{"control", test_control}, {"exit", test_exit},	   {"flush", test_flush}, {"fork", test_fork},
 		{"forks", test_forks},	   {"frames", test_frames}, {"gone", test_gone},
 		{"order", test_order},	   {"poll", test_poll}, {"progress", test_progress},
+		{"opening", test_opening},
 		{"random", test_random}, {"snapshot", test_snapshot},
 	};
 
