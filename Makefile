@@ -140,7 +140,7 @@ librbd: build ## the C library's own tests, with ASan and UBSan, then fio, QEMU 
 	$(STAGE) "unchanged programs on the C library" go test $(GOFLAGS_LINK) -tags lab -count=1 -short -timeout 15m ./tests/librbd
 
 .PHONY: librbd-long
-librbd-long: build ## the same programs, long form: guests and resizes on Ceph as well
+librbd-long: build ## the same programs, long form: guests, resizes, mirrors and migrations on Ceph as well
 	go test $(GOFLAGS_LINK) -tags lab -count=1 -timeout 20m ./tests/librbd
 
 # Not QEMU on Ceph, where ASan's library is there before C++'s and does not find how librados throws.
