@@ -269,15 +269,18 @@ func checkLockText(s string) error {
 type attributes struct {
 	metadata []Metadatum // by key
 	locks    Locks
+	off      FeatureSet // those that the image does not have
 }
 
 const (
 	attributesMagic   = "LSDATTR\x00"
 	attributesVersion = 1
+	featuresVersion   = 2  // of one that says which features are off
 	attributesHeader  = 32 // bytes before the tag
 	metadatumHeader   = 8  // bytes before the key
 	lockerHeader      = 24 // bytes before the client
 	locksExclusive    = 1 << 0
+	featuresShift     = 1 // of the features that are off, among the flags
 )
 
 // attributesKey names what is kept with an image.
@@ -301,6 +304,9 @@ func (a *attributes) check() error {
 			return errors.New("the keys are not in order")
 		}
 		size += metadatumHeader + len(m.Key) + len(m.Value)
+	}
+	if a.off&^AllFeatures != 0 || !a.off.closed() {
+		return fmt.Errorf("features %#x cannot be off", a.off)
 	}
 	if size > MaxMetadata {
 		return fmt.Errorf("metadata of %d bytes, of at most %d: %w", size, MaxMetadata, ErrFull)
@@ -330,8 +336,11 @@ func (a *attributes) encode(id uuid.UUID) ([]byte, error) {
 	if err := a.check(); err != nil {
 		return nil, err
 	}
-	le := binary.LittleEndian
-	var flags uint32
+	le, version := binary.LittleEndian, uint32(attributesVersion)
+	if a.off != 0 {
+		version = featuresVersion // an earlier lsd is not to take it for damaged
+	}
+	flags := uint32(a.off) << featuresShift
 	if a.locks.Exclusive {
 		flags |= locksExclusive
 	}
@@ -352,12 +361,12 @@ func (a *attributes) encode(id uuid.UUID) ([]byte, error) {
 		}
 		b = append(append(append(b, o.Client...), o.Cookie...), o.Address...)
 	}
-	return frame.Encode(attributesMagic, attributesVersion, b), nil
+	return frame.Encode(attributesMagic, version, b), nil
 }
 
 // decodeAttributes decodes and checks what is kept with the image id.
 func decodeAttributes(b []byte, id uuid.UUID) (*attributes, error) {
-	p, err := frame.Decode(attributesMagic, b, attributesVersion)
+	p, err := frame.Decode(attributesMagic, b, attributesVersion, featuresVersion)
 	if err != nil {
 		return nil, err
 	}
@@ -370,7 +379,7 @@ func decodeAttributes(b []byte, id uuid.UUID) (*attributes, error) {
 		return nil, fmt.Errorf("%w: it is that of image %s", frame.ErrCorrupt, of)
 	}
 	n, lockers, flags := d.u32(head, 16), d.u32(head, 20), d.u32(head, 24)
-	a := &attributes{locks: Locks{Exclusive: flags&locksExclusive != 0, Tag: d.text(d.u32(head, 28))}}
+	a := &attributes{locks: Locks{Exclusive: flags&locksExclusive != 0, Tag: d.text(d.u32(head, 28))}, off: FeatureSet(flags >> featuresShift)}
 	for range n {
 		if d.short {
 			break
@@ -383,7 +392,7 @@ func decodeAttributes(b []byte, id uuid.UUID) (*attributes, error) {
 		}
 		a.locks.Lockers = append(a.locks.Lockers, d.locker())
 	}
-	if d.short || d.strange || len(d.left) > 0 || flags&^locksExclusive != 0 {
+	if d.short || d.strange || len(d.left) > 0 || (a.off != 0) != (b[8] == featuresVersion) {
 		return nil, fmt.Errorf("%w: its lengths do not add up", frame.ErrCorrupt)
 	}
 	if err := a.check(); err != nil {

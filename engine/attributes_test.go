@@ -365,10 +365,19 @@ func FuzzAttributes(f *testing.F) {
 	if err != nil {
 		f.Fatal(err)
 	}
-	f.Add(b[frame.HeaderSize:])
-	f.Add(append(id[:], "\xff\xff\xff\xff\xff\xff\xff\xff\x00\x00\x00\x00\x00\x00\x00\x00"...))
-	f.Fuzz(func(t *testing.T, payload []byte) {
-		b := frame.Encode(attributesMagic, attributesVersion, payload)
+	f.Add(b[frame.HeaderSize:], false)
+	a.off = FeatureFastDiff
+	if b, err = a.encode(id); err != nil {
+		f.Fatal(err)
+	}
+	f.Add(b[frame.HeaderSize:], true)
+	f.Add(append(id[:], "\xff\xff\xff\xff\xff\xff\xff\xff\x00\x00\x00\x00\x00\x00\x00\x00"...), false)
+	f.Fuzz(func(t *testing.T, payload []byte, features bool) {
+		version := uint32(attributesVersion)
+		if features {
+			version = featuresVersion
+		}
+		b := frame.Encode(attributesMagic, version, payload)
 		a, err := decodeAttributes(b, id)
 		if err != nil {
 			return

@@ -1,4 +1,4 @@
-/* Features by name, and options: lsd has none that could be switched. */
+/* Features, and options, of which there are none. */
 #include "internal.h"
 
 #include <errno.h>
@@ -8,7 +8,7 @@
 static const struct {
 	const char *name;
 	uint64_t bit;
-} features[] = {
+} named[] = {
 	{"data-pool", RBD_FEATURE_DATA_POOL},
 	{"deep-flatten", RBD_FEATURE_DEEP_FLATTEN},
 	{"dirty-cache", RBD_FEATURE_DIRTY_CACHE},
@@ -22,14 +22,14 @@ static const struct {
 	{"operations", RBD_FEATURE_OPERATIONS},
 	{"striping", RBD_FEATURE_STRIPINGV2},
 };
-#define FEATURES (sizeof features / sizeof *features)
+#define FEATURES (sizeof named / sizeof *named)
 
 static uint64_t known_features(void)
 {
 	uint64_t all = 0;
 
 	for (size_t i = 0; i < FEATURES; i++)
-		all |= features[i].bit;
+		all |= named[i].bit;
 	return all;
 }
 
@@ -41,12 +41,12 @@ int rbd_features_to_string(uint64_t bits, char *str_features, size_t *size)
 	if (bits & ~known_features())
 		return -EINVAL;
 	for (size_t i = 0; i < FEATURES; i++) {
-		if (!(bits & features[i].bit))
+		if (!(bits & named[i].bit))
 			continue;
 		if (n > 0)
 			text[n++] = ',';
-		strcpy(text + n, features[i].name);
-		n += strlen(features[i].name);
+		strcpy(text + n, named[i].name);
+		n += strlen(named[i].name);
 	}
 	*size = n + 1;
 	if (room < n + 1)
@@ -63,8 +63,8 @@ static uint64_t feature_named(const char *s, size_t n)
 	while (n > 0 && s[n - 1] == ' ')
 		n--;
 	for (size_t i = 0; i < FEATURES; i++)
-		if (strlen(features[i].name) == n && memcmp(features[i].name, s, n) == 0)
-			return features[i].bit;
+		if (strlen(named[i].name) == n && memcmp(named[i].name, s, n) == 0)
+			return named[i].bit;
 	return 0;
 }
 
@@ -106,20 +106,57 @@ int rbd_features_from_string(const char *str_features, uint64_t *bits)
 }
 
 /*
- * As librbd, which refuses what is there already, and what cannot be switched at all. What could
- * be there an image of lsd never has.
+ * What an image has until it is switched off, which nothing depends on. But for layering these say
+ * that differences are known without a look at each object, which QEMU and libvirt ask before they
+ * use them.
+ */
+#define FEATURES_ALL (RBD_FEATURE_LAYERING | FEATURES_SWITCHED)
+#define FEATURES_SWITCHED \
+	(RBD_FEATURE_EXCLUSIVE_LOCK | RBD_FEATURE_OBJECT_MAP | RBD_FEATURE_FAST_DIFF)
+
+int rbd_get_features(rbd_image_t image, uint64_t *features)
+{
+	struct answer a;
+	int e = image_call(image, T_FEATURES, NULL, NULL, true, &a);
+
+	if (e == -EOPNOTSUPP) { /* a daemon of an older release */
+		*features = FEATURES_ALL;
+		return 0;
+	}
+	if (e < 0)
+		return e;
+	*features = get_u64(&a.fields);
+	e = a.fields.bad ? -EPROTO : 0;
+	answer_free(&a);
+	return e;
+}
+
+/*
+ * As librbd: what is there already, or is not, is refused, and so is what cannot be switched at
+ * all, or would be without what it needs.
  */
 int rbd_update_features(rbd_image_t image, uint64_t bits, uint8_t enabled)
 {
 	struct image *h = image;
+	uint8_t buf[12];
+	struct writer w = {.p = buf, .cap = sizeof buf};
+	struct answer a;
+	int e;
 
 	if (h->forked)
 		return -EIO;
 	if (h->read_only)
 		return -EROFS;
-	if (bits == 0 || bits & ~(uint64_t)RBD_FEATURES_MUTABLE || !enabled)
+	if (bits == 0 || bits & ~(uint64_t)RBD_FEATURES_MUTABLE)
 		return -EINVAL;
-	return -EOPNOTSUPP;
+	if (bits & ~(uint64_t)FEATURES_SWITCHED) /* journaling, which is never on */
+		return enabled ? -EOPNOTSUPP : -EINVAL;
+	put_u64(&w, bits);
+	put_u32(&w, enabled != 0);
+	e = image_call(h, T_SWITCH_FEATURES, &w, NULL, false, &a);
+	if (e == 0)
+		answer_free(&a);
+	return e;
 }
 
 /* There are no options of images and pools: the lists are empty. */

@@ -696,19 +696,6 @@ int rbd_get_old_format(rbd_image_t image, uint8_t *old)
 	return h->forked ? -EIO : 0;
 }
 
-int rbd_get_features(rbd_image_t image, uint64_t *features)
-{
-	struct image *h = image;
-
-	/*
-	 * The others say that differences are known without a look at each object, which QEMU and
-	 * libvirt ask before they use them.
-	 */
-	*features = RBD_FEATURE_LAYERING | RBD_FEATURE_EXCLUSIVE_LOCK | RBD_FEATURE_OBJECT_MAP |
-		    RBD_FEATURE_FAST_DIFF;
-	return h->forked ? -EIO : 0;
-}
-
 int rbd_get_op_features(rbd_image_t image, uint64_t *op_features)
 {
 	struct image *h = image;

@@ -317,10 +317,10 @@ func (s *session) denied(want policy.Rights, what string) error {
 func handleRights(t wire.Type) policy.Rights {
 	switch t {
 	case wire.Close, wire.Stat, wire.ListSnapshots, wire.Parent, wire.Children, wire.Diff, wire.Copy,
-		wire.ListMetadata, wire.GetMetadata, wire.Locks, wire.Times, wire.Watchers:
+		wire.ListMetadata, wire.GetMetadata, wire.Locks, wire.Times, wire.Watchers, wire.Features:
 		return policy.Read
 	case wire.Snapshot, wire.RemoveSnapshot, wire.RenameSnapshot, wire.RollBack,
-		wire.SetMetadata, wire.RemoveMetadata, wire.Lock, wire.Unlock, wire.BreakLock:
+		wire.SetMetadata, wire.RemoveMetadata, wire.SwitchFeatures, wire.Lock, wire.Unlock, wire.BreakLock:
 		return policy.Write
 	case wire.Resize, wire.Flatten:
 		return policy.Manage

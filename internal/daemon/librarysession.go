@@ -265,7 +265,7 @@ func errnoOf(err error) syscall.Errno {
 	case errors.Is(err, errEnding), errors.Is(err, context.Canceled):
 		return syscall.EAGAIN
 	case errors.Is(err, ring.ErrLimits), errors.Is(err, engine.ErrShrinks), errors.Is(err, errInvalid),
-		errors.Is(err, engine.ErrMetadataText), errors.Is(err, engine.ErrLockText):
+		errors.Is(err, engine.ErrMetadataText), errors.Is(err, engine.ErrLockText), errors.Is(err, engine.ErrFeatures):
 		return syscall.EINVAL
 	case errors.Is(err, context.DeadlineExceeded):
 		return syscall.ETIMEDOUT
@@ -363,6 +363,8 @@ func (s *session) doWithHandle(ctx context.Context, f wire.Frame, w *answer) err
 		return s.times(ctx, w)
 	case wire.Watchers:
 		return s.watchers(ctx, w)
+	case wire.Features:
+		return s.features(ctx, w)
 	}
 	if s.handle.readOnly {
 		return syscall.EROFS
@@ -382,6 +384,8 @@ func (s *session) doWithHandle(ctx context.Context, f wire.Frame, w *answer) err
 		return s.flatten(ctx, w)
 	case wire.SetMetadata, wire.RemoveMetadata:
 		return s.changeMetadata(ctx, f)
+	case wire.SwitchFeatures:
+		return s.switchFeatures(ctx, f)
 	}
 	return syscall.EOPNOTSUPP
 }

@@ -67,6 +67,8 @@ const (
 	BreakLock      Type = 35
 	Times          Type = 36
 	Watchers       Type = 37
+	Features       Type = 40
+	SwitchFeatures Type = 41
 )
 
 const (
@@ -91,6 +93,7 @@ func (t Type) String() string {
 		Clone: "clone", Parent: "parent", Children: "children", Flatten: "flatten", Diff: "diff", Copy: "copy",
 		ListMetadata: "list the metadata", GetMetadata: "get metadata", SetMetadata: "set metadata", RemoveMetadata: "remove metadata",
 		Locks: "locks", Lock: "lock", Unlock: "unlock", BreakLock: "break a lock", Times: "times", Watchers: "watchers",
+		Features: "features", SwitchFeatures: "switch features",
 	}
 	request := t &^ (progress | result)
 	name, ok := names[request]

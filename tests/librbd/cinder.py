@@ -795,16 +795,17 @@ def multiattach(d):
     with d.open('volume-1') as image:
         saved = image.features()
         change = exclusions & saved
-        if d.lsd:  # one host owns an image: there are no volumes for several
-            with raises(rbd.InvalidArgument):
-                image.update_features(change, False)
-            change = 0
-        else:
+        with raises(rbd.InvalidArgument):
+            image.update_features(rbd.RBD_FEATURE_EXCLUSIVE_LOCK, False)
+        image.update_features(change, False)
+        same(image.features() & exclusions, 0, 'what is left')
+        with raises(rbd.InvalidArgument):
             image.update_features(change, False)
-            same(image.features() & exclusions, 0, 'what is left')
-    with d.open('volume-1') as image:
-        if change:
-            image.update_features(change, True)
+    with d.open('volume-1') as image, d.open('volume-1') as other:
+        image.write(b'one', 0)
+        other.write(b'two', 3)
+        same(image.read(0, 6), b'onetwo', 'what both have written')
+        image.update_features(change, True)
         same(image.features(), saved, 'what is back')
         with raises(rbd.InvalidArgument):
             image.update_features(rbd.RBD_FEATURE_LAYERING, False)
