@@ -66,12 +66,21 @@ func (d *Daemon) attach(ctx context.Context, q api.AttachRequest, progress func(
 	if err != nil {
 		return api.Image{}, err
 	}
+	var door *attachment
+	if !q.Library {
+		if door, err = d.makeRoom(ctx, &rec); err != nil {
+			return api.Image{}, err
+		}
+	}
+	if door != nil {
+		defer func() { <-door.op }()
+	}
 	for next := max(q.ID, first); ; {
-		a, err := d.reserve(ctx, k, rec, next, q.ID >= 0)
+		a, err := d.reserve(ctx, k, rec, next, q.ID >= 0, door)
 		if err != nil {
 			return api.Image{}, err
 		}
-		err = a.attach(ctx, q.Force, progress)
+		err = a.attach(ctx, door, q.Force, progress)
 		if err == nil {
 			return a.describe(ctx), nil
 		}
@@ -180,7 +189,7 @@ func (d *Daemon) planImage(ctx context.Context, rec *record, q api.AttachRequest
 	if err := d.planLog(rec, q.Cache); err != nil {
 		return err
 	}
-	if info.Owner != nil && !info.Owner.Command && !q.Force && !exists(rec.Log) && d.twin(rec) == nil {
+	if info.Owner != nil && !info.Owner.Command && !q.Force && !exists(rec.Log) && d.twin(rec, nil) == nil {
 		return &engine.OwnedError{Image: rec.URL, Host: info.Owner.Host, Since: info.Owner.Since, Lease: info.Owner.Lease}
 	}
 	return nil
@@ -247,7 +256,7 @@ func (d *Daemon) planLog(rec *record, cache string) error {
 		rec.Log = filepath.Join(cache, rec.ImageID.String()+".log")
 	case st.Mode()&fs.ModeDevice != 0 && st.Mode()&fs.ModeCharDevice == 0:
 		rec.Log, rec.LogDevice = cache, true
-		if d.twin(rec) != nil {
+		if d.twin(rec, nil) != nil {
 			return nil // reserve says whose it is
 		}
 		return checkLogDevice(cache)
@@ -308,13 +317,13 @@ func exists(path string) bool {
 	return err == nil
 }
 
-// twin returns another attachment that cannot be beside one of rec.
-func (d *Daemon) twin(rec *record) *attachment {
+// twin returns another attachment that cannot be beside one of rec, but for door.
+func (d *Daemon) twin(rec *record, door *attachment) *attachment {
 	if rec.Null {
 		return nil
 	}
 	for _, a := range d.all() {
-		if r := a.record(); r.clash(rec) {
+		if r := a.record(); a != door && r.clash(rec) {
 			return a
 		}
 	}
@@ -330,14 +339,9 @@ func (a *attachment) inTheWay(rec *record) error {
 }
 
 // reserve finds a free device number, from the given one on or exactly that, and
-// makes the attachment known under it.
-func (d *Daemon) reserve(ctx context.Context, k kernel, rec record, from int, exactly bool) (*attachment, error) {
-	if from < firstDoor { // a device is asked for: what library clients have left makes way
-		if err := d.free(ctx, func(r *record) bool { return r.clash(&rec) }); err != nil {
-			return nil, err
-		}
-	}
-	if a := d.twin(&rec); a != nil {
+// makes the attachment known under it. It is going to take the place of door, if that is not nil.
+func (d *Daemon) reserve(ctx context.Context, k kernel, rec record, from int, exactly bool, door *attachment) (*attachment, error) {
+	if a := d.twin(&rec, door); a != nil {
 		return nil, a.inTheWay(&rec)
 	}
 	for id := from; ; id++ {
@@ -353,7 +357,7 @@ func (d *Daemon) reserve(ctx context.Context, k kernel, rec record, from int, ex
 		}
 		rec.ID = id
 		a := newAttachment(d, rec, api.StateAttaching)
-		if ok, err := d.enter(a); err != nil {
+		if ok, err := d.enter(a, door); err != nil {
 			return nil, err
 		} else if ok {
 			return a, nil
@@ -364,8 +368,9 @@ func (d *Daemon) reserve(ctx context.Context, k kernel, rec record, from int, ex
 	}
 }
 
-// enter makes a known, with its op taken, unless its number is taken.
-func (d *Daemon) enter(a *attachment) (bool, error) {
+// enter makes a known, with its op taken, unless its number is taken. It is going to take the place
+// of door, if that is not nil.
+func (d *Daemon) enter(a, door *attachment) (bool, error) {
 	a.op <- struct{}{}
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -376,7 +381,7 @@ func (d *Daemon) enter(a *attachment) (bool, error) {
 		return false, nil
 	}
 	for _, b := range d.attached { // two requests for one image at once
-		if r := b.record(); r.clash(&a.rec) {
+		if r := b.record(); b != door && r.clash(&a.rec) {
 			return false, b.inTheWay(&a.rec)
 		}
 	}
@@ -385,8 +390,9 @@ func (d *Daemon) enter(a *attachment) (bool, error) {
 }
 
 // attach brings a new attachment up. The caller has entered it; when it fails,
-// nothing of it is left.
-func (a *attachment) attach(ctx context.Context, force bool, progress func(api.Progress)) (err error) {
+// nothing of it is left. It takes the place of door, if that is not nil, of which the caller
+// holds op.
+func (a *attachment) attach(ctx context.Context, door *attachment, force bool, progress func(api.Progress)) (err error) {
 	defer func() {
 		if err != nil {
 			a.d.forget(a) // before anybody else is at it
@@ -394,6 +400,17 @@ func (a *attachment) attach(ctx context.Context, force bool, progress func(api.P
 		<-a.op
 	}()
 	rec := a.record()
+	if door != nil {
+		undo, ierr := door.intend(&rec)
+		if ierr != nil {
+			return ierr
+		}
+		defer func() {
+			if err != nil {
+				err = errors.Join(err, undo())
+			}
+		}()
+	}
 	if err := a.d.records.save(rec); err != nil {
 		return err
 	}
@@ -411,14 +428,22 @@ func (a *attachment) attach(ctx context.Context, force bool, progress func(api.P
 		return err
 	}
 	if err := a.bringUp(ctx, bringUpOptions{fresh: true, force: force, progress: progress}); err != nil {
-		if errors.Is(err, writelog.ErrLocked) {
-			err = fmt.Errorf("%s is attached by another lsdd of this host: %w", rec.URL, err)
-		}
-		return err
+		return explainLocked(rec, err)
+	}
+	if door != nil {
+		door.moveTo(a)
 	}
 	a.startKeeper()
 	a.logger.Info("attached", "log", rec.Log)
 	return nil
+}
+
+// explainLocked says who has the log of a record where that is why it could not be attached.
+func explainLocked(rec record, err error) error {
+	if errors.Is(err, writelog.ErrLocked) {
+		err = fmt.Errorf("%s is attached by another lsdd of this host: %w", rec.URL, err)
+	}
+	return err
 }
 
 // makeLog makes the write log's file if there is none, and reports whether it

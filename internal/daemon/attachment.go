@@ -438,6 +438,11 @@ func (a *attachment) bringUp(ctx context.Context, o bringUpOptions) error {
 	if err != nil {
 		return err
 	}
+	if !o.fresh {
+		if err := a.settle(ctx); err != nil {
+			return err
+		}
+	}
 	rec := a.record()
 	there := false
 	if !o.fresh {

@@ -366,6 +366,7 @@ func (d *Daemon) takeUp() error {
 	if err != nil {
 		return err
 	}
+	recs = d.sortOut(recs)
 	d.mu.Lock()
 	for _, r := range recs {
 		d.attached[r.ID] = newAttachment(d, r, api.StateRecovering)

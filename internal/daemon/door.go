@@ -89,6 +89,9 @@ func (k *doors) Recover(_ context.Context, id int) (device, error) {
 	return k.put(d.params, ublk.StateQuiesced), nil
 }
 
+// replace returns a door in the place of one that somebody else serves: it is his no more.
+func (k *doors) replace(p ublk.Params) device { return k.put(p, ublk.StateQuiesced) }
+
 // Info implements kernel.
 func (k *doors) Info(_ context.Context, id int) (ublk.Info, error) {
 	d, err := k.get(id)

@@ -37,6 +37,10 @@ type handle struct {
 	conn     *ring.Conn
 	refs     atomic.Int32 // who uses mem: the handle itself, and each disk that it is hooked to
 
+	// at is what the handle is one of, nil before that. Who changes it holds the mu of both that it
+	// was one of and of what it is one of from then on.
+	at atomic.Pointer[attachment]
+
 	aside bool // guarded by the attachment's mu: it does not count among those who use it
 }
 
@@ -178,15 +182,28 @@ func (d *disk) unhook(ctx context.Context, h *handle) error {
 func (a *attachment) addHandle(h *handle) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
+	h.at.Store(a)
 	a.handles[h] = struct{}{}
 	if a.disk != nil {
 		a.disk.hook(h)
 	}
 }
 
-// endHandle ends a handle whose client is gone, or has closed it: then nothing is under way.
-func (a *attachment) endHandle(h *handle) {
-	a.mu.Lock()
+// lock returns what the handle is one of, with its mu taken.
+func (h *handle) lock() *attachment {
+	for {
+		a := h.at.Load()
+		a.mu.Lock()
+		if h.at.Load() == a {
+			return a
+		}
+		a.mu.Unlock() // it has moved meanwhile
+	}
+}
+
+// end ends a handle whose client is gone, or has closed it: then nothing is under way.
+func (h *handle) end() {
+	a := h.lock()
 	delete(a.handles, h)
 	if len(a.handles) == 0 {
 		a.unused = time.Now()

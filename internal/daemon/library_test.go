@@ -558,22 +558,6 @@ func TestLibraryMakesWay(t *testing.T) {
 	}
 }
 
-// TestLibraryReadOnlyFirst: who reads is not in the way of one who writes once it has gone.
-func TestLibraryReadOnlyFirst(t *testing.T) {
-	w := newWorld(t)
-	h := w.newHost()
-	h.makeLog("vm1")
-	r := h.handle(wire.OpenRequest{Flags: wire.OpenReadOnly})
-	r.check(0, 512, 0)
-	errnoIs(t, h.client().open(wire.OpenRequest{}), unix.EBUSY)
-	if err := r.close(); err != nil {
-		t.Fatal(err)
-	}
-	c := h.handle(wire.OpenRequest{})
-	c.write(0, 512, 1)
-	h.door()
-}
-
 // TestLibraryPanic: handles survive the death of a reactor; what was under way is done again.
 func TestLibraryPanic(t *testing.T) {
 	w := newWorld(t)

@@ -153,7 +153,7 @@ func (s *session) times(ctx context.Context, w *answer) error {
 // device; elsewhere the host that owns it.
 func (s *session) watchers(ctx context.Context, w *answer) error {
 	l := &wire.WatcherList{}
-	id, host := s.attachment.record().ImageID, s.d.cfg.Host
+	id, host := s.attachment().record().ImageID, s.d.cfg.Host
 	for _, a := range s.d.all() {
 		if rec := a.record(); rec.ImageID != id || rec.ReadOnly || rec.Snapshot != uuid.Nil {
 			continue
@@ -177,7 +177,7 @@ func (s *session) watchers(ctx context.Context, w *answer) error {
 
 // owns reports whether the handle's image is this daemon's, as far as the reactor knows.
 func (s *session) owns(ctx context.Context) bool {
-	dk := s.attachment.getDisk()
+	dk := s.attachment().getDisk()
 	if dk == nil {
 		return false
 	}

@@ -21,7 +21,7 @@ const flattenTries = 3
 
 // atLength does something with the store of the handle's image that may take any time.
 func (s *session) atLength(ctx context.Context, do func(context.Context, backend.URL, backend.Store, uuid.UUID) error) error {
-	rec := s.attachment.record()
+	rec := s.attachment().record()
 	u, _, _, err := backend.ParseSource(rec.URL)
 	if err != nil {
 		return err
@@ -44,7 +44,7 @@ func (s *session) flatten(ctx context.Context, w *answer) error {
 			err = invalid(errors.New(engine.ErrNoParent.Error())) // as to librbd, not "no such file"
 		}
 		for try := 1; err == nil; try++ {
-			if _, err = s.attachment.flatten(ctx, w.progress); err != nil {
+			if _, err = s.attachment().flatten(ctx, w.progress); err != nil {
 				break
 			}
 			var found engine.Separation
@@ -103,9 +103,9 @@ func (s *session) copy(ctx context.Context, f wire.Frame, w *answer) error {
 	var mu sync.Mutex // some of what it does it does side by side
 	o := transfer.CopyOptions{
 		HeadOnly: q.Flags&wire.CopyDeep == 0,
-		Of:       s.attachment.record().Snapshot,
+		Of:       s.attachment().record().Snapshot,
 		Whole:    true,
-		Snapshot: engine.SnapshotOptions{Nudge: func(ctx context.Context) error { return s.attachment.refresh(ctx, func(api.Progress) {}) }},
+		Snapshot: engine.SnapshotOptions{Nudge: func(ctx context.Context) error { return s.attachment().refresh(ctx, func(api.Progress) {}) }},
 		Options: transfer.Options{URL: to.Image(q.Image), Logger: s.d.logger, Progress: func(what string, done, total uint64) {
 			mu.Lock()
 			defer mu.Unlock()

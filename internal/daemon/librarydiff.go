@@ -71,7 +71,7 @@ func (s *session) diff(ctx context.Context, f wire.Frame, w *answer) error {
 // stateBefore opens the snapshot that the client names. same says that it is what the handle has
 // open.
 func (s *session) stateBefore(ctx context.Context, q *wire.DiffRequest) (same bool, err error) {
-	rec := s.attachment.record()
+	rec := s.attachment().record()
 	u, _, _, err := backend.ParseSource(rec.URL)
 	if err != nil {
 		return false, err
@@ -185,21 +185,21 @@ func (d *differ) add(from, to uint64, exists bool) error {
 	return nil
 }
 
-// mapPart returns a part of the map of what the handle has open. What is being taken up again is
-// waited for.
+// mapPart returns a part of the map of what the handle has open. What is being taken up again, or
+// replaced, is waited for.
 func (s *session) mapPart(ctx context.Context, off, end uint64, o engine.MapPartOptions) (*engine.MapPart, error) {
 	for until := time.Now().Add(openTimeout); ; {
 		err := errNotOpen
-		if dk := s.attachment.getDisk(); dk != nil && dk.image != nil {
+		if dk := s.attachment().getDisk(); dk != nil && dk.image != nil {
 			var p *engine.MapPart
-			if p, err = dk.mapPart(ctx, off, end, o); !errors.Is(err, reactor.ErrStopped) {
+			if p, err = dk.mapPart(ctx, off, end, o); err == nil || !errors.Is(err, reactor.ErrStopped) && s.attachment().getDisk() == dk {
 				return p, err
 			}
-		} else if why := s.attachment.usable(ctx); why != nil && !errors.Is(why, errNotOpen) {
+		} else if why := s.attachment().usable(ctx); why != nil && !errors.Is(why, errNotOpen) {
 			return nil, why
 		}
 		if time.Now().After(until) || !sleep(ctx, joinPause) {
-			return nil, fmt.Errorf("%s: %w", s.attachment.name(), cmp.Or(context.Cause(ctx), err))
+			return nil, fmt.Errorf("%s: %w", s.attachment().name(), cmp.Or(context.Cause(ctx), err))
 		}
 	}
 }

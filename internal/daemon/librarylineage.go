@@ -51,7 +51,7 @@ func (s *session) clone(ctx context.Context, f wire.Frame, w *answer) error {
 
 // parent says of what the handle's image was cloned, as what the handle has open has it.
 func (s *session) parent(ctx context.Context, w *answer) error {
-	of := s.attachment.record().Snapshot
+	of := s.attachment().record().Snapshot
 	return s.withStore(ctx, func(ctx context.Context, st backend.Store, id uuid.UUID) error {
 		a, err := engine.AncestryOf(ctx, st, id, of)
 		if err != nil {
@@ -87,7 +87,7 @@ func (s *session) children(ctx context.Context, f wire.Frame, w *answer) error {
 	if err != nil {
 		return err
 	}
-	of := s.attachment.record().Snapshot
+	of := s.attachment().record().Snapshot
 	var list []engine.Descendant
 	if err := s.withStore(ctx, func(ctx context.Context, st backend.Store, id uuid.UUID) (err error) {
 		if list, err = engine.Descendants(ctx, st, id, of, q.Flags&wire.ChildrenDeep != 0); err != nil {

@@ -124,9 +124,8 @@ func (d *Daemon) describeByID(ctx context.Context, u backend.URL, text string) (
 
 // An opened is an image that a library client has opened.
 type opened struct {
-	attachment *attachment
-	handle     *handle
-	rights     policy.Rights // to the image
+	handle *handle
+	rights policy.Rights // to the image
 }
 
 // openHandle opens an image for a library client, and attaches it if need be.
@@ -214,7 +213,7 @@ func (s *session) openAgain(ctx context.Context, q *wire.OpenRequest, want polic
 // join makes the handle of o one of an attachment's, if the client may use that for the subject
 // that it has found. It reports false where that is to be tried again.
 func (s *session) join(ctx context.Context, a *attachment, sub *subject, want policy.Rights, o *opened, again bool) (bool, error) {
-	o.attachment, o.rights = a, policy.All
+	o.rights = policy.All
 	if s.caller.UID != 0 {
 		// Who can write to the store itself can give an image there the id of one elsewhere.
 		o.rights = sub.rights
@@ -349,13 +348,13 @@ func (a *attachment) usable(ctx context.Context) error {
 	return nil
 }
 
-// makeWay detaches what is attached read-only, so that it can be attached to be written to. The
-// caller holds op.
+// makeWay has what is attached read-only, for library clients alone, make way for one who writes: it
+// is detached if nobody uses it. The caller holds op.
 func (a *attachment) makeWay(ctx context.Context) error {
-	if c := a.clients(); len(c) > 0 {
-		return fmt.Errorf("%w, which have it open read-only", a.busy(c))
+	if len(a.clients()) == 0 {
+		return a.detachReadily(ctx)
 	}
-	return a.detachReadily(ctx)
+	return a.turnWritable(ctx)
 }
 
 // detachReadily detaches what has no users, for who holds op.

@@ -60,7 +60,7 @@ func (s *session) open(ctx context.Context, f wire.Frame, w *answer) error {
 		s.giveRing()
 		return err
 	}
-	s.attachment, s.handle, s.rights = o.attachment, o.handle, o.rights
+	s.handle, s.rights = o.handle, o.rights
 	s.d.living.add(s.handle)
 	st, err := s.describe(ctx)
 	if err != nil {
@@ -78,7 +78,7 @@ func (s *session) open(ctx context.Context, f wire.Frame, w *answer) error {
 
 // describe says what the handle's image is like.
 func (s *session) describe(ctx context.Context) (o wire.StatResult, err error) {
-	rec := s.attachment.record()
+	rec := s.attachment().record()
 	_, name, _, err := backend.ParseSource(rec.URL)
 	if err != nil {
 		return o, err
@@ -94,8 +94,13 @@ func (s *session) describe(ctx context.Context) (o wire.StatResult, err error) {
 	}
 	o.ID, o.Name, o.Size, o.Block = rec.ImageID, name, rec.Size, rec.BlockSize
 	o.ObjectSize = engine.DefaultObjectSize
-	if dk := s.attachment.getDisk(); dk != nil && dk.image != nil {
-		if o.Size, err = dk.size(ctx); err != nil {
+	for dk := s.attachment().getDisk(); dk != nil && dk.image != nil; dk = s.attachment().getDisk() {
+		size, err := dk.size(ctx)
+		if err == nil {
+			o.Size = size
+			break
+		}
+		if !errors.Is(err, reactor.ErrStopped) || !sleep(ctx, joinPause) {
 			return o, err
 		}
 	}
@@ -104,7 +109,7 @@ func (s *session) describe(ctx context.Context) (o wire.StatResult, err error) {
 
 // closeHandle ends the handle, once nothing of it is under way.
 func (s *session) closeHandle(ctx context.Context) error {
-	for dk := s.attachment.getDisk(); dk != nil; dk = s.attachment.getDisk() {
+	for dk := s.attachment().getDisk(); dk != nil; dk = s.attachment().getDisk() {
 		err := dk.unhook(ctx, s.handle)
 		if err == nil {
 			break
@@ -226,13 +231,21 @@ func (d *Daemon) free(ctx context.Context, what func(*record) bool) error {
 
 // detachInTurn detaches what has no users, once nobody else is at it.
 func (a *attachment) detachInTurn(ctx context.Context) error {
-	select {
-	case a.op <- struct{}{}:
-	case <-ctx.Done():
-		return fmt.Errorf("%s %w", a.name(), errAtIt)
+	if err := a.takeInTurn(ctx); err != nil {
+		return err
 	}
 	defer func() { <-a.op }()
 	return a.detachReadily(ctx)
+}
+
+// takeInTurn takes op, which the caller gives back, once nobody else is at it.
+func (a *attachment) takeInTurn(ctx context.Context) error {
+	select {
+	case a.op <- struct{}{}:
+		return nil
+	case <-ctx.Done():
+		return fmt.Errorf("%s %w", a.name(), errAtIt)
+	}
 }
 
 // list lists the names of those of a store's images that the client may read, some at a time.
@@ -292,7 +305,7 @@ func (s *session) resize(ctx context.Context, f wire.Frame, w *answer) error {
 	if err := parse(f, &q); err != nil {
 		return err
 	}
-	if _, err := s.attachment.resize(ctx, api.ResizeRequest{Size: q.Size, Shrink: q.Shrink}, w.progress); err != nil {
+	if _, err := s.attachment().resize(ctx, api.ResizeRequest{Size: q.Size, Shrink: q.Shrink}, w.progress); err != nil {
 		return err
 	}
 	return s.size(ctx, w)
@@ -319,7 +332,7 @@ func (s *session) named(ctx context.Context, f wire.Frame, do func(context.Conte
 
 // withStore does something with the store of the handle's image.
 func (s *session) withStore(ctx context.Context, do func(context.Context, backend.Store, uuid.UUID) error) error {
-	rec := s.attachment.record()
+	rec := s.attachment().record()
 	u, _, _, err := backend.ParseSource(rec.URL)
 	if err != nil {
 		return err
@@ -329,7 +342,7 @@ func (s *session) withStore(ctx context.Context, do func(context.Context, backen
 
 // snapshot makes a snapshot.
 func (s *session) snapshot(ctx context.Context, f wire.Frame) error {
-	nudge := func(ctx context.Context) error { return s.attachment.refresh(ctx, func(api.Progress) {}) }
+	nudge := func(ctx context.Context) error { return s.attachment().refresh(ctx, func(api.Progress) {}) }
 	return s.changed(s.named(ctx, f, func(ctx context.Context, st backend.Store, id uuid.UUID, name string) error {
 		_, err := engine.CreateSnapshot(ctx, st, id, name, engine.SnapshotOptions{Nudge: nudge})
 		return err
@@ -339,7 +352,7 @@ func (s *session) snapshot(ctx context.Context, f wire.Frame) error {
 // changed tells the image's clients what has succeeded.
 func (s *session) changed(err error) error {
 	if err == nil {
-		s.attachment.tellChange()
+		s.attachment().tellChange()
 	}
 	return err
 }
@@ -407,7 +420,7 @@ func (s *session) rollBack(ctx context.Context, f wire.Frame, w *answer) error {
 	if err := parse(f, &q); err != nil {
 		return err
 	}
-	if _, err := s.attachment.rollBack(ctx, api.RollbackRequest{Snapshot: q.Name}, s.handle, w.progress); err != nil {
+	if _, err := s.attachment().rollBack(ctx, api.RollbackRequest{Snapshot: q.Name}, s.handle, w.progress); err != nil {
 		return err
 	}
 	return s.size(ctx, w)

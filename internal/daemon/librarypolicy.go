@@ -296,7 +296,7 @@ func (s *session) libraryImage(store, image string, want policy.Rights) (backend
 
 // imageGrants says what the client may do in the store of the handle's image.
 func (s *session) imageGrants() (policy.Grants, error) {
-	u, _, _, err := backend.ParseSource(s.attachment.record().URL)
+	u, _, _, err := backend.ParseSource(s.attachment().record().URL)
 	if err != nil {
 		return nil, err
 	}

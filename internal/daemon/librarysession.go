@@ -33,11 +33,10 @@ type session struct {
 	version uint32 // of the ring; 0: it has not said hello
 
 	// Of a handle: see open.
-	attachment *attachment
-	handle     *handle
-	rights     policy.Rights // to its image, as it was opened
-	ring       uint64        // bytes of data of its ring, as the user's are counted
-	before     stateBefore   // with which the image was compared last
+	handle *handle
+	rights policy.Rights // to its image, as it was opened
+	ring   uint64        // bytes of data of its ring, as the user's are counted
+	before stateBefore   // with which the image was compared last
 }
 
 // serveLibrary serves library clients until the listener is closed.
@@ -157,11 +156,15 @@ func processName(pid int32) string {
 	return fmt.Sprintf("%s (%s)", who, shown)
 }
 
+// attachment returns what the session's handle is one of. That can be another one by now each
+// time.
+func (s *session) attachment() *attachment { return s.handle.at.Load() }
+
 // end gives up what the session holds.
 func (s *session) end() {
 	s.before.close()
 	if s.handle != nil {
-		s.attachment.endHandle(s.handle)
+		s.handle.end()
 		s.d.living.remove(s.handle)
 		s.handle = nil
 	}
@@ -305,7 +308,7 @@ func (s *session) do(ctx context.Context, f wire.Frame, w *answer) error {
 			return errRules
 		}
 		if want := handleRights(f.Type); !s.rights.Has(want) {
-			return s.denied(want, s.attachment.record().URL)
+			return s.denied(want, s.attachment().record().URL)
 		}
 		return s.doWithHandle(ctx, f, w)
 	}
