@@ -1,6 +1,9 @@
 package engine
 
-import "sync"
+import (
+	"sync"
+	"time"
+)
 
 // maxKeptBuffers bounds what objectBuffers keep, in bytes: eight objects' of the default size,
 // about as many as a store takes at one time.
@@ -11,14 +14,16 @@ const maxKeptBuffers = 64 << 20
 // again: a sixth of the time that building takes. Any goroutine may use them.
 type objectBuffers struct {
 	mu   sync.Mutex
-	free [][]byte // guarded by mu; the one used last is taken first
-	kept int      // bytes of them; guarded by mu
+	free [][]byte // guarded by mu, as all that follows; the one used last is taken first
+	kept int      // bytes of them
+	used time.Time
 }
 
 // take returns a buffer of at least n bytes, or nil if there is none.
 func (p *objectBuffers) take(n int) []byte {
 	p.mu.Lock()
 	defer p.mu.Unlock()
+	p.used = time.Now()
 	for i := len(p.free) - 1; i >= 0; i-- {
 		if b := p.free[i]; cap(b) >= n {
 			p.free = append(p.free[:i], p.free[i+1:]...)
@@ -33,15 +38,20 @@ func (p *objectBuffers) take(n int) []byte {
 func (p *objectBuffers) give(b []byte) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
+	p.used = time.Now()
 	if p.kept+cap(b) <= maxKeptBuffers {
 		p.free = append(p.free, b)
 		p.kept += cap(b)
 	}
 }
 
-// DropBuffers lets go of the memory that is kept for the next data objects.
-func (s *Shared) DropBuffers() {
-	s.buffers.mu.Lock()
-	defer s.buffers.mu.Unlock()
-	s.buffers.free, s.buffers.kept = nil, 0
+// DropBuffers lets go of the memory that is kept for the next data objects, if nobody has used it
+// for some time.
+func (s *Shared) DropBuffers(unused time.Duration) {
+	p := &s.buffers
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if time.Since(p.used) >= unused {
+		p.free, p.kept = nil, 0
+	}
 }

@@ -1,6 +1,9 @@
 package engine
 
-import "testing"
+import (
+	"testing"
+	"time"
+)
 
 // TestObjectBuffers: a buffer is used again where it is large enough, and no more are kept than are
 // allowed, nor any once they are dropped.
@@ -28,7 +31,11 @@ func TestObjectBuffers(t *testing.T) {
 	if p.kept != maxKeptBuffers || len(p.free) != maxKeptBuffers>>20 {
 		t.Errorf("%d buffers of %d bytes are kept", len(p.free), p.kept)
 	}
-	s.DropBuffers()
+	s.DropBuffers(time.Hour)
+	if p.kept == 0 {
+		t.Error("what was used just now is dropped")
+	}
+	s.DropBuffers(0)
 	if p.kept != 0 || p.take(1) != nil {
 		t.Errorf("%d bytes are kept", p.kept)
 	}

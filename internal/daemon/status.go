@@ -161,11 +161,12 @@ func (d *Daemon) look(now, free time.Time) time.Time {
 	if !free.IsZero() && !now.Before(free) {
 		// Nothing else would: an idle process makes no garbage, so it is not
 		// collected, and what it was is locked. Pools let go at the second time.
-		d.shared.engine.DropBuffers()
+		d.shared.engine.DropBuffers(0)
 		runtime.GC()
 		debug.FreeOSMemory()
 		free = time.Time{}
 	}
+	d.shared.engine.DropBuffers(freeAfter)
 	d.guard.refresh()
 	for _, a := range d.all() {
 		a.letGoUnused(now)
