@@ -47,7 +47,7 @@ slow_packages = $(shell git grep -l 'racetest\.Slow(t)' -- '*_test.go' | xargs -
 .PHONY: unit
 unit: ## unit tests: all with the race detector, in short; whole packages without it where it leaves tests out; simulation and fuzz seeds
 	$(STAGE) "unit tests with the race detector" go test $(GOFLAGS_LINK) -race -short -timeout 20m $$(go list ./... | grep -v /tests/bench)
-	$(STAGE) "whole packages without it" go test $(GOFLAGS_LINK) -tags invariants -timeout 15m $(slow_packages)
+	$(STAGE) "whole packages without it" go test $(GOFLAGS_LINK) -tags invariants -timeout 20m $(slow_packages)
 	$(STAGE) "tests of the benchmarks" go test $(GOFLAGS_LINK) -timeout 15m ./tests/bench
 	$(STAGE) "simulation" $(MAKE) --no-print-directory sim SEEDS=1000
 	$(STAGE) "simulation of planted bugs" $(MAKE) --no-print-directory sim-mutations

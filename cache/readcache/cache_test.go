@@ -14,6 +14,7 @@ import (
 	"testing"
 
 	"github.com/google/uuid"
+	"github.com/lsd-ceph/lsd/internal/racetest"
 	"github.com/lsd-ceph/lsd/internal/simdisk"
 )
 
@@ -251,6 +252,9 @@ func (w *world) step() {
 func TestCrashes(t *testing.T) {
 	for seed := range uint64(8) {
 		t.Run(fmt.Sprint(seed), func(t *testing.T) {
+			if seed > 0 {
+				racetest.Slow(t)
+			}
 			t.Parallel()
 			rng := rand.New(rand.NewPCG(seed, 1))
 			w := &world{t: t, rng: rng, disk: simdisk.New(MinSize, rng)}
@@ -426,6 +430,7 @@ func TestStrangers(t *testing.T) {
 
 // TestResize: a file that grew or shrank keeps what fits.
 func TestResize(t *testing.T) {
+	racetest.Slow(t)
 	f := newMemFile(2 * MinSize)
 	c := mustOpen(t, f)
 	u := c.Client()
@@ -451,6 +456,7 @@ func TestResize(t *testing.T) {
 
 // TestBrokenDisk: a disk that fails never fails a read, and is given up.
 func TestBrokenDisk(t *testing.T) {
+	racetest.Slow(t)
 	for _, what := range []string{"reads", "writes"} {
 		t.Run(what, func(t *testing.T) {
 			f := newMemFile(MinSize)
