@@ -21,12 +21,14 @@ int64_t now_ms(void)
 	return (int64_t)t.tv_sec * 1000 + t.tv_nsec / 1000000;
 }
 
-bool debugging(void)
+bool switched_on(const char *name)
 {
-	const char *v = secure_getenv("LSD_DEBUG");
+	const char *v = secure_getenv(name);
 
 	return v && *v && strcmp(v, "0") != 0;
 }
+
+bool debugging(void) { return switched_on("LSD_DEBUG"); }
 
 /* An operator must learn why a disk does not open; once for each process is enough. */
 static void say_unreachable(const char *path, int error)

@@ -26,6 +26,8 @@ static void fill_open(struct writer *w, const struct target *t, uint32_t entries
 	uint32_t flags = (t->read_only ? 1 : 0) | (t->by_id ? 2 : 0) | (t->again ? 4 : 0) |
 			 (t->instead ? 8 : 0);
 
+	if (!t->read_only && switched_on("LSD_SHARED"))
+		flags |= 16;
 	put_name(w, t->store);
 	put_name(w, t->image);
 	put_name(w, t->snapshot);

@@ -167,6 +167,8 @@ void answer_free(struct answer *a); /* and closes descriptors that are still the
 int call_once(uint16_t type, const struct writer *w, const struct progress *pr,
 	      struct answer *a);
 int64_t now_ms(void); /* CLOCK_MONOTONIC */
+/* Whether a variable of the environment is set, to anything but 0. */
+bool switched_on(const char *name);
 bool debugging(void);
 /* The store of the caller's ioctx as a URL: 0 or a negative errno. store.c */
 int store_url(rados_ioctx_t io, char *url, size_t n);

@@ -42,11 +42,16 @@ Writes are acknowledged from a write log, a file in --cache (or a whole block
 device), which should be on a local SSD that keeps what is flushed. The file is
 made now and removed by lsdctl del.
 
-A snapshot is attached with --read-only, beside its image or on another host.`,
+A snapshot is attached with --read-only, beside its image or on another host.
+
+With --shared programs that lsdctl run --shared has started may write to the image, too;
+without, they can only read it while it is attached. A file system may be mounted on one
+side alone, unless it is one for shared disks: it would be damaged.`,
 		Example: `  lsdctl add rados://rbd/vm2
   lsdctl add rados://rbd/vm2 --cache /ssd/lsd --log-size 8G
   lsdctl add rados://rbd/vm2 --force      # its host is dead
   lsdctl add rados://rbd/vm2@monday --read-only
+  lsdctl add rados://rbd/vm2 --shared     # librbd's clients may write beside it
   lsdctl add --null --size 10G            # no image: what ublk itself costs`,
 		Args: func(cmd *cobra.Command, args []string) error {
 			if q.Null {
@@ -70,6 +75,7 @@ A snapshot is attached with --read-only, beside its image or on another host.`,
 	f.IntVar(&q.Queues, "queues", 1, "hardware queues of the block device")
 	f.IntVar(&q.Depth, "depth", 128, "requests in each queue")
 	f.BoolVar(&q.ReadOnly, "read-only", false, "take no ownership; shows the image as the store has it now")
+	f.BoolVar(&q.Shared, "shared", false, "let programs write beside the device that lsdctl run --shared has started")
 	f.BoolVar(&q.Force, "force", false, "take the image over from the host that has it")
 	f.DurationVar(&q.Lease, "lease", 0, "how long the ownership lasts without a sign of life (default 1m)")
 	f.BoolVar(&q.Null, "null", false, "no image: a device that forgets everything, for benchmarks")
@@ -103,6 +109,8 @@ func checkAdd(cmd *cobra.Command, q api.AttachRequest) error {
 		return errors.New("size is beyond all limits")
 	case !q.Null && cmd.Flags().Changed("size"):
 		return errors.New("--size is that of a --null device: an image has its own")
+	case q.Shared && (q.Null || q.ReadOnly):
+		return errors.New("--shared is for an image that can be written to: it goes neither with --read-only nor with --null")
 	case q.Null && cmd.Flags().Changed("size") && q.Size == 0:
 		return errors.New("size 0: a device must have at least one block")
 	case q.Null:
@@ -134,6 +142,9 @@ func (a *app) add(cmd *cobra.Command, q api.AttachRequest) error {
 	a.progress.end()
 	if err != nil {
 		return err
+	}
+	if q.Shared && !im.Shared {
+		a.remark(api.Done{Remarks: []string{im.Device + " is not shared: the lsdd that runs is an earlier release, and knows no --shared"}})
 	}
 	if a.json {
 		return a.printJSON(im)
@@ -227,6 +238,9 @@ func (a *app) printStatus(im api.Image) error {
 		state := im.State
 		if im.ReadOnly {
 			state += ", read-only"
+		}
+		if im.Shared {
+			state += ", shared"
 		}
 		row("state", fmt.Sprintf("%s since %s", state, im.Since.Local().Format(time.DateTime)))
 		if im.Error != "" {

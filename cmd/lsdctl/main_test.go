@@ -177,6 +177,8 @@ func TestBadInput(t *testing.T) {
 		{"log ls /dev/null", "neither a file nor a block device"},
 		{"log salvage " + dir + "/short " + store + "/new", "too short"},
 		{"add " + store + "/there@monday", "a snapshot can be attached with --read-only alone"},
+		{"add " + store + "/there --shared --read-only", "goes neither with --read-only nor"},
+		{"add --null --shared", "goes neither with --read-only nor"},
 		{"add " + store + "/there@ --read-only", "empty snapshot name"},
 		{"add mem:x@y --read-only", "tests"},
 		{"create " + store + "/new@monday --size 1M", "an image is wanted here"},

@@ -25,8 +25,9 @@ const (
 
 func (a *app) runCommand() *cobra.Command {
 	var store string
+	var shared bool
 	cmd := &cobra.Command{
-		Use:   "run [--store STORE] -- PROGRAM [ARGUMENT...]",
+		Use:   "run [--store STORE] [--shared] -- PROGRAM [ARGUMENT...]",
 		Short: "Run a program that speaks librbd on lsd images",
 		Long: `Run a program that was made for Ceph's librbd, unchanged, on lsd images: its
 rbd_open and the like reach this host's lsdd, which is started if none runs. There is
@@ -35,9 +36,15 @@ runs, and whose policy names them.
 
 The pool and namespace that the program names are the store: rbd:rbd/vm2 is
 rados://rbd/vm2. With --store all that it names is there instead. That can be a
-store which is not Ceph; then there need be no Ceph at all.`,
+store which is not Ceph; then there need be no Ceph at all.
+
+With --shared the program may write to an image beside a block device of this host that
+was attached with lsdctl add --shared, and such a device may be attached beside the
+program. Both see each other's writes, but no file system may be mounted on one side while
+the other one writes, unless it is one for shared disks: it would be damaged.`,
 		Example: `  lsdctl run -- qemu-img convert -p image.qcow2 rbd:rbd/vm3
-  lsdctl run --store file:///srv/lsd -- fio --name=x --ioengine=rbd --pool=any --rbdname=vm1 --rw=randwrite`,
+  lsdctl run --store file:///srv/lsd -- fio --name=x --ioengine=rbd --pool=any --rbdname=vm1 --rw=randwrite
+  lsdctl run --shared -- qemu-io -f raw -c "write -P 7 0 4k" rbd:rbd/vm3   # beside /dev/ublkb0`,
 		Args: cobra.ArbitraryArgs,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			if len(args) == 0 {
@@ -53,16 +60,17 @@ store which is not Ceph; then there need be no Ceph at all.`,
 					return fmt.Errorf("--store %s: %w", store, err)
 				}
 			}
-			return a.run(cmd.Context(), u, args)
+			return a.run(cmd.Context(), u, shared, args)
 		},
 	}
 	cmd.Flags().StringVar(&store, "store", "", "the store of all images, whatever pool the program names")
+	cmd.Flags().BoolVar(&shared, "shared", false, "images that the program writes to may have a block device that is shared, too")
 	cmd.Flags().SetInterspersed(false)
 	return cmd
 }
 
 // run becomes the program.
-func (a *app) run(ctx context.Context, u backend.URL, args []string) error {
+func (a *app) run(ctx context.Context, u backend.URL, shared bool, args []string) error {
 	path, err := exec.LookPath(args[0])
 	if err != nil {
 		return fmt.Errorf("%s is not there, or is no program", args[0])
@@ -71,7 +79,7 @@ func (a *app) run(ctx context.Context, u backend.URL, args []string) error {
 	if err != nil {
 		return err
 	}
-	env, err := runEnv(u, socket, os.Environ())
+	env, err := runEnv(u, shared, socket, os.Environ())
 	if err != nil {
 		return err
 	}
@@ -113,9 +121,13 @@ func (a *app) needLibrary(ctx context.Context, socket string) error {
 }
 
 // runEnv returns the environment in which a program finds the library, and the library the
-// daemon, and the store u, unless that is the zero value.
-func runEnv(u backend.URL, socket string, env []string) ([]string, error) {
+// daemon, and the store u, unless that is the zero value. shared says that it shares its images
+// with block devices; else the environment says whether it does.
+func runEnv(u backend.URL, shared bool, socket string, env []string) ([]string, error) {
 	env = setenv(env, api.EnvLibrarySocket, socket)
+	if shared {
+		env = setenv(env, api.EnvLibraryShared, "1")
+	}
 	name := libraryName
 	if u.Scheme != "" {
 		env = setenv(env, api.EnvLibraryStore, u.String())

@@ -35,7 +35,7 @@ func TestRunEnv(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := runEnv(file, "/x/sock.librbd", nil); err == nil || !strings.Contains(err.Error(), "make install-librbd") {
+	if _, err := runEnv(file, false, "/x/sock.librbd", nil); err == nil || !strings.Contains(err.Error(), "make install-librbd") {
 		t.Errorf("without a library: %v", err)
 	}
 	dir := filepath.Join(filepath.Dir(exe), "librbd")
@@ -53,14 +53,15 @@ func TestRunEnv(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, c := range []struct {
-		store backend.URL
-		want  []string
+		store  backend.URL
+		shared bool
+		want   []string
 	}{
-		{backend.URL{}, []string{"B=1", api.EnvLibrarySocket + "=/x/sock.librbd", "LD_LIBRARY_PATH=" + dir}},
-		{pool, []string{"B=1", api.EnvLibrarySocket + "=/x/sock.librbd", api.EnvLibraryStore + "=rados://rbd/ns", "LD_LIBRARY_PATH=" + dir}},
-		{file, []string{"B=1", api.EnvLibrarySocket + "=/x/sock.librbd", api.EnvLibraryStore + "=file:///srv/lsd", "LD_PRELOAD=" + filepath.Join(dir, preloadName)}},
+		{backend.URL{}, false, []string{"B=1", api.EnvLibrarySocket + "=/x/sock.librbd", "LD_LIBRARY_PATH=" + dir}},
+		{pool, true, []string{"B=1", api.EnvLibrarySocket + "=/x/sock.librbd", api.EnvLibraryShared + "=1", api.EnvLibraryStore + "=rados://rbd/ns", "LD_LIBRARY_PATH=" + dir}},
+		{file, false, []string{"B=1", api.EnvLibrarySocket + "=/x/sock.librbd", api.EnvLibraryStore + "=file:///srv/lsd", "LD_PRELOAD=" + filepath.Join(dir, preloadName)}},
 	} {
-		if got, err := runEnv(c.store, "/x/sock.librbd", []string{"B=1", api.EnvLibrarySocket + "=/old"}); err != nil || !slices.Equal(got, c.want) {
+		if got, err := runEnv(c.store, c.shared, "/x/sock.librbd", []string{"B=1", api.EnvLibrarySocket + "=/old"}); err != nil || !slices.Equal(got, c.want) {
 			t.Errorf("for %v: %q, %v; want %q", c.store, got, err, c.want)
 		}
 	}

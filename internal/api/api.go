@@ -22,7 +22,8 @@ const (
 // What the C library finds in the environment.
 const (
 	EnvLibrarySocket = "LSD_LIBRBD_SOCKET"
-	EnvLibraryStore  = "LSD_STORE" // URL of the store of all images
+	EnvLibraryStore  = "LSD_STORE"  // URL of the store of all images
+	EnvLibraryShared = "LSD_SHARED" // not empty and not 0: images are opened to be shared with a block device
 )
 
 // DefaultLibrarySocket is where the daemon at DefaultSocket waits for library clients.
@@ -87,6 +88,7 @@ type AttachRequest struct {
 	Queues    int           `json:"queues,omitempty"`
 	Depth     int           `json:"depth,omitempty"`
 	ReadOnly  bool          `json:"read_only,omitempty"`
+	Shared    bool          `json:"shared,omitempty"` // library clients that ask for it may write, too
 	Force     bool          `json:"force,omitempty"`
 	Lease     time.Duration `json:"lease_ns,omitempty"`
 	Null      bool          `json:"null,omitempty"` // no image: a device that forgets
@@ -113,6 +115,7 @@ type Image struct {
 	Error     string    `json:"error,omitempty"` // why it is not active
 	Since     time.Time `json:"since"`           // of State
 	ReadOnly  bool      `json:"read_only"`
+	Shared    bool      `json:"shared,omitempty"` // library clients that ask for it may write, too
 	Null      bool      `json:"null"`
 	Log       string    `json:"log,omitempty"` // path of the write log
 	LogMemory int64     `json:"log_memory_bytes,omitempty"`

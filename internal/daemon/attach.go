@@ -106,7 +106,7 @@ func (d *Daemon) plan(ctx context.Context, q api.AttachRequest) (record, error) 
 	rec := record{
 		Phase: phaseAttaching, Boot: d.env.boot, PID: os.Getpid(), Added: time.Now().UTC().Truncate(time.Second),
 		LogSize: q.LogSize, LogMemory: q.LogMemory, Queues: q.Queues, Depth: q.Depth,
-		ReadOnly: q.ReadOnly, Null: q.Null, Lease: q.Lease,
+		ReadOnly: q.ReadOnly, Shared: q.Shared, Null: q.Null, Lease: q.Lease,
 		BatchAge: q.BatchAge, CheckpointEvery: q.CheckpointEvery, SpaceRatio: q.SpaceRatio, StoreTimeout: q.StoreTimeout,
 	}
 	setDefault(&rec.LogSize, DefaultLogSize)
@@ -153,6 +153,8 @@ func checkPlan(rec record, q api.AttachRequest) error {
 		return fmt.Errorf("%d data objects between checkpoints: it must be 1 or more", rec.CheckpointEvery)
 	case q.Library && (q.Null || q.ID >= 0):
 		return errors.New("what is attached for library clients has no device: neither a number nor a null one")
+	case q.Shared && (q.Null || q.ReadOnly || q.Library):
+		return errors.New("what can be shared is the device of an image that can be written to: neither a null one nor a read-only one")
 	case !q.Null && q.Size != 0:
 		return errors.New("a size can be given for a null device only: an image has its own")
 	}
@@ -400,6 +402,9 @@ func (a *attachment) attach(ctx context.Context, door *attachment, force bool, p
 		<-a.op
 	}()
 	rec := a.record()
+	if door != nil && !door.record().ReadOnly {
+		return a.takeOver(ctx, door)
+	}
 	if door != nil {
 		undo, ierr := door.intend(&rec)
 		if ierr != nil {

@@ -172,6 +172,9 @@ func (a *attachment) setState(state string, err error) {
 func (a *attachment) setDisk(dk *disk) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
+	if a.disk == dk {
+		return // its handles are hooked
+	}
 	a.disk = dk
 	if dk == nil {
 		return
@@ -351,7 +354,7 @@ func (a *attachment) serveErrors(ctx context.Context) (*disk, error) {
 	}
 	dev, err := k.Recover(ctx, rec.ID)
 	if err == nil {
-		err = dk.serve(ctx, dev, false)
+		err = dk.serve(ctx, dev, &rec)
 	}
 	if err != nil {
 		dk.release()
@@ -459,7 +462,13 @@ func (a *attachment) bringUp(ctx context.Context, o bringUpOptions) error {
 		a.setState(api.StateDetaching, nil)
 		return nil
 	}
+	if rec.Shared {
+		// What library clients had under way is done again before what the kernel had: what they
+		// had compared must not be changed before they write.
+		a.setDisk(dk)
+	}
 	if err := a.bringUpDevice(ctx, k, dk, there); err != nil {
+		a.setDisk(nil)
 		a.giveUp(dk, o.fresh)
 		return err
 	}
@@ -518,7 +527,7 @@ func (a *attachment) bringUpDevice(ctx context.Context, k kernel, dk *disk, ther
 	if err != nil {
 		return err
 	}
-	err = dk.serve(ctx, dev, rec.Null)
+	err = dk.serve(ctx, dev, &rec)
 	if err == nil && rec.Phase != phaseAttached {
 		err = a.save(func(r *record) { r.Phase = phaseAttached })
 	}
@@ -526,8 +535,11 @@ func (a *attachment) bringUpDevice(ctx context.Context, k kernel, dk *disk, ther
 		clean, stop := context.WithTimeout(context.WithoutCancel(ctx), deviceTimeout)
 		defer stop()
 		// The kernel reads the partition table before it has started a device, and stops
-		// none that is being started. If the store does not answer, it gets errors.
-		defer time.AfterFunc(stopGrace, dk.refuse).Stop()
+		// none that is being started. If the store does not answer, it gets errors, but where
+		// library clients would get them, too.
+		if !dk.hooked.any() {
+			defer time.AfterFunc(stopGrace, dk.refuse).Stop()
+		}
 		err = errors.Join(err, dev.Delete(clean, true))
 	}
 	return err
@@ -598,9 +610,11 @@ func (a *attachment) openDisk(ctx context.Context, rec record, there bool, o bri
 			return nil, errors.Join(explainOpen(rec, err), log.Close(), st.Close())
 		}
 	}
+	owner := new(atomic.Pointer[attachment])
+	owner.Store(a)
 	dk, err := openDisk(ctx, diskOptions{
 		rec: rec, store: st, log: log, host: a.d.cfg.Host, env: a.d.env, shared: a.d.shared,
-		force: o.force, progress: o.progress, resized: a.resized, logger: a.logger, cache: a.d.readCache,
+		force: o.force, progress: o.progress, owner: owner, logger: a.logger, cache: a.d.readCache,
 	})
 	if err != nil {
 		return nil, explainOpen(rec, err)

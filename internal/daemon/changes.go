@@ -15,8 +15,8 @@ const (
 	edgeSize = 4096
 )
 
-// changes orders what library clients change in an image, so that a write may begin and end
-// at any byte. Such a write reads the sectors at its edges, and writes them with its own bytes
+// changes orders what library clients change in an image, and its block device where that is
+// shared with them, so that a write of theirs may begin and end at any byte. Such a write reads the sectors at its edges, and writes them with its own bytes
 // in them; one that compares first (librarycompare.go) reads all of them. Until it has ended no
 // other change of the same sectors may begin, and it begins when
 // those before it have ended: the sectors would be without what these write. Its reads may have to
@@ -27,17 +27,33 @@ type changes struct {
 	image   *engine.Image
 	mem     *uring.Arena // of the edges; made when it is first needed
 	free    [][]byte     // parts of it for two edges each
-	under   *librarySlot // the first of those that have begun, linked both ways
-	waiting slotQueue    // those that have to wait, in the order in which they came
+	under   *change      // the first of those that have begun, linked both ways
+	waiting changeQueue  // those that have to wait, in the order in which they came
 	edged   int          // of under, those that read their edges or write with them
 	pumping bool
 	ended   bool // something has since startWaiting began
 }
 
-// slotQueue is a queue of slots, linked through them both ways.
-type slotQueue struct{ head, tail *librarySlot }
+// A change is a request that changes sectors, of a library client or of the block device.
+type change struct {
+	req        engine.Request
+	slot       *librarySlot // whose it is; nil: the block device's, which is of whole sectors
+	edges      []byte       // see librarySlot
+	prev, next *change      // in one of the lists of changes
+}
 
-func (q *slotQueue) push(s *librarySlot) {
+// edged reports whether it needs the sectors that it changes: see librarySlot.edged.
+func (c *change) edged() bool { return c.slot != nil && c.slot.edged() }
+
+// touches reports whether two changes have sectors in common.
+func (c *change) touches(o *change) bool {
+	return c.req.Sector < o.req.Sector+uint64(o.req.Sectors) && o.req.Sector < c.req.Sector+uint64(c.req.Sectors)
+}
+
+// changeQueue is a queue of changes, linked through them both ways.
+type changeQueue struct{ head, tail *change }
+
+func (q *changeQueue) push(s *change) {
 	s.prev, s.next = q.tail, nil
 	if q.tail == nil {
 		q.head = s
@@ -47,7 +63,7 @@ func (q *slotQueue) push(s *librarySlot) {
 	q.tail = s
 }
 
-func (q *slotQueue) remove(s *librarySlot) {
+func (q *changeQueue) remove(s *change) {
 	if s.prev == nil {
 		q.head = s.next
 	} else {
@@ -62,7 +78,7 @@ func (q *slotQueue) remove(s *librarySlot) {
 }
 
 // begin starts a change, or has it wait for those that it must not overtake.
-func (c *changes) begin(s *librarySlot) {
+func (c *changes) begin(s *change) {
 	if !c.mayBegin(s) || c.mustFollow(s, nil) {
 		c.waiting.push(s)
 		return
@@ -71,7 +87,7 @@ func (c *changes) begin(s *librarySlot) {
 }
 
 // mustFollow reports whether a change has sectors with one in common that waits, before end.
-func (c *changes) mustFollow(s, end *librarySlot) bool {
+func (c *changes) mustFollow(s, end *change) bool {
 	for o := c.waiting.head; o != end; o = o.next {
 		if o.touches(s) {
 			return true
@@ -81,7 +97,7 @@ func (c *changes) mustFollow(s, end *librarySlot) bool {
 }
 
 // mayBegin reports whether a change has to wait for none that has begun.
-func (c *changes) mayBegin(s *librarySlot) bool {
+func (c *changes) mayBegin(s *change) bool {
 	if !s.edged() {
 		return c.edged == 0 || !c.overlaps(s, true)
 	}
@@ -90,7 +106,7 @@ func (c *changes) mayBegin(s *librarySlot) bool {
 
 // overlaps reports whether a change has sectors with one in common that has begun; or, where
 // edged says so, with one of those that have edges.
-func (c *changes) overlaps(s *librarySlot, edged bool) bool {
+func (c *changes) overlaps(s *change, edged bool) bool {
 	for o := c.under; o != nil; o = o.next {
 		if (!edged || o.edges != nil) && o.touches(s) {
 			return true
@@ -100,7 +116,7 @@ func (c *changes) overlaps(s *librarySlot, edged bool) bool {
 }
 
 // start begins a change.
-func (c *changes) start(s *librarySlot) {
+func (c *changes) start(s *change) {
 	s.prev, s.next = nil, c.under
 	if s.next != nil {
 		s.next.prev = s
@@ -112,18 +128,18 @@ func (c *changes) start(s *librarySlot) {
 	}
 	if err := c.takeEdges(s); err != 0 {
 		s.req.Err = err
-		s.RequestDone(&s.req)
+		s.slot.RequestDone(&s.req)
 		return
 	}
-	if s.compare.wanted {
-		s.compareOn()
+	if s.slot.compare.wanted {
+		s.slot.compareOn()
 		return
 	}
-	s.readEdges()
+	s.slot.readEdges()
 }
 
 // takeEdges gives a change memory for its edges.
-func (c *changes) takeEdges(s *librarySlot) syscall.Errno {
+func (c *changes) takeEdges(s *change) syscall.Errno {
 	if c.mem == nil {
 		mem, err := uring.NewArena(edgeBuffers * 2 * edgeSize)
 		if err != nil {
@@ -141,7 +157,7 @@ func (c *changes) takeEdges(s *librarySlot) syscall.Errno {
 }
 
 // end notes the end of a change, after which others may begin.
-func (c *changes) end(s *librarySlot) {
+func (c *changes) end(s *change) {
 	if s.edges != nil {
 		c.free = append(c.free, s.edges)
 		s.edges = nil

@@ -38,13 +38,16 @@ type disk struct {
 	env     *env
 	front   *front        // the reactor's; nil for a null device
 	image   *engine.Image // the reactor's; may be nil
-	dev     device        // nil while there is none
-	store   backend.Store
-	log     *writelog.OSFile
-	logID   uuid.UUID // uuid.Nil without a log
-	mem     *uring.Arena
-	shared  *shared
-	memory  int64 // taken of shared.logMemory
+	// dev is what it serves, nil while there is none. Who changes it does so on the reactor, with the
+	// attachment's op and fit, where others than these may look.
+	dev    device
+	owner  *atomic.Pointer[attachment] // whose disk it is; the attachment's to change, with mu
+	store  backend.Store
+	log    *writelog.OSFile
+	logID  uuid.UUID // uuid.Nil without a log
+	mem    *uring.Arena
+	shared *shared
+	memory int64 // taken of shared.logMemory
 
 	// The watcher's: see rest.
 	requests  uint64
@@ -75,14 +78,14 @@ type diskOptions struct {
 	shared   *shared
 	force    bool
 	progress func(api.Progress)
-	resized  func(sectors uint64) // is told on the reactor
+	owner    *atomic.Pointer[attachment] // is told on the reactor if the image gets another size
 	logger   *slog.Logger
 	cache    *readCache
 }
 
 // openDisk opens the image of a record and starts its reactor.
 func openDisk(ctx context.Context, o diskOptions) (_ *disk, err error) {
-	d := &disk{logger: o.logger, store: o.store, log: o.log, shared: o.shared}
+	d := &disk{logger: o.logger, store: o.store, log: o.log, shared: o.shared, owner: o.owner}
 	defer func() {
 		if err != nil {
 			d.free()
@@ -108,7 +111,7 @@ func openDisk(ctx context.Context, o diskOptions) (_ *disk, err error) {
 			Shared:          o.shared.engine,
 			ReadCache:       o.cache.Cache,
 			ReadCacheDevice: o.cache.device(d.reactor),
-			Resized:         o.resized,
+			Resized:         func(sectors uint64) { o.owner.Load().resized(sectors) },
 			Logger:          o.logger,
 		},
 	}
@@ -155,7 +158,7 @@ func openImage(ctx context.Context, o *diskOptions, opt engine.OpenOptions) (im 
 
 // emptyDisk returns a disk without an image.
 func emptyDisk(rec record, logger *slog.Logger) (*disk, error) {
-	d := &disk{logger: logger}
+	d := &disk{logger: logger, owner: new(atomic.Pointer[attachment])}
 	return d, d.startReactor(rec)
 }
 
@@ -172,15 +175,27 @@ func (d *disk) startReactor(rec record) error {
 	return nil
 }
 
-// serve makes the disk serve dev. The disk has dev from here on, also when this
-// fails.
-func (d *disk) serve(ctx context.Context, dev device, null bool) error {
-	d.dev = dev
-	if null {
+// serve makes the disk serve dev, the device of that record. The disk has dev from here on, also
+// when this fails.
+func (d *disk) serve(ctx context.Context, dev device, rec *record) error {
+	if rec.Null {
+		d.dev = dev
 		return dev.Start(ctx, d.reactor, ublk.Null{})
 	}
-	d.front = newFront(d.image, dev.Slots())
-	return dev.Start(ctx, d.reactor, d.front)
+	f := newFront(d.image, dev.Slots(), nil)
+	if rec.Shared {
+		f.changes = &d.changes
+	}
+	d.stand(dev, f)
+	return dev.Start(ctx, d.reactor, f)
+}
+
+// stand puts a device and its front in the place of those that the disk has.
+func (d *disk) stand(dev device, f *front) {
+	set := func() { d.dev, d.front = dev, f }
+	if d.reactor.Call(set) != nil { // it has ended, and nobody else looks
+		set()
+	}
 }
 
 // stats returns what the image is doing, nil if there is none.

@@ -13,6 +13,9 @@ import (
 type front struct {
 	image *engine.Image // nil: everything fails
 	slots []slot
+	// changes has what is written here in one order with what library clients write; nil where
+	// these may not write beside the device.
+	changes *changes
 	// deaf is set when another server is to take over: what the kernel has asked
 	// stays unanswered, so that it asks that one.
 	deaf bool
@@ -20,9 +23,10 @@ type front struct {
 
 // A slot is one request slot of the device.
 type slot struct {
-	front *front
-	req   engine.Request
-	io    completer
+	change
+	front    *front
+	io       completer
+	changing bool // it is among the changes
 }
 
 // A completer is a *ublk.IO, as far as it is told the end of a request.
@@ -31,8 +35,8 @@ type completer interface {
 	CompleteInTime(res int32)
 }
 
-func newFront(im *engine.Image, slots int) *front {
-	f := &front{image: im, slots: make([]slot, slots)}
+func newFront(im *engine.Image, slots int, c *changes) *front {
+	f := &front{image: im, slots: make([]slot, slots), changes: c}
 	for i := range f.slots {
 		f.slots[i].front = f
 		f.slots[i].req.Done = &f.slots[i]
@@ -71,6 +75,9 @@ func (f *front) submit(s *slot) {
 	case f.image == nil:
 		s.req.Err = syscall.EIO
 		s.RequestDone(&s.req)
+	case f.changes != nil && s.req.Op != engine.Read && s.req.Op != engine.Flush:
+		s.changing = true
+		f.changes.begin(&s.change)
 	default:
 		f.image.Submit(&s.req)
 	}
@@ -80,6 +87,10 @@ func (f *front) submit(s *slot) {
 func (s *slot) RequestDone(r *engine.Request) {
 	if s.front.deaf {
 		return
+	}
+	if s.changing {
+		s.changing = false
+		s.front.changes.end(&s.change)
 	}
 	switch {
 	case r.Err != 0:

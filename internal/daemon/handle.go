@@ -33,6 +33,7 @@ type handle struct {
 	number   uint64 // unlike those of other handles
 	sock     io.Closer
 	readOnly bool
+	shared   bool // it writes, and a block device that says so too may write beside it
 	mem      *ring.Memory
 	conn     *ring.Conn
 	refs     atomic.Int32 // who uses mem: the handle itself, and each disk that it is hooked to
@@ -45,12 +46,12 @@ type handle struct {
 }
 
 // newHandle makes a handle that nobody serves yet.
-func newHandle(who string, sock io.Closer, readOnly bool, version, entries uint32, data uint64) (*handle, error) {
+func newHandle(who string, sock io.Closer, readOnly, shared bool, version, entries uint32, data uint64) (*handle, error) {
 	mem, err := ring.NewMemory(version, entries, data)
 	if err != nil {
 		return nil, err
 	}
-	h := &handle{who: who, number: rand.Uint64(), sock: sock, readOnly: readOnly, mem: mem}
+	h := &handle{who: who, number: rand.Uint64(), sock: sock, readOnly: readOnly, shared: shared && !readOnly, mem: mem}
 	h.conn = ring.NewConn(mem, func(error) { h.sock.Close() })
 	h.refs.Store(1)
 	return h, nil
@@ -107,6 +108,13 @@ func (s *hookedHandles) add(h *handle) {
 	}
 	s.set[h] = struct{}{}
 	h.refs.Add(1)
+}
+
+// any reports whether there are any.
+func (s *hookedHandles) any() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return len(s.set) > 0
 }
 
 func (s *hookedHandles) has(h *handle) bool {

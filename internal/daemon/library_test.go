@@ -682,7 +682,7 @@ func TestLibraryHookLost(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	hd, err := newHandle("process 1", io.NopCloser(nil), false, 2, 8, 2<<20)
+	hd, err := newHandle("process 1", io.NopCloser(nil), false, false, 2, 8, 2<<20)
 	if err != nil {
 		t.Fatal(err)
 	}

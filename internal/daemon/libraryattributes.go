@@ -187,12 +187,12 @@ func (s *session) owns(ctx context.Context) bool {
 
 // watchers returns who has the attachment open to write to it.
 func (a *attachment) watchers() []wire.Watcher {
+	var list []wire.Watcher
 	if a.id < firstDoor {
-		return []wire.Watcher{{Address: fmt.Sprintf("%s:0/%s", a.d.cfg.Host, a.name()), Cookie: uint64(a.id)}}
+		list = append(list, wire.Watcher{Address: fmt.Sprintf("%s:0/%s", a.d.cfg.Host, a.name()), Cookie: uint64(a.id)})
 	}
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	var list []wire.Watcher
 	for h := range a.handles {
 		conn, ok := h.sock.(*net.UnixConn)
 		if !ok || h.readOnly {

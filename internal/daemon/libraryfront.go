@@ -18,17 +18,14 @@ type libraryFront struct {
 
 // A librarySlot is one tag of a ring.
 type librarySlot struct {
-	front  *libraryFront
-	req    engine.Request
-	io     *ring.IO
-	change bool // it is among the disk's changes
-
-	prev, next *librarySlot // in one of the lists of changes
+	change
+	front    *libraryFront
+	io       *ring.IO
+	changing bool // it is among the disk's changes
 
 	// Of a write that does not begin or end with a sector: memory for the first and the last
-	// one, the reads of these, and how many of them are under way.
+	// one (edges), the reads of these, and how many of them are under way.
 	// A compare and write has them whatever its range, and compares piece by piece with them.
-	edges   []byte
 	reads   [2]edgeRead
 	pending int
 	compare comparison
@@ -44,7 +41,7 @@ func newLibraryFront(d *disk, entries int, readOnly bool) *libraryFront {
 	f := &libraryFront{disk: d, readOnly: readOnly, slots: make([]librarySlot, entries)}
 	for i := range f.slots {
 		s := &f.slots[i]
-		s.front, s.req.Done = f, s
+		s.front, s.slot, s.req.Done = f, s, s
 		for j := range s.reads {
 			s.reads[j].slot, s.reads[j].req.Done = s, &s.reads[j]
 		}
@@ -55,7 +52,7 @@ func newLibraryFront(d *disk, entries int, readOnly bool) *libraryFront {
 // Handle implements ring.Handler.
 func (f *libraryFront) Handle(io *ring.IO) {
 	s := &f.slots[io.Tag]
-	s.io, s.change, s.compare = io, false, comparison{}
+	s.io, s.changing, s.compare = io, false, comparison{}
 	r := &s.req
 	r.Err, r.Leased = 0, false
 	r.FUA, r.Sector, r.Sectors, r.Buf = io.FUA, io.Sector, io.Sectors, io.Buf
@@ -65,13 +62,13 @@ func (f *libraryFront) Handle(io *ring.IO) {
 	case ring.OpFlush:
 		r.Op = engine.Flush
 	case ring.OpWrite:
-		r.Op, s.change = engine.Write, true
+		r.Op, s.changing = engine.Write, true
 	case ring.OpCompareAndWrite:
-		r.Op, s.change, s.compare.wanted = engine.Write, true, true
+		r.Op, s.changing, s.compare.wanted = engine.Write, true, true
 	case ring.OpDiscard:
-		r.Op, s.change = engine.Discard, true
+		r.Op, s.changing = engine.Discard, true
 	case ring.OpWriteZeroes:
-		r.Op, s.change = engine.WriteZeroes, true
+		r.Op, s.changing = engine.WriteZeroes, true
 	default:
 		s.fail(syscall.EOPNOTSUPP)
 		return
@@ -80,25 +77,25 @@ func (f *libraryFront) Handle(io *ring.IO) {
 	case f.disk.deaf:
 	case f.disk.image == nil:
 		s.fail(syscall.EIO)
-	case !s.change:
+	case !s.changing:
 		f.disk.image.Submit(r)
 	case f.readOnly:
 		s.fail(syscall.EROFS)
 	default:
-		f.disk.changes.begin(s)
+		f.disk.changes.begin(&s.change)
 	}
 }
 
 // fail ends a request that has not begun.
 func (s *librarySlot) fail(err syscall.Errno) {
-	s.change = false
+	s.changing = false
 	s.io.Complete(err)
 }
 
 // TakeBack implements ring.Handler.
 func (f *libraryFront) TakeBack(io *ring.IO) {
 	s := &f.slots[io.Tag]
-	s.io, s.change = io, false
+	s.io, s.changing = io, false
 	switch {
 	case f.disk.deaf:
 	case f.disk.image == nil:
@@ -115,9 +112,9 @@ func (s *librarySlot) RequestDone(r *engine.Request) {
 		return
 	}
 	io, err, leased := s.io, r.Err, r.Leased
-	if s.change {
-		s.change = false
-		d.changes.end(s)
+	if s.changing {
+		s.changing = false
+		d.changes.end(&s.change)
 	}
 	switch {
 	case err == syscall.EILSEQ:
@@ -127,11 +124,6 @@ func (s *librarySlot) RequestDone(r *engine.Request) {
 	default:
 		io.Complete(err)
 	}
-}
-
-// touches reports whether two requests have sectors in common.
-func (s *librarySlot) touches(o *librarySlot) bool {
-	return s.req.Sector < o.req.Sector+uint64(o.req.Sectors) && o.req.Sector < s.req.Sector+uint64(s.req.Sectors)
 }
 
 // edged reports whether a write needs the sectors that it changes: it changes a part of one, or

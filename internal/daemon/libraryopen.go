@@ -139,7 +139,7 @@ func (s *session) openHandle(ctx context.Context, q *wire.OpenRequest) (o opened
 	if !readOnly {
 		want |= policy.Write
 	}
-	if o.handle, err = newHandle(s.who, s.conn, readOnly, s.version, q.Entries, q.Data); err != nil {
+	if o.handle, err = newHandle(s.who, s.conn, readOnly, q.Flags&wire.OpenShared != 0, s.version, q.Entries, q.Data); err != nil {
 		return opened{}, err
 	}
 	if q.Flags&wire.OpenAgain != 0 {
@@ -305,8 +305,8 @@ func (a *attachment) joinNow(ctx context.Context, h *handle, again bool) (bool, 
 	case again && (rec.Phase == phaseDetaching || a.anew):
 		return false, errDetached
 	case h.readOnly:
-	case a.id < firstDoor:
-		return false, fmt.Errorf("%s is attached here as %s, and can be opened read-only beside that alone: lsdctl del %s first: %w", rec.URL, a.name(), a.name(), unix.EBUSY)
+	case a.id < firstDoor && !(rec.Shared && h.shared):
+		return false, a.refuseWriter(h)
 	case rec.ReadOnly:
 		return false, a.makeWay(ctx)
 	}
@@ -323,6 +323,21 @@ func (a *attachment) joinNow(ctx context.Context, h *handle, again bool) (bool, 
 	}
 	// It is of no use to anybody: what is wrong with the image, if it is still, is found anew.
 	return false, a.detachReadily(ctx)
+}
+
+// refuseWriter says why a handle that writes cannot be beside the attachment's block device.
+func (a *attachment) refuseWriter(h *handle) error {
+	rec := a.record()
+	what := "is shared with those alone that ask for it: lsdctl run --shared"
+	switch {
+	case rec.ReadOnly:
+		what = "can be opened read-only beside that alone: lsdctl del it first"
+	case h.shared:
+		what = "was not attached with --shared: lsdctl del it, then lsdctl add --shared"
+	case !rec.Shared:
+		what = "can be opened read-only beside that alone: lsdctl del it first; or both with --shared, lsdctl add and lsdctl run"
+	}
+	return fmt.Errorf("%s is attached here as %s, and %s: %w", rec.URL, a.name(), what, unix.EBUSY)
 }
 
 // usable returns nil where the image is open, an error that matches errNotOpen where it may be

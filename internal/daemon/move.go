@@ -18,7 +18,8 @@ import (
 // What is attached read-only for library clients does not keep away who writes: its handles get
 // another disk under them, which has the image open to be written to, in the same attachment for
 // a library client, and in that of the device for lsdctl add. What they had under way is done
-// again there.
+// again there. Where the image is open to be written to already, and may have a device beside its
+// handles, that is given the disk as it is, and nobody notices.
 //
 // The attachment is told first what log that disk is going to have: a record that is read-only and
 // names a log is one that is being opened to be written to. If the daemon dies then, the next one
@@ -110,7 +111,8 @@ func (a *attachment) turnTo(ctx context.Context, dk *disk, to *record) error {
 	}
 	a.endDisk()
 	// A door starts at once, and always.
-	err = dk.serve(a.d.ctx, a.d.doors.replace(deviceParams(a.record())), false)
+	rec := a.record()
+	err = dk.serve(a.d.ctx, a.d.doors.replace(deviceParams(rec)), &rec)
 	a.setDisk(dk)
 	a.setState(api.StateActive, nil)
 	a.logger.Info("it was read-only, and can be written to from now on", "log", to.Log)
@@ -261,9 +263,50 @@ func (a *attachment) mayBecome(rec *record, clients []string) error {
 	switch {
 	case r.ImageID != rec.ImageID:
 		return a.inTheWay(rec)
-	case !r.ReadOnly || rec.ReadOnly || !sameStore(&r, rec):
+	case rec.ReadOnly || !sameStore(&r, rec):
 		return a.busy(clients)
+	case r.ReadOnly:
+		return nil
 	}
+	writers, alone := a.writers()
+	switch {
+	case len(writers) == 0 || len(alone) == 0 && rec.Shared:
+		return rec.goesOnAs(&r)
+	case len(alone) == 0:
+		return fmt.Errorf("%w, which write, and share it with a device that is attached with --shared", a.busy(writers))
+	case rec.Shared:
+		return fmt.Errorf("%w, which write, and were not started by lsdctl run --shared", a.busy(alone))
+	}
+	return fmt.Errorf("%w, which write", a.busy(writers))
+}
+
+// writers returns the clients that write, and those of them that do not share the image with a block
+// device.
+func (a *attachment) writers() (all, alone []string) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	for h := range a.handles {
+		if h.readOnly {
+			continue
+		}
+		all = append(all, h.who)
+		if !h.shared {
+			alone = append(alone, h.who)
+		}
+	}
+	return all, alone
+}
+
+// goesOnAs makes the record one of a device of an image that is open as another record says, which
+// stays as it is: it fails where that is not what was asked for.
+func (r *record) goesOnAs(o *record) error {
+	other := func(want, have int64) bool { return want != 0 && want != have }
+	if r.Log != o.Log || other(r.LogMemory, o.LogMemory) || other(int64(r.Lease), int64(o.Lease)) ||
+		other(int64(r.BatchAge), int64(o.BatchAge)) || other(int64(r.CheckpointEvery), int64(o.CheckpointEvery)) ||
+		other(int64(r.StoreTimeout), int64(o.StoreTimeout)) || r.SpaceRatio != 0 && r.SpaceRatio != o.SpaceRatio {
+		return fmt.Errorf("%s is open already, with the write log %s: that and other settings of it cannot be changed while library clients have it open: lsdctl add it without them", o.URL, o.Log)
+	}
+	r.writeAs(o)
 	return nil
 }
 
@@ -280,7 +323,12 @@ func sameStore(a, b *record) bool {
 func (a *attachment) moveTo(b *attachment) {
 	a.stopKeeper()
 	a.endDisk()
-	a.giveHandles(b)
+	a.giveHandles(b, nil)
+	a.endAs(b)
+}
+
+// endAs ends an attachment that has become b.
+func (a *attachment) endAs(b *attachment) {
 	ctx, stop := context.WithTimeout(context.Background(), deviceTimeout)
 	defer stop()
 	err := a.d.doors.Delete(ctx, a.id)
@@ -294,12 +342,74 @@ func (a *attachment) moveTo(b *attachment) {
 	a.logger.Info("its library clients have moved", "to", b.name())
 }
 
-// giveHandles makes the handles those of b.
-func (a *attachment) giveHandles(b *attachment) {
+// takeOver makes the attachment the device of an image that library clients have open by another
+// one, door, and write to: they do not notice. The caller holds op of both; when it fails, everything
+// is as before, but for the attachment's record.
+func (a *attachment) takeOver(ctx context.Context, door *attachment) (err error) {
+	k, err := a.kernel()
+	if err != nil {
+		return err
+	}
+	defer func() {
+		if err != nil && a.d.ctx.Err() == nil {
+			err = errors.Join(err, a.d.records.remove(a.id))
+		}
+	}()
+	if err := a.d.records.save(a.record()); err != nil {
+		return err
+	}
+	door.stopKeeper()
+	dk := door.getDisk()
+	if dk == nil || dk.image == nil || dk.dead() || a.d.find(door.id) != door {
+		err = fmt.Errorf("%s: %w", door.name(), errNotOpen)
+	} else if err = door.lend(ctx, k, dk, a); err == nil {
+		door.endAs(a)
+		a.setState(api.StateActive, nil)
+		a.logFit(a.fitDevice(ctx, dk))
+		a.startKeeper()
+		a.logger.Info("attached beside library clients", "log", a.record().Log)
+		return nil
+	}
+	if a.d.ctx.Err() == nil && a.d.find(door.id) == door {
+		door.startKeeper()
+	}
+	return err
+}
+
+// lend has the disk of an attachment serve the device of another one in the place of its own, and
+// then gives it that with the handles.
+func (a *attachment) lend(ctx context.Context, k kernel, dk *disk, to *attachment) error {
+	a.fit.Lock()
+	defer a.fit.Unlock()
+	dev, front := dk.dev, dk.front
+	if err := to.bringUpDevice(ctx, k, dk, false); err != nil {
+		if failed := dk.dev; failed != dev {
+			dk.stand(dev, front)
+			wait, stop := context.WithTimeout(context.Background(), deviceTimeout)
+			defer stop()
+			select {
+			case <-failed.Done(): // it has been deleted
+				err = errors.Join(err, failed.Close())
+			case <-wait.Done():
+				a.logger.Error("a device that could not be started does not end: its buffers stay")
+			}
+		}
+		return err
+	}
+	a.giveHandles(to, dk)
+	return nil
+}
+
+// giveHandles makes the handles those of b, and the disk, too, if it is not nil.
+func (a *attachment) giveHandles(b *attachment, dk *disk) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	b.mu.Lock()
 	defer b.mu.Unlock()
+	if dk != nil {
+		a.disk = nil
+		dk.owner.Store(b)
+	}
 	for h := range a.handles {
 		h.at.Store(b)
 		b.handles[h] = struct{}{}
@@ -308,4 +418,7 @@ func (a *attachment) giveHandles(b *attachment) {
 		}
 	}
 	clear(a.handles)
+	if dk != nil { // which has them hooked
+		b.disk = dk
+	}
 }

@@ -422,11 +422,12 @@ func TestDeathWhenMoving(t *testing.T) {
 	}
 }
 
-// TestMoveInTurn: writers, devices, and those that read come and go at once, and some die. Each gets
+// TestMoveInTurn: writers, devices, and those that read come and go at once, some share, and some die. Each gets
 // what it asks for or is told why not, and in the end nothing is left.
 func TestMoveInTurn(t *testing.T) {
 	w := newWorld(t)
 	h := w.newHost()
+	h.cfg.LibraryLogSize = 66 << 20
 	var all sync.WaitGroup
 	until := time.Now().Add(3 * time.Second)
 	for i := range uint64(6) {
@@ -464,7 +465,9 @@ func (h *host) comeAndGo(rng *rand.Rand, i uint64) {
 		}
 	}
 	if i == 0 {
-		im, err := h.attachReq(vm1)
+		// With the settings that an image has which library clients have opened.
+		q := api.AttachRequest{ID: -1, Image: vm1.Image, LogSize: 66 << 20, Shared: rng.IntN(3) > 0}
+		im, err := h.attach(context.Background(), q, func(api.Progress) {})
 		if busy(err); err != nil {
 			return
 		}
@@ -484,8 +487,8 @@ func (h *host) comeAndGo(rng *rand.Rand, i uint64) {
 	c := h.client()
 	defer c.leave()
 	q := wire.OpenRequest{Flags: wire.OpenReadOnly}
-	if i == 1 {
-		q.Flags = 0
+	if i <= 2 {
+		q.Flags = wire.OpenShared * uint32(min(rng.IntN(4), 1))
 	}
 	if err := c.open(q); err != nil {
 		busy(err)
@@ -498,7 +501,7 @@ func (h *host) comeAndGo(rng *rand.Rand, i uint64) {
 			t.Errorf("%d: stat: %v", i, err)
 		}
 	}
-	if i == 1 {
+	if i <= 2 {
 		c.write(8192, 100, 1)
 	}
 	if rng.IntN(2) == 0 {

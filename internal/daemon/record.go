@@ -54,8 +54,11 @@ type record struct {
 	Queues    int       `json:"queues"`
 	Depth     int       `json:"depth"`
 	ReadOnly  bool      `json:"read_only,omitempty"`
-	Null      bool      `json:"null,omitempty"`
-	Added     time.Time `json:"added"`
+	// Shared says that library clients may write beside the block device, if they ask for it. An
+	// earlier daemon does not know of it, and lets none.
+	Shared bool      `json:"shared,omitempty"`
+	Null   bool      `json:"null,omitempty"`
+	Added  time.Time `json:"added"`
 
 	// LogID is that of the log with which the device was made: as long as the image's
 	// owner has it, its users know the image as it is. Taken says that this was not so

@@ -164,6 +164,8 @@ func (a *attachment) fits(dk *disk) bool {
 	ctx, stop := context.WithTimeout(a.d.ctx, statsTimeout)
 	defer stop()
 	size, err := dk.size(ctx)
+	a.fit.Lock()
+	defer a.fit.Unlock()
 	return err == nil && dk.dev != nil && dk.dev.Params().SizeBytes == size && a.record().Size == size
 }
 

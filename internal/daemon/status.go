@@ -33,7 +33,7 @@ func (a *attachment) describe(ctx context.Context) api.Image {
 	rec, dk := a.rec, a.disk
 	im := api.Image{
 		ID: a.id, Device: a.name(), URL: rec.URL, ImageID: rec.ImageID, Snapshot: rec.Snapshot, Size: rec.Size, BlockSize: rec.BlockSize,
-		State: a.state, Since: a.since, ReadOnly: rec.ReadOnly, Null: rec.Null, Log: rec.Log,
+		State: a.state, Since: a.since, ReadOnly: rec.ReadOnly, Shared: rec.Shared, Null: rec.Null, Log: rec.Log,
 		Queues: rec.Queues, Depth: rec.Depth, Restarts: a.restarts,
 	}
 	for h := range a.handles {

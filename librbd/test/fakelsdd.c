@@ -634,6 +634,8 @@ static void do_open(struct handle *h, const struct frame *f, struct reader *r)
 	check(data >= DATA_LEAST && data <= (uint64_t)max_data && data % 4096 == 0, "data");
 	snprintf(name, sizeof name, "%s", image);
 	check(!(flags & 4) || !*snap, "a snapshot is opened again by its name, not its number");
+	check(!(flags & ~31u), "flags that there are not");
+	check((flags & 17) != 17, "it is read-only, and shared");
 	if (flags & 2 && !by_id(image, name, sizeof name))
 		e = -ENOENT;
 	snprintf(found, sizeof found, "%s", snap);
@@ -641,6 +643,9 @@ static void do_open(struct handle *h, const struct frame *f, struct reader *r)
 		list_snaps(name, NULL, number, found);
 		e = *found ? 0 : -ENOENT;
 	}
+	/* as if there were a block device, which is shared */
+	if (e == 0 && strcmp(name, "device") == 0 && !(flags & 17))
+		e = -EBUSY;
 	if (e == 0)
 		e = open_file(h, name, found);
 	if (e == 0) {

@@ -1034,11 +1034,34 @@ static void test_admin_aio(void)
 	rbd_aio_release(c);
 }
 
+/* Of an image beside its block device, as the small daemon of the tests has it. */
+static void test_shared(void)
+{
+	rbd_image_t image;
+
+	EQUAL(rbd_rename(io, "a", "device"), 0);
+	EQUAL(rbd_open(io, "device", &image, NULL), -EBUSY);
+	setenv("LSD_SHARED", "0", 1);
+	EQUAL(rbd_open(io, "device", &image, NULL), -EBUSY);
+	setenv("LSD_SHARED", "1", 1);
+	EQUAL(rbd_open(io, "device", &image, NULL), 0);
+	EQUAL(rbd_write(image, 1, 1, "x"), 1);
+	EQUAL(rbd_close(image), 0);
+	EQUAL(rbd_open_read_only(io, "device", &image, NULL), 0);
+	EQUAL(rbd_close(image), 0);
+	unsetenv("LSD_SHARED");
+	EQUAL(rbd_open_read_only(io, "device", &image, NULL), 0);
+	EQUAL(rbd_close(image), 0);
+	EQUAL(rbd_rename(io, "device", "a"), 0);
+}
+
 static void test_admin(void)
 {
 	test_admin_images();
-	if (getenv("FAKE_PID"))
+	if (getenv("FAKE_PID")) {
 		test_trash();
+		test_shared();
+	}
 	test_admin_handle();
 	test_admin_snapshots();
 	test_admin_iterate();

@@ -44,6 +44,7 @@ const (
 	OpenByID            // Image is an id
 	OpenAgain           // after the connection has ended: ID is that of the image
 	OpenInstead         // with OpenAgain: Instead is there
+	OpenShared          // to write, also beside a block device that is shared
 )
 
 // An OpenRequest opens an image, or a snapshot of it.
