@@ -258,7 +258,7 @@ func (d *Daemon) planLog(rec *record, cache string) error {
 		rec.Log = filepath.Join(cache, rec.ImageID.String()+".log")
 	case st.Mode()&fs.ModeDevice != 0 && st.Mode()&fs.ModeCharDevice == 0:
 		rec.Log, rec.LogDevice = cache, true
-		if d.twin(rec, nil) != nil {
+		if a := d.twin(rec, nil); a != nil && a.record().Log == rec.Log {
 			return nil // reserve says whose it is
 		}
 		return checkLogDevice(cache)

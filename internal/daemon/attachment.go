@@ -462,12 +462,7 @@ func (a *attachment) bringUp(ctx context.Context, o bringUpOptions) error {
 		a.setState(api.StateDetaching, nil)
 		return nil
 	}
-	if rec.Shared {
-		// What library clients had under way is done again before what the kernel had: what they
-		// had compared must not be changed before they write.
-		a.setDisk(dk)
-	}
-	if err := a.bringUpDevice(ctx, k, dk, there); err != nil {
+	if err := a.present(ctx, k, dk, there); err != nil {
 		a.setDisk(nil)
 		a.giveUp(dk, o.fresh)
 		return err
@@ -495,6 +490,19 @@ func (a *attachment) findDevice(ctx context.Context, k kernel, rec record) (bool
 		return false, k.Delete(ctx, rec.ID)
 	}
 	return true, nil
+}
+
+// present is bringUpDevice of the attachment's own disk.
+func (a *attachment) present(ctx context.Context, k kernel, dk *disk, there bool) error {
+	if !a.record().Shared {
+		return a.bringUpDevice(ctx, k, dk, there)
+	}
+	// What library clients had under way is done again before what the kernel had: what they had
+	// compared must not be changed before they write. So they have the disk before it has a device.
+	a.fit.Lock()
+	defer a.fit.Unlock()
+	a.setDisk(dk)
+	return a.bringUpDevice(ctx, k, dk, there)
 }
 
 // bringUpDevice makes dk serve the record's device.

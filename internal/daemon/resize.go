@@ -91,7 +91,9 @@ func (a *attachment) grow(ctx context.Context, dk *disk, size uint64, progress f
 // once what there is not any more.
 func (a *attachment) shrink(ctx context.Context, dk *disk, size uint64) (wait func(func(api.Progress)) error, err error) {
 	a.fit.Lock()
-	err = dk.dev.Resize(ctx, size)
+	if err = errNotOpen; dk.dev != nil {
+		err = dk.dev.Resize(ctx, size)
+	}
 	a.fit.Unlock()
 	if errors.Is(err, unix.EOPNOTSUPP) {
 		return nil, errors.New("this kernel cannot change the size of a device: lsdctl del it first")
@@ -111,11 +113,11 @@ func (a *attachment) shrink(ctx context.Context, dk *disk, size uint64) (wait fu
 // unix.EOPNOTSUPP where the kernel cannot do that: then the device gets it when the image is
 // attached the next time.
 func (a *attachment) fitDevice(ctx context.Context, dk *disk) error {
+	a.fit.Lock()
+	defer a.fit.Unlock()
 	if dk.image == nil || dk.dev == nil {
 		return nil
 	}
-	a.fit.Lock()
-	defer a.fit.Unlock()
 	ctx, stop := context.WithTimeout(ctx, deviceTimeout)
 	defer stop()
 	size, err := dk.size(ctx)
