@@ -8,6 +8,7 @@ import (
 	"github.com/lsd-ceph/lsd/backend"
 	"github.com/lsd-ceph/lsd/backend/faultstore"
 	"github.com/lsd-ceph/lsd/backend/mem"
+	"github.com/lsd-ceph/lsd/internal/racetest"
 )
 
 // dropSegment takes a segment out of memory.
@@ -89,6 +90,7 @@ func TestChangesComeBack(t *testing.T) {
 // the last checkpoint had taken the last of it, lives by the table of the next one until
 // the map has been told so. Neither the scrub nor the cleaner takes it for one that is lost.
 func TestDeadBeforeRecovery(t *testing.T) {
+	racetest.Slow(t)
 	st := mem.New()
 	h, id := attached(t, st, smallImage(), nil)
 	write := func(n uint64) {

@@ -7,6 +7,7 @@ import (
 	"github.com/lsd-ceph/lsd/backend"
 	"github.com/lsd-ceph/lsd/backend/faultstore"
 	"github.com/lsd-ceph/lsd/backend/mem"
+	"github.com/lsd-ceph/lsd/internal/racetest"
 )
 
 // TestMovedWholeKeepsItsDelta: a segment that comes into memory after a checkpoint has
@@ -78,6 +79,7 @@ func TestMovedWholeKeepsItsDelta(t *testing.T) {
 // TestDeltasKeepNoDeadMapObjects: segments that change a little before each checkpoint, and
 // all over seldom and one at a time, do not keep a map object each.
 func TestDeltasKeepNoDeadMapObjects(t *testing.T) {
+	racetest.Slow(t)
 	const segments, segment, blocks = 32, segmentSectors / 8, 100
 	inner := mem.New()
 	h, id := attached(t, inner, CreateOptions{Size: segments * segment * 4096, ObjectSize: MinObjectSize}, nil)
@@ -162,6 +164,7 @@ func TestCopiesCountTheirChanges(t *testing.T) {
 // TestManyDeltasInTime: the time that an operation on the store may take is not that of all
 // which are read for a map object: these may be thousands.
 func TestManyDeltasInTime(t *testing.T) {
+	racetest.Slow(t)
 	const segments, segment, timeout = 60, segmentSectors / 8, 500 * time.Millisecond
 	st := faultstore.New(mem.New())
 	h, _ := attached(t, st, CreateOptions{Size: segments * segment * 4096, ObjectSize: MinObjectSize}, nil)

@@ -14,6 +14,7 @@ import (
 	"github.com/google/uuid"
 	"github.com/lsd-ceph/lsd/backend"
 	"github.com/lsd-ceph/lsd/backend/mem"
+	"github.com/lsd-ceph/lsd/internal/racetest"
 )
 
 // mustDiff returns in which ranges two states differ; block 3 alone is "3+1", and "-" stands
@@ -397,9 +398,10 @@ func (b *branches) compare(from, to *View, was, is map[uint64]uint64) (more int)
 // TestDiffRandom: what is told to have changed between any two states, on top of the first,
 // gives the second; and it is not more, unless the cleaner has been at work.
 func TestDiffRandom(t *testing.T) {
+	racetest.Slow(t)
 	seeds := 20
 	if testing.Short() {
-		seeds = 2
+		seeds = 5
 	}
 	moved, more, pairs := uint64(0), 0, 0
 	for seed := range uint64(seeds) {

@@ -37,6 +37,7 @@ func (s *pryingStore) Load(ctx context.Context, key string) ([]byte, backend.Ver
 // between its look at the log and the change another host takes the image over. What
 // either log alone has stays: neither is begun anew, and the other's can be salvaged.
 func TestForceWithOwnLog(t *testing.T) {
+	racetest.Slow(t)
 	for _, tt := range []struct {
 		name   string
 		writes uint64 // so many that the log has wrapped, or few

@@ -9,6 +9,7 @@ import (
 	"github.com/lsd-ceph/lsd/backend"
 	"github.com/lsd-ceph/lsd/backend/faultstore"
 	"github.com/lsd-ceph/lsd/backend/mem"
+	"github.com/lsd-ceph/lsd/internal/racetest"
 )
 
 // unpublished is a checkpoint that does not come to its end, because the put of the last of
@@ -112,6 +113,9 @@ func TestMapObjectsGoAfterInterruption(t *testing.T) {
 	for deletes := 0; deletes <= parts; deletes += 3 {
 		for _, repair := range []bool{false, true} {
 			t.Run(fmt.Sprintf("repair %v, after %d", repair, deletes), func(t *testing.T) {
+				if deletes > 0 {
+					racetest.Slow(t)
+				}
 				u := newUnpublished(t, parts)
 				u.restart()
 				u.late()

@@ -13,11 +13,13 @@ import (
 	"github.com/lsd-ceph/lsd/backend"
 	"github.com/lsd-ceph/lsd/backend/faultstore"
 	"github.com/lsd-ceph/lsd/backend/mem"
+	"github.com/lsd-ceph/lsd/internal/racetest"
 )
 
 // TestRemoveStops: wherever a removal ends or loses an answer, it can be repeated, or be left to
 // a collection; until then the image is whole, or it is one that has been removed.
 func TestRemoveStops(t *testing.T) {
+	racetest.Slow(t)
 	for _, dies := range []bool{false, true} {
 		for _, byGC := range []bool{false, true} {
 			more := true

@@ -10,6 +10,7 @@ import (
 	"github.com/lsd-ceph/lsd/backend"
 	"github.com/lsd-ceph/lsd/backend/mem"
 	"github.com/lsd-ceph/lsd/cache/writelog"
+	"github.com/lsd-ceph/lsd/internal/racetest"
 )
 
 // noDataStore is a store whose data objects cannot be read now.
@@ -27,6 +28,7 @@ func (s noDataStore) Get(ctx context.Context, key string, p []byte, off int64) (
 // log of that is salvaged with all that it had put, though none of it is in the log any
 // more.
 func TestSalvageUnsettled(t *testing.T) {
+	racetest.Slow(t)
 	ctx := context.Background()
 	st := mem.New()
 	id, err := Create(ctx, st, "disk", CreateOptions{Size: 64 << 20})
@@ -176,6 +178,7 @@ func (s *dyingStore) Load(ctx context.Context, key string) ([]byte, backend.Vers
 // TestSalvageInterrupted: what is left of a salvage that has died cannot be attached, and
 // does not keep its name.
 func TestSalvageInterrupted(t *testing.T) {
+	racetest.Slow(t)
 	ctx := context.Background()
 	st := mem.New()
 	id := newImageIn(t, st)

@@ -242,6 +242,7 @@ func TestTrashUnreadable(t *testing.T) {
 // TestTrashStops: wherever a move, a restoration or a removal ends or loses an answer, the image
 // has one place, and what was begun can be repeated.
 func TestTrashStops(t *testing.T) {
+	racetest.Slow(t)
 	for _, op := range []string{"move", "restore", "remove", "rename"} {
 		for _, dies := range []bool{false, true} {
 			more := true
