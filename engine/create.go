@@ -13,6 +13,7 @@ import (
 // CreateOptions says what a new image is like.
 type CreateOptions struct {
 	Size       uint64 // bytes, a multiple of BlockSize, at most MaxSize
+	Empty      bool   // Size may be 0: the image is to grow before anything is made of it
 	BlockSize  uint32 // bytes: 512 or 4096; 0 means 4096
 	ObjectSize uint32 // bytes of data in a data object, a multiple of 4096; 0 means DefaultObjectSize; see leastObjectSize
 }
@@ -27,7 +28,7 @@ func (o *CreateOptions) check() error {
 	switch {
 	case o.BlockSize != 512 && o.BlockSize != 4096:
 		return fmt.Errorf("block size %d: it must be 512 or 4096", o.BlockSize)
-	case o.Size == 0:
+	case o.Size == 0 && !o.Empty:
 		return errors.New("size 0: an image must have at least one block")
 	case o.Size%uint64(o.BlockSize) != 0:
 		return fmt.Errorf("size %d is not a multiple of the block size %d", o.Size, o.BlockSize)
@@ -72,6 +73,9 @@ func createNameless(ctx context.Context, st backend.Store, name string, o Create
 	sb := &superblock{
 		Image: id, Name: name, Created: time.Now().UTC().Truncate(time.Second), Partial: partial,
 		Sectors: o.Size / SectorSize, BlockSize: o.BlockSize, ObjectSize: o.ObjectSize, Window: defaultWindow,
+	}
+	if o.Size == 0 {
+		sb.Span = uint64(o.BlockSize / SectorSize) // there is no map of nothing
 	}
 	if _, err := st.Swap(ctx, SuperblockKey(id), backend.NoVersion, sb.encode()); err != nil {
 		return uuid.Nil, fmt.Errorf("create image %s: %w", name, err)

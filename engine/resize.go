@@ -15,7 +15,9 @@ import (
 var (
 	// ErrShrinks says that an image was to be made smaller by what only makes one larger.
 	ErrShrinks = errors.New("it would lose what is beyond its new end")
-	errShrunk  = errors.New("the image is being made smaller")
+	// ErrEmpty says that an image has no bytes yet: there are no snapshots and no clones of it.
+	ErrEmpty  = errors.New("the image has 0 bytes: make it larger first")
+	errShrunk = errors.New("the image is being made smaller")
 )
 
 // checkSize fails unless the image may have so many bytes.

@@ -104,6 +104,64 @@ func TestResizeLarger(t *testing.T) {
 	}
 }
 
+// TestEmpty: an image of 0 bytes is opened, closed and recovered like others, nothing is made of it
+// until it is larger, and when it is it has nothing new to earlier releases.
+func TestEmpty(t *testing.T) {
+	for _, block := range []uint32{512, 4096} {
+		for round := range 4 {
+			ctx, st := t.Context(), mem.New()
+			h, id := attached(t, st, CreateOptions{Empty: true, BlockSize: block}, nil)
+			if n := h.im.Sectors(); n != 0 || h.im.super.sb.version() != superVersion {
+				t.Fatalf("%d sectors, version %d", n, h.im.super.sb.version())
+			}
+			for _, op := range []Op{Read, Write, Discard, WriteZeroes} {
+				if err, _, _ := h.do(op, 0, 0, 0); err != syscall.EINVAL {
+					t.Errorf("operation %d: %v", op, err)
+				}
+			}
+			if _, err := CreateSnapshot(ctx, st, id, "s", SnapshotOptions{}); !errors.Is(err, ErrEmpty) {
+				t.Errorf("snapshot: %v", err)
+			}
+			if _, err := Clone(ctx, st, id, "clone", CloneOptions{}); !errors.Is(err, ErrEmpty) {
+				t.Errorf("clone: %v", err)
+			}
+			switch round {
+			case 1:
+				h.mustClose()
+				mustBeSound(t, st, "disk")
+				h.mustAttach(id)
+			case 2:
+				h.mustDestage()
+				h.im.Abandon()
+				h.mustAttach(id)
+			case 3:
+				h.mustReopen(id)
+			}
+			mustGrow(t, st, id, 16*4096, h)
+			h.mustEnd(16)
+			h.mustWrite(0, 16)
+			h.mustDestage()
+			h.im.Abandon()
+			h.mustAttach(id)
+			h.mustRead(0, 16)
+			if err := h.shrinkTo(0); err == nil {
+				t.Error("made smaller than a block")
+			}
+			if sb := h.im.super.sb; sb.Span != 0 || sb.version() != superOld {
+				t.Errorf("span %d and version %d", sb.Span, sb.version())
+			}
+			h.mustClose()
+			if _, err := CreateSnapshot(ctx, st, id, "s", SnapshotOptions{}); err != nil {
+				t.Error(err)
+			}
+			mustBeSound(t, st, "disk")
+		}
+	}
+	if _, err := Create(t.Context(), mem.New(), "disk", CreateOptions{}); err == nil {
+		t.Error("made without a size, by one who does not mean it")
+	}
+}
+
 // TestGrowElsewhere: the owner finds that somebody else has made the image larger when it
 // renews its lease.
 func TestGrowElsewhere(t *testing.T) {

@@ -282,6 +282,8 @@ func (m *snapshotMaker) change(ctx context.Context, sb *superblock) error {
 		return errNothing
 	case have == nil && m.o.Epoch != 0 && (sb.Owner == nil || sb.Epoch != m.o.Epoch):
 		return errors.New("another one has taken the image meanwhile")
+	case have == nil && sb.Sectors == 0:
+		return ErrEmpty
 	case have == nil: // also where an attempt of which we know nothing has come to nothing
 		m.want.Sectors = sb.Sectors
 		if err := m.add(sb, m.want); err != nil {

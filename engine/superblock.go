@@ -16,7 +16,9 @@ import (
 
 const (
 	superMagic   = "LSDSUPER"
-	superVersion = 6
+	superVersion = 7
+	// superTrash is a version that is read as well: its images have one block at least.
+	superTrash = 6
 	// superSpan is a version that is read as well: nothing is in the trash.
 	superSpan = 5
 	// superSnapshots is a version that is read as well: its images have kept their size, or
@@ -175,8 +177,11 @@ func (s *superblock) encode() []byte {
 // version returns the least version that has all that there is to say: an owner of an earlier
 // lsd goes on where nothing new is used.
 func (s *superblock) version() uint32 {
-	if s.Trash != nil {
+	if s.Sectors == 0 {
 		return superVersion
+	}
+	if s.Trash != nil {
+		return superTrash
 	}
 	if s.Span > 0 {
 		return superSpan
@@ -206,7 +211,7 @@ func (s *superblock) setSectors(n uint64) {
 
 // decodeSuperblock decodes and checks the superblock of the image id.
 func decodeSuperblock(b []byte, id uuid.UUID) (*superblock, error) {
-	p, err := frame.Decode(superMagic, b, superVersion, superSpan, superSnapshots, superOld)
+	p, err := frame.Decode(superMagic, b, superVersion, superTrash, superSpan, superSnapshots, superOld)
 	if err != nil {
 		return nil, err
 	}
@@ -222,7 +227,9 @@ func decodeSuperblock(b []byte, id uuid.UUID) (*superblock, error) {
 		return nil, fmt.Errorf("%w: it is that of image %s", frame.ErrCorrupt, s.Image)
 	case s.BlockSize != 512 && s.BlockSize != 4096:
 		return bad("block_size")
-	case s.Sectors == 0 || s.Sectors > MaxSize/SectorSize || s.Sectors%uint64(s.BlockSize/SectorSize) != 0:
+	case s.Sectors == 0 && (s.Span == 0 || len(s.Snapshots)+len(s.Clones) > 0):
+		return bad("sectors")
+	case s.Sectors > MaxSize/SectorSize || s.Sectors%uint64(s.BlockSize/SectorSize) != 0:
 		return bad("sectors")
 	case s.Span > 0 && (s.Span <= s.Sectors || s.Span > MaxSize/SectorSize):
 		return bad("span")

@@ -346,6 +346,9 @@ int rbd_resize2(rbd_image_t image, uint64_t size, bool allow_shrink, librbd_prog
 
 	if (!h->forked && h->fixed)
 		return -EROFS;
+	/* An image has whole sectors; QEMU's formats make it larger by a few bytes at a time. */
+	if (size <= UINT64_MAX - SECTOR)
+		size = (size + SECTOR - 1) / SECTOR * SECTOR;
 	put_u64(&w, size);
 	put_u32(&w, allow_shrink ? 1 : 0);
 	e = image_call(h, T_RESIZE, &w, &pr, false, &a);

@@ -185,6 +185,9 @@ func (d *Daemon) planImage(ctx context.Context, rec *record, q api.AttachRequest
 			return fmt.Errorf("%s: %w: see lsdctl snap ls %s", rec.URL, err, u.Image(name))
 		}
 	}
+	if rec.Size == 0 && !q.Library {
+		return fmt.Errorf("%s: %w: a block device has one block at least", rec.URL, engine.ErrEmpty)
+	}
 	if rec.ReadOnly {
 		return nil
 	}

@@ -974,7 +974,7 @@ func TestLibraryCreate(t *testing.T) {
 	}
 	errnoIs(t, c.call(wire.Create, &q, nil), unix.EEXIST)
 	for _, q := range []wire.CreateRequest{
-		{Image: "bad", Size: 0}, {Image: "bad", Size: 1}, {Image: "bad", Size: 1 << 63}, {Image: "bad", Size: 1<<64 - 512},
+		{Image: "bad", Size: 1}, {Image: "bad", Size: 1 << 63}, {Image: "bad", Size: 1<<64 - 512},
 		{Image: "bad", Size: 1 << 20, ObjectSize: 3<<20 + 7}, {Image: "a/b", Size: 1 << 20},
 	} {
 		q.Store = libraryURL

@@ -1,6 +1,7 @@
 package daemon
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -115,6 +116,9 @@ func (s *session) copy(ctx context.Context, f wire.Frame, w *answer) error {
 		}},
 	}
 	return s.atLength(ctx, func(ctx context.Context, _ backend.URL, src backend.Store, id uuid.UUID) error {
+		if info, err := engine.DescribeID(ctx, src, id); err != nil || info.Size == 0 {
+			return cmp.Or(err, engine.ErrEmpty)
+		}
 		made, err := transfer.Copy(ctx, src, id, dst, q.Image, o)
 		if err != nil {
 			return fmt.Errorf("copy to %s: %w", to.Image(q.Image), err)

@@ -150,8 +150,8 @@ func (s *session) create(ctx context.Context, f wire.Frame, w *answer) error {
 	if err != nil {
 		return err
 	}
-	o := engine.CreateOptions{Size: q.Size, BlockSize: 4096, ObjectSize: uint32(min(q.ObjectSize, engine.MaxObjectSize))}
-	if q.Size%4096 != 0 {
+	o := engine.CreateOptions{Size: q.Size, Empty: true, BlockSize: 4096, ObjectSize: uint32(min(q.ObjectSize, engine.MaxObjectSize))}
+	if q.Size == 0 || q.Size%4096 != 0 { // what is to grow from nothing may get any size
 		o.BlockSize = 512
 	}
 	if o.ObjectSize < engine.MinObjectSize {

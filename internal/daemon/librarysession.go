@@ -268,7 +268,7 @@ func errnoOf(err error) syscall.Errno {
 	case errors.Is(err, errEnding), errors.Is(err, context.Canceled):
 		return syscall.EAGAIN
 	case errors.Is(err, ring.ErrLimits), errors.Is(err, engine.ErrShrinks), errors.Is(err, errInvalid),
-		errors.Is(err, engine.ErrMetadataText), errors.Is(err, engine.ErrLockText), errors.Is(err, engine.ErrFeatures):
+		errors.Is(err, engine.ErrMetadataText), errors.Is(err, engine.ErrLockText), errors.Is(err, engine.ErrFeatures), errors.Is(err, engine.ErrEmpty):
 		return syscall.EINVAL
 	case errors.Is(err, context.DeadlineExceeded):
 		return syscall.ETIMEDOUT

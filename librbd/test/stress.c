@@ -895,6 +895,10 @@ static void test_admin_handle(void)
 	      -EOPNOTSUPP);
 	progress_calls = 0;
 	EQUAL(rbd_resize2(image, 5 * MIB, false, on_progress, &progress_calls), -EINVAL);
+	EQUAL(rbd_resize(image, 11 * MIB + 1), 0);
+	EQUAL(rbd_get_size(image, &size), 0);
+	EQUAL(size, 11 * MIB + 512);
+	EQUAL(rbd_resize(image, UINT64_MAX), -EINVAL);
 	EQUAL(rbd_resize(image, 12 * MIB), 0);
 	progress_image = image;
 	EQUAL(rbd_resize_with_progress(image, 11 * MIB, on_progress, &progress_calls), 0);

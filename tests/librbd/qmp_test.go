@@ -138,6 +138,11 @@ func TestGrows(t *testing.T) {
 	h.run("qemu-img", "compare", "-f", "raw", "-F", "qcow2", raw, h.spec("vm1"))
 	h.run("qemu-img", "check", "-f", "qcow2", h.spec("vm1"))
 	h.mustCheck("vm1")
+	// Made anew it begins with nothing.
+	h.run("qemu-img", "convert", "-f", "raw", "-O", "qcow2", raw, h.spec("vm2"))
+	h.run("qemu-img", "compare", "-f", "raw", "-F", "qcow2", raw, h.spec("vm2"))
+	h.run("qemu-img", "check", "-f", "qcow2", h.spec("vm2"))
+	h.mustCheck("vm2")
 }
 
 // job waits until a job has ended, well.
