@@ -64,7 +64,7 @@ func (h *host) start() {
 	fmt.Fprintf(f, "--- start %d\n", h.starts)
 	script := `log=$1; shift; exec "$@" >>"$log" 2>&1`
 	h.sup, err = spawn(nil, "bash", append([]string{"-c", script, "lsdd", h.log, filepath.Join(*binDir, "lsdd"),
-		"--supervise", "--state-dir", h.dir, "--host-name", h.name}, h.common()...)...)
+		"--supervise", "--state-dir", h.dir, "--host-name", h.name, "--librbd-log-size", logSize}, h.common()...)...)
 	if err != nil {
 		h.t.Fatal(err)
 	}
