@@ -36,7 +36,6 @@ type session struct {
 	ended atomic.Bool
 
 	leaving  bool // takes no new requests, and ends when none is under way
-	dropped  bool // the client is gone
 	dirty    bool // there are completions of which it has not been told
 	armed    bool // the client has been asked to wake the reactor
 	polling  bool // a poll of the eventfd that wakes the daemon is in flight
@@ -101,13 +100,7 @@ func (s *session) repeat() {
 // under way any more done is called, on the reactor, once: c can then be hooked
 // elsewhere, or its Memory be closed. done may be nil, and may be called before Unhook
 // returns, when g does not serve c.
-func (g *Group) Unhook(c *Conn, done func()) { g.leave(c, done, false) }
-
-// Drop is Unhook of a client that is gone: nobody is told of the requests that are under
-// way, whose handlers must still complete them. It may follow Unhook.
-func (g *Group) Drop(c *Conn, done func()) { g.leave(c, done, true) }
-
-func (g *Group) leave(c *Conn, done func(), gone bool) {
+func (g *Group) Unhook(c *Conn, done func()) {
 	s := c.session
 	if s == nil || s.g != g {
 		if done != nil {
@@ -116,9 +109,6 @@ func (g *Group) leave(c *Conn, done func(), gone bool) {
 		return
 	}
 	s.leaving = true
-	if gone {
-		s.dropped, s.dirty = true, false
-	}
 	if done != nil {
 		s.done = append(s.done, done)
 	}
@@ -170,7 +160,7 @@ func (s *session) start(t *slot) {
 
 // Tell wakes c's client, if it sleeps, for what Memory.Changed has counted.
 func (g *Group) Tell(c *Conn) {
-	if s := c.session; s != nil && s.g == g && !s.dropped {
+	if s := c.session; s != nil && s.g == g {
 		s.dirty, g.left = true, true
 	}
 }

@@ -127,9 +127,6 @@ func (s *session) completeAt(tag uint32, err syscall.Errno, flags uint32, until 
 	}
 	c.busy--
 	s.g.left = true
-	if s.dropped {
-		return
-	}
 	// The client takes nothing before the tail says so. That it takes its tags' entries
 	// before it uses these again is its own affair.
 	c.m.cq[c.tail&(c.m.entries-1)] = [cqeWords]uint64{uint64(tag) | uint64(flags)<<32, uint64(-int64(err)), uint64(until), at}

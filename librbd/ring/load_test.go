@@ -397,16 +397,16 @@ func TestUnhook(t *testing.T) {
 	}
 }
 
-// TestDrop: a client that is gone is told nothing, and its memory is closed when the
-// handlers are done with it.
-func TestDrop(t *testing.T) {
+// TestUnhookTwice: whoever waits for the end is told, and what was under way ends in the ring, whose
+// memory may be closed then.
+func TestUnhookTwice(t *testing.T) {
 	h := &keeper{}
 	k := newRig(t, 8, h)
 	k.client.Submit(ringtest.Request{Op: ringtest.Flush, Tag: 1}, ringtest.Request{Op: ringtest.Flush, Tag: 2})
 	k.turn(func() {})
 	left, gone := make(chan struct{}), make(chan struct{})
 	k.turn(func() { k.g.Unhook(k.c, func() { close(left) }) })
-	k.turn(func() { k.g.Drop(k.c, func() { close(gone) }) })
+	k.turn(func() { k.g.Unhook(k.c, func() { close(gone) }) })
 	k.turn(func() { h.handled[0].Complete(0) })
 	if len(gone)+len(left) != 0 || k.c.Busy() != 1 {
 		t.Errorf("%d requests are under way", k.c.Busy())
@@ -414,7 +414,11 @@ func TestDrop(t *testing.T) {
 	call(t, k.r, func() { h.handled[1].CompleteUntil(0, 1) })
 	await(t, left, "the end")
 	await(t, gone, "the end")
-	k.none()
+	for tag := range uint32(2) {
+		if done, ok := k.client.Take(); !ok || done.Tag != 1+tag {
+			t.Errorf("%+v, %v", done, ok)
+		}
+	}
 	if err := k.c.Close(); err != nil {
 		t.Error(err)
 	}
@@ -452,7 +456,7 @@ func TestManyRings(t *testing.T) {
 		for i, done := range loads {
 			finish(t, done)
 			gone := make(chan struct{})
-			call(t, r, func() { g.Drop(conns[i], func() { close(gone) }) })
+			call(t, r, func() { g.Unhook(conns[i], func() { close(gone) }) })
 			await(t, gone, "the end of the session")
 			if err := errors.Join(conns[i].Close(), clients[i].Close()); err != nil {
 				t.Error(err)

@@ -106,7 +106,7 @@ func newRigOf(t testing.TB, version, entries uint32, h Handler) *rig {
 	// Before the memory and the reactor go.
 	t.Cleanup(func() {
 		gone := make(chan struct{})
-		if k.r.Call(func() { k.g.Drop(k.c, func() { close(gone) }) }) == nil {
+		if k.r.Call(func() { k.g.Unhook(k.c, func() { close(gone) }) }) == nil {
 			await(t, gone, "the end of the session")
 		}
 	})
