@@ -166,6 +166,7 @@ func (d *disk) startReactor(rec record) error {
 	r, err := reactor.New(reactor.Config{
 		Name:   fmt.Sprintf("ublkb%d", rec.ID),
 		Nice:   ReactorNice,
+		Spin:   ReactorSpin(),
 		Logger: d.logger,
 	})
 	if err != nil {

@@ -55,6 +55,11 @@ type Config struct {
 	// the process may not set it, the log says so, and the reactor runs without.
 	Nice int
 
+	// Spin is for how long at most the reactor looks for work before it sleeps, in which it gives
+	// its processor to others that want it; 0: not at all. It does so only while what comes has
+	// come within that time: see idle.
+	Spin time.Duration
+
 	// Logger receives what the reactor has to say; nil means slog.Default().
 	Logger *slog.Logger
 
@@ -95,6 +100,8 @@ type Reactor struct {
 	timers  timerHeap
 	ticks   time.Duration // the timers' clock, when it was read in this turn
 	timed   bool          // it has been
+	spin    time.Duration // Config.Spin
+	busy    bool          // the last time that there was nothing to do was shorter than that
 
 	err error // why it ended; written before done is closed
 }
@@ -103,6 +110,7 @@ type Reactor struct {
 func New(c Config) (*Reactor, error) {
 	r := &Reactor{
 		name:    c.Name,
+		spin:    c.Spin,
 		log:     c.Logger,
 		onPanic: c.OnPanic,
 		base:    time.Now(),
@@ -275,6 +283,43 @@ func (r *Reactor) submit() error {
 	if r.ring.Ready() || r.posted.Load() {
 		return r.ring.SubmitAndWait(0)
 	}
+	if r.spin == 0 {
+		return r.sleep()
+	}
+	return r.idle()
+}
+
+// idle waits for work. To sleep and to be woken takes a processor longer than many a thing that is
+// waited for, and much longer where the processor is a virtual one, which then goes to sleep itself:
+// so while the work comes fast the reactor looks for it first. This is what KVM does for its guests
+// (Documentation/virt/kvm/halt-polling.rst).
+func (r *Reactor) idle() error {
+	began := time.Now()
+	defer func() { r.busy = time.Since(began) <= r.spin }()
+	for r.busy && time.Since(began) <= r.spin {
+		if err := r.ring.SubmitAndWait(0); err != nil {
+			return err
+		}
+		if r.ring.Ready() || r.posted.Load() || r.waiting() {
+			return r.waker.Err()
+		}
+		unix.Syscall(unix.SYS_SCHED_YIELD, 0, 0, 0)
+	}
+	return r.sleep()
+}
+
+// waiting reports whether a source has something.
+func (r *Reactor) waiting() bool {
+	for _, s := range r.sources {
+		if s.Waiting() {
+			return true
+		}
+	}
+	return false
+}
+
+// sleep submits what is queued and waits until there is something to do.
+func (r *Reactor) sleep() error {
 	timeout := time.Duration(-1)
 	if len(r.timers) != 0 {
 		r.timed = false

@@ -10,6 +10,9 @@ type Source interface {
 	// EndTurn tells others what the turn has done for them. It comes after all hooks,
 	// and before what is queued on the ring is submitted.
 	EndTurn()
+	// Waiting reports whether something has come that Poll would take. The reactor may ask
+	// again and again before it sleeps.
+	Waiting() bool
 	// Arm says that the reactor is about to sleep. From then on until Disarm whoever
 	// brings the source something must end the reactor's wait, by a completion on its
 	// ring; and Arm reports whether something has come before that was sure, or is

@@ -66,6 +66,8 @@ func (c *counter) Poll() {
 
 func (c *counter) EndTurn() { c.note('e') }
 
+func (c *counter) Waiting() bool { return c.brought.Load() != c.taken.Load() }
+
 func (c *counter) Arm() bool {
 	c.note('a')
 	c.armed = true
@@ -87,7 +89,12 @@ func (c *counter) Disarm() {
 // TestSourceWakes brings a reactor work at moments when it is about to sleep. Were one
 // wake-up lost, nothing would end its sleep.
 func TestSourceWakes(t *testing.T) {
-	r := newReactor(t, Config{})
+	for _, spin := range []time.Duration{0, 20 * time.Microsecond} {
+		t.Run(spin.String(), func(t *testing.T) { sourceWakes(t, newReactor(t, Config{Spin: spin})) })
+	}
+}
+
+func sourceWakes(t *testing.T, r *Reactor) {
 	sources := []*counter{newCounter(t, r), newCounter(t, r)}
 	const each = 2000
 	var wg sync.WaitGroup
@@ -142,5 +149,31 @@ func TestSourceSleeps(t *testing.T) {
 	call(t, r, func() { after = turns })
 	if after-before > 4 {
 		t.Errorf("%d turns", after-before)
+	}
+}
+
+// TestSpin: a reactor to which work comes fast looks for it before it sleeps, and one to which it
+// comes slowly does not.
+func TestSpin(t *testing.T) {
+	r := newReactor(t, Config{Spin: time.Hour})
+	c := newCounter(t, r)
+	for i := int64(1); i <= 3; i++ {
+		c.brought.Add(1) // nobody wakes it
+		for deadline := time.Now().Add(10 * time.Second); c.taken.Load() < i; time.Sleep(time.Millisecond) {
+			if time.Now().After(deadline) {
+				t.Fatalf("it has taken %d of %d", c.taken.Load(), i)
+			}
+		}
+	}
+	slow := newReactor(t, Config{Spin: time.Millisecond})
+	c = newCounter(t, slow)
+	for range 3 {
+		time.Sleep(20 * time.Millisecond)
+		for deadline := time.Now().Add(10 * time.Second); !c.sleeping.Load(); time.Sleep(time.Millisecond) {
+			if time.Now().After(deadline) {
+				t.Fatal("it does not sleep")
+			}
+		}
+		c.bring()
 	}
 }

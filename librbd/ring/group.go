@@ -215,6 +215,16 @@ func (s *session) end() {
 	}
 }
 
+// Waiting implements reactor.Source.
+func (g *Group) Waiting() bool {
+	for _, s := range g.sessions {
+		if n, _ := s.c.waiting(); n != 0 && s.serving() {
+			return true
+		}
+	}
+	return false
+}
+
 // Arm implements reactor.Source.
 func (g *Group) Arm() bool {
 	work := g.left

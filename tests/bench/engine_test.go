@@ -161,7 +161,7 @@ func init() { daemon.SpareProcessors() }
 
 func newReactor(b *testing.B) *reactor.Reactor {
 	b.Helper()
-	r, err := reactor.New(reactor.Config{Name: "bench", Nice: daemon.ReactorNice})
+	r, err := reactor.New(reactor.Config{Name: "bench", Nice: daemon.ReactorNice, Spin: daemon.ReactorSpin()})
 	if err != nil {
 		b.Fatal(err)
 	}
