@@ -125,8 +125,8 @@ bench-read: ## reads through the engine and its read cache beside the store alon
 	go test $(GOFLAGS_LINK) -tags lab -run xxx -bench ReadPath -benchtime 1x -timeout 0 ./tests/bench
 
 .PHONY: bench-librbd
-bench-librbd: build ## fio on the C library beside Ceph's librbd and a plain file, on one lab cluster (ROUNDS=5)
-	go test $(GOFLAGS_LINK) -tags lab -run xxx -bench BesideLibrbd -benchtime 1x -timeout 0 -v ./tests/librbd -bench.rounds $(ROUNDS) -bench.out $(CURDIR)/docs/benchmarks
+bench-librbd: build ## fio on the C library beside Ceph's librbd and a plain file, on one lab cluster (ROUNDS=5, JOBS=regex)
+	go test $(GOFLAGS_LINK) -tags lab -run xxx -bench BesideLibrbd -benchtime 1x -timeout 0 -v ./tests/librbd -bench.rounds $(ROUNDS) $(if $(JOBS),-bench.jobs '$(JOBS)') -bench.out $(CURDIR)/docs/benchmarks
 	go run ./tests/bench/plot docs/benchmarks/librbd-*.json
 
 .PHONY: bench-scale

@@ -59,12 +59,13 @@ func spread(x []float64) string {
 
 // SVG returns the results as a bar chart of medians, with the spread as lines.
 func (r *Results) SVG() string {
-	const width, bar, gap, left, right, top = 720, 20, 18, 90, 140, 64
-	highest := 0.0
+	const width, bar, gap, right, top = 720, 20, 18, 140, 64
+	highest, left := 0.0, 90
 	for _, row := range r.Rows {
 		highest = math.Max(highest, math.Max(slices.Max(row.Ours), slices.Max(row.Peer)))
+		left = max(left, 18+7*len(row.Name))
 	}
-	x := func(v float64) float64 { return left + v/highest*(width-left-right) }
+	x := func(v float64) float64 { return float64(left) + v/highest*float64(width-left-right) }
 	height := top + len(r.Rows)*(2*bar+gap) + 30
 	var b strings.Builder
 	fmt.Fprintf(&b, `<svg xmlns="http://www.w3.org/2000/svg" width="%d" height="%d" viewBox="0 0 %d %d" font-family="sans-serif" font-size="13">`+"\n", width, height, width, height)
@@ -81,7 +82,7 @@ func (r *Results) SVG() string {
 		}{{row.Ours, "#1f6f8b", fmt.Sprintf(" (%.2f ×)", Median(row.Ours)/Median(row.Peer))}, {row.Peer, "#b0b0b0", ""}} {
 			yy := y + float64(k*bar)
 			m := Median(side.v)
-			fmt.Fprintf(&b, `<rect x="%d" y="%.0f" width="%.1f" height="%d" fill="%s"/>`, left, yy, x(m)-left, bar-3, side.color)
+			fmt.Fprintf(&b, `<rect x="%d" y="%.0f" width="%.1f" height="%d" fill="%s"/>`, left, yy, x(m)-float64(left), bar-3, side.color)
 			fmt.Fprintf(&b, `<line x1="%.1f" x2="%.1f" y1="%.0f" y2="%.0f" stroke="#333" stroke-width="1.5"/>`, x(slices.Min(side.v)), x(slices.Max(side.v)), yy+bar/2-2, yy+bar/2-2)
 			fmt.Fprintf(&b, `<text x="%.1f" y="%.0f">%.0f%s</text>`+"\n", x(math.Max(m, slices.Max(side.v)))+6, yy+bar-6, m, side.note)
 		}

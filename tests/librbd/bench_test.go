@@ -11,6 +11,8 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 	"testing"
@@ -22,6 +24,7 @@ import (
 var (
 	rounds  = flag.Int("bench.rounds", 5, "turns that each side takes")
 	seconds = flag.Int("bench.seconds", 4, "length of a random turn")
+	only    = flag.String("bench.jobs", "", "only the jobs of whose names this regular expression finds a part")
 	out     = flag.String("bench.out", "", "write the figures to this directory, as JSON")
 )
 
@@ -52,6 +55,11 @@ func sequential(bs string, depth int) []string {
 }
 
 func jobs() []job {
+	chosen := regexp.MustCompile(*only)
+	return slices.DeleteFunc(allJobs(), func(j job) bool { return !chosen.MatchString(j.name) })
+}
+
+func allJobs() []job {
 	return []job{
 		{name: "randwrite 4k, depth 1", args: random("randwrite", 1), raw: true},
 		{name: "randwrite 4k, depth 32", args: random("randwrite", 32), raw: true},
@@ -303,6 +311,9 @@ func (c *contest) write(all map[string][][]figure) {
 				row.Peer = append(row.Peer, set.of(all[j.name][set.peer][i]))
 			}
 			res.Rows = append(res.Rows, row)
+		}
+		if len(res.Rows) == 0 {
+			continue // that peer had none of the chosen jobs
 		}
 		fmt.Fprintf(os.Stderr, "%s\n\n%s\n", res.Title, res.Table())
 		if *out == "" {
