@@ -465,6 +465,7 @@ static void ask_to_close(struct image *h, struct completion *c)
 	h->closing = true;
 	h->closed = c;
 	image_wake(h);
+	pthread_cond_broadcast(&h->changed);
 	pthread_mutex_unlock(&h->lock);
 }
 
@@ -522,6 +523,8 @@ static int call_waits(const struct image *h, const struct call *c)
 		return -EDEADLK;
 	if (h->state == DEAD)
 		return h->dead;
+	if (h->closing)
+		return -ESHUTDOWN;
 	if (h->state == LOST && own)
 		return -ECONNRESET;
 	return h->call || h->state == LOST || (h->change && !own);
@@ -537,6 +540,8 @@ static int call_begin(struct image *h, struct call *c)
 	while ((e = call_waits(h, c)) > 0)
 		pthread_cond_wait(&h->changed, &h->lock);
 	h->asking--;
+	if (h->closing)
+		image_wake(h);
 	if (e == 0) {
 		c->conn = h->conn;
 		c->life = h->life;
@@ -556,7 +561,7 @@ static void call_end(struct image *h, struct call *c)
 		conn_close(&c->conn);
 	else
 		h->conn.number = c->conn.number;
-	if (h->change)
+	if (h->change || h->closing)
 		image_wake(h); /* it has waited for this */
 	pthread_cond_broadcast(&h->changed);
 	pthread_mutex_unlock(&h->lock);

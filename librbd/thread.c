@@ -432,7 +432,7 @@ static void batch_end(struct image *h, struct batch *b)
 			vector_in(r->iov, r->iovcnt, &at, piece_data(h, p), p->len);
 		if (e->flags & CQE_TIME && boot_ns() > e->time) {
 			b->at[i].late = true;
-			p->effected = e->result == 0 && p->op != OP_READ;
+			p->effected |= e->result == 0 && p->op != OP_READ;
 			continue;
 		}
 		/* As Ceph has it: the object's beginning, and the distance from the range's. */
@@ -857,10 +857,6 @@ static void finish(struct image *h)
 	struct completion *c;
 	int e = 0;
 
-	pthread_mutex_lock(&h->lock);
-	while (h->call)
-		pthread_cond_wait(&h->changed, &h->lock);
-	pthread_mutex_unlock(&h->lock);
 	if (h->conn.fd >= 0)
 		e = goodbye(&h->conn);
 	conn_close(&h->conn);
@@ -892,7 +888,9 @@ static bool turn(struct image *h, struct batch *b)
 	failed = h->failed;
 	memset(&h->failed, 0, sizeof h->failed);
 	change = h->change && (!live || (quiet(h) && !h->call));
-	close = n == 0 && !failed.first && !h->change && h->closing && idle(h);
+	/* What a call's callback, or a watch's, asks for is answered until it returns. */
+	close = n == 0 && !failed.first && !h->change && !h->call && !h->asking && !watch &&
+		h->closing && idle(h);
 	pthread_mutex_unlock(&h->lock);
 
 	end_list(h, &failed);
