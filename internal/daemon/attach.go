@@ -386,7 +386,9 @@ func (d *Daemon) enter(a, door *attachment) (bool, error) {
 		return false, nil
 	}
 	for _, b := range d.attached { // two requests for one image at once
-		if r := b.record(); b != door && r.clash(&a.rec) {
+		r := b.record()
+		doors := a.id >= firstDoor && b.id >= firstDoor && r.ImageID == a.rec.ImageID && r.Snapshot == a.rec.Snapshot
+		if b != door && (doors || r.clash(&a.rec)) {
 			return false, b.inTheWay(&a.rec)
 		}
 	}

@@ -365,6 +365,8 @@ func (a *attachment) serveErrors(ctx context.Context) (*disk, error) {
 
 // scrap removes what is left of an attachment that never came to be.
 func (a *attachment) scrap(ctx context.Context) {
+	ctx, stop := context.WithTimeout(ctx, deviceTimeout) // somebody may have it open
+	defer stop()
 	rec := a.record()
 	if k, err := a.kernel(); err == nil {
 		if info, err := k.Info(ctx, rec.ID); err == nil && a.d.owns(rec, info) {

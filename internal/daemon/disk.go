@@ -184,7 +184,7 @@ func (d *disk) serve(ctx context.Context, dev device, rec *record) error {
 		return dev.Start(ctx, d.reactor, ublk.Null{})
 	}
 	f := newFront(d.image, dev.Slots(), nil)
-	if rec.Shared {
+	if rec.Shared || d.hooked.any() { // a write of a client that is gone may be under way yet
 		f.changes = &d.changes
 	}
 	d.stand(dev, f)

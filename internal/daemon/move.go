@@ -201,6 +201,9 @@ func (d *Daemon) sortOut(recs []record) []record {
 			if device.ID >= firstDoor || door.ID < firstDoor || device.ImageID != door.ImageID || !device.clash(door) {
 				continue
 			}
+			if device.ReadOnly { // nothing moves to one, and what the door's clients wrote it does not have
+				continue
+			}
 			a := newAttachment(d, *door, api.StateRecovering)
 			if device.Phase == phaseAttaching {
 				a = newAttachment(d, *device, api.StateRecovering)
