@@ -19,6 +19,7 @@ static int long_call(struct image *h, uint16_t type, bool read_only, const struc
 		.image = h->id_text,
 		.by_id = true,
 		.read_only = read_only,
+		.shared = h->shared,
 	};
 	struct opened o;
 	struct answer a;

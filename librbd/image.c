@@ -24,10 +24,8 @@ static void fill_open(struct writer *w, const struct target *t, uint32_t entries
 {
 	static const uint8_t none[16];
 	uint32_t flags = (t->read_only ? 1 : 0) | (t->by_id ? 2 : 0) | (t->again ? 4 : 0) |
-			 (t->instead ? 8 : 0);
+			 (t->instead ? 8 : 0) | (t->shared && !t->read_only ? 16 : 0);
 
-	if (!t->read_only && switched_on("LSD_SHARED"))
-		flags |= 16;
 	put_name(w, t->store);
 	put_name(w, t->image);
 	put_name(w, t->snapshot);
@@ -74,12 +72,14 @@ int image_connect(const struct target *t, int64_t deadline, bool quiet, struct o
 	bool broken;
 	int e = conn_open(&o->conn, deadline, quiet);
 
+	o->answered = false;
 	if (e < 0)
 		return e;
 	fill_open(&w, t, power_of_two(o->conn.entries < ENTRIES_WANTED ? o->conn.entries :
 								   ENTRIES_WANTED),
 		  o->conn.data < DATA_WANTED ? o->conn.data / UNIT * UNIT : DATA_WANTED);
 	e = conn_call(&o->conn, T_OPEN, &w, NULL, deadline, &a, &broken);
+	o->answered = !broken;
 	if (e == 0) {
 		e = take_open(&a, o);
 		answer_free(&a);
@@ -262,10 +262,10 @@ static int connect_first(const struct target *t, struct opened *o)
 	for (int tries = 0;;) {
 		int e = image_connect(t, 0, tries > 0, o);
 
-		if (e == -ECONNRESET || e == -EAGAIN)
+		if (e == -EAGAIN || (e == -ECONNRESET && !o->answered))
 			tries++;
-		else if (e != -ECONNREFUSED || tries == 0)
-			return e;
+		else if (e != -ECONNREFUSED || o->answered || tries == 0)
+			return e; /* what the daemon says of its store is not of the daemon */
 		if (tries == OPEN_TRIES || (limit && now_ms() >= end))
 			return e;
 		nanosleep(&pause, NULL);
@@ -292,6 +292,7 @@ static int image_open(const struct target *t, struct opening *p, struct image **
 	p->pool_name = p->pool_space = NULL;
 	h->snapshot_number = o.number;
 	h->read_only = t->read_only;
+	h->shared = t->shared;
 	h->fixed = o.read_only || t->read_only || o.number;
 	image_adopt(h, &o);
 	handles_add(h);
@@ -315,6 +316,7 @@ static int opening_run(struct opening *p)
 		.snapshot = p->snapshot,
 		.by_id = p->by_id,
 		.read_only = p->read_only,
+		.shared = switched_on("LSD_SHARED"),
 	};
 	struct image *h;
 	int e = image_open(&t, p, &h);
@@ -459,6 +461,23 @@ int rbd_aio_open_by_id_read_only(rados_ioctx_t io, const char *id, rbd_image_t *
 	return open_later(io, id, image, snap_name, c, true, true);
 }
 
+/* Whether this is a progress callback of the handle's; lock is held. */
+static bool asks(const struct image *h)
+{
+	return h->call && pthread_equal(h->call->thread, pthread_self());
+}
+
+/* Whether this is a callback of the handle's, which ends before the handle can. */
+static bool calls_back(struct image *h)
+{
+	bool progress;
+
+	pthread_mutex_lock(&h->lock);
+	progress = asks(h);
+	pthread_mutex_unlock(&h->lock);
+	return progress || image_own_thread(h);
+}
+
 static void ask_to_close(struct image *h, struct completion *c)
 {
 	pthread_mutex_lock(&h->lock);
@@ -478,8 +497,8 @@ int rbd_close(rbd_image_t image)
 		image_free(h);
 		return -EIO;
 	}
-	if (image_own_thread(h)) {
-		/* From a callback nobody can wait: it ends behind it. */
+	if (calls_back(h)) {
+		/* From there nobody can wait: it ends behind it. */
 		int e = rbd_aio_create_completion(NULL, NULL, (rbd_completion_t *)&c);
 
 		if (e == 0) {
@@ -576,8 +595,8 @@ static void wait_seen(struct image *h, unsigned life)
 	pthread_mutex_unlock(&h->lock);
 }
 
-int image_call(struct image *h, uint16_t type, const struct writer *w, const struct progress *pr,
-	       bool query, struct answer *a)
+static int call(struct image *h, uint16_t type, const struct writer *w, const struct progress *pr,
+		bool query, struct answer *a)
 {
 	struct call c = {.thread = pthread_self(), .calls_back = pr && pr->fn};
 	bool broken;
@@ -600,13 +619,25 @@ int image_call(struct image *h, uint16_t type, const struct writer *w, const str
 	}
 }
 
-/* Whether this is a progress callback of the handle's; lock is held. */
-static bool asks(const struct image *h)
+/* The handle refers to what is on the caller's stack: a thread that is cancelled ends behind it. */
+static int hold_on(void)
 {
-	return h->call && pthread_equal(h->call->thread, pthread_self());
+	int old;
+
+	pthread_setcancelstate(PTHREAD_CANCEL_DISABLE, &old);
+	return old;
 }
 
-int image_change(struct image *h, const char *snapshot, uint64_t number)
+int image_call(struct image *h, uint16_t type, const struct writer *w, const struct progress *pr,
+	       bool query, struct answer *a)
+{
+	int old = hold_on(), e = call(h, type, w, pr, query, a);
+
+	pthread_setcancelstate(old, NULL);
+	return e;
+}
+
+static int change(struct image *h, const char *snapshot, uint64_t number)
 {
 	struct change ch = {.snapshot = snapshot, .number = number};
 
@@ -627,6 +658,14 @@ int image_change(struct image *h, const char *snapshot, uint64_t number)
 		pthread_cond_wait(&h->changed, &h->lock);
 	pthread_mutex_unlock(&h->lock);
 	return ch.result;
+}
+
+int image_change(struct image *h, const char *snapshot, uint64_t number)
+{
+	int old = hold_on(), e = change(h, snapshot, number);
+
+	pthread_setcancelstate(old, NULL);
+	return e;
 }
 
 /* ---- what an image says of itself ---- */

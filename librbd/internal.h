@@ -429,6 +429,7 @@ struct image {
 	uint64_t snapshot_number; /* 0: the image itself; a name may become another */
 	uint64_t number; /* of the handle, as the daemon has it; the thread's */
 	bool read_only; /* as the caller has opened it */
+	bool shared;    /* LSD_SHARED, as it was then */
 	bool fixed;     /* read-only or a snapshot: no writes */
 	uint8_t id[16];
 	char id_text[ID_TEXT];
@@ -455,6 +456,7 @@ struct target {
 	const char *store, *image, *snapshot;
 	uint64_t number;
 	bool by_id, read_only;
+	bool shared;          /* to write, also beside a block device that is shared */
 	const uint8_t *again; /* the id: flag 4 */
 	uint64_t instead;     /* with it, the number of the handle that the client had, 0: none */
 };
@@ -469,6 +471,7 @@ struct opened {
 	uint64_t number; /* of the snapshot, 0: the image itself */
 	uint64_t handle; /* the daemon's number of it, 0: it is of an older release */
 	bool read_only;
+	bool answered;   /* by the daemon, also if it has refused */
 };
 int image_connect(const struct target *t, int64_t deadline, bool quiet, struct opened *o);
 int64_t reconnect_ms(void); /* for how long a daemon that has died is waited for; 0: for ever */

@@ -671,6 +671,7 @@ static int reconnect_once(struct image *h, int64_t deadline)
 		.number = h->snapshot_number,
 		.by_id = true,
 		.read_only = h->read_only,
+		.shared = h->shared,
 		.again = h->id,
 		.instead = h->number,
 	};
@@ -790,6 +791,7 @@ static int change_snapshot(struct image *h, const struct change *ch)
 		.number = ch->number,
 		.by_id = true,
 		.read_only = h->read_only,
+		.shared = h->shared,
 	};
 	struct opened o;
 	struct conn old;

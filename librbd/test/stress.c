@@ -1467,6 +1467,75 @@ static void *set_snapshots(void *arg)
 	return NULL;
 }
 
+/* A progress callback that closes its own handle: what is asked after that gets an error. */
+struct closer {
+	rbd_image_t image;
+	rbd_completion_t c; /* NULL: rbd_close */
+	int calls;
+};
+
+static int closing_progress(uint64_t done, uint64_t total, void *arg)
+{
+	struct closer *k = arg;
+	char b[16];
+
+	(void)done, (void)total;
+	if (k->calls++ > 0)
+		return 0;
+	EQUAL(k->c ? rbd_aio_close(k->image, k->c) : rbd_close(k->image), 0);
+	EQUAL(rbd_read(k->image, 0, sizeof b, b), -ESHUTDOWN);
+	return 0;
+}
+
+static void close_in_progress(bool aio)
+{
+	struct closer k = {.image = open_image("vm1")};
+	int e;
+
+	if (aio)
+		EQUAL(rbd_aio_create_completion(NULL, NULL, &k.c), 0);
+	e = rbd_resize_with_progress(k.image, IMAGE + MIB, closing_progress, &k);
+	CHECK(e == 0 || hung_up(e));
+	if (k.calls == 0) { /* the daemon has died before it said anything */
+		CHECK(e < 0);
+		EQUAL(rbd_close(k.image), 0);
+	} else if (aio) {
+		EQUAL(rbd_aio_wait_for_complete(k.c), 0);
+	}
+	if (aio)
+		rbd_aio_release(k.c);
+}
+
+/* A thread that is cancelled in a call ends behind it. */
+static int cancelling_progress(uint64_t done, uint64_t total, void *arg)
+{
+	(void)done, (void)total, (void)arg;
+	pthread_cancel(pthread_self());
+	return 0;
+}
+
+static void *cancelled(void *arg)
+{
+	int e = rbd_resize_with_progress(arg, IMAGE, cancelling_progress, NULL);
+
+	pthread_testcancel();
+	CHECK(e < 0); /* nobody has said anything */
+	return NULL;
+}
+
+static void cancel_in_progress(void)
+{
+	rbd_image_t image = open_image("vm1");
+	char b[16];
+	pthread_t t;
+
+	pthread_create(&t, NULL, cancelled, image);
+	pthread_join(t, NULL);
+	EQUAL(rbd_read(image, 0, sizeof b, b), sizeof b);
+	CHECK(rbd_flatten(image) < 0); /* another call, of what is no clone */
+	EQUAL(rbd_close(image), 0);
+}
+
 static void test_progress(void)
 {
 	rbd_image_t image = open_image("vm1");
@@ -1482,6 +1551,26 @@ static void test_progress(void)
 	busy_over = true;
 	pthread_join(t, NULL);
 	EQUAL(rbd_close(image), 0);
+	close_in_progress(false);
+	close_in_progress(true);
+	cancel_in_progress();
+}
+
+/* ---- beside a block device ---- */
+
+/* A handle stays what it was opened as, whatever becomes of the environment and the daemon. */
+static void test_doors(void)
+{
+	rbd_image_t image;
+
+	EQUAL(rbd_rename(io, "vm1", "device"), 0);
+	setenv("LSD_SHARED", "1", 1);
+	image = open_image("device");
+	unsetenv("LSD_SHARED");
+	for (uint64_t i = 0; i < 200; i++)
+		EQUAL(rbd_write(image, i * 512, 5, "lsd00"), 5);
+	EQUAL(rbd_close(image), 0);
+	EQUAL(rbd_rename(io, "device", "vm1"), 0);
 }
 
 int main(int argc, char **argv)
@@ -1492,7 +1581,7 @@ int main(int argc, char **argv)
 	} tests[] = {
 		{"admin", test_admin},	   {"big", test_big},	{"callbacks", test_callbacks},
 		{"compare", test_compare}, {"old", test_old},	{"rewatch", test_rewatch}, {"watch", test_watch},
-		{"control", test_control}, {"exit", test_exit},	   {"flush", test_flush}, {"fork", test_fork},
+		{"control", test_control}, {"doors", test_doors}, {"exit", test_exit},	   {"flush", test_flush}, {"fork", test_fork},
 		{"forks", test_forks},	   {"frames", test_frames}, {"gone", test_gone},
 		{"order", test_order},	   {"poll", test_poll}, {"progress", test_progress},
 		{"opening", test_opening},
