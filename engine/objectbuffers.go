@@ -39,7 +39,11 @@ func (p *objectBuffers) give(b []byte) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.used = time.Now()
-	if p.kept+cap(b) <= maxKeptBuffers {
+	for len(p.free) > 0 && p.kept+cap(b) > maxKeptBuffers { // those that nobody has taken for longest
+		p.kept -= cap(p.free[0])
+		p.free = append(p.free[:0], p.free[1:]...)
+	}
+	if cap(b) <= maxKeptBuffers {
 		p.free = append(p.free, b)
 		p.kept += cap(b)
 	}

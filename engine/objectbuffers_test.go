@@ -31,6 +31,10 @@ func TestObjectBuffers(t *testing.T) {
 	if p.kept != maxKeptBuffers || len(p.free) != maxKeptBuffers>>20 {
 		t.Errorf("%d buffers of %d bytes are kept", len(p.free), p.kept)
 	}
+	p.give(make([]byte, 8<<20))
+	if b := p.take(8 << 20); b == nil || p.kept != maxKeptBuffers-8<<20 {
+		t.Errorf("small buffers keep a large one from being kept: %d bytes", p.kept)
+	}
 	s.DropBuffers(time.Hour)
 	if p.kept == 0 {
 		t.Error("what was used just now is dropped")

@@ -245,12 +245,7 @@ func TestSharedJoinsClients(t *testing.T) {
 	a.check(0, 4096, 3)
 	w.kernel.devs[id].reactor.Post(func() { panic("test") })
 	a.write(50, 100, 4)
-	if err := a.close(); err != nil {
-		t.Error(err)
-	}
-	if _, err := h.del(id, api.DetachRequest{}); err != nil {
-		t.Error(err)
-	}
+	h.finish(a, id)
 	h.unowned()
 }
 
@@ -335,6 +330,71 @@ func TestSharedEdges(t *testing.T) {
 	c.check(400, 4096-400, 4)
 	c.check(8192, 4096, 0)
 	c.check(20480, 4096, 0)
+}
+
+// TestGoneWriterBesideDevice: a client that has gone has a write under way yet when a device comes that
+// shares with nobody: what the device writes there is behind it.
+func TestGoneWriterBesideDevice(t *testing.T) {
+	w := newWorld(t)
+	h := w.newHost()
+	h.share()
+	c := h.handle(wire.OpenRequest{})
+	c.write(0, 4096, 1)
+	h.finish(c, firstDoor) // now it is in the store alone
+	h.share()
+	c, r := h.handle(wire.OpenRequest{}), h.reader()
+	w.hang.Shut()
+	t.Cleanup(w.hang.Open)
+	copy(c.Data[100:], bytes.Repeat([]byte{2}, 100))
+	c.Submit(ringtest.Request{Op: ringtest.Write, Tag: 1, Offset: 100, Length: 100, Data: 100})
+	if err := w.hang.AwaitWaiting(t.Context(), 1); err != nil {
+		t.Fatal(err)
+	}
+	c.leave()
+	for len(h.door().clients()) > 1 {
+		time.Sleep(time.Millisecond)
+	}
+	id := h.add(vm1)
+	over := w.kernel.begin(t, id, 1, engine.Write, 0, bytes.Repeat([]byte{3}, 4096))
+	select {
+	case res := <-over:
+		t.Errorf("a sector is written that is being changed: %d", res)
+	case <-time.After(50 * time.Millisecond):
+	}
+	w.hang.Open()
+	over.ends(t)
+	w.kernel.check(t, id, 0, 3)
+	r.check(0, 4096, 3)
+}
+
+// TestMovedMeanwhile: what a client asks of its image while it moves to a device is done.
+func TestMovedMeanwhile(t *testing.T) {
+	w := newWorld(t)
+	h := w.newHost()
+	for i := range uint64(10) {
+		h.share()
+		c := h.handle(openShared)
+		door := h.door()
+		door.op <- struct{}{} // both have to wait
+		var asked sync.WaitGroup
+		asked.Go(func() {
+			if err := c.call(wire.Resize, &wire.ResizeRequest{Size: (65 + i) << 20}, &wire.SizeResult{}); err != nil {
+				t.Errorf("round %d: resize: %v", i, err)
+			}
+		})
+		asked.Go(func() {
+			if _, err := h.attachReq(sharedVM1); err != nil {
+				t.Errorf("round %d: add: %v", i, err)
+			}
+		})
+		time.Sleep(10 * time.Millisecond)
+		<-door.op
+		asked.Wait()
+		if c.Size() != (65+i)<<20 {
+			t.Errorf("round %d: %d bytes", i, c.Size())
+		}
+		h.finish(c, h.all()[0].id)
+	}
 }
 
 // TestSharedTogether: a library client changes a part of a sector, and the block device all of it,
@@ -442,36 +502,10 @@ func TestSharedDeath(t *testing.T) {
 
 // TestSharedFrontAllocs: nothing is allocated for what a device changes that is shared.
 func TestSharedFrontAllocs(t *testing.T) {
-	w := newWorld(t)
-	h := w.newHost()
-	id := h.add(sharedVM1)
-	w.kernel.write(t, id, 8, 1)
-	d, err := w.kernel.get(id)
-	if err != nil {
-		t.Fatal(err)
-	}
-	arena, err := uring.NewArena(4096)
-	if err != nil {
-		t.Fatal(err)
-	}
-	io := make(fakeIO, 1)
-	allocs := 1.0
-	if err := d.reactor.Call(func() {
-		s := &d.handler.(*front).slots[1]
-		allocs = testing.AllocsPerRun(100, func() {
-			s.io = io
-			s.req.Op, s.req.Sector, s.req.Sectors, s.req.Buf = engine.Write, 1<<40, 8, arena.Bytes()
-			s.front.submit(s) // beyond the end: it ends at once
-			if res := <-io; res >= 0 {
-				t.Errorf("write: %d", res)
-			}
-		})
-	}); err != nil {
-		t.Fatal(err)
-	}
-	if allocs != 0 {
-		t.Errorf("%v allocations", allocs)
-	}
+	frontAllocs(t, sharedVM1, func(s *slot, buf []byte) int32 {
+		s.req.Op, s.req.Sector, s.req.Sectors, s.req.Buf = engine.Write, 1<<40, 8, buf
+		return -int32(unix.EINVAL) // beyond the end: it ends at once
+	})
 }
 
 // TestSharedRights: to share an image takes what to write takes, and clients do not move to the device

@@ -44,7 +44,7 @@ func (a *attachment) bringUp(ctx context.Context, o bringUpOptions) error {
 	if err != nil {
 		return err
 	}
-	if !o.fresh {
+	if !o.fresh && a.found {
 		if err := a.settle(ctx); err != nil {
 			return err
 		}

@@ -111,7 +111,7 @@ func openDisk(ctx context.Context, o diskOptions) (_ *disk, err error) {
 			Shared:          o.shared.engine,
 			ReadCache:       o.cache.Cache,
 			ReadCacheDevice: o.cache.device(d.reactor),
-			Resized:         func(sectors uint64) { o.owner.Load().resized(sectors) },
+			Resized:         func(sectors uint64) { resized(o.owner, sectors) },
 			Logger:          o.logger,
 		},
 	}
@@ -141,6 +141,19 @@ func openDisk(ctx context.Context, o diskOptions) (_ *disk, err error) {
 		d.reactor.OnTurn(im.EndTurn)
 	})
 	return d, err
+}
+
+// resized tells whose disk it is, on the reactor, that the image has another size. The disk may
+// become another one's meanwhile.
+func resized(owner *atomic.Pointer[attachment], sectors uint64) {
+	for a := owner.Load(); ; {
+		a.resized(sectors)
+		b := owner.Load()
+		if a == b {
+			return
+		}
+		a = b
+	}
 }
 
 // openImage is engine.Open, of which a panic is damage of the image: one that cannot be

@@ -529,12 +529,7 @@ func TestLibraryBesideDevice(t *testing.T) {
 	if _, err := h.del(id, api.DetachRequest{}); err == nil || !errors.As(err, &busy) || !strings.Contains(err.Error(), "in use by process") {
 		t.Errorf("detached under a client: %v", err)
 	}
-	if err := c.close(); err != nil {
-		t.Error(err)
-	}
-	if _, err := h.del(id, api.DetachRequest{}); err != nil {
-		t.Error(err)
-	}
+	h.finish(c, id)
 }
 
 // TestLibraryMakesWay: what library clients have left is not in the way of a device; what one has
@@ -615,12 +610,7 @@ func TestLibraryComesBack(t *testing.T) {
 	other.share()
 	o := other.handle(wire.OpenRequest{})
 	o.write(100, 1000, 99)
-	if err := o.close(); err != nil {
-		t.Fatal(err)
-	}
-	if _, err := other.del(firstDoor, api.DetachRequest{}); err != nil {
-		t.Fatal(err)
-	}
+	other.finish(o, firstDoor)
 	h.start()
 	errnoIs(t, h.client().open(again), unix.ESTALE)
 	h.await(firstDoor, api.StateFailed)

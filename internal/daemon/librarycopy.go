@@ -45,7 +45,10 @@ func (s *session) flatten(ctx context.Context, w *answer) error {
 			err = invalid(errors.New(engine.ErrNoParent.Error())) // as to librbd, not "no such file"
 		}
 		for try := 1; err == nil; try++ {
-			if _, err = s.attachment().flatten(ctx, w.progress); err != nil {
+			if err = s.onAttachment(func(a *attachment) error {
+				_, err := a.flatten(ctx, w.progress)
+				return err
+			}); err != nil {
 				break
 			}
 			var found engine.Separation
@@ -106,7 +109,7 @@ func (s *session) copy(ctx context.Context, f wire.Frame, w *answer) error {
 		HeadOnly: q.Flags&wire.CopyDeep == 0,
 		Of:       s.attachment().record().Snapshot,
 		Whole:    true,
-		Snapshot: engine.SnapshotOptions{Nudge: func(ctx context.Context) error { return s.attachment().refresh(ctx, func(api.Progress) {}) }},
+		Snapshot: engine.SnapshotOptions{Nudge: s.refresh},
 		Options: transfer.Options{URL: to.Image(q.Image), Logger: s.d.logger, Progress: func(what string, done, total uint64) {
 			mu.Lock()
 			defer mu.Unlock()

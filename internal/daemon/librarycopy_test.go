@@ -10,19 +10,24 @@ import (
 	"golang.org/x/sys/unix"
 )
 
+// cloned opens an image with data, and a clone of it.
+func (h *host) cloned() (parent, clone *libraryClient) {
+	h.w.t.Helper()
+	h.makeLog("vm1")
+	parent = h.handle(wire.OpenRequest{})
+	parent.write(1000, 5000, 7)
+	parent.snapshot("monday")
+	h.client().mustClone("monday", "clone")
+	h.makeLog("clone")
+	return parent, h.handle(wire.OpenRequest{Image: "clone"})
+}
+
 // TestLibraryFlatten: a clone that is flattened has no parent any more, and reads as before, also
 // while others have it open.
 func TestLibraryFlatten(t *testing.T) {
-	w := newWorld(t)
-	h := w.newHost()
-	h.makeLog("vm1")
-	c := h.handle(wire.OpenRequest{})
-	c.write(1000, 5000, 7)
-	c.snapshot("monday")
+	h := newWorld(t).newHost()
+	c, clone := h.cloned()
 	errnoIs(t, c.call(wire.Flatten, nil, nil), unix.EINVAL)
-	h.client().mustClone("monday", "clone")
-	h.makeLog("clone")
-	clone := h.handle(wire.OpenRequest{Image: "clone"})
 	other := h.handle(wire.OpenRequest{Image: "clone", Flags: wire.OpenReadOnly})
 	errnoIs(t, other.call(wire.Flatten, nil, nil), unix.EROFS)
 	clone.write(0, 512, 8)
@@ -42,14 +47,7 @@ func TestLibraryFlatten(t *testing.T) {
 // it is gone and the image is flattened again, though the image itself needs nothing of it.
 func TestLibraryFlattenForSnapshot(t *testing.T) {
 	w := newWorld(t)
-	h := w.newHost()
-	h.makeLog("vm1")
-	c := h.handle(wire.OpenRequest{})
-	c.write(1000, 5000, 7)
-	c.snapshot("monday")
-	h.client().mustClone("monday", "clone")
-	h.makeLog("clone")
-	clone := h.handle(wire.OpenRequest{Image: "clone"})
+	_, clone := w.newHost().cloned()
 	clone.snapshot("tuesday")
 	isClone := func(want bool) {
 		t.Helper()

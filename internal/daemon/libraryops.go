@@ -305,7 +305,10 @@ func (s *session) resize(ctx context.Context, f wire.Frame, w *answer) error {
 	if err := parse(f, &q); err != nil {
 		return err
 	}
-	if _, err := s.attachment().resize(ctx, api.ResizeRequest{Size: q.Size, Shrink: q.Shrink}, w.progress); err != nil {
+	if err := s.onAttachment(func(a *attachment) error {
+		_, err := a.resize(ctx, api.ResizeRequest{Size: q.Size, Shrink: q.Shrink}, w.progress)
+		return err
+	}); err != nil {
 		return err
 	}
 	return s.size(ctx, w)
@@ -342,9 +345,8 @@ func (s *session) withStore(ctx context.Context, do func(context.Context, backen
 
 // snapshot makes a snapshot.
 func (s *session) snapshot(ctx context.Context, f wire.Frame) error {
-	nudge := func(ctx context.Context) error { return s.attachment().refresh(ctx, func(api.Progress) {}) }
 	return s.changed(s.named(ctx, f, func(ctx context.Context, st backend.Store, id uuid.UUID, name string) error {
-		_, err := engine.CreateSnapshot(ctx, st, id, name, engine.SnapshotOptions{Nudge: nudge})
+		_, err := engine.CreateSnapshot(ctx, st, id, name, engine.SnapshotOptions{Nudge: s.refresh})
 		return err
 	}))
 }
@@ -420,7 +422,10 @@ func (s *session) rollBack(ctx context.Context, f wire.Frame, w *answer) error {
 	if err := parse(f, &q); err != nil {
 		return err
 	}
-	if _, err := s.attachment().rollBack(ctx, api.RollbackRequest{Snapshot: q.Name}, s.handle, w.progress); err != nil {
+	if err := s.onAttachment(func(a *attachment) error {
+		_, err := a.rollBack(ctx, api.RollbackRequest{Snapshot: q.Name}, s.handle, w.progress)
+		return err
+	}); err != nil {
 		return err
 	}
 	return s.size(ctx, w)

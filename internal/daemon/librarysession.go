@@ -160,6 +160,22 @@ func processName(pid int32) string {
 // time.
 func (s *session) attachment() *attachment { return s.handle.at.Load() }
 
+// onAttachment does something with what the handle is one of, which may have become another one
+// before it had begun.
+func (s *session) onAttachment(do func(*attachment) error) error {
+	for {
+		a := s.attachment()
+		if err := do(a); err == nil || s.attachment() == a {
+			return err
+		}
+	}
+}
+
+// refresh has the handle's image look at its superblock.
+func (s *session) refresh(ctx context.Context) error {
+	return s.onAttachment(func(a *attachment) error { return a.refresh(ctx, func(api.Progress) {}) })
+}
+
 // end gives up what the session holds.
 func (s *session) end() {
 	s.before.close()

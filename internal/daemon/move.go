@@ -13,6 +13,7 @@ import (
 	"github.com/lsd-ceph/lsd/engine"
 	"github.com/lsd-ceph/lsd/internal/api"
 	"github.com/lsd-ceph/lsd/ublk"
+	"golang.org/x/sys/unix"
 )
 
 // What is attached read-only for library clients does not keep away who writes: its handles get
@@ -28,6 +29,9 @@ import (
 
 // opening reports whether what is attached read-only was being opened to be written to.
 func (r *record) opening() bool { return r.ReadOnly && r.Log != "" }
+
+// reads reports whether what is attached only reads, and will.
+func (r *record) reads() bool { return r.ReadOnly && !r.opening() }
 
 // writeAs takes over from another record what there is to say of how an image is written to.
 func (r *record) writeAs(o *record) {
@@ -72,6 +76,9 @@ func (a *attachment) turnWritable(ctx context.Context) (err error) {
 		}
 		err = errors.Join(err, undo())
 	}()
+	if b := a.d.twin(&to, a); b != nil { // whoever comes after this finds that it is being opened
+		return fmt.Errorf("%w: %w", b.inTheWay(&to), unix.EBUSY)
+	}
 	progress := func(api.Progress) {}
 	if made, err = makeLog(ctx, to, progress); err != nil {
 		return err

@@ -52,6 +52,17 @@ func (h *host) unowned() {
 	}
 }
 
+// finish closes the last client of what is attached as id, and detaches it.
+func (h *host) finish(c *libraryClient, id int) {
+	h.w.t.Helper()
+	if err := c.close(); err != nil {
+		h.w.t.Fatal(err)
+	}
+	if _, err := h.del(id, api.DetachRequest{}); err != nil {
+		h.w.t.Fatal(err)
+	}
+}
+
 // reading reads without end, beside what the test does, until it is told to stop, and fails the
 // test if a read fails or has anything but one byte, which never becomes smaller.
 func (c *libraryClient) reading(off uint64) (stop func()) {
@@ -140,12 +151,7 @@ func TestReadersStay(t *testing.T) {
 	other.share()
 	owner := other.handle(wire.OpenRequest{})
 	stays(h.client().open(wire.OpenRequest{}), unix.EBUSY)
-	if err := owner.close(); err != nil {
-		t.Fatal(err)
-	}
-	if _, err := other.del(firstDoor, api.DetachRequest{}); err != nil {
-		t.Fatal(err)
-	}
+	other.finish(owner, firstDoor)
 	h.unowned()
 	// The client finds the image, and the store fails when it is opened.
 	a, ctx := h.door(), context.Background()
@@ -238,12 +244,7 @@ func TestReadersMoveToDevice(t *testing.T) {
 	w.kernel.write(t, id, 8, 21)
 	w.kernel.devs[id].reactor.Post(func() { panic("test") })
 	r.check(4096, 4096, 21)
-	if err := r.close(); err != nil {
-		t.Error(err)
-	}
-	if _, err := h.del(id, api.DetachRequest{}); err != nil {
-		t.Error(err)
-	}
+	h.finish(r, id)
 	h.unowned()
 }
 
@@ -420,6 +421,89 @@ func TestDeathWhenMoving(t *testing.T) {
 			r.check(4096, 4096, 2)
 		})
 	}
+}
+
+// TestDeathBesideReadOnlyDevice: where a device that is read-only and a door that is written to are
+// recorded, however that has come, the door's clients find it, with what they have written.
+func TestDeathBesideReadOnlyDevice(t *testing.T) {
+	w := newWorld(t)
+	h := w.newHost()
+	h.makeLog("vm1")
+	c := h.handle(wire.OpenRequest{})
+	c.write(0, 4096, 1)
+	door := h.door().record()
+	device := door
+	device.ID, device.ReadOnly, device.Log, device.LogID = 0, true, "", uuid.Nil
+	h.died(door, device)
+	c = h.again(c.opened, 0)
+	c.check(0, 4096, 1)
+	c.write(0, 4096, 2)
+	c.check(0, 4096, 2)
+}
+
+// TestReadersComeAtOnce: clients that open an image at one time get one attachment, so that none of
+// them stays on an old state when somebody writes.
+func TestReadersComeAtOnce(t *testing.T) {
+	for round := range 5 {
+		w := newWorld(t)
+		h := w.newHost()
+		readers := make([]*libraryClient, 8)
+		var come sync.WaitGroup
+		for i := range readers {
+			readers[i] = h.client()
+			come.Go(func() {
+				if err := readers[i].open(wire.OpenRequest{Flags: wire.OpenReadOnly}); err != nil {
+					t.Errorf("round %d: %v", round, err)
+				}
+			})
+		}
+		come.Wait()
+		h.alone(firstDoor)
+		c := h.handle(wire.OpenRequest{})
+		c.write(0, 4096, 1)
+		for _, r := range readers {
+			r.check(0, 4096, 1)
+		}
+	}
+}
+
+// TestReadOnlyDeviceAndWriter: a device that is read-only does not come beside a door that is being
+// opened to be written to, and such a device keeps a door from that.
+func TestReadOnlyDeviceAndWriter(t *testing.T) {
+	w := newWorld(t)
+	h := w.newHost()
+	h.makeLog("vm1")
+	r := h.reader()
+	opening := h.door().record()
+	opening.Log = "/to/be"
+	undo, err := h.door().intend(&opening)
+	if err != nil {
+		t.Fatal(err)
+	}
+	q := vm1
+	q.ReadOnly = true
+	var busy *ublk.BusyError
+	if _, err := h.attachReq(q); !errors.As(err, &busy) {
+		t.Errorf("a device beside a door that is being opened to be written to: %v", err)
+	}
+	if err := undo(); err != nil {
+		t.Fatal(err)
+	}
+	id := h.add(q)
+	door := h.door()
+	door.op <- struct{}{}
+	err = door.turnWritable(t.Context())
+	<-door.op
+	if rec := door.record(); !errors.Is(err, unix.EBUSY) || !rec.reads() {
+		t.Errorf("a door beside a device that is read-only: %v; the record: %+v", err, rec)
+	}
+	errnoIs(t, h.client().open(wire.OpenRequest{}), unix.EBUSY)
+	if _, err := h.del(id, api.DetachRequest{}); err != nil {
+		t.Fatal(err)
+	}
+	c := h.handle(wire.OpenRequest{})
+	c.write(0, 4096, 1)
+	r.check(0, 4096, 1)
 }
 
 // TestMoveInTurn: writers, devices, and those that read come and go at once, some share, and some die. Each gets

@@ -95,7 +95,7 @@ func (r *record) imageURL() string {
 // clash reports whether two attachments cannot be beside each other on one host.
 func (r *record) clash(o *record) bool {
 	image := r.ImageID == o.ImageID && r.ImageID != uuid.Nil && r.Snapshot == uuid.Nil && o.Snapshot == uuid.Nil
-	return image && !(r.ReadOnly && o.ReadOnly) || r.Log != "" && r.Log == o.Log
+	return image && !(r.reads() && o.reads()) || r.Log != "" && r.Log == o.Log
 }
 
 // records is the directory of a host's records.
