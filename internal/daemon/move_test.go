@@ -458,6 +458,10 @@ func TestReadersComeAtOnce(t *testing.T) {
 			})
 		}
 		come.Wait()
+		// One that had looked before there was any.
+		if _, err := h.attachReq(api.AttachRequest{ID: -1, Image: libraryURL + "/vm1", ReadOnly: true, Library: true}); !errors.Is(err, errAttached) {
+			t.Errorf("round %d: a second one: %v", round, err)
+		}
 		h.alone(firstDoor)
 		c := h.handle(wire.OpenRequest{})
 		c.write(0, 4096, 1)
