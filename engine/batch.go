@@ -183,7 +183,7 @@ func (s mirrorSource) read(dst []byte, pos uint64) error {
 type diskSource struct {
 	log    *writelog.Log
 	end    uint64 // sectors
-	window []byte
+	window []byte // of readWindow bytes, that suit the log's ReadWindow
 	buf    []byte
 	from   uint64 // sectors; what buf holds
 }
@@ -191,28 +191,36 @@ type diskSource struct {
 const readWindow = 2 << 20
 
 func (s *diskSource) read(dst []byte, pos uint64) error {
-	n := uint64(len(dst) / SectorSize)
-	if s.buf == nil || pos < s.from || pos+n > s.from+uint64(len(s.buf)/SectorSize) {
-		if s.window == nil {
-			s.window = s.log.Buffer(readWindow)
+	const perSegment = writelog.SegmentSize / SectorSize
+	if last := pos + uint64(len(dst)/SectorSize) - 1; last >= s.end || last/perSegment != pos/perSegment {
+		return fmt.Errorf("%w: extent crosses its segment of the log", ErrCorrupt)
+	}
+	for len(dst) > 0 {
+		src, err := s.load(pos)
+		if err != nil {
+			return err
 		}
+		n := min(len(dst), len(src)) / SectorSize
+		if err := s.log.VerifyWindow(s.buf, s.from, pos, uint64(n)); err != nil {
+			return err
+		}
+		copy(dst, src[:n*SectorSize])
+		dst, pos = dst[n*SectorSize:], pos+uint64(n)
+	}
+	return nil
+}
+
+// load returns what there is from pos on, in the window that it lies in.
+func (s *diskSource) load(pos uint64) ([]byte, error) {
+	if to := s.from + uint64(len(s.buf)/SectorSize); pos < s.from || pos >= to {
 		from, to := s.log.Window(pos, s.end, readWindow)
-		if pos+n > to {
-			return fmt.Errorf("%w: extent crosses its segment of the log", ErrCorrupt)
-		}
 		s.buf, s.from = s.window[:(to-from)*SectorSize], from
 		if err := s.log.ReadWindow(s.buf, from); err != nil {
 			s.buf = nil
-			return err
+			return nil, err
 		}
 	}
-	at := (pos - s.from) * SectorSize
-	src := s.buf[at : at+uint64(len(dst))]
-	if err := s.log.VerifyWindow(s.buf, s.from, pos, n); err != nil {
-		return err
-	}
-	copy(dst, src)
-	return nil
+	return s.buf[(pos-s.from)*SectorSize:], nil
 }
 
 // source says where in the log the data of a piece is, and where it belongs in a

@@ -63,6 +63,7 @@ func TestObjectsShareMemory(t *testing.T) {
 		for n := uint64(0); n < 6*MinObjectSize/4096; n++ {
 			h.mustWrite(n, n+1)
 		}
+		h.run(2 * burstPause) // or they are held back
 		built := 0
 		for _, b := range h.im.queue {
 			if b.buf != nil {

@@ -50,7 +50,16 @@ func (im *Image) pumpNow() {
 		return
 	}
 	last := im.accepted.object + uint64(im.window)
-	next := time.Duration(0)
+	now, next := im.env.Now(), time.Duration(0)
+	again := func(wait time.Duration) {
+		if next == 0 || wait < next {
+			next = wait
+		}
+	}
+	held := im.holdBack(now)
+	if im.burst.over {
+		again(burstCalm)
+	}
 	free := len(im.queue) // batches that do not wait for the cleaner
 	if im.clean.lags() {  // its own do not, nor what is before them
 		for free > 0 && !im.queue[free-1].cleaned() {
@@ -64,10 +73,8 @@ func (im *Image) pumpNow() {
 		if b.state != batchSealed && b.state != batchBuilt {
 			continue
 		}
-		if wait := b.notBefore - im.env.Now(); wait > 0 {
-			if next == 0 || wait < next {
-				next = wait
-			}
+		if wait := b.notBefore - now; wait > 0 {
+			again(wait)
 			continue
 		}
 		switch {
@@ -76,11 +83,16 @@ func (im *Image) pumpNow() {
 		case !im.readable(b):
 			im.unread = true
 		case i >= free && im.clean.credit <= 0:
+		case held > 0 && !b.cleaned():
+			again(held)
 		case im.takeMemory(b):
 			if i >= free {
 				im.clean.credit -= int64(b.sectors)
 			}
-			im.build(b)
+			if im.build(b); !b.cleaned() {
+				im.burst.started(b, now)
+				held = im.holdBack(now)
+			}
 		}
 	}
 	if next > 0 {
@@ -201,17 +213,15 @@ func (im *Image) build(b *batch) {
 		return
 	}
 	h := im.headerFor(b)
-	var src logSource
 	pinned := im.log.Pin(b.start)
-	if pinned {
-		src = mirrorSource{im.log.Mirror()}
-	} else {
-		src = &diskSource{log: im.log, end: b.end / SectorSize}
-	}
 	var buf []byte
 	var objects []builtObject
 	var err error
-	im.spawn(func() { buf, objects, err = b.build(h, src, im.buffer) }, func() {
+	work := func() { buf, objects, err = im.buildFromSSD(b, h) }
+	if pinned {
+		work = func() { buf, objects, err = b.build(h, mirrorSource{im.log.Mirror()}, im.buffer) }
+	}
+	im.spawn(work, func() {
 		if pinned {
 			im.log.Unpin(b.start)
 		}
@@ -225,6 +235,16 @@ func (im *Image) build(b *batch) {
 		}
 		im.built(b, buf, objects)
 	})
+}
+
+// buildFromSSD builds b's objects from what the SSD has of them. Workers call it.
+func (im *Image) buildFromSSD(b *batch, h objectHeader) ([]byte, []builtObject, error) {
+	window := im.windows.take(readWindow)
+	if window == nil {
+		window = im.log.Buffer(readWindow)
+	}
+	defer im.windows.give(window)
+	return b.build(h, &diskSource{log: im.log, end: b.end / SectorSize, window: window}, im.buffer)
 }
 
 // bufferSize is the memory that an object is built in: all of them have room for the

@@ -52,7 +52,11 @@ func (p *objectBuffers) give(b []byte) {
 // DropBuffers lets go of the memory that is kept for the next data objects, if nobody has used it
 // for some time.
 func (s *Shared) DropBuffers(unused time.Duration) {
-	p := &s.buffers
+	s.buffers.drop(unused)
+}
+
+// drop lets go of what is kept, if nobody has used it for some time.
+func (p *objectBuffers) drop(unused time.Duration) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if time.Since(p.used) >= unused {

@@ -16,5 +16,6 @@ func (im *Image) Rest() bool {
 	im.spare, im.queue, im.waiters = nil, nil, nil
 	im.readOps, im.slowOps, im.slow = nil, nil, [slowKinds]slowReads{}
 	im.sums.clear()
+	im.windows.drop(0)
 	return !im.readOnly && im.log.Rest()
 }

@@ -85,7 +85,7 @@ func Open(ctx context.Context, st backend.Store, id uuid.UUID, o Options) (*Imag
 	log := memfile.New(logSize)
 	im, err := engine.Open(ctx, st, id, engine.OpenOptions{
 		Log: log, URL: o.URL, Host: host, Volatile: true, Partial: o.Partial, Lease: cmp.Or(o.Lease, defaultLease), Progress: o.Progress,
-		Config: engine.Config{Logger: o.Logger, PaceFrom: 1},
+		Config: engine.Config{Logger: o.Logger, PaceFrom: 1, Burst: -1},
 	})
 	if err != nil {
 		return nil, err

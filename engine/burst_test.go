@@ -1,0 +1,150 @@
+package engine
+
+import (
+	"math/rand/v2"
+	"testing"
+	"time"
+
+	"github.com/lsd-ceph/lsd/backend/mem"
+	"github.com/lsd-ceph/lsd/cache/writelog"
+	"github.com/lsd-ceph/lsd/internal/racetest"
+	"github.com/lsd-ceph/lsd/internal/simdisk"
+)
+
+// A bursting is an image of which a test writes in bursts, with a store that takes no time: what
+// is not in it is held back.
+type bursting struct {
+	*host
+	wrote uint64 // bytes
+	most  int    // batches that have waited at one time
+	held  time.Duration
+	buf   []byte
+}
+
+const burstObject = 1 << 20
+
+func newBursting(t *testing.T) *bursting {
+	t.Helper()
+	st := mem.New()
+	id, err := Create(t.Context(), st, "disk", CreateOptions{Size: 512 << 20, ObjectSize: burstObject})
+	if err != nil {
+		t.Fatal(err)
+	}
+	b := &bursting{host: newHost(t, "alpha", st, 1), buf: make([]byte, 64<<10)}
+	b.disk = simdisk.New(writelog.DataOffset+32*writelog.SegmentSize, rand.New(rand.NewPCG(1, 1)))
+	b.again()
+	if err := b.open(id, false); err != nil {
+		t.Fatal(err)
+	}
+	b.im.cfg.BatchAge = 2 * time.Second
+	b.run(10 * time.Second)
+	return b
+}
+
+// write writes at a speed, in bytes a second, for so long.
+func (b *bursting) write(speed uint64, d time.Duration) {
+	b.t.Helper()
+	pause := time.Duration(uint64(len(b.buf)) * uint64(time.Second) / speed)
+	for end := b.env.now + d; b.env.now < end; {
+		ended := false
+		b.im.Submit(&Request{
+			Op: Write, Sector: b.wrote / SectorSize % (b.im.sectors - 128), Sectors: 128, Buf: b.buf,
+			Done: doneFunc(func(r *Request) { ended = r.Err == 0 }),
+		})
+		b.wrote += uint64(len(b.buf))
+		b.run(pause)
+		if !ended {
+			b.t.Fatal("a write has not ended")
+		}
+		b.most = max(b.most, len(b.im.queue))
+		if len(b.im.queue) > 0 {
+			b.held = max(b.held, b.env.now-b.im.queue[0].began)
+		}
+	}
+}
+
+// stored returns how much is in the store.
+func (b *bursting) stored() uint64 { return b.im.stats.objectBytes }
+
+// TestBurst: what is written in a burst is held back, but for burstRate, and goes on its way when
+// no more comes.
+func TestBurst(t *testing.T) {
+	racetest.Slow(t)
+	b := newBursting(t)
+	for n := range 2 { // the second time after a calm
+		before := b.stored()
+		b.write(128<<20, 400*time.Millisecond)
+		if got, most := b.stored()-before, uint64(burstRate*4/10+2*burstObject); got > most || got < most/2 {
+			t.Errorf("burst %d: %d bytes are in the store after 0.4 s, want about %d", n, got, most)
+		}
+		if len(b.im.queue) < 30 {
+			t.Errorf("burst %d: %d batches wait", n, len(b.im.queue))
+		}
+		b.run(2 * burstPause)
+		if len(b.im.queue) > 0 {
+			t.Errorf("burst %d: %d batches wait still in the pause after it", n, len(b.im.queue))
+		}
+		b.run(2*burstCalm + b.im.cfg.BatchAge)
+	}
+}
+
+// TestBurstEnds: what ends a burst lets all that is held back go, and nothing is held back until
+// there has been a calm.
+func TestBurstEnds(t *testing.T) {
+	racetest.Slow(t)
+	for _, x := range []struct {
+		name string
+		end  func(b *bursting)
+	}{
+		{"a snapshot waits", func(b *bursting) {
+			done := false
+			b.im.Destage(func(err error) { done = err == nil })
+			b.run(time.Millisecond)
+			if !done {
+				t.Error("it is not told")
+			}
+		}},
+		{"age", func(b *bursting) { b.im.cfg.BatchAge = time.Second / 2; b.write(64<<20, 1200*time.Millisecond) }},
+		{"much of the log", func(b *bursting) { b.write(256<<20, 700*time.Millisecond) }},
+		{"less may be held back", func(b *bursting) { b.im.cfg.Burst = 4 << 20; b.write(128<<20, 20*time.Millisecond) }},
+		{"nothing may be", func(b *bursting) { b.im.cfg.Burst = -1; b.write(128<<20, 20*time.Millisecond) }},
+	} {
+		t.Run(x.name, func(t *testing.T) {
+			b := newBursting(t)
+			b.write(128<<20, 100*time.Millisecond)
+			if len(b.im.queue) == 0 {
+				t.Fatal("nothing is held back: this tests nothing")
+			}
+			x.end(b)
+			if most := b.im.log.Size()/4 + 2*burstObject; b.im.log.Used() > most {
+				t.Errorf("%d bytes of the log are used, want %d at most", b.im.log.Used(), most)
+			}
+			b.most = 0
+			b.write(128<<20, time.Second)
+			if b.most > 1 {
+				t.Errorf("%d batches are held back after the burst", b.most)
+			}
+			b.run(burstCalm * 5 / 2) // and after a calm, as before
+			if b.im.burst.over && b.im.cfg.Burst >= 0 {
+				t.Error("there is no calm")
+			}
+		})
+	}
+}
+
+// TestBurstAge: no write waits longer for its place in the store than Config.BatchAge, and those
+// that come slowly do not wait at all.
+func TestBurstAge(t *testing.T) {
+	racetest.Slow(t)
+	b := newBursting(t)
+	b.write(20<<20, 3*time.Second)
+	if b.most > 1 {
+		t.Errorf("%d batches of a slow writer are held back", b.most)
+	}
+	b.run(5 * time.Second)
+	b.im.cfg.BatchAge = time.Second
+	b.write(64<<20, 4*time.Second)
+	if limit := b.im.cfg.BatchAge + 2*burstPause; b.held > limit || b.held < b.im.cfg.BatchAge/2 {
+		t.Errorf("the oldest write has waited for %v, want %v at most", b.held, limit)
+	}
+}
