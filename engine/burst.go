@@ -22,8 +22,8 @@ const (
 // A burst begins with the first write after a calm. It is over, and what has gathered is destaged
 // as fast as the store takes it until there is a calm again, when the oldest of that is BatchAge old
 // (no write waits longer than one whose batch does not fill), when it takes too much of the log, or
-// when somebody waits for it: a snapshot, a detach, a write without room. So writes that never end
-// find the destaging that has always been there, and those of less than burstRate do not notice.
+// when somebody waits for it: a snapshot, a detach. So writes that never end find nothing held back
+// after that, and those of less than burstRate do not notice.
 type burst struct {
 	over  bool
 	seq   uint64        // of the log, when it was last looked at
