@@ -31,7 +31,7 @@ type Row struct {
 // Median returns the median of x, which is not empty.
 func Median(x []float64) float64 {
 	x = slices.Sorted(slices.Values(x))
-	return x[len(x)/2]
+	return (x[(len(x)-1)/2] + x[len(x)/2]) / 2
 }
 
 // Write writes the results to a file as JSON.
