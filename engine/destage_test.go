@@ -1,7 +1,6 @@
 package engine
 
 import (
-	"bytes"
 	"context"
 	"fmt"
 	"math/rand/v2"
@@ -16,7 +15,8 @@ import (
 )
 
 // TestBatchBeyondMemory: a batch that the log's memory does not hold is read from the SSD,
-// and not before the last of its records is there.
+// and not before the last of its records is there; all of it gets into the store, also what
+// lies across the end of what is read at one time.
 func TestBatchBeyondMemory(t *testing.T) {
 	const memory = 2 * writelog.SegmentSize // as open has it
 	st := mem.New()
@@ -31,7 +31,11 @@ func TestBatchBeyondMemory(t *testing.T) {
 		t.Fatal(err)
 	}
 	write := func(at uint64) {
-		h.im.Submit(&Request{Op: Write, Sector: at * 128, Sectors: 128, Buf: bytes.Repeat([]byte{1}, 64<<10), Done: doneFunc(func(*Request) {})})
+		r := &Request{Op: Write, Sector: at * 128, Sectors: 128, Buf: make([]byte, 64<<10), Done: doneFunc(func(*Request) {})}
+		for i := range uint64(16) {
+			fill(r.Buf[i*4096:][:4096], 1+at, at*128+i*8)
+		}
+		h.im.Submit(r)
 	}
 	for n := range uint64(memory / (64 << 10)) {
 		write(n)
@@ -47,6 +51,10 @@ func TestBatchBeyondMemory(t *testing.T) {
 	h.run(time.Minute)
 	if s := h.im.Stats(); s.StoreErrors > 0 || h.im.accepted != h.im.sealed {
 		t.Errorf("accepted %v, sealed %v: %+v", h.im.accepted, h.im.sealed, s)
+	}
+	h.mustReopen(id)
+	for block := range uint64(memory / 4096) {
+		h.mustRead(block, 1+block/16)
 	}
 }
 
