@@ -16,7 +16,7 @@ type Shared struct {
 	Scrub   ScrubRate
 	destage workMemory // of the data objects that are built and put
 	reads   workMemory // of what clients read and the store has to answer
-	buffers objectBuffers
+	buffers keptBuffers
 	// cleaning has a place for each cleaning that may run at one time.
 	cleaning cleaningPlaces
 	// scans has a place for each write log that may be read at one time.

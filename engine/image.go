@@ -64,19 +64,19 @@ type Image struct {
 	pace     pacer
 	burst    burst
 
-	unreleased   bool          // the ownership before was not given up
-	unused       uuid.UUID     // the id for a log made anew
-	spent        uuid.UUID     // a log of this host from which the store has everything
-	recoveredLog uuid.UUID     // whose positions the last recovered object gives
-	recovered    uint64        // objects after the last checkpoint, when it was opened
-	recoveredTo  uint64        // the last object accepted, then
-	accepted     position      // of the last data object in the map
-	sealed       position      // of the last batch that was sealed
-	open         *batch        // the batch being filled
-	queue        []*batch      // sealed batches, oldest first; those up to window are being put
-	memory       int64         // bytes that the queue has of Shared.destage
-	windows      objectBuffers // to read the log back with
-	spare        []*batch      // done with; kept for their capacity
+	unreleased   bool        // the ownership before was not given up
+	unused       uuid.UUID   // the id for a log made anew
+	spent        uuid.UUID   // a log of this host from which the store has everything
+	recoveredLog uuid.UUID   // whose positions the last recovered object gives
+	recovered    uint64      // objects after the last checkpoint, when it was opened
+	recoveredTo  uint64      // the last object accepted, then
+	accepted     position    // of the last data object in the map
+	sealed       position    // of the last batch that was sealed
+	open         *batch      // the batch being filled
+	queue        []*batch    // sealed batches, oldest first; those up to window are being put
+	memory       int64       // bytes that the queue has of Shared.destage
+	windows      keptBuffers // to read the log back with
+	spare        []*batch    // done with; kept for their capacity
 
 	blocked fifo // writes that the log had no room for, in order of arrival
 	acks    fifo // writes in the log, in order of records

@@ -5,9 +5,9 @@ import (
 	"time"
 )
 
-// TestObjectBuffers: a buffer is used again where it is large enough, and no more are kept than are
+// TestKeptBuffers: a buffer is used again where it is large enough, and no more are kept than are
 // allowed, nor any once they are dropped.
-func TestObjectBuffers(t *testing.T) {
+func TestKeptBuffers(t *testing.T) {
 	s := NewShared(Limits{})
 	p := &s.buffers
 	if p.take(1) != nil {

@@ -5,14 +5,15 @@ import (
 	"time"
 )
 
-// maxKeptBuffers bounds what objectBuffers keep, in bytes: eight objects' of the default size,
+// maxKeptBuffers bounds what keptBuffers keep, in bytes: eight objects' of the default size,
 // about as many as a store takes at one time.
 const maxKeptBuffers = 64 << 20
 
-// objectBuffers are buffers that data objects have been built in, kept for the next ones. The
-// garbage collector takes what a sync.Pool has, and then the kernel must find and clear each page
-// again: a sixth of the time that building takes. Any goroutine may use them.
-type objectBuffers struct {
+// keptBuffers are large buffers, kept for the next use of their kind: those that data objects have
+// been built in, or that the log has been read back into. The garbage collector takes what a
+// sync.Pool has, and then the kernel must find and clear each page again: a sixth of the time that
+// building takes. Any goroutine may use them.
+type keptBuffers struct {
 	mu   sync.Mutex
 	free [][]byte // guarded by mu, as all that follows; the one used last is taken first
 	kept int      // bytes of them
@@ -20,7 +21,7 @@ type objectBuffers struct {
 }
 
 // take returns a buffer of at least n bytes, or nil if there is none.
-func (p *objectBuffers) take(n int) []byte {
+func (p *keptBuffers) take(n int) []byte {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.used = time.Now()
@@ -35,7 +36,7 @@ func (p *objectBuffers) take(n int) []byte {
 }
 
 // give takes a buffer back, which nobody may use any more.
-func (p *objectBuffers) give(b []byte) {
+func (p *keptBuffers) give(b []byte) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.used = time.Now()
@@ -56,7 +57,7 @@ func (s *Shared) DropBuffers(unused time.Duration) {
 }
 
 // drop lets go of what is kept, if nobody has used it for some time.
-func (p *objectBuffers) drop(unused time.Duration) {
+func (p *keptBuffers) drop(unused time.Duration) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if time.Since(p.used) >= unused {
