@@ -44,6 +44,7 @@ type batch struct {
 type builtObject struct {
 	header *objectHeader
 	pieces []piece // in the order of the object's data
+	mixed  []int   // blocks of it whose checksums the log does not have, for they are not each one of its own
 	bytes  []byte  // of the batch's buffer; nil once it is in the store
 }
 
@@ -167,15 +168,22 @@ func layout(pieces []piece) (extents []objectExtentInfo, size int) {
 
 // A logSource reads the data of a batch, in ascending order of positions.
 type logSource interface {
-	// read copies the sectors from the position in sectors to dst.
-	read(dst []byte, pos uint64) error
+	// read copies the sectors from the position in sectors to dst. If these are whole blocks of the
+	// log it gives sums, which has room for just those, their checksums; else sums is empty.
+	read(dst []byte, pos uint64, sums []uint32) error
 }
 
 // mirrorSource reads from the log's memory, whose place is pinned.
-type mirrorSource struct{ mirror writelog.Mirror }
+type mirrorSource struct {
+	log    *writelog.Log
+	mirror writelog.Mirror
+}
 
-func (s mirrorSource) read(dst []byte, pos uint64) error {
+func (s mirrorSource) read(dst []byte, pos uint64, sums []uint32) error {
 	copy(dst, s.mirror.At(pos, len(dst)))
+	if len(sums) > 0 {
+		s.log.Sums(sums, pos)
+	}
 	return nil
 }
 
@@ -190,7 +198,7 @@ type diskSource struct {
 
 const readWindow = 2 << 20
 
-func (s *diskSource) read(dst []byte, pos uint64) error {
+func (s *diskSource) read(dst []byte, pos uint64, sums []uint32) error {
 	const perSegment = writelog.SegmentSize / SectorSize
 	if last := pos + uint64(len(dst)/SectorSize) - 1; last >= s.end || last/perSegment != pos/perSegment {
 		return fmt.Errorf("%w: extent crosses its segment of the log", ErrCorrupt)
@@ -201,10 +209,17 @@ func (s *diskSource) read(dst []byte, pos uint64) error {
 			return err
 		}
 		n := min(len(dst), len(src)) / SectorSize
-		if err := s.log.VerifyWindow(s.buf, s.from, pos, uint64(n)); err != nil {
+		if whole := min(n/blockSectors, len(sums)); whole > 0 {
+			n = whole * blockSectors
+			err = s.log.CopyVerified(dst, src, pos, sums[:whole])
+			sums = sums[whole:]
+		} else {
+			err = s.log.VerifyWindow(s.buf, s.from, pos, uint64(n))
+			copy(dst, src[:n*SectorSize])
+		}
+		if err != nil {
 			return err
 		}
-		copy(dst, src[:n*SectorSize])
 		dst, pos = dst[n*SectorSize:], pos+uint64(n)
 	}
 	return nil
@@ -223,11 +238,12 @@ func (s *diskSource) load(pos uint64) ([]byte, error) {
 	return s.buf[(pos-s.from)*SectorSize:], nil
 }
 
-// source says where in the log the data of a piece is, and where it belongs in a
-// batch's buffer.
+// source says where in the log the data of a piece, or of a part of it, is, and where it belongs in
+// a batch's buffer.
 type source struct {
-	pos uint64 // sectors
-	dst []byte
+	pos  uint64 // sectors
+	dst  []byte
+	sums []uint32 // of the object's header, if each block of it is one of the log's; else empty
 }
 
 // build makes the data objects of b from what src reads, and returns the buffer in
@@ -262,22 +278,47 @@ func (b *batch) build(h objectHeader, src logSource, buffer func(int) []byte) ([
 	}
 	slices.SortFunc(sources, func(x, y source) int { return cmp.Compare(x.pos, y.pos) })
 	for _, s := range sources {
-		if err := src.read(s.dst, s.pos); err != nil {
+		if err := src.read(s.dst, s.pos, s.sums); err != nil {
 			return nil, nil, err
 		}
 	}
-	for _, o := range built {
-		o.header.encode(o.bytes)
+	for i := range built {
+		o := &built[i]
+		for _, k := range o.mixed {
+			o.header.sumBlock(o.bytes, k)
+		}
+		o.header.put(o.bytes[:o.header.header])
 	}
 	return buf, built, nil
 }
 
-// sources appends where the object's data comes from.
+// sources appends where the object's data comes from. The checksums of its blocks come from the log
+// as well, if they have the same bytes there in one block: the writes of programs that write whole
+// blocks.
 func (o *builtObject) sources(list []source) []source {
-	data := o.bytes[o.header.header:]
+	h := o.header
+	data := o.bytes[h.header:]
+	h.sums, o.mixed = make([]uint32, blocksOf(h.data)), o.mixed[:0]
 	for _, p := range o.pieces {
-		if !p.zero {
-			list = append(list, source{p.pos, data[p.at:][:p.bytes()]})
+		if p.zero {
+			continue
+		}
+		whole := 0 // blocks
+		if p.pos%blockSectors == 0 && p.at%objectBlock == 0 {
+			whole = p.bytes() / objectBlock
+		}
+		first, at, end := p.at/objectBlock, p.at+whole*objectBlock, p.at+p.bytes()
+		if whole > 0 {
+			list = append(list, source{p.pos, data[p.at:at], h.sums[first:][:whole]})
+		}
+		if at == end {
+			continue
+		}
+		list = append(list, source{p.pos + uint64(whole*blockSectors), data[at:end], nil})
+		for k := at / objectBlock; k < blocksOf(end); k++ {
+			if n := len(o.mixed); n == 0 || o.mixed[n-1] < k {
+				o.mixed = append(o.mixed, k)
+			}
 		}
 	}
 	return list

@@ -219,7 +219,7 @@ func (im *Image) build(b *batch) {
 	var err error
 	work := func() { buf, objects, err = im.buildFromSSD(b, h) }
 	if pinned {
-		work = func() { buf, objects, err = b.build(h, mirrorSource{im.log.Mirror()}, im.buffer) }
+		work = func() { buf, objects, err = b.build(h, mirrorSource{im.log, im.log.Mirror()}, im.buffer) }
 	}
 	im.spawn(work, func() {
 		if pinned {

@@ -10,6 +10,7 @@ import (
 
 	"github.com/google/uuid"
 
+	"github.com/lsd-ceph/lsd/cache/writelog"
 	"github.com/lsd-ceph/lsd/internal/mutate"
 )
 
@@ -31,6 +32,9 @@ const (
 	// random writes of 4 KiB have one of 12 or 16 KiB.
 	firstRead = 32 << 10
 )
+
+// Checksums of blocks of the log are those of the same blocks in an object: see builtObject.sources.
+const _ = -uint(objectBlock ^ writelog.BlockSize) // does not compile unless they are equal
 
 var castagnoli = crc32.MakeTable(crc32.Castagnoli)
 
@@ -73,9 +77,12 @@ func (h *objectHeader) cleaned() bool { return h.base != 0 }
 // end returns the position after the object.
 func (h *objectHeader) end() position { return position{h.seq, h.lastSeq, h.logEnd} }
 
+// blocksOf returns how many blocks that many bytes of data have, the last one perhaps in part.
+func blocksOf(data int) int { return (data + objectBlock - 1) / objectBlock }
+
 // headerSize returns the length of a header whose extents take that many bytes.
 func headerSize(packed, data int) int {
-	n := objectFixed + 4*((data+objectBlock-1)/objectBlock) + packed
+	n := objectFixed + 4*blocksOf(data) + packed
 	return (n + objectAlign - 1) / objectAlign * objectAlign
 }
 
@@ -115,13 +122,17 @@ func (h *objectHeader) pack() {
 // encode writes the header, which has been packed, to the front of object, whose data is
 // there already, and computes the checksums of both.
 func (h *objectHeader) encode(object []byte) {
-	h.sums = h.sums[:0]
-	for data := object[h.header:]; len(data) > 0; {
-		n := min(objectBlock, len(data))
-		h.sums = append(h.sums, crc32.Checksum(data[:n], castagnoli))
-		data = data[n:]
+	h.sums = make([]uint32, blocksOf(h.data))
+	for i := range h.sums {
+		h.sumBlock(object, i)
 	}
 	h.put(object[:h.header])
+}
+
+// sumBlock computes the checksum of block i of the object's data.
+func (h *objectHeader) sumBlock(object []byte, i int) {
+	data := object[h.header:]
+	h.sums[i] = crc32.Checksum(data[i*objectBlock:min((i+1)*objectBlock, len(data))], castagnoli)
 }
 
 // put writes the header, which has been packed and has the checksums of its data, to b,
@@ -206,7 +217,7 @@ func decodeObjectHeader(b []byte, sectors uint64) (*objectHeader, error) {
 		return nil, fmt.Errorf("%w: its header is out of range", ErrCorrupt)
 	}
 	p := b[objectFixed:]
-	h.sums = make([]uint32, (h.data+objectBlock-1)/objectBlock)
+	h.sums = make([]uint32, blocksOf(h.data))
 	for i := range h.sums {
 		h.sums[i] = le.Uint32(p)
 		p = p[4:]

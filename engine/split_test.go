@@ -5,6 +5,8 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"hash/crc32"
+	"math/rand/v2"
 	"slices"
 	"strings"
 	"testing"
@@ -18,18 +20,64 @@ import (
 )
 
 // seqSource has, at each position, the position.
-type seqSource struct{ last uint64 }
+type seqSource struct {
+	last   uint64
+	summed int // blocks whose checksums it has given
+}
 
-func (s *seqSource) read(dst []byte, pos uint64) error {
+func (s *seqSource) read(dst []byte, pos uint64, sums []uint32) error {
 	if pos < s.last {
 		return errors.New("positions are not read in order")
 	}
-	s.last = pos
-	for ; len(dst) > 0; dst = dst[SectorSize:] {
-		binary.LittleEndian.PutUint64(dst, pos)
-		pos++
+	if len(sums) > 0 && (pos%blockSectors != 0 || len(dst) != len(sums)*objectBlock) {
+		return errors.New("checksums of what are not whole blocks")
 	}
+	s.last = pos
+	for i := 0; i < len(dst); i += SectorSize {
+		binary.LittleEndian.PutUint64(dst[i:], pos+uint64(i/SectorSize))
+	}
+	for i := range sums {
+		sums[i] = crc32.Checksum(dst[i*objectBlock:][:objectBlock], castagnoli)
+	}
+	s.summed += len(sums)
 	return nil
+}
+
+// TestBuildSums builds batches of writes of all lengths, at all sectors and over one another: each
+// block of an object has its own checksum, wherever that comes from.
+func TestBuildSums(t *testing.T) {
+	for _, unit := range []int{1, 4, blockSectors} {
+		t.Run(fmt.Sprintf("of %d sectors", unit), func(t *testing.T) {
+			rng := rand.New(rand.NewPCG(7, uint64(unit)))
+			blocks, src := 0, &seqSource{}
+			for range 200 {
+				b := &batch{object: 7, objects: 1}
+				for pos := uint64(8); len(b.extents) < 40; {
+					n := uint32(unit * (1 + rng.IntN(64/unit)))
+					b.extents = append(b.extents, writelog.Extent{Sector: uint64(unit * rng.IntN(1000/unit)), N: n, Pos: pos})
+					b.kind = append(b.kind, 0)
+					pos += uint64(n) + uint64(unit*rng.IntN(3))
+				}
+				src.last = 0
+				_, built, err := b.build(objectHeader{image: uuid.New(), epoch: 3, firstSeq: 5, lastSeq: 9, logEnd: 1 << 20}, src, func(n int) []byte { return make([]byte, n) })
+				if err != nil {
+					t.Fatal(err)
+				}
+				o := &built[0]
+				h, err := decodeObjectHeader(o.bytes[:o.header.header], 2000)
+				if err != nil {
+					t.Fatal(err)
+				}
+				if err := verifyBlocks(o.bytes[h.header:], h.sums, 0); err != nil {
+					t.Fatal(err)
+				}
+				blocks += len(h.sums)
+			}
+			if all := src.summed == blocks; all != (unit == blockSectors) || src.summed == 0 {
+				t.Errorf("the log has given the checksums of %d blocks of %d", src.summed, blocks)
+			}
+		})
+	}
 }
 
 // TestBuildGroup builds a batch as two objects: together they hold what one would, each

@@ -533,12 +533,46 @@ func (l *Log) Read(p []byte, pos uint64, c aio.Completer) {
 // Verify checks whole blocks that were read from the position in sectors.
 func (l *Log) Verify(p []byte, pos uint64) error {
 	for i := 0; i < len(p); i += BlockSize {
-		at := pos*Sector + uint64(i)
-		if crc32.Checksum(p[i:i+BlockSize], castagnoli) != l.crcs.held[l.segment(at)][blockIndex(at)] && !mutate.On(mutate.LogReadUnverified) {
-			return fmt.Errorf("%w: checksum of the block at offset %d of its file is wrong", ErrCorrupt, l.offset(at))
+		if _, err := l.verifyBlock(p[i:i+BlockSize], pos+uint64(i)/Sector); err != nil {
+			return err
 		}
 	}
 	return nil
+}
+
+// verifyBlock checks the block that was read from the position in sectors, and returns its checksum.
+func (l *Log) verifyBlock(b []byte, pos uint64) (uint32, error) {
+	sum, at := crc32.Checksum(b, castagnoli), pos*Sector
+	if sum != l.crcs.held[l.segment(at)][blockIndex(at)] && !mutate.On(mutate.LogReadUnverified) {
+		return 0, fmt.Errorf("%w: checksum of the block at offset %d of its file is wrong", ErrCorrupt, l.offset(at))
+	}
+	return sum, nil
+}
+
+// CopyVerified copies whole blocks that were read from the position in sectors, checks the copy, and
+// gives sums, which has room for just that many, the CRC32C of each. A block is in the processor's
+// cache meanwhile: memory is read once. Any goroutine may call it, for a position that is held or
+// not yet trimmed.
+func (l *Log) CopyVerified(dst, src []byte, pos uint64, sums []uint32) error {
+	for i := range sums {
+		b := dst[i*BlockSize:][:BlockSize]
+		copy(b, src[i*BlockSize:][:BlockSize])
+		var err error
+		if sums[i], err = l.verifyBlock(b, pos+uint64(i)*perBlock); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// Sums gives sums the CRC32C of as many whole blocks from the position in sectors on, all of them in
+// one record that has been committed: of what was appended, whatever has become of it since. Any
+// goroutine may call it, for a position that is held or not yet trimmed.
+func (l *Log) Sums(sums []uint32, pos uint64) {
+	at := pos * Sector
+	if n := copy(sums, l.crcs.held[l.segment(at)][blockIndex(at):]); n < len(sums) {
+		panic("writelog: Sums: not all in one record")
+	}
 }
 
 // ReadBlocking reads whole sectors from the position in sectors, which lie in
