@@ -66,7 +66,9 @@ func (im *Image) pumpNow() {
 			free--
 		}
 	}
-	for i, b := range im.queue[:min(len(im.queue), maxPuts)] {
+	queue := im.queue[:min(len(im.queue), maxUnderWay)]
+	n := inState(queue)
+	for i, b := range queue {
 		if b.last() > last {
 			break // the next owner looks no further for what this one may have put
 		}
@@ -79,7 +81,11 @@ func (im *Image) pumpNow() {
 		}
 		switch {
 		case b.state == batchBuilt:
-			im.put(b)
+			if n[batchPutting] < maxPuts {
+				n[batchPutting]++
+				im.put(b)
+			}
+		case n[batchBuilding] >= maxBuilds:
 		case !im.readable(b):
 			im.unread = true
 		case i >= free && im.clean.credit <= 0:
@@ -89,6 +95,7 @@ func (im *Image) pumpNow() {
 			if i >= free {
 				im.clean.credit -= int64(b.sectors)
 			}
+			n[batchBuilding]++
 			if im.build(b); !b.cleaned() {
 				im.burst.started(b, now)
 				held = im.holdBack(now)
@@ -98,6 +105,14 @@ func (im *Image) pumpNow() {
 	if next > 0 {
 		im.pump.Reset(next)
 	}
+}
+
+// inState returns how many of the batches are in each state.
+func inState(queue []*batch) (n [batchDurable + 1]int) {
+	for _, b := range queue {
+		n[b.state]++
+	}
+	return n
 }
 
 // readable reports whether what b holds can be read: from memory, or from the SSD once
@@ -247,9 +262,12 @@ func (im *Image) buildFromSSD(b *batch, h objectHeader) ([]byte, []builtObject, 
 	return b.build(h, &diskSource{log: im.log, end: b.end / SectorSize, window: window}, im.buffer)
 }
 
+// objectHeadroom is the room for headers in the memory that objects are built in, in bytes.
+const objectHeadroom = 128 << 10
+
 // bufferSize is the memory that an object is built in: all of them have room for the
 // largest one with a usual header, so that each may be used for any.
-func (im *Image) bufferSize() int { return int(im.object)*SectorSize + 128<<10 }
+func (im *Image) bufferSize() int { return int(im.object)*SectorSize + objectHeadroom }
 
 // buffer returns n bytes for an object, perhaps used before. Workers call it.
 func (im *Image) buffer(n int) []byte {

@@ -9,6 +9,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/lsd-ceph/lsd/backend"
+	"github.com/lsd-ceph/lsd/backend/faultstore"
 	"github.com/lsd-ceph/lsd/backend/mem"
 	"github.com/lsd-ceph/lsd/cache/writelog"
 	"github.com/lsd-ceph/lsd/internal/simdisk"
@@ -100,4 +102,66 @@ func TestFailedLogIsDestaged(t *testing.T) {
 			mustBeClean(t, st)
 		})
 	}
+}
+
+// TestUnderWay: of the batches that wait, a few are built at one time, more are put, and no more
+// are built than can be put soon; those numbers are reached, also with a store that is away, and
+// all get into the store when it is back.
+func TestUnderWay(t *testing.T) {
+	inner, down := mem.New(), true
+	st := faultstore.New(inner, faultstore.If(func(op faultstore.Op) bool { return down && op.Method == faultstore.Put }, faultstore.Fault{Before: backend.ErrTemporary}))
+	id, err := Create(context.Background(), inner, "disk", CreateOptions{Size: 64 << 20, ObjectSize: MinObjectSize})
+	if err != nil {
+		t.Fatal(err)
+	}
+	h := newHost(t, "alpha", st, 1)
+	h.disk = simdisk.New(writelog.DataOffset+32*writelog.SegmentSize, rand.New(rand.NewPCG(1, 1)))
+	h.again()
+	if err := h.open(id, false); err != nil {
+		t.Fatal(err)
+	}
+	for block := range uint64(5 * maxUnderWay << 8) {
+		r := &Request{Op: Write, Sector: block % 4096 * blockSectors, Sectors: blockSectors, Buf: make([]byte, 4096), Done: doneFunc(func(*Request) {})}
+		fill(r.Buf, 1+block, block%4096*blockSectors)
+		h.im.Submit(r)
+		if block%64 == 63 {
+			h.im.EndTurn()
+			for h.disk.Step() {
+			}
+		}
+	}
+	h.im.Destage(func(error) {})
+	var most [batchDurable + 1]int
+	all := 0
+	look := func() {
+		n := inState(h.im.queue)
+		for state := range n {
+			most[state] = max(most[state], n[state])
+		}
+		all = max(all, n[batchBuilding]+n[batchBuilt]+n[batchPutting])
+		if held := h.im.memory / int64(h.im.bufferSize()); held > maxUnderWay {
+			t.Fatalf("%d objects' memory", held)
+		}
+	}
+	h.env.delay = func() time.Duration { return time.Second } // longer than the first pauses between attempts
+	for range 300 {                                           // the store is away
+		look()
+		if !h.env.step() {
+			h.run(time.Second / 10)
+		}
+	}
+	if len(h.im.queue) < 2*maxUnderWay || all != maxUnderWay || h.im.stats.objects > 0 {
+		t.Errorf("%d of %d under way, %d in the store: this tests nothing", all, len(h.im.queue), h.im.stats.objects)
+	}
+	down, h.env.delay = false, nil
+	for end := h.env.now + time.Minute; h.env.now < end && len(h.im.queue) > 0; look() {
+		if !h.env.step() {
+			h.run(time.Second / 10)
+		}
+	}
+	if most[batchBuilding] != maxBuilds || most[batchPutting] != maxPuts || all != maxUnderWay {
+		t.Errorf("%d built at one time, %d put, %d in all", most[batchBuilding], most[batchPutting], all)
+	}
+	h.mustReopen(id)
+	h.mustRead(7, 1+7+3*4096)
 }

@@ -60,8 +60,16 @@ const (
 	MaxSpaceRatio     = 10
 
 	maxWindow     = 64
-	maxPuts       = 8 // batches of an image that are being built and put
+	maxPuts       = 8 // batches of an image that are being put
 	defaultWindow = maxPuts * maxGroup
+	// maxBuilds is how many batches of an image are being built at one time. One after the other
+	// takes its memory, so that some are put while others are built: if as many as may be put
+	// were built side by side, they would be put side by side, and the SSD have nothing to do
+	// meanwhile and the store nothing the rest of the time.
+	maxBuilds = 3
+	// maxUnderWay is how many, from the oldest on, are being built, or wait to be put, or are being
+	// put, or wait for those before them: a store that has answered finds the next one built.
+	maxUnderWay = maxPuts + 4
 	// maxBatchExtents bounds what one object changes in the map, and so the
 	// memory that it takes to enter it.
 	maxBatchExtents = 1 << 12

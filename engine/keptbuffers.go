@@ -5,9 +5,9 @@ import (
 	"time"
 )
 
-// maxKeptBuffers bounds what keptBuffers keep, in bytes: eight objects' of the default size,
-// about as many as a store takes at one time.
-const maxKeptBuffers = 64 << 20
+// maxKeptBuffers bounds what keptBuffers keep, in bytes: as many objects' as one image has under way,
+// if they have the default size.
+const maxKeptBuffers = maxUnderWay * (DefaultObjectSize + objectHeadroom)
 
 // keptBuffers are large buffers, kept for the next use of their kind: those that data objects have
 // been built in, or that the log has been read back into. The garbage collector takes what a

@@ -25,14 +25,15 @@ func TestKeptBuffers(t *testing.T) {
 	if b := p.take(100); len(b) != 100 || &b[0] != &small[0] {
 		t.Errorf("%d bytes, which are not those that were given", len(b))
 	}
-	for range maxKeptBuffers>>20 + 5 {
+	const most = maxKeptBuffers >> 20 // of 1 MiB
+	for range most + 5 {
 		p.give(make([]byte, 1<<20))
 	}
-	if p.kept != maxKeptBuffers || len(p.free) != maxKeptBuffers>>20 {
+	if p.kept != most<<20 || len(p.free) != most {
 		t.Errorf("%d buffers of %d bytes are kept", len(p.free), p.kept)
 	}
 	p.give(make([]byte, 8<<20))
-	if b := p.take(8 << 20); b == nil || p.kept != maxKeptBuffers-8<<20 {
+	if b := p.take(8 << 20); b == nil || p.kept != (most-8)<<20 {
 		t.Errorf("small buffers keep a large one from being kept: %d bytes", p.kept)
 	}
 	s.DropBuffers(time.Hour)

@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/google/uuid"
+	"github.com/lsd-ceph/lsd/backend"
 	"github.com/lsd-ceph/lsd/backend/mem"
 	"github.com/lsd-ceph/lsd/cache/writelog"
 	"github.com/lsd-ceph/lsd/internal/racetest"
@@ -29,7 +30,7 @@ type flood struct {
 
 const floodSectors = 32 // 16 KiB a write
 
-func newFlood(t *testing.T, st *mem.Store, id uuid.UUID, log int64, config Config) *flood {
+func newFlood(t *testing.T, st backend.Store, id uuid.UUID, log int64, config Config) *flood {
 	t.Helper()
 	rng := rand.New(rand.NewPCG(1, 2))
 	disk := simdisk.New(log, rng)
@@ -90,12 +91,35 @@ func (f *flood) run(d time.Duration) {
 	}
 }
 
+// slowPuts is a store that takes its time for what is put, and for nothing else.
+type slowPuts struct {
+	backend.Store
+	rng *rand.Rand
+	put bool // since it was asked last
+}
+
+func (s *slowPuts) Put(ctx context.Context, key string, data []byte) error {
+	s.put = true
+	return s.Store.Put(ctx, key, data)
+}
+
+// delay is that of a job which has been run: a put takes 1.6 s, a little more or less, so that eight
+// of 1 MiB at a time make 5 MB/s.
+func (s *slowPuts) delay() time.Duration {
+	if !s.put {
+		return 0
+	}
+	s.put = false
+	return time.Duration(1200+s.rng.IntN(800)) * time.Millisecond
+}
+
 // overload floods an image for half a minute with eight writes at a time and a store that
 // takes about 5 MB/s.
 func overload(t *testing.T, paceFrom float64) *flood {
-	st := mem.New()
-	f := newFlood(t, st, newImageIn(t, st), writelog.MinSize, Config{PaceFrom: paceFrom, SpaceRatio: MaxSpaceRatio, Logger: quiet})
-	f.env.delay = func() time.Duration { return 400 * time.Millisecond } // until it is run, and until it is told
+	inner := mem.New()
+	st := &slowPuts{Store: inner, rng: rand.New(rand.NewPCG(5, 6))}
+	f := newFlood(t, st, newImageIn(t, inner), writelog.MinSize, Config{PaceFrom: paceFrom, SpaceRatio: MaxSpaceRatio, Logger: quiet})
+	f.env.delay = st.delay
 	f.begin(8)
 	f.run(30 * time.Second)
 	f.im.Abandon()

@@ -77,19 +77,37 @@ func (w *world) damageStore() {
 		w.fail("damage: %v", err)
 	}
 	rep := w.check()
-	if w.wholeNeeded(rep, key) && !slices.ContainsFunc(rep.Errors, func(f Finding) bool { return strings.Contains(f.String(), key) }) {
-		w.fail("check does not find the damaged object %s", key)
-	}
+	found := slices.ContainsFunc(rep.Errors, func(f Finding) bool { return strings.Contains(f.String(), key) })
+	missed := !found && w.wholeNeeded(rep, key)
 	m := w.owner.m
 	c := w.newHost()
 	if err := c.open(w.id, false); err != nil {
-		if !names(err, key) {
+		switch {
+		case !names(err, key):
 			w.fail("open with a damaged object %s: %v, which does not name it", key, err)
+		case missed:
+			w.fail("check does not find the damaged object %s, for which open says %v", key, err)
 		}
 		return
 	}
+	if missed && !c.headerAlone(key) {
+		w.fail("check does not find the damaged object %s", key)
+	}
 	c.m = m
-	w.readDamaged(c)
+	if failed := w.readDamaged(c); failed > 0 && missed {
+		w.fail("check does not find the damaged object %s, and %d reads fail", key, failed)
+	}
+}
+
+// headerAlone reports whether the image needs a data object's header, for the next recovery, and
+// nothing of its data, which has been written over: then only the header's damage counts.
+func (h *simHost) headerAlone(key string) bool {
+	k := parseKey(h.im.id, key)
+	if k.kind != keyData {
+		return false
+	}
+	o := h.im.table.find(k.ref.Object)
+	return o != nil && o.live == 0
 }
 
 // keys returns the keys of the image's objects.
@@ -101,8 +119,8 @@ func (w *world) keys() (keys []string) {
 	return keys
 }
 
-// readDamaged reads all of an image of which an object is damaged.
-func (w *world) readDamaged(c *simHost) {
+// readDamaged reads all of an image of which an object is damaged, and returns how many reads failed.
+func (w *world) readDamaged(c *simHost) (failed int) {
 	c.badReads = true
 	for cell := uint64(0); cell < w.cells(); {
 		n := w.cellsFrom(cell, 64)
@@ -112,7 +130,11 @@ func (w *world) readDamaged(c *simHost) {
 		if r.Err != 0 && r.Err != syscall.EIO {
 			w.fail("read of a damaged image: %v", r.Err)
 		}
+		if r.Err != 0 {
+			failed++
+		}
 	}
+	return failed
 }
 
 // wholeNeeded reports whether every byte of an object is needed. Of a map object,
