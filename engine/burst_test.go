@@ -1,14 +1,11 @@
 package engine
 
 import (
-	"math/rand/v2"
 	"testing"
 	"time"
 
 	"github.com/lsd-ceph/lsd/backend/mem"
-	"github.com/lsd-ceph/lsd/cache/writelog"
 	"github.com/lsd-ceph/lsd/internal/racetest"
-	"github.com/lsd-ceph/lsd/internal/simdisk"
 )
 
 // A bursting is an image of which a test writes in bursts, with a store that takes no time: what
@@ -30,12 +27,7 @@ func newBursting(t *testing.T) *bursting {
 	if err != nil {
 		t.Fatal(err)
 	}
-	b := &bursting{host: newHost(t, "alpha", st, 1), buf: make([]byte, 64<<10)}
-	b.disk = simdisk.New(writelog.DataOffset+32*writelog.SegmentSize, rand.New(rand.NewPCG(1, 1)))
-	b.again()
-	if err := b.open(id, false); err != nil {
-		t.Fatal(err)
-	}
+	b := &bursting{host: openLargeLog(t, st, id), buf: make([]byte, 64<<10)}
 	b.im.cfg.BatchAge = 2 * time.Second
 	b.run(10 * time.Second)
 	return b

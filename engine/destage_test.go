@@ -9,12 +9,25 @@ import (
 	"testing"
 	"time"
 
+	"github.com/google/uuid"
 	"github.com/lsd-ceph/lsd/backend"
 	"github.com/lsd-ceph/lsd/backend/faultstore"
 	"github.com/lsd-ceph/lsd/backend/mem"
 	"github.com/lsd-ceph/lsd/cache/writelog"
 	"github.com/lsd-ceph/lsd/internal/simdisk"
 )
+
+// openLargeLog returns a host that has the image open, with a log of 32 segments.
+func openLargeLog(t *testing.T, st backend.Store, id uuid.UUID) *host {
+	t.Helper()
+	h := newHost(t, "alpha", st, 1)
+	h.disk = simdisk.New(writelog.DataOffset+32*writelog.SegmentSize, rand.New(rand.NewPCG(1, 1)))
+	h.again()
+	if err := h.open(id, false); err != nil {
+		t.Fatal(err)
+	}
+	return h
+}
 
 // TestBatchBeyondMemory: a batch that the log's memory does not hold is read from the SSD,
 // and not before the last of its records is there; all of it gets into the store, also what
@@ -26,12 +39,7 @@ func TestBatchBeyondMemory(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	h := newHost(t, "alpha", st, 1)
-	h.disk = simdisk.New(writelog.DataOffset+32*writelog.SegmentSize, rand.New(rand.NewPCG(1, 1)))
-	h.again()
-	if err := h.open(id, false); err != nil {
-		t.Fatal(err)
-	}
+	h := openLargeLog(t, st, id)
 	write := func(at uint64) {
 		r := &Request{Op: Write, Sector: at * 128, Sectors: 128, Buf: make([]byte, 64<<10), Done: doneFunc(func(*Request) {})}
 		for i := range uint64(16) {
@@ -114,12 +122,7 @@ func TestUnderWay(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	h := newHost(t, "alpha", st, 1)
-	h.disk = simdisk.New(writelog.DataOffset+32*writelog.SegmentSize, rand.New(rand.NewPCG(1, 1)))
-	h.again()
-	if err := h.open(id, false); err != nil {
-		t.Fatal(err)
-	}
+	h := openLargeLog(t, st, id)
 	for block := range uint64(5 * maxUnderWay << 8) {
 		r := &Request{Op: Write, Sector: block % 4096 * blockSectors, Sectors: blockSectors, Buf: make([]byte, 4096), Done: doneFunc(func(*Request) {})}
 		fill(r.Buf, 1+block, block%4096*blockSectors)
