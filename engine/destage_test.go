@@ -165,6 +165,11 @@ func TestUnderWay(t *testing.T) {
 	if most[batchBuilding] != maxBuilds || most[batchPutting] != maxPuts || all != maxUnderWay {
 		t.Errorf("%d built at one time, %d put, %d in all", most[batchBuilding], most[batchPutting], all)
 	}
+	if len(h.im.queue) > 0 || h.im.accepted != h.im.sealed {
+		t.Errorf("%d batches are not in the store: accepted %v, sealed %v", len(h.im.queue), h.im.accepted, h.im.sealed)
+	}
 	h.mustReopen(id)
-	h.mustRead(7, 1+7+3*4096)
+	for block := range uint64(5*maxUnderWay<<8 - 3*4096) {
+		h.mustRead(block, 1+block+3*4096)
+	}
 }

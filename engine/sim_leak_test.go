@@ -90,7 +90,7 @@ func (w *world) damageStore() {
 		}
 		return
 	}
-	if missed && !c.headerAlone(key) {
+	if missed && !w.headerAlone(c, key) {
 		w.fail("check does not find the damaged object %s", key)
 	}
 	c.m = m
@@ -99,15 +99,27 @@ func (w *world) damageStore() {
 	}
 }
 
-// headerAlone reports whether the image needs a data object's header, for the next recovery, and
-// nothing of its data, which has been written over: then only the header's damage counts.
-func (h *simHost) headerAlone(key string) bool {
-	k := parseKey(h.im.id, key)
+// headerAlone reports whether the image that c has open needs a data object's header, for the next
+// recovery, and nothing of its data, which has been written over, and the header is whole: then
+// what is damaged is not missed.
+func (w *world) headerAlone(c *simHost, key string) bool {
+	k := parseKey(c.im.id, key)
 	if k.kind != keyData {
 		return false
 	}
-	o := h.im.table.find(k.ref.Object)
-	return o != nil && o.live == 0
+	if o := c.im.table.find(k.ref.Object); o == nil || o.live > 0 {
+		return false
+	}
+	b, err := readWhole(context.Background(), w.inner, key)
+	if err != nil {
+		w.fail("object %s: %v", key, err)
+	}
+	n, err := objectHeaderSize(b)
+	if err != nil || n > len(b) {
+		return false
+	}
+	h, err := decodeObjectHeader(b[:n], w.plan.extras.sectors)
+	return err == nil && len(b) == h.header+h.data
 }
 
 // keys returns the keys of the image's objects.
