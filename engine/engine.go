@@ -161,10 +161,11 @@ func (q *fifo) pop() *Request {
 // Config tunes an image. The zero value of a field means its default.
 type Config struct {
 	// BatchAge is the longest that a write waits in the log before its batch is put, when
-	// the batch does not fill before, or is held back in a burst. Default 5 s.
+	// the batch does not fill before, or is held back in a burst; after a burst, twice that.
+	// Default 5 s.
 	BatchAge time.Duration
 	// Burst is how much of the log writes that come after a calm may fill, in bytes, but at most
-	// a quarter of it, before destaging goes on as fast as it can. Negative: nothing. Default 1 GiB.
+	// a quarter of it, before destaging keeps up with them. Negative: nothing. Default 1 GiB.
 	Burst int64
 	// CheckpointEvery bounds the data objects that may be accepted since the last
 	// checkpoint of the map: recovery reads the headers of these, and of those that

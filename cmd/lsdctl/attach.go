@@ -81,7 +81,7 @@ side alone, unless it is one for shared disks: it would be damaged.`,
 	f.BoolVar(&q.Null, "null", false, "no image: a device that forgets everything, for benchmarks")
 	f.Var(&nullSize, "size", "size of a --null device (default 1G)")
 	f.IntVar(&q.ID, "id", -1, "number of the device; -1: any")
-	f.DurationVar(&q.BatchAge, "batch-age", 0, "longest that a write waits for its object to fill, or is kept back in a burst (default 5s)")
+	f.DurationVar(&q.BatchAge, "batch-age", 0, "longest that a write waits for its object to fill, or is kept back in a burst; behind one, twice that (default 5s)")
 	f.Float64Var(&q.SpaceRatio, "space-ratio", 0, "space that the store may hold for each live byte before it is cleaned (default 1.3)")
 	f.IntVar(&q.CheckpointEvery, "checkpoint-every", 0, "most data objects that recovery has to read the headers of (default 2048)")
 	f.DurationVar(&q.StoreTimeout, "store-timeout", 0, "limit of one attempt of a store operation (default 20s)")
