@@ -504,7 +504,6 @@ void image_free(struct image *h);
 void image_submit(struct image *h, struct completion *c);
 void image_pump(struct image *h); /* lock is held */
 void image_pump_flushes(struct image *h);
-void piece_end(struct piece *p, int error); /* in the handle's thread */
 
 static inline struct completion *completion_of(struct request *r)
 {

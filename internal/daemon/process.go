@@ -30,7 +30,7 @@ func ReactorSpin() time.Duration {
 	if runtime.NumCPU() == 1 {
 		return 0
 	}
-	return 60 * time.Microsecond
+	return 100 * time.Microsecond
 }
 
 // PrepareProcess makes the process fit to serve disks of its own host: memory
