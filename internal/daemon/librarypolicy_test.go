@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"syscall"
 	"testing"
 
 	"github.com/google/uuid"
@@ -70,7 +71,8 @@ func TestLibraryChild(t *testing.T) {
 	var q childOf
 	err := json.Unmarshal([]byte(text), &q)
 	if err == nil {
-		err = errors.Join(unix.Setgroups(q.Groups), unix.Setgid(q.GID), unix.Setuid(q.UID))
+		// Of all threads: unix.Setgroups is of the one that happens to run this.
+		err = errors.Join(syscall.Setgroups(q.Groups), syscall.Setgid(q.GID), syscall.Setuid(q.UID))
 	}
 	if err != nil {
 		t.Fatal(err)
