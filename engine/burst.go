@@ -20,6 +20,8 @@ const (
 	// burstCredit bounds how much more may be destaged for what has been written, and how much may
 	// have been without that, bytes.
 	burstCredit = 64 << 20
+	// burstLook is in what time at the latest what is written by then is looked at, for its credit.
+	burstLook = 5 * time.Millisecond
 )
 
 // burst holds destaging back while writes come in a burst, which then have the processors and
@@ -28,12 +30,11 @@ const (
 //
 // A burst begins with the first write after a calm. It is over when the oldest of what has gathered
 // is BatchAge old, when it takes too much of the log, or when somebody waits for it: a snapshot, a
-// detach. From then on until there is a calm again nothing new is held back; what has gathered goes
-// on its way as fast as the store takes it, but while writes go on coming at their speed, and a
-// little more (burstPayback), unless it is twice BatchAge old, or the log so full that writes are
-// slowed down. So writes that never end find no more speed than there is for good some time after
-// they have begun, without a time between in which there is none, and those of less than burstRate
-// do not notice.
+// detach. Nothing new is held back then until there is a calm again. What has gathered is paid back:
+// while writes go on, it is destaged at their speed and a little more (burstPayback), and as fast as
+// the store takes it when they pause, when it is twice BatchAge old, or when the log is so full that
+// they are slowed down. So writes that never end fall from the speed of a burst to that beside
+// destaging, and not below it; those of less than burstRate do not notice.
 type burst struct {
 	over   bool
 	seq    uint64        // of the log, when it was last looked at
@@ -54,18 +55,19 @@ func (im *Image) holdBack(now time.Duration) time.Duration {
 	if x.over && len(im.queue) == 0 && quiet >= burstCalm {
 		x.over = false
 	}
-	if !x.over && im.burstEnds(now) {
+	must := im.mustDestage(now)
+	if !x.over && (must || im.burstEnds(now)) {
 		x.over, x.head, x.credit = true, im.log.Head(), 0
 	}
 	switch {
-	case quiet >= burstPause || im.mustDestage(now):
+	case must || quiet >= burstPause:
 		return 0
 	case !x.over:
 		return min(max(x.last+x.size-now, 0), burstPause)
 	case im.paidBack() || x.earn(im.log.Head()):
 		return 0
 	}
-	return burstPause / 10
+	return burstLook
 }
 
 // mustDestage reports whether nothing may be held back, whatever is written.
@@ -74,10 +76,10 @@ func (im *Image) mustDestage(now time.Duration) bool {
 		float64(im.log.Used()) > im.cfg.PaceFrom*float64(im.log.Size()) || im.oldest(now) >= 2*im.cfg.BatchAge
 }
 
-// burstEnds reports whether a burst is over.
+// burstEnds reports whether a burst has become too long.
 func (im *Image) burstEnds(now time.Duration) bool {
 	share := min(burstShare, im.cfg.PaceFrom/2) * float64(im.log.Size())
-	return float64(im.log.Used()) > min(share, float64(im.cfg.Burst)) || im.oldest(now) >= im.cfg.BatchAge || im.mustDestage(now)
+	return float64(im.log.Used()) > min(share, float64(im.cfg.Burst)) || im.oldest(now) >= im.cfg.BatchAge
 }
 
 // oldest returns for how long the first write of the oldest batch has been waiting.

@@ -106,6 +106,9 @@ func TestBurstEnds(t *testing.T) {
 				t.Fatal("nothing is held back: this tests nothing")
 			}
 			x.end(b)
+			if most := b.im.log.Size()/4 + 2*burstObject; b.im.log.Used() > most {
+				t.Errorf("%d bytes of the log are used, want %d at most", b.im.log.Used(), most)
+			}
 			b.most = 0
 			b.write(128<<20, time.Second)
 			if b.most > 1 {
@@ -123,12 +126,12 @@ func TestBurstEnds(t *testing.T) {
 func (b *bursting) gather() {
 	b.t.Helper()
 	for !b.im.burst.over {
-		b.write(256<<20, 10*time.Millisecond)
+		b.write(256<<20, time.Millisecond)
 	}
 	if b.im.paidBack() {
 		b.t.Fatal("nothing is to be paid back: this tests nothing")
 	}
-	if most := b.im.log.Size()/4 + 4*burstObject; b.im.log.Used() > most {
+	if most := b.im.log.Size()/4 + 2*burstObject; b.im.log.Used() > most {
 		b.t.Errorf("%d bytes of the log are used at the end of the burst, want %d at most", b.im.log.Used(), most)
 	}
 }
