@@ -5,6 +5,8 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -151,9 +153,7 @@ func (a *attachment) setDisk(dk *disk) {
 	if dk == nil {
 		return
 	}
-	for h := range a.handles {
-		dk.hook(h)
-	}
+	dk.hook(slices.Collect(maps.Keys(a.handles))...)
 }
 
 func (a *attachment) getDisk() *disk {

@@ -65,19 +65,26 @@ func (h *handle) put() error {
 	return h.conn.Close()
 }
 
-// hook has the reactor serve a handle's ring. What it had under way elsewhere is done again.
-func (d *disk) hook(h *handle) {
-	d.hooked.add(h)
-	// If the reactor has ended, or does before it comes to this, the handle is hooked to the next
+// hook has the reactor serve the rings of handles. What they had under way elsewhere is done again;
+// all that had are to be hooked together (ring.Group.Hook).
+func (d *disk) hook(handles ...*handle) {
+	for _, h := range handles {
+		d.hooked.add(h)
+	}
+	// If the reactor has ended, or does before it comes to this, the handles are hooked to the next
 	// one, and the use ends with the disk.
 	d.reactor.Post(func() {
 		if d.rings == nil {
 			d.rings = ring.NewGroup(d.reactor)
 		}
-		if d.image != nil {
-			h.mem.SetSize(d.image.Sectors() * engine.SectorSize)
+		all := make([]ring.Hooking, 0, len(handles))
+		for _, h := range handles {
+			if d.image != nil {
+				h.mem.SetSize(d.image.Sectors() * engine.SectorSize)
+			}
+			all = append(all, ring.Hooking{Conn: h.conn, Handler: newLibraryFront(d, int(h.mem.Entries()), h.readOnly)})
 		}
-		d.rings.Hook(h.conn, newLibraryFront(d, int(h.mem.Entries()), h.readOnly))
+		d.rings.Hook(all...)
 	})
 }
 

@@ -5,7 +5,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"os"
+	"slices"
 
 	"github.com/google/uuid"
 	"github.com/lsd-ceph/lsd/backend"
@@ -423,9 +425,9 @@ func (a *attachment) giveHandles(b *attachment, dk *disk) {
 	for h := range a.handles {
 		h.at.Store(b)
 		b.handles[h] = struct{}{}
-		if b.disk != nil {
-			b.disk.hook(h)
-		}
+	}
+	if b.disk != nil {
+		b.disk.hook(slices.Collect(maps.Keys(a.handles))...)
 	}
 	clear(a.handles)
 	if dk != nil { // which has them hooked

@@ -218,6 +218,48 @@ func TestCompareAndWrite(t *testing.T) {
 	}
 }
 
+// TestDecidedFirst: of all Conns that a reactor takes over, what had been decided is started before
+// what had not, and the rest of each in its order.
+func TestDecidedFirst(t *testing.T) {
+	var first [2]*keeper
+	var rigs [2]*rig
+	for i := range rigs {
+		first[i] = &keeper{}
+		rigs[i] = newRig(t, 8, first[i])
+		q := ringtest.Request{Op: ringtest.CompareAndWrite, Length: 512}
+		for q.Tag = range uint32(4) {
+			rigs[i].client.Submit(q)
+		}
+		rigs[i].turn(func() {})
+		call(t, rigs[i].r, func() { first[i].handled[1+i].Decide() })
+		rigs[i].r.Post(func() { panic("boom") })
+		await(t, rigs[i].r.Done(), "the reactor's end")
+	}
+	r := newReactor(t)
+	var order []*IO
+	h := handler{handle: func(io *IO) { order = append(order, io) }}
+	call(t, r, func() {
+		g := NewGroup(r)
+		g.Hook(Hooking{rigs[0].c, h}, Hooking{rigs[1].c, h})
+		for _, k := range rigs {
+			k.r, k.g = r, g
+		}
+		want := []struct {
+			tag uint32
+			of  int
+		}{{1, 0}, {2, 1}, {0, 0}, {2, 0}, {3, 0}, {0, 1}, {1, 1}, {3, 1}}
+		if len(order) != len(want) {
+			t.Fatalf("%d requests", len(order))
+		}
+		for i, w := range want {
+			if io := order[i]; io.Tag != w.tag || io.s.c != rigs[w.of].c || io.Decided != (i < 2) {
+				t.Errorf("%d is tag %d, decided: %v; want tag %d of %d", i, io.Tag, io.Decided, w.tag, w.of)
+			}
+			order[i].Complete(0)
+		}
+	})
+}
+
 // TestTell: a client that sleeps is woken for what it was told, and not otherwise.
 func TestTell(t *testing.T) {
 	k := newRig(t, 8, &keeper{})
@@ -364,7 +406,7 @@ func FuzzRing(f *testing.F) {
 		h := &suspicious{t: t, m: m}
 		c := NewConn(m, nil)
 		client := newClient(t, m)
-		call(t, r, func() { g.Hook(c, h) })
+		call(t, r, func() { g.Hook(Hooking{c, h}) })
 		runScript(t, r, h, client, script)
 		gone := make(chan struct{})
 		call(t, r, func() {

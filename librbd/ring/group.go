@@ -53,11 +53,35 @@ func NewGroup(r *reactor.Reactor) *Group {
 	return g
 }
 
-// Hook begins to serve c, with h. Nobody may be serving it: it has never been hooked, or
-// has been unhooked, or the reactor that served it has ended (reactor.Reactor.Done). In
-// that case h gets what was under way again, before Hook returns, in the order in which
-// it had been submitted.
-func (g *Group) Hook(c *Conn, h Handler) {
+// A Hooking is a Conn that is to be served, and who handles its requests.
+type Hooking struct {
+	Conn    *Conn
+	Handler Handler
+}
+
+// Hook begins to serve Conns. Nobody may be serving them: they have never been hooked, or
+// have been unhooked, or the reactor that served them has ended (reactor.Reactor.Done). In
+// that case the handlers get what was under way again, before Hook returns: first of all
+// Conns the compare and writes that had been decided, which nothing may change the range of
+// any more, and then the rest, of each in the order in which it had been submitted.
+//
+// So the Conns of one image are all hooked at once when its reactor is replaced.
+func (g *Group) Hook(all ...Hooking) {
+	var again []repeat
+	for _, k := range all {
+		again = append(again, g.hook(k.Conn, k.Handler)...)
+	}
+	for _, decided := range []bool{true, false} {
+		for _, r := range again {
+			if r.decided == decided {
+				r.s.start(r.t)
+			}
+		}
+	}
+}
+
+// hook is Hook of one, but that it returns what is to be started again.
+func (g *Group) hook(c *Conn, h Handler) []repeat {
 	if old := c.session; old != nil {
 		if old.g == g {
 			panic("ring: hooked twice")
@@ -75,25 +99,30 @@ func (g *Group) Hook(c *Conn, h Handler) {
 	s.poll()
 	// The last reactor may have told the client to wake up and not come to do it.
 	s.wake()
-	s.repeat()
+	return s.underWay()
 }
 
-// repeat starts again what was under way when the Conn's last reactor died.
-func (s *session) repeat() {
+// A repeat is a request that was under way when its Conn's last reactor died.
+type repeat struct {
+	s       *session
+	t       *slot
+	decided bool // as it was then
+}
+
+// underWay returns what was under way when the Conn's last reactor died.
+func (s *session) underWay() []repeat {
 	c := s.c
 	if c.busy == 0 {
-		return
+		return nil
 	}
-	var again []*slot
+	var again []repeat
 	for i := range c.slots {
-		if p := c.slots[i].phase; p == taken || p == late {
-			again = append(again, &c.slots[i])
+		if t := &c.slots[i]; t.phase == taken || t.phase == late {
+			again = append(again, repeat{s, t, t.phase == taken && t.decided})
 		}
 	}
-	slices.SortFunc(again, func(a, b *slot) int { return cmp.Compare(a.seq, b.seq) })
-	for _, t := range again {
-		s.start(t)
-	}
+	slices.SortFunc(again, func(a, b repeat) int { return cmp.Compare(a.t.seq, b.t.seq) })
+	return again
 }
 
 // Unhook lets go of c: nothing more is taken from its ring, and when nothing of it is

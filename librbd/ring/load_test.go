@@ -238,7 +238,7 @@ func (k *rig) move(t testing.TB, mem []byte) {
 	k.r = newReactor(t)
 	call(t, k.r, func() {
 		k.g = NewGroup(k.r)
-		k.g.Hook(k.c, newLazy(k.r, mem))
+		k.g.Hook(Hooking{k.c, newLazy(k.r, mem)})
 	})
 }
 
@@ -279,7 +279,7 @@ func TestDeaths(t *testing.T) {
 		k.r = newReactor(t)
 		call(t, k.r, func() {
 			k.g = NewGroup(k.r)
-			k.g.Hook(k.c, newLazy(k.r, mem))
+			k.g.Hook(Hooking{k.c, newLazy(k.r, mem)})
 			for _, io := range dead.queue {
 				io.Complete(syscall.ENODEV)
 			}
@@ -388,7 +388,7 @@ func TestUnhook(t *testing.T) {
 			t.Error("who is not served is not let go of")
 		}
 		// And again, on the same reactor.
-		k.g.Hook(k.c, h)
+		k.g.Hook(Hooking{k.c, h})
 	})
 	k.turn(func() {})
 	call(t, k.r, func() { h.handled[1].Complete(0) })
@@ -449,7 +449,7 @@ func TestManyRings(t *testing.T) {
 				t.Fatal(err)
 			}
 			c := NewConn(m, nil)
-			call(t, r, func() { g.Hook(c, &disk{mem: make([]byte, 8*region)}) })
+			call(t, r, func() { g.Hook(Hooking{c, &disk{mem: make([]byte, 8*region)}}) })
 			loads = append(loads, newLoad(client, uint64(10*round+i)).start(200))
 			conns, clients = append(conns, c), append(clients, client)
 		}

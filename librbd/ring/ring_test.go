@@ -119,7 +119,7 @@ func (k *rig) serve(h Handler) {
 	k.r = newReactor(k.t)
 	call(k.t, k.r, func() {
 		k.g = NewGroup(k.r)
-		k.g.Hook(k.c, h)
+		k.g.Hook(Hooking{k.c, h})
 	})
 }
 
