@@ -89,6 +89,8 @@ type Log struct {
 	// used counts the sectors of data in the open record, alignment included.
 	used   int
 	isOpen bool
+	// summed has a bit for each block of data of the open record whose checksum is among crcs.
+	summed [MaxData / BlockSize / 64]uint64
 
 	ring        [MaxInFlight]inflight
 	first, last uint64 // ring[first%n] .. ring[(last-1)%n] are in flight
@@ -219,6 +221,7 @@ func (l *Log) room(sectors int) Status {
 	}
 	l.open = record{pos: pos, seq: l.nextSeq, epoch: l.hdr.Epoch, prev: l.prev}
 	l.used, l.isOpen = 0, true
+	clear(l.summed[:])
 	return Appended
 }
 
@@ -270,10 +273,27 @@ func (l *Log) Append(sector uint64, data []byte) (uint64, Status) {
 	putExtent(hdr, l.open.extents, sector, uint32(n), uint32(at), false)
 	body := l.memAt(l.open.pos+BlockSize, blocks(at+n)*BlockSize)
 	clear(body[l.used*Sector : at*Sector])
-	copy(body[at*Sector:], data)
+	l.fill(body, at, data)
 	l.open.extents++
 	l.used = at + n
 	return (l.open.pos+BlockSize)/Sector + uint64(at), Appended
+}
+
+// fill copies data into the open record, whose data body is, from the sector at on. What fills whole
+// blocks does not change any more: their checksums are taken here, while the processor has them in
+// its cache.
+func (l *Log) fill(body []byte, at int, data []byte) {
+	if at%perBlock == 0 {
+		sums, first := l.crcs.of(l.segment(l.open.pos)), blockIndex(l.open.pos)+1
+		for ; len(data) >= BlockSize; data, at = data[BlockSize:], at+perBlock {
+			i := at / perBlock
+			b := body[i*BlockSize:][:BlockSize]
+			copy(b, data)
+			sums[first+i] = crc32.Checksum(b, castagnoli)
+			l.summed[i/64] |= 1 << (i % 64)
+		}
+	}
+	copy(body[at*Sector:], data)
 }
 
 // AppendZeroes adds a write of n sectors of zeroes that takes no space for data:
@@ -313,10 +333,10 @@ func (l *Log) Commit() {
 	clear(buf[BlockSize+l.used*Sector:])
 	sums, at := l.crcs.of(l.segment(r.pos)), blockIndex(r.pos)+1
 	for i := range r.data / BlockSize {
-		b := buf[BlockSize*(i+1):][:BlockSize]
-		sum := crc32.Checksum(b, castagnoli)
-		sums[at+i] = sum
-		putBlockSum(buf, r.data, i, sum)
+		if l.summed[i/64]&(1<<(i%64)) == 0 {
+			sums[at+i] = crc32.Checksum(buf[BlockSize*(i+1):][:BlockSize], castagnoli)
+		}
+		putBlockSum(buf, r.data, i, sums[at+i])
 	}
 	encodeRecord(buf[:BlockSize], &l.hdr.Log, r)
 	l.head, l.prev = r.pos+r.size(), r.sum
