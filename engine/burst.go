@@ -90,12 +90,12 @@ func (im *Image) oldest(now time.Duration) time.Duration {
 	return now - im.queue[0].began
 }
 
-// paidBack reports whether what is next to be destaged is in memory still: no more has gathered
-// than there is at all times.
+// paidBack reports whether what is next to be destaged would be in memory if the log had been lent
+// none: no more has gathered than there is at all times.
 func (im *Image) paidBack() bool {
 	for _, b := range im.queue {
 		if b.state == batchSealed && !b.cleaned() {
-			return im.log.InMemory(b.start)
+			return im.log.Head()-b.start <= im.log.OwnMemory()
 		}
 	}
 	return true

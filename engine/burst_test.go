@@ -22,12 +22,18 @@ const burstObject = 1 << 20
 
 func newBursting(t *testing.T) *bursting {
 	t.Helper()
+	return newLentBursting(t, 0)
+}
+
+// newLentBursting is newBursting with so many segments to be lent to the log.
+func newLentBursting(t *testing.T, segments int) *bursting {
+	t.Helper()
 	st := mem.New()
 	id, err := Create(t.Context(), st, "disk", CreateOptions{Size: 512 << 20, ObjectSize: burstObject})
 	if err != nil {
 		t.Fatal(err)
 	}
-	b := &bursting{host: openLargeLog(t, st, id), buf: make([]byte, 64<<10)}
+	b := &bursting{host: openLargeLog(t, st, id, &lender{most: segments}), buf: make([]byte, 64<<10)}
 	b.im.cfg.BatchAge = 2 * time.Second
 	b.run(10 * time.Second)
 	return b
@@ -140,7 +146,13 @@ func (b *bursting) gather() {
 // little faster than that, until it is in memory; from then on nothing is held back.
 func TestBurstPaysBack(t *testing.T) {
 	racetest.Slow(t)
-	b := newBursting(t)
+	t.Run("from the SSD", func(t *testing.T) { newBursting(t).paysBack() })
+	// More than there is at all times is as much of a load to the store where it is in memory.
+	t.Run("from memory", func(t *testing.T) { newLentBursting(t, 32).paysBack() })
+}
+
+func (b *bursting) paysBack() {
+	t := b.t
 	b.gather()
 	for part := range 3 {
 		wrote, stored, used := b.wrote, b.stored(), b.im.log.Used()

@@ -234,7 +234,8 @@ func (im *Image) build(b *batch) {
 	var err error
 	work := func() { buf, objects, err = im.buildFromSSD(b, h) }
 	if pinned {
-		work = func() { buf, objects, err = b.build(h, mirrorSource{im.log, im.log.Mirror()}, im.buffer) }
+		mirror := im.log.Mirror(b.start, b.end)
+		work = func() { buf, objects, err = b.build(h, mirrorSource{im.log, mirror}, im.buffer) }
 	}
 	im.spawn(work, func() {
 		if pinned {

@@ -17,10 +17,11 @@ import (
 	"github.com/lsd-ceph/lsd/internal/simdisk"
 )
 
-// openLargeLog returns a host that has the image open, with a log of 32 segments.
-func openLargeLog(t *testing.T, st backend.Store, id uuid.UUID) *host {
+// openLargeLog returns a host that has the image open, with a log of 32 segments, which pool lends memory.
+func openLargeLog(t *testing.T, st backend.Store, id uuid.UUID, pool *lender) *host {
 	t.Helper()
 	h := newHost(t, "alpha", st, 1)
+	h.pool = pool
 	h.disk = simdisk.New(writelog.DataOffset+32*writelog.SegmentSize, rand.New(rand.NewPCG(1, 1)))
 	h.again()
 	if err := h.open(id, false); err != nil {
@@ -39,7 +40,7 @@ func TestBatchBeyondMemory(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	h := openLargeLog(t, st, id)
+	h := openLargeLog(t, st, id, &lender{})
 	write := func(at uint64) {
 		r := &Request{Op: Write, Sector: at * 128, Sectors: 128, Buf: make([]byte, 64<<10), Done: doneFunc(func(*Request) {})}
 		for i := range uint64(16) {
@@ -65,6 +66,78 @@ func TestBatchBeyondMemory(t *testing.T) {
 	h.mustReopen(id)
 	for block := range uint64(memory / 4096) {
 		h.mustRead(block, 1+block/16)
+	}
+}
+
+// lender is a writelog.Pool of so many segments.
+type lender struct {
+	most, lent int
+	free       [][]byte
+}
+
+func (p *lender) Lend() []byte {
+	if p.lent == p.most {
+		return nil
+	}
+	p.lent++
+	if len(p.free) == 0 {
+		return make([]byte, writelog.SegmentSize)
+	}
+	b := p.free[0]
+	p.free = p.free[1:]
+	return b
+}
+
+func (p *lender) Return(b []byte) {
+	clear(b) // whoever reads on in it finds nothing
+	p.lent--
+	p.free = append(p.free, b)
+}
+
+// TestLentMemory: while the store is away the log is lent memory for what its own does not hold, and
+// none of that is read back from the SSD when the store is there again; what is not lent is.
+func TestLentMemory(t *testing.T) {
+	const blocks = 7 * writelog.SegmentSize / 8192 // of 4 KiB, each a record of 8 KiB
+	for _, tt := range []struct {
+		segments int // to be lent
+		read     bool
+	}{{0, true}, {2, true}, {5, false}, {9, false}} {
+		st, away := mem.New(), true
+		id, err := Create(context.Background(), st, "disk", CreateOptions{Size: 64 << 20, ObjectSize: MinObjectSize})
+		if err != nil {
+			t.Fatal(err)
+		}
+		put := func(op faultstore.Op) bool { return away && op.Method == faultstore.Put }
+		pool := &lender{most: tt.segments}
+		h := openLargeLog(t, faultstore.New(st, faultstore.If(put, faultstore.Fault{Before: backend.ErrTemporary})), id, pool)
+		reads := 0
+		h.disk.Fail = func(op simdisk.Op) bool {
+			if op.Kind == simdisk.Read {
+				reads++
+			}
+			return false
+		}
+		for n := range uint64(blocks) {
+			h.mustWrite(n, 1+n)
+		}
+		if want := min(tt.segments, 5); pool.lent != want {
+			t.Errorf("%d segments to be lent: %d are, want %d", tt.segments, pool.lent, want)
+		}
+		away = false
+		h.run(time.Minute)
+		h.mustDestage()
+		if (reads > 0) != tt.read || pool.lent > 2 {
+			t.Errorf("%d segments to be lent: %d reads of the SSD, %d are lent still", tt.segments, reads, pool.lent)
+		}
+		for n := uint64(0); n < blocks; n += 17 {
+			h.mustRead(n, 1+n)
+		}
+		h.run(time.Minute)
+		if !h.im.Rest() || pool.lent > 0 {
+			t.Errorf("%d segments to be lent: %d are, to an image at rest", tt.segments, pool.lent)
+		}
+		h.mustClose()
+		mustBeClean(t, st)
 	}
 }
 
@@ -122,7 +195,7 @@ func TestUnderWay(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	h := openLargeLog(t, st, id)
+	h := openLargeLog(t, st, id, &lender{})
 	for block := range uint64(5 * maxUnderWay << 8) {
 		r := &Request{Op: Write, Sector: block % 4096 * blockSectors, Sectors: blockSectors, Buf: make([]byte, 4096), Done: doneFunc(func(*Request) {})}
 		fill(r.Buf, 1+block, block%4096*blockSectors)

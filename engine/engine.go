@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"github.com/lsd-ceph/lsd/cache/readcache"
+	"github.com/lsd-ceph/lsd/cache/writelog"
 	"github.com/lsd-ceph/lsd/internal/aio"
 )
 
@@ -167,6 +168,9 @@ type Config struct {
 	// Burst is how much of the log writes that come after a calm may fill, in bytes, but at most
 	// a quarter of it, before destaging keeps up with them. Negative: nothing. Default 1 GiB.
 	Burst int64
+	// LogPool lends the log memory beyond its own for what is not in the store yet, so that it
+	// need not be read back from the SSD. It is called on the reactor. nil: there is none.
+	LogPool writelog.Pool
 	// CheckpointEvery bounds the data objects that may be accepted since the last
 	// checkpoint of the map: recovery reads the headers of these, and of those that
 	// were being put; more where the image was let go of without a checkpoint. Default 2048.

@@ -164,6 +164,7 @@ func (im *Image) ReadOnly() bool { return im.readOnly }
 // log's file and mem its memory: outside the Go heap, a multiple of
 // writelog.SegmentSize, kept until the image is dropped. Both are nil for a
 // read-only image. It is called on the reactor, which calls EndTurn from then on.
+// Config.LogPool lends more memory.
 func (im *Image) Start(env Env, dev aio.Device, mem []byte) {
 	im.env = env
 	im.stats.sampledAt = env.Now()
@@ -176,7 +177,7 @@ func (im *Image) Start(env Env, dev aio.Device, mem []byte) {
 	im.pending = nil
 	im.takeSuper(im.super.sb, im.super.version) // now it is known what is accepted
 	im.recovered, im.recoveredTo = im.checkpoint.since(), im.accepted.object
-	im.log.Start(dev, im, mem, im.cfg.LogDepth)
+	im.log.Start(dev, im, mem, im.cfg.LogPool, im.cfg.LogDepth)
 	im.ageTimer = env.AfterFunc(im.cfg.BatchAge, im.sealByAge)
 	im.pump = env.AfterFunc(0, im.pumpNow)
 	im.apply.timer = env.AfterFunc(0, im.advance)

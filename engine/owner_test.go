@@ -32,6 +32,9 @@ type host struct {
 	env  *simEnv
 	disk *simdisk.Disk
 	im   *Image
+	// memory is the log's own, and pool lends it more; may be nil.
+	memory []byte
+	pool   writelog.Pool
 	// shared is what its image shares with others; may be nil.
 	shared   *Shared
 	volatile bool // its log is as one in memory
@@ -105,11 +108,12 @@ func (h *host) mustReopen(id uuid.UUID) {
 func (h *host) open(id uuid.UUID, force bool) error {
 	im, err := Open(context.Background(), h.st, id, OpenOptions{
 		Log: h.disk, URL: "mem:/disk", Host: h.name, Force: force, Volatile: h.volatile, Clock: h, Lease: 10 * time.Second,
-		Config: Config{CheckpointEvery: 8, BatchAge: time.Hour, Logger: quiet, Shared: h.shared},
+		Config: Config{CheckpointEvery: 8, BatchAge: time.Hour, Logger: quiet, Shared: h.shared, LogPool: h.pool},
 	})
 	if err == nil {
 		h.im = im
-		im.Start(h.env, h.disk.Device(), make([]byte, 2*writelog.SegmentSize))
+		h.memory = make([]byte, 2*writelog.SegmentSize)
+		im.Start(h.env, h.disk.Device(), h.memory)
 		h.run(0)
 	}
 	return err

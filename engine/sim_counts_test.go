@@ -71,6 +71,8 @@ const (
 	countForced          // images that were removed under their owners
 	countForcedLate      // of these, that their owners put objects of after the first reclamation
 	countRemnants        // of these, that objects were there of in the end, and no superblock
+	countLent            // segments that logs were lent
+	countReturned        // of these, that came back before the end of the process
 
 	cacheHits    // bytes
 	cacheMisses  // bytes
@@ -98,6 +100,7 @@ func (n *simCounts) names() [simCountKinds]string {
 		"snapshots asked for", "snapshots made at once", "owners nudged", "snapshots removed", "rollbacks tried", "images rolled back", "clones tried", "clones made", "clones of clones", "attaches of clones", "clones removed", "removals reclaimed", "clones to be flattened", "flattened", "separated from their ancestors", "states left to be forgotten",
 		"images to be made smaller", "made smaller", "made larger under their owners",
 		"images removed under their owners", "that objects came for later", "that had objects and no superblock",
+		"segments lent to logs", "segments returned",
 		"bytes of read caches' hits", "bytes of their misses", "bytes found at a start", "bytes evicted", "bytes moved",
 		"reads of their disks", "flipped bits in these", "mismatches", "errors", "read caches given up",
 	}

@@ -34,6 +34,7 @@ type simExtras struct {
 	forced   bool   // the image is removed under its owner in the end
 	lostMap  bool   // images are detached of which parts of the map are lost
 	stands   bool   // that owner stands still for longer than anybody waits for what it puts
+	lent     int    // segments that a log may be lent at one time
 }
 
 func newExtras(rng *rand.Rand) simExtras {
@@ -54,6 +55,9 @@ func newExtras(rng *rand.Rand) simExtras {
 	x.forced = rng.IntN(4) == 0
 	x.lostMap = rng.IntN(8) == 0
 	x.stands = rng.IntN(2) == 0
+	if rng.IntN(2) == 0 {
+		x.lent = 1 + rng.IntN(3)
+	}
 	return x
 }
 

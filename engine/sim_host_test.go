@@ -26,6 +26,7 @@ type simHost struct {
 	boot   uuid.UUID
 	disk   *simdisk.Disk
 	memory []byte // of the log; a new process finds the old one's in it
+	pool   simLogPool
 	store  backend.Store
 	env    *simEnv
 	im     *Image // nil while no process has it open
@@ -178,6 +179,8 @@ func (h *simHost) open(id uuid.UUID, force bool) (err error) {
 		h.shared = NewShared(Limits{Map: w.plan.mapMemory, Destage: w.plan.destageMemory, Reads: w.plan.readMemory})
 	}
 	config.Shared = h.shared
+	h.pool.begin(h)
+	config.LogPool = &h.pool
 	var im *Image
 	died := h.guarded(func() {
 		h.openCache()

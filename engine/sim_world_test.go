@@ -53,6 +53,7 @@ type world struct {
 	removed      []*simClone // of what these were made of something may be left
 	half         []string    // names of clones that there may be, or not
 	frozen       bool        // one of them goes on: the others do not
+	lends        *rand.Rand  // whether logs are lent memory
 }
 
 // simRegion is a part of the image that the world uses.
@@ -117,9 +118,10 @@ func (w *world) within(cell, n uint64) (uint64, uint64) {
 // simMemory is the large memory of worlds that run one after the other: to get it
 // anew from the operating system takes longer than all else.
 type simMemory struct {
-	logs    [][]byte // of logs, free
-	scratch []byte   // see simFile.Buffer
-	counts  simCounts
+	logs     [][]byte // of logs, free
+	segments [][]byte // that logs can be lent, free
+	scratch  []byte   // see simFile.Buffer
+	counts   simCounts
 }
 
 const simLogMemory = 2 * writelog.SegmentSize // at most
@@ -140,7 +142,7 @@ func newWorld(seed uint64, memory *simMemory) *world {
 	plan := newPlan(rng)
 	plan.quick = !plan.stormy && seed%3 == 1
 	plan.extras = newExtras(rand.New(rand.NewPCG(seed, 43)))
-	w := &world{rng: rng, plan: plan, inner: mem.New(), memory: memory, nextWrite: 1, strays: map[string]bool{}}
+	w := &world{rng: rng, plan: plan, inner: mem.New(), memory: memory, nextWrite: 1, strays: map[string]bool{}, lends: rand.New(rand.NewPCG(seed, 44))}
 	w.regions = simRegions(plan.extras.sectors)
 	w.id = w.create("disk")
 	return w
@@ -750,6 +752,7 @@ func (w *world) drop(h *simHost) {
 	if h.memory != nil {
 		w.memory.logs = append(w.memory.logs, h.memory)
 	}
+	w.memory.segments = append(w.memory.segments, h.pool.all...)
 	w.gone++
 }
 

@@ -8,9 +8,10 @@
 // earlier lap can be taken for one of this lap. Records are numbered without
 // gaps, for the whole life of the image.
 //
-// The newest part of the log is mirrored in memory: a record is built in that
-// memory, written from it, and can be read from it until the log has moved on by
-// the memory's size.
+// The newest segments of the log are mirrored in memory: a record is built in that
+// memory, written from it, and can be read from it. A log has memory of its own for
+// some segments; while that does not hold what is not in the store it borrows more of
+// a Pool, and without that it gives the memory of the oldest segment to the next one.
 //
 // A Log is opened and recovered with blocking calls, on any one goroutine. From
 // Start on it belongs to the reactor, which alone may call its methods, but for
@@ -20,6 +21,7 @@ package writelog
 import (
 	"fmt"
 	"hash/crc32"
+	"math"
 	"syscall"
 
 	"github.com/google/uuid"
@@ -75,7 +77,7 @@ type Log struct {
 	dev    aio.Device
 	client Client
 
-	mem      []byte // mirror of the newest part; length a multiple of SegmentSize
+	mem      mirror
 	memStart uint64 // position from which on mem has been filled by this process
 	crcs     sums
 
@@ -141,6 +143,9 @@ func (l *Log) Seq() uint64 {
 // Head returns the position, in bytes, after everything that was appended.
 func (l *Log) Head() uint64 { return l.end() }
 
+// OwnMemory returns how much memory the log has that it was not lent, in bytes.
+func (l *Log) OwnMemory() uint64 { return uint64(l.mem.owned) * SegmentSize }
+
 // Idle reports that no record is open or in flight.
 func (l *Log) Idle() bool { return !l.isOpen && l.first == l.last }
 
@@ -153,6 +158,7 @@ func (l *Log) Rest() bool {
 		return false
 	}
 	l.memStart = l.head
+	l.mem.clear()
 	l.crcs.spare = nil
 	return true
 }
@@ -180,13 +186,14 @@ const perBlock = BlockSize / Sector
 func blocks(sectors int) int { return (sectors + perBlock - 1) / perBlock }
 
 // Start hands the log to the reactor that owns dev. mem, whose length is a
-// multiple of SegmentSize, is kept until the log is dropped. depth is the most
-// records in flight, 1 to MaxInFlight; fewer make larger records.
-func (l *Log) Start(dev aio.Device, client Client, mem []byte, depth int) {
+// multiple of SegmentSize, is kept until the log is dropped, as is what pool, which
+// may be nil, has lent by then. depth is the most records in flight, 1 to
+// MaxInFlight; fewer make larger records.
+func (l *Log) Start(dev aio.Device, client Client, mem []byte, pool Pool, depth int) {
 	if len(mem) == 0 || len(mem)%SegmentSize != 0 || depth < 1 || depth > MaxInFlight {
 		panic("writelog: Start: bad arguments")
 	}
-	l.dev, l.client, l.mem, l.memStart, l.maxInFlight = dev, client, mem, l.head, depth
+	l.dev, l.client, l.mem, l.memStart, l.maxInFlight = dev, client, newMirror(mem, pool), l.head, depth
 	for i := range l.ring {
 		l.ring[i].log = l
 	}
@@ -230,7 +237,19 @@ func (l *Log) space(end uint64) Status {
 	if end-l.reclaimed > l.hdr.Size && !mutate.On(mutate.LogOverwritten) {
 		return Full
 	}
-	low := end
+	if n := (end - 1) / SegmentSize; n >= l.mem.next && !l.mem.grow(n, l.needed(), l.trimmed) {
+		return Busy
+	}
+	return Appended
+}
+
+// needed returns the position before which memory is not used: neither by the open record, nor by
+// those in flight, nor by who has pinned it.
+func (l *Log) needed() uint64 {
+	low := uint64(math.MaxUint64)
+	if mutate.On(mutate.MemoryReused) {
+		return low
+	}
 	if l.first != l.last {
 		low = l.ring[l.first%MaxInFlight].pos
 	} else if l.isOpen {
@@ -239,10 +258,7 @@ func (l *Log) space(end uint64) Status {
 	for _, p := range l.pins {
 		low = min(low, p)
 	}
-	if end > low+uint64(len(l.mem)) {
-		return Busy
-	}
-	return Appended
+	return low
 }
 
 // aligned returns where, in sectors, the next extent's data begins in the open
@@ -313,10 +329,7 @@ func (l *Log) AppendZeroes(sector uint64, n uint32) (uint64, Status) {
 
 // memAt returns the memory that mirrors n bytes of the log from pos; they never
 // cross a segment.
-func (l *Log) memAt(pos uint64, n int) []byte {
-	i := pos % uint64(len(l.mem))
-	return l.mem[i : i+uint64(n) : i+uint64(n)]
-}
+func (l *Log) memAt(pos uint64, n int) []byte { return l.mem.bytes(pos, n) }
 
 // Commit closes the open record, if there is one, and starts to write it. The
 // reactor calls it at the end of each turn. Of a log that has failed the record is in
@@ -450,6 +463,7 @@ func (l *Log) Trim(pos uint64) {
 		panic("writelog: Trim: position outside the log")
 	}
 	l.trimmed = pos
+	l.mem.shrink(min(l.needed(), pos))
 	l.reclaim()
 }
 
@@ -497,26 +511,35 @@ func (l *Log) Unpin(pos uint64) {
 
 // InMemory reports whether everything from the position in bytes on is in memory.
 func (l *Log) InMemory(pos uint64) bool {
-	return pos >= l.memStart && pos+uint64(len(l.mem)) >= l.end()
+	return pos >= l.memStart && l.mem.has(pos)
 }
 
 // Remembers reports whether anything before the position in bytes is in memory.
 func (l *Log) Remembers(pos uint64) bool {
-	return pos > l.memStart && pos+uint64(len(l.mem)) > l.end()
+	return pos > max(l.memStart, l.mem.start(l.mem.first))
 }
 
-// A Mirror is the memory in which the newest part of a log is. What is pinned in
-// it may be read on any goroutine.
-type Mirror struct{ mem []byte }
+// A Mirror is a part of the log in memory. While it is pinned it may be read on any goroutine.
+type Mirror struct {
+	first uint64 // segment
+	segs  [][]byte
+}
 
 // At returns n bytes from the position in sectors, which lie in one record.
 func (m Mirror) At(pos uint64, n int) []byte {
-	i := pos * Sector % uint64(len(m.mem))
-	return m.mem[i : i+uint64(n) : i+uint64(n)]
+	at := pos * Sector
+	i := at % SegmentSize
+	return m.segs[at/SegmentSize-m.first][i : i+uint64(n) : i+uint64(n)]
 }
 
-// Mirror returns the log's memory.
-func (l *Log) Mirror() Mirror { return Mirror{l.mem} }
+// Mirror returns the memory of the positions from start to end, in bytes, which is in memory.
+func (l *Log) Mirror(start, end uint64) Mirror {
+	m := Mirror{first: start / SegmentSize}
+	for n := m.first; l.mem.start(n) < end; n++ {
+		m.segs = append(m.segs, l.mem.at[n%maxMirror])
+	}
+	return m
+}
 
 // Memory returns n sectors from the position in sectors, which lie in one
 // record, if they are in memory, else nil. The slice is good until the next

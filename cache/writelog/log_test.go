@@ -53,7 +53,7 @@ func start(t *testing.T, d *simdisk.Disk, c *client, from Start, visit func(Reco
 	if err := l.Adopt(l.Header().Epoch+1, 1, uuid.New()); err != nil {
 		t.Fatal(err)
 	}
-	l.Start(d.Device(), c, make([]byte, 2*SegmentSize), 8)
+	l.Start(d.Device(), c, make([]byte, 2*SegmentSize), nil, 8)
 	return l
 }
 

@@ -41,6 +41,8 @@ const (
 	CutOffKept Bug = "cut-off-kept"
 	// LogOverwritten lets a full log overwrite what is not in the store.
 	LogOverwritten Bug = "log-overwritten"
+	// MemoryReused gives memory of the log that others read or write to newer records.
+	MemoryReused Bug = "memory-reused"
 	// TrimEarly frees log space when an object is sealed, not when it is accepted.
 	TrimEarly Bug = "trim-early"
 	// DirtyDropped drops what is newer than the batch that was accepted.
@@ -118,7 +120,7 @@ func All() []Bug {
 	return []Bug{
 		FlushEarly, FUAPlain, AckOutOfOrder, SyncCoversInFlight, AcceptOutOfOrder, PutForgotten,
 		ObjectUnverified, HeaderUnverified, LogReadUnverified, TornRecord, ProofIgnored, RecoveryStopsEarly,
-		CutOffKept, LogOverwritten, TrimEarly, DirtyDropped, DiscardUnrecorded, DiscardUndestaged,
+		CutOffKept, LogOverwritten, MemoryReused, TrimEarly, DirtyDropped, DiscardUnrecorded, DiscardUndestaged,
 		LeaseIgnored, LeaseStretched, LateForgotten, LeaseNotAwaited, EpochIgnored, EpochUnrecorded, StaleLogDropped, DeletedEarly, CheckpointMixed, LateCopied, ChangesLost, DeltaForgotten, DeltaKept,
 		HalfCounted, DeadKept, SnapshotUnheld, SnapshotEarly, ShrinkKept, ShrinkEarly, FlattenEarly, StatesKept, StatesTorn, ReclaimTorn, ReclaimKept, ReclaimEarly, MovedOverNewer, CacheUnverified, CacheImageIgnored, CacheFailedKept,
 	}
