@@ -36,6 +36,7 @@ type options struct {
 	destageMemory bytesize.Size
 	readMemory    bytesize.Size
 	scrubRate     bytesize.Size
+	burstMemory   bytesize.Size
 	readCache     bytesize.Size
 	libraryLog    bytesize.Size
 	envErr        error // of what the environment says
@@ -93,6 +94,8 @@ systemd runs it as lsd.service; without systemd, lsdctl add starts it with
 	f.DurationVar(&o.cfg.ExitTimeout, "exit-timeout", 20*time.Second, "how long to write to the store before the end")
 	o.logMemory = daemon.DefaultLogMemory
 	f.Var(&o.logMemory, "log-memory-total", "memory for the newest parts of all write logs together")
+	o.burstMemory = bytesize.Size(daemon.DefaultBurstMemory())
+	f.Var(&o.burstMemory, "burst-memory", "memory that is lent to write logs beyond that, in bursts, so that less is read back from their SSD; 0: none")
 	o.mapMemory = engine.DefaultMapMemory
 	f.Var(&o.mapMemory, "map-memory", "memory for the maps of all images together")
 	o.destageMemory = engine.DefaultDestageMemory
@@ -141,6 +144,8 @@ func (o *options) run(ctx context.Context) (int, error) {
 		return 0, fmt.Errorf("--socket: a path of %d bytes: the limit is %d", len(o.cfg.Socket), maxSocket)
 	case o.cfg.ExitTimeout <= 0:
 		return 0, fmt.Errorf("--exit-timeout %v: it must be longer than 0", o.cfg.ExitTimeout)
+	case o.burstMemory != 0 && o.burstMemory < writelog.SegmentSize, o.burstMemory > 1<<50:
+		return 0, fmt.Errorf("--burst-memory %s: it must be 0, for none, or from 8M to 1P", &o.burstMemory)
 	case o.scrubRate > 1<<50:
 		return 0, fmt.Errorf("--scrub-rate %s: it must be at most 1P", &o.scrubRate)
 	}
@@ -164,6 +169,9 @@ func (o *options) run(ctx context.Context) (int, error) {
 	}
 	o.cfg.LibraryLogSize = int64(o.libraryLog)
 	o.cfg.ScrubRate = int64(o.scrubRate)
+	if o.cfg.BurstMemory = int64(o.burstMemory); o.burstMemory == 0 {
+		o.cfg.BurstMemory = -1
+	}
 	if err := o.sizeReadCache(); err != nil {
 		return 0, err
 	}

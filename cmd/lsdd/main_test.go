@@ -49,6 +49,8 @@ func TestBadOptions(t *testing.T) {
 		{func(o *options) { o.mapMemory = 1 << 51 }, "--map-memory 2P"},
 		{func(o *options) { o.destageMemory = 1 << 20 }, "--destage-memory 1M"},
 		{func(o *options) { o.readMemory = 1 << 20 }, "--read-memory 1M"},
+		{func(o *options) { o.burstMemory = 1 << 20 }, "--burst-memory 1M: it must be 0, for none, or from 8M to 1P"},
+		{func(o *options) { o.burstMemory = 1 << 51 }, "--burst-memory 2P"},
 	} {
 		o := good()
 		tt.change(&o)

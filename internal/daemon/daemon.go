@@ -61,6 +61,9 @@ type Config struct {
 	// LogMemory bounds the memory that all write logs have together, in bytes.
 	// Default DefaultLogMemory.
 	LogMemory int64
+	// BurstMemory bounds the memory that is lent to write logs beyond that, while they are written to
+	// faster than the store takes it, in bytes. Default DefaultBurstMemory; negative: none.
+	BurstMemory int64
 	// MapMemory is what the maps of all images may take together, in bytes.
 	// Default engine.DefaultMapMemory.
 	MapMemory int64
@@ -149,6 +152,9 @@ func newDaemon(cfg Config) (*Daemon, error) {
 	}
 	if cfg.LogMemory == 0 {
 		cfg.LogMemory = DefaultLogMemory
+	}
+	if cfg.BurstMemory == 0 {
+		cfg.BurstMemory = DefaultBurstMemory()
 	}
 	d := &Daemon{
 		shared:   newShared(cfg),

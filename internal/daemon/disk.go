@@ -48,6 +48,8 @@ type disk struct {
 	mem    *uring.Arena
 	shared *shared
 	memory int64 // taken of shared.logMemory
+	// borrowed is what the log is lent of shared.logPool; see there whose it is.
+	borrowed borrower
 
 	// The watcher's: see rest.
 	requests  uint64
@@ -85,7 +87,7 @@ type diskOptions struct {
 
 // openDisk opens the image of a record and starts its reactor.
 func openDisk(ctx context.Context, o diskOptions) (_ *disk, err error) {
-	d := &disk{logger: o.logger, store: o.store, log: o.log, shared: o.shared, owner: o.owner}
+	d := &disk{logger: o.logger, store: o.store, log: o.log, shared: o.shared, owner: o.owner, borrowed: borrower{o.shared.logPool, map[*byte][]byte{}}}
 	defer func() {
 		if err != nil {
 			d.free()
@@ -109,6 +111,7 @@ func openDisk(ctx context.Context, o diskOptions) (_ *disk, err error) {
 			SpaceRatio:      o.rec.SpaceRatio,
 			StoreTimeout:    o.rec.StoreTimeout,
 			Shared:          o.shared.engine,
+			LogPool:         &d.borrowed,
 			ReadCache:       o.cache.Cache,
 			ReadCacheDevice: o.cache.device(d.reactor),
 			Resized:         func(sectors uint64) { resized(o.owner, sectors) },
@@ -422,6 +425,7 @@ func (d *disk) free() {
 		d.reactor.Stop()
 		<-d.reactor.Done()
 	}
+	d.borrowed.giveBack()
 	errs := []error{d.changes.close(), d.hooked.putAll()}
 	if d.mem != nil {
 		errs = append(errs, d.mem.Close())

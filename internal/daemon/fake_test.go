@@ -20,6 +20,7 @@ import (
 	"github.com/lsd-ceph/lsd/backend"
 	"github.com/lsd-ceph/lsd/backend/faultstore"
 	"github.com/lsd-ceph/lsd/backend/mem"
+	"github.com/lsd-ceph/lsd/cache/writelog"
 	"github.com/lsd-ceph/lsd/engine"
 	"github.com/lsd-ceph/lsd/internal/api"
 	"github.com/lsd-ceph/lsd/internal/reactor"
@@ -388,7 +389,7 @@ func (h *host) start() {
 	h.w.t.Helper()
 	d, err := newDaemon(Config{
 		Socket: filepath.Join(h.dir, "sock"), StateDir: h.dir, Host: fmt.Sprintf("host%d", lastHost.Add(1)),
-		ExitTimeout: 5 * time.Second, ScrubRate: h.w.scrub,
+		ExitTimeout: 5 * time.Second, ScrubRate: h.w.scrub, BurstMemory: 4 * writelog.SegmentSize,
 		Logger: slog.New(slog.NewTextHandler(&h.w.log, nil)),
 	})
 	if err != nil {

@@ -352,7 +352,6 @@ func TestHungStore(t *testing.T) {
 // TestLogMemoryBudget: the logs' memory stays within the daemon's bound; who
 // comes late gets less, and then a refusal of one line that changes nothing.
 func TestLogMemoryBudget(t *testing.T) {
-	const segment = writelog.SegmentSize
 	for _, tt := range []struct {
 		total int64
 		want  []int64 // asked for

@@ -25,6 +25,7 @@ type collector struct {
 	up      *prometheus.Desc
 	down    *prometheus.Desc
 	reclaim *prometheus.Desc
+	burst   [2]*prometheus.Desc // of logPool.bytes
 	metrics []metric
 	cache   []cacheMetric
 }
@@ -108,6 +109,10 @@ func newCollector(d *Daemon) *collector {
 		up:      prometheus.NewDesc("lsd_image_up", "1 if the image serves.", []string{"device", "image", "state"}, nil),
 		down:    imageDesc("reactor_restarts_total", "Times that the image's reactor was replaced."),
 		reclaim: prometheus.NewDesc("lsd_reclaims", "Removed images of which what they were made of is not reclaimed yet.", nil, nil),
+		burst: [2]*prometheus.Desc{
+			prometheus.NewDesc("lsd_burst_memory_bytes", "Memory that there is to be lent to write logs in bursts.", nil, nil),
+			prometheus.NewDesc("lsd_burst_memory_lent_bytes", "What of it is lent.", nil, nil),
+		},
 		metrics: []metric{
 			gauge("size_bytes", "Size of the image.", func(s *engine.Stats) float64 { return float64(s.Size) }),
 			gauge("epoch", "Epoch of the ownership.", func(s *engine.Stats) float64 { return float64(s.Epoch) }),
@@ -157,6 +162,9 @@ func (c *collector) Describe(ch chan<- *prometheus.Desc) {
 	ch <- c.up
 	ch <- c.down
 	ch <- c.reclaim
+	for _, b := range c.burst {
+		ch <- b
+	}
 	for _, m := range c.metrics {
 		ch <- m.desc
 	}
@@ -172,6 +180,10 @@ func (c *collector) Collect(ch chan<- prometheus.Metric) {
 		ch <- prometheus.MustNewConstMetric(m.desc, m.kind, m.value(&cache))
 	}
 	ch <- prometheus.MustNewConstMetric(c.reclaim, prometheus.GaugeValue, float64(c.d.reclaim.len()))
+	all, lent := c.d.shared.logPool.bytes()
+	for i, n := range [2]int64{all, lent} {
+		ch <- prometheus.MustNewConstMetric(c.burst[i], prometheus.GaugeValue, float64(n))
+	}
 	for _, im := range c.d.describeAll(c.d.ctx) {
 		dev := strconv.Itoa(im.ID)
 		up := 0.0

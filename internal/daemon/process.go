@@ -6,9 +6,11 @@ import (
 	"math"
 	"net"
 	"os"
+	"path/filepath"
 	"runtime"
 	"runtime/debug"
 	"strconv"
+	"strings"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -84,17 +86,56 @@ func raise(logger *slog.Logger, name string, which int, want uint64) {
 	}
 }
 
+// DefaultBurstMemory returns the default of Config.BurstMemory: 2 GiB, but at most a tenth of the
+// memory that there is, or that its cgroup may have. That is for a burst, which an image ends with 1 GiB (engine.Config.Burst),
+// and for what is written while that is destaged.
+func DefaultBurstMemory() int64 { return min(2<<30, int64(totalMemory()/10)) }
+
+// totalMemory returns how much memory there is for this process, in bytes, or 0 if that is not known.
+func totalMemory() uint64 {
+	var si unix.Sysinfo_t
+	if err := unix.Sysinfo(&si); err != nil {
+		return 0
+	}
+	self, err := os.ReadFile("/proc/self/cgroup")
+	if err != nil {
+		self = nil // a kernel without cgroups
+	}
+	return min(si.Totalram*uint64(si.Unit), cgroupLimit("/sys/fs/cgroup", self))
+}
+
+// cgroupLimit returns the least limit of memory, in bytes, that a process's cgroup and those around it
+// have, or math.MaxUint64: a container's or a service's. root is where cgroups are mounted, and self
+// what /proc/self/cgroup says (cgroups(7), version 2).
+func cgroupLimit(root string, self []byte) uint64 {
+	limit := uint64(math.MaxUint64)
+	for line := range strings.Lines(string(self)) {
+		path, ok := strings.CutPrefix(strings.TrimSpace(line), "0::")
+		if !ok {
+			continue
+		}
+		for dir := filepath.Join("/", path); ; dir = filepath.Dir(dir) {
+			b, err := os.ReadFile(filepath.Join(root, dir, "memory.max"))
+			if n, perr := strconv.ParseUint(strings.TrimSpace(string(b)), 10, 64); err == nil && perr == nil { // else "max"
+				limit = min(limit, n)
+			}
+			if dir == "/" {
+				break
+			}
+		}
+	}
+	return limit
+}
+
 // limitHeap sets a soft limit to the heap, unless GOMEMLIMIT does: a quarter of
 // the memory, beyond which the collector works harder.
 func limitHeap() {
 	if debug.SetMemoryLimit(-1) != math.MaxInt64 {
 		return
 	}
-	var si unix.Sysinfo_t
-	if err := unix.Sysinfo(&si); err != nil {
-		return
+	if n := totalMemory(); n > 0 {
+		debug.SetMemoryLimit(int64(max(n/4, 256<<20)))
 	}
-	debug.SetMemoryLimit(int64(max(si.Totalram*uint64(si.Unit)/4, 256<<20)))
 }
 
 // Notify tells systemd about the service's state (sd_notify(3)), if it wants to

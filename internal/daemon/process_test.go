@@ -1,6 +1,9 @@
 package daemon
 
 import (
+	"math"
+	"os"
+	"path/filepath"
 	"runtime"
 	"testing"
 )
@@ -18,5 +21,36 @@ func TestSpareProcessors(t *testing.T) {
 		if got := runtime.GOMAXPROCS(0); got != c.want {
 			t.Errorf("with GOMAXPROCS=%q and %d: %d, want %d", c.env, c.have, got, c.want)
 		}
+	}
+}
+
+// TestCgroupLimit: the least limit around a process counts.
+func TestCgroupLimit(t *testing.T) {
+	root := t.TempDir()
+	for dir, limit := range map[string]string{"a": "4096\n", "a/b": "max\n", "a/b/c": "8192\n", "d": "1024", "e": "much"} {
+		if err := os.MkdirAll(filepath.Join(root, dir), 0o700); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(filepath.Join(root, dir, "memory.max"), []byte(limit), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for self, want := range map[string]uint64{
+		"0::/a/b/c\n":            4096,
+		"1:memory:/d\n0::/a/b\n": 4096,
+		"0::/d\n":                1024,
+		"0::/e":                  math.MaxUint64,
+		"0::/":                   math.MaxUint64,
+		"0::/none/at/all\n":      math.MaxUint64,
+		"0::/../../d\n":          1024,
+		"12:memory:/d\n":         math.MaxUint64,
+		"":                       math.MaxUint64,
+	} {
+		if got := cgroupLimit(root, []byte(self)); got != want {
+			t.Errorf("%q: %d, want %d", self, got, want)
+		}
+	}
+	if n := DefaultBurstMemory(); n <= 0 || n > 2<<30 {
+		t.Errorf("the default is %d bytes", n)
 	}
 }

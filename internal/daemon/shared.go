@@ -33,11 +33,13 @@ const (
 type shared struct {
 	engine    *engine.Shared
 	logMemory budget
+	logPool   *logPool
 	gates     gates
 }
 
 func newShared(cfg Config) *shared {
-	s := &shared{engine: engine.NewShared(engine.Limits{Map: cfg.MapMemory, Destage: cfg.DestageMemory, Reads: cfg.ReadMemory}), logMemory: budget{total: cfg.LogMemory}}
+	s := &shared{engine: engine.NewShared(engine.Limits{Map: cfg.MapMemory, Destage: cfg.DestageMemory, Reads: cfg.ReadMemory}), logMemory: budget{total: cfg.LogMemory},
+		logPool: newLogPool(cfg.BurstMemory, cfg.Logger)}
 	s.engine.Scrub.Set(cfg.ScrubRate)
 	return s
 }

@@ -167,6 +167,7 @@ func (d *Daemon) look(now, free time.Time) time.Time {
 		free = time.Time{}
 	}
 	d.shared.engine.DropBuffers(freeAfter)
+	d.shared.logPool.tend(now)
 	d.guard.refresh()
 	for _, a := range d.all() {
 		a.letGoUnused(now)

@@ -465,3 +465,38 @@ func TestSettleOverflow(t *testing.T) {
 		t.Errorf("after all completions the ring is still: %v, %v", still, err)
 	}
 }
+
+// TestPopulate: an arena whose pages are there already is still all zeroes, and can be written to.
+func TestPopulate(t *testing.T) {
+	a, err := NewArena(4 << 20)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer a.Close()
+	resident := func() (n int) {
+		t.Helper()
+		there := make([]byte, len(a.Bytes())/os.Getpagesize())
+		if _, _, err := unix.Syscall(unix.SYS_MINCORE, uintptr(unsafe.Pointer(&a.Bytes()[0])), uintptr(len(a.Bytes())), uintptr(unsafe.Pointer(&there[0]))); err != 0 {
+			t.Fatal(err)
+		}
+		for _, b := range there {
+			n += int(b & 1)
+		}
+		return n
+	}
+	if n := resident(); n > 0 {
+		t.Fatalf("%d pages are there: this tests nothing", n)
+	}
+	if err := a.Populate(); err != nil {
+		t.Fatal(err)
+	}
+	if n := resident(); n != len(a.Bytes())/os.Getpagesize() {
+		t.Errorf("%d pages are there", n)
+	}
+	for i, b := range a.Bytes() {
+		if b != 0 {
+			t.Fatalf("byte %d is %d", i, b)
+		}
+		a.Bytes()[i] = 1
+	}
+}
