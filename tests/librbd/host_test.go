@@ -43,13 +43,14 @@ type host struct {
 	store string // URL
 	pool  string // what programs call the store
 	tools string // directory of QEMU's programs, if they are not those that are installed
-	// ASan's own library, if programs run on the library that is built with it: LSD_LIBRBD_SAN.
-	sanitizer string
-	socket    string
-	flags     []string // of the daemon, besides those that it needs
-	daemon    *exec.Cmd
-	died      chan error
-	log       *os.File
+	// The library that programs run on has sanitizers, if that is not empty: LSD_LIBRBD_SAN, the
+	// directory in which it is; preload is what has to be there before it.
+	sanitizer, preload string
+	socket             string
+	flags              []string // of the daemon, besides those that it needs
+	daemon             *exec.Cmd
+	died               chan error
+	log                *os.File
 }
 
 // onStores runs a test on each kind of store.
@@ -86,8 +87,8 @@ func newHostIn(t testing.TB, kind, dir string, flags ...string) *host {
 	if h.log, err = os.Create(filepath.Join(h.dir, "lsdd.log")); err != nil {
 		t.Fatal(err)
 	}
-	if os.Getenv("LSD_LIBRBD_SAN") != "" {
-		h.sanitizer = strings.TrimSpace(h.shell(".", "cc -print-file-name=libasan.so"))
+	if h.sanitizer = os.Getenv("LSD_LIBRBD_SAN"); h.sanitizer == "san" {
+		h.preload = strings.TrimSpace(h.shell(".", "cc -print-file-name=libasan.so"))
 	}
 	h.start()
 	t.Cleanup(func() {
@@ -172,8 +173,8 @@ func (h *host) command(ctx context.Context, args ...string) *exec.Cmd {
 		name = filepath.Join(h.tools, name)
 	}
 	if h.sanitizer != "" {
-		ctl = "san/lsdctl"
-		env = append(env, "LD_PRELOAD="+h.sanitizer, "UBSAN_OPTIONS=print_stacktrace=1,log_path="+h.reports(),
+		ctl = h.sanitizer + "/lsdctl"
+		env = append(env, "LD_PRELOAD="+h.preload, "UBSAN_OPTIONS=print_stacktrace=1,log_path="+h.reports(),
 			// QEMU and fio have leaks of their own.
 			"ASAN_OPTIONS=verify_asan_link_order=0,detect_leaks=0,log_path="+h.reports())
 	}
