@@ -285,9 +285,9 @@ func (l *Log) Append(sector uint64, data []byte) (uint64, Status) {
 		return 0, st
 	}
 	at := l.aligned(n)
-	hdr := l.memAt(l.open.pos, BlockSize)
+	hdr := l.mem.bytes(l.open.pos, BlockSize)
 	putExtent(hdr, l.open.extents, sector, uint32(n), uint32(at), false)
-	body := l.memAt(l.open.pos+BlockSize, blocks(at+n)*BlockSize)
+	body := l.mem.bytes(l.open.pos+BlockSize, blocks(at+n)*BlockSize)
 	clear(body[l.used*Sector : at*Sector])
 	l.fill(body, at, data)
 	l.open.extents++
@@ -322,14 +322,10 @@ func (l *Log) AppendZeroes(sector uint64, n uint32) (uint64, Status) {
 		l.refused = true
 		return 0, st
 	}
-	putExtent(l.memAt(l.open.pos, BlockSize), l.open.extents, sector, n, 0, true)
+	putExtent(l.mem.bytes(l.open.pos, BlockSize), l.open.extents, sector, n, 0, true)
 	l.open.extents++
 	return l.open.pos / Sector, Appended
 }
-
-// memAt returns the memory that mirrors n bytes of the log from pos; they never
-// cross a segment.
-func (l *Log) memAt(pos uint64, n int) []byte { return l.mem.bytes(pos, n) }
 
 // Commit closes the open record, if there is one, and starts to write it. The
 // reactor calls it at the end of each turn. Of a log that has failed the record is in
@@ -342,7 +338,7 @@ func (l *Log) Commit() {
 	r := &l.open
 	r.data = blocks(l.used) * BlockSize
 	r.flushed = l.durable
-	buf := l.memAt(r.pos, int(r.size()))
+	buf := l.mem.bytes(r.pos, int(r.size()))
 	clear(buf[BlockSize+l.used*Sector:])
 	sums, at := l.crcs.of(l.segment(r.pos)), blockIndex(r.pos)+1
 	for i := range r.data / BlockSize {
@@ -536,7 +532,7 @@ func (m Mirror) At(pos uint64, n int) []byte {
 func (l *Log) Mirror(start, end uint64) Mirror {
 	m := Mirror{first: start / SegmentSize}
 	for n := m.first; l.mem.start(n) < end; n++ {
-		m.segs = append(m.segs, l.mem.at[n%maxMirror])
+		m.segs = append(m.segs, l.mem.segment(n))
 	}
 	return m
 }
@@ -548,7 +544,7 @@ func (l *Log) Memory(pos uint64, n uint32) []byte {
 	if !l.InMemory(pos * Sector) {
 		return nil
 	}
-	return l.memAt(pos*Sector, int(n)*Sector)
+	return l.mem.bytes(pos*Sector, int(n)*Sector)
 }
 
 // Hold keeps the segment of the position in sectors from being overwritten while

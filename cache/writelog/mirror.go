@@ -41,8 +41,11 @@ func newMirror(mem []byte, pool Pool) mirror {
 // bytes returns n bytes from the position pos on, which lie in one segment that has memory.
 func (m *mirror) bytes(pos uint64, n int) []byte {
 	i := pos % SegmentSize
-	return m.at[pos/SegmentSize%maxMirror][i : i+uint64(n) : i+uint64(n)]
+	return m.segment(pos / SegmentSize)[i : i+uint64(n) : i+uint64(n)]
 }
+
+// segment returns the memory of a segment that has some.
+func (m *mirror) segment(n uint64) []byte { return m.at[n%maxMirror] }
 
 // has reports whether all that has memory from the position on has: its segment, and those behind it.
 func (m *mirror) has(pos uint64) bool { return pos/SegmentSize >= m.first }

@@ -48,7 +48,7 @@ type disk struct {
 	mem    *uring.Arena
 	shared *shared
 	memory int64 // taken of shared.logMemory
-	// borrowed is what the log is lent of shared.logPool; see there whose it is.
+	// borrowed is what the log is lent of shared.logPool: the reactor's, and free's when that has ended.
 	borrowed borrower
 
 	// The watcher's: see rest.

@@ -146,6 +146,46 @@ func TestLibraryCompareTogether(t *testing.T) {
 	}
 }
 
+// TestLibraryCompareFirst: a reactor dies between the decision of a compare and write and its end,
+// with another one's that waits for it. It has its effect before that is done, whoever's turn it is.
+func TestLibraryCompareFirst(t *testing.T) {
+	w := newWorld(t)
+	h := w.newHost()
+	h.makeLog("vm1")
+	const off = 508
+	number := func(n uint64) []byte { return binary.LittleEndian.AppendUint64(nil, n) }
+	first, second := h.handle(wire.OpenRequest{}), h.handle(wire.OpenRequest{})
+	between := 0
+	for v := uint64(1); v < 14; v += 2 { // each death has the next reactor come later
+		if err := first.do(ringtest.Write, off, number(v)); err != 0 { // in the log's memory: it is read at once
+			t.Fatal(err)
+		}
+		r, ready, submitted := h.door().getDisk().reactor, make(chan struct{}), make(chan struct{})
+		r.Post(func() { // the turn that this is in takes what the first one submits
+			<-ready
+			r.Post(func() { // and the next one what the second one does
+				second.putCompare(0, off, number(v+1), number(v+2))
+				if first.Decided(0) && atomic.LoadUint32(first.Word(ringtest.CQTail)) == atomic.LoadUint32(first.Word(ringtest.CQHead)) {
+					between++
+				}
+				close(submitted)
+				r.Post(func() { panic("test") })
+			})
+		})
+		first.putCompare(0, off, number(v), number(v+1))
+		close(ready)
+		<-submitted
+		for i, c := range []*libraryClient{first, second} {
+			if done := c.await(); done.Res != 0 {
+				t.Fatalf("%d: %d: %v", v, i, syscall.Errno(-done.Res))
+			}
+		}
+	}
+	if between == 0 {
+		t.Error("none died between decision and end: this tests nothing")
+	}
+}
+
 // TestLibraryCompareAgain: what had been decided when a daemon died is done if it was not, and
 // goes well if it was; what had not is judged as if for the first time.
 func TestLibraryCompareAgain(t *testing.T) {

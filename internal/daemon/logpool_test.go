@@ -33,7 +33,7 @@ func TestLogPool(t *testing.T) {
 		}
 		return lent
 	}
-	in := func(d time.Duration) time.Time { return time.Now().Add(d) }
+	in := func(d time.Duration) time.Time { return p.asked.Add(d) } // since it was asked last
 	p.tend(in(0))
 	p.holds(t, "nobody has asked", 0, 0)
 	if len(lend(4)) > 0 {
@@ -70,7 +70,7 @@ func TestLogPool(t *testing.T) {
 	if none.lend() != nil {
 		t.Error("there is none, and it is lent")
 	}
-	none.tend(in(poolPause))
+	none.tend(none.asked.Add(poolPause))
 	none.holds(t, "there is to be none", 0, 0)
 }
 

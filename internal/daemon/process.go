@@ -87,8 +87,8 @@ func raise(logger *slog.Logger, name string, which int, want uint64) {
 }
 
 // DefaultBurstMemory returns the default of Config.BurstMemory: 2 GiB, but at most a tenth of the
-// memory that there is, or that its cgroup may have. That is for a burst, which an image ends with 1 GiB (engine.Config.Burst),
-// and for what is written while that is destaged.
+// memory that there is. That is for a burst, which ends with 1 GiB (engine.Config.Burst), and for
+// what is written while that is destaged.
 func DefaultBurstMemory() int64 { return min(2<<30, int64(totalMemory()/10)) }
 
 // totalMemory returns how much memory there is for this process, in bytes, or 0 if that is not known.

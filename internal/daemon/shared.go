@@ -38,8 +38,11 @@ type shared struct {
 }
 
 func newShared(cfg Config) *shared {
-	s := &shared{engine: engine.NewShared(engine.Limits{Map: cfg.MapMemory, Destage: cfg.DestageMemory, Reads: cfg.ReadMemory}), logMemory: budget{total: cfg.LogMemory},
-		logPool: newLogPool(cfg.BurstMemory, cfg.Logger)}
+	s := &shared{
+		engine:    engine.NewShared(engine.Limits{Map: cfg.MapMemory, Destage: cfg.DestageMemory, Reads: cfg.ReadMemory}),
+		logMemory: budget{total: cfg.LogMemory},
+		logPool:   newLogPool(cfg.BurstMemory, cfg.Logger),
+	}
 	s.engine.Scrub.Set(cfg.ScrubRate)
 	return s
 }
