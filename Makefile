@@ -10,7 +10,6 @@ STORE        ?= file
 SEEDS        ?= 500
 FIRST        ?= 0
 FUZZTIME     ?= 30s
-ROUNDS       ?= 5
 # Says what is being done, and how long it took.
 STAGE        := scripts/stage
 export CGO_ENABLED := 1
@@ -102,10 +101,22 @@ fuzz: ## each fuzz test for FUZZTIME (30s)
 fuzz-long: ## each fuzz test for a minute
 	$(MAKE) fuzz FUZZTIME=1m
 
+BESIDE := go build $(GOFLAGS_LINK) -o bin/ ./tests/bench/beside && bin/beside
+# ONLY=name, CASES=regex, TURNS=n: see bin/beside run --help
+beside_flags = $(if $(ONLY),--only '$(ONLY)') $(if $(CASES),--cases '$(CASES)') $(if $(TURNS),--turns $(TURNS))
+
+.PHONY: bench
+bench: setup build ## lsd side by side with its peers, and the tables and plots of docs/benchmarks.md: two hours (ONLY=name|name TURNS=5)
+	$(if $(CASES),@echo "CASES is for make bench-short: docs/benchmarks.md has all" >&2; exit 1)
+	$(BESIDE) run --out docs/benchmarks $(beside_flags)
+	$(BESIDE) report
+
+.PHONY: bench-short
+bench-short: setup build ## a first look at the same, ten minutes, into bin/beside.out (ONLY=name|name CASES=regex TURNS=2)
+	$(BESIDE) run --short $(beside_flags)
+
 .PHONY: bench-engine
-bench-engine: ## the engine's writes beside fio on the same file, and its cost in CPU
-	go test $(GOFLAGS_LINK) -run xxx -bench BesideFio -benchtime 1x -timeout 0 ./tests/bench -bench.out $(CURDIR)/docs/benchmarks/engine-write.json
-	go run ./tests/bench/plot docs/benchmarks/engine-write.json
+bench-engine: ## the engine's cost in CPU
 	go test $(GOFLAGS_LINK) -run xxx -bench . -benchmem ./engine ./internal/extmap
 
 .PHONY: bench-null
@@ -123,11 +134,6 @@ bench-latency: ## latency of writes with and without the cleaner, and under over
 .PHONY: bench-read
 bench-read: ## reads through the engine and its read cache beside the store alone: a directory, and Ceph
 	go test $(GOFLAGS_LINK) -tags lab -run xxx -bench ReadPath -benchtime 1x -timeout 0 ./tests/bench
-
-.PHONY: bench-librbd
-bench-librbd: build ## fio on the C library beside Ceph's librbd and a plain file, on one lab cluster (ROUNDS=5, JOBS=regex)
-	go test $(GOFLAGS_LINK) -tags lab -run xxx -bench BesideLibrbd -benchtime 1x -timeout 0 -v ./tests/librbd -bench.rounds $(ROUNDS) $(if $(JOBS),-bench.jobs '$(JOBS)') -bench.out $(CURDIR)/docs/benchmarks
-	go run ./tests/bench/plot docs/benchmarks/librbd-*.json
 
 .PHONY: bench-scale
 bench-scale: ## opening images up to 64 TiB: time and memory against size, objects and log
