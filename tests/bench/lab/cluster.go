@@ -43,8 +43,15 @@ func (h *Host) Cluster(ctx context.Context) (*Cluster, error) {
 	c := &Cluster{Dir: filepath.Join(h.Dir, "ceph")}
 	script := filepath.Join(h.Root, "scripts/ceph")
 	h.Defer(func() { _, _ = h.Run(context.WithoutCancel(ctx), script, "down", "--dir", c.Dir) })
-	// Ports that no test's cluster takes.
-	if _, err := h.Run(ctx, script, "up", "--dir", c.Dir, "--size", "40G", "--mon-port", "17790", "--mon-port2", "14301", "--osd-ports", "17850"); err != nil {
+	// Ports that no test's cluster takes; those of another run may be in use.
+	var err error
+	for shift := 0; shift < 400; shift += 100 {
+		port := func(n int) string { return strconv.Itoa(n + shift) }
+		if _, err = h.Run(ctx, script, "up", "--dir", c.Dir, "--size", "40G", "--mon-port", port(17790), "--mon-port2", port(14301), "--osd-ports", port(17850)); err == nil {
+			break
+		}
+	}
+	if err != nil {
 		return nil, err
 	}
 	text, err := os.ReadFile(filepath.Join(c.Dir, "osd.pid"))
