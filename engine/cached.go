@@ -141,6 +141,7 @@ func (o *cacheRead) Complete(res int32, _ uint32) {
 	}
 	o.r, o.dst = nil, nil
 	im.cacheOps = append(im.cacheOps, o)
+	im.maintainCache() // it may be worth some memory
 	im.partDone(r, 0)
 }
 

@@ -323,7 +323,13 @@ func (r *reader) close() {
 
 func openCache(t *testing.T, f *file) *readcache.Cache {
 	t.Helper()
-	c, err := readcache.Open(f, readcache.Options{Logger: silent})
+	return openCacheWith(t, f, readcache.Options{})
+}
+
+func openCacheWith(t *testing.T, f *file, o readcache.Options) *readcache.Cache {
+	t.Helper()
+	o.Logger = silent
+	c, err := readcache.Open(f, o)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -451,6 +457,40 @@ func TestSharedCache(t *testing.T) {
 	})
 }
 
+// TestHotReads: what is read again and again comes from memory in the end, as far as there is some.
+func TestHotReads(t *testing.T) {
+	for _, part := range []int64{1, 4} { // of the image for which there is memory
+		t.Run(fmt.Sprint("1/", part), func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				st := &farStore{Store: mem.New(), latency: time.Millisecond}
+				id := written(t, st, false)
+				f := newFile(160 << 20)
+				cache := openCacheWith(t, f, readcache.Options{Memory: imageSize/part + 8<<20})
+				r := openReader(t, st, id, cache, f)
+				round := func() int {
+					before := r.dev.reads
+					drive(t, r.l, r.im, engine.Read, 16, 4096, shuffled())
+					return r.dev.reads - before
+				}
+				round()
+				first := round()
+				last, most := first, first-first/int(part)
+				for i := 0; i < 20 && last > most; i++ { // workers take their time
+					last = round()
+				}
+				if first < imageSize/4096/2 || last > most {
+					t.Errorf("%d blocks were read from the SSD in the second round and %d in the last, of %d; at most %d were to be", first, last, imageSize/4096, most)
+				}
+				if s := cache.Stats(); s.Warm > imageSize/uint64(part)+8<<20 || s.Mismatches != 0 {
+					t.Errorf("stats: %+v", s)
+				}
+				r.close()
+				cache.Close()
+			})
+		})
+	}
+}
+
 // TestClonesShareTheCache: ten clones of an image, each read once, fetch it from the store once.
 func TestClonesShareTheCache(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
@@ -560,10 +600,13 @@ func TestHitsDoNotAllocate(t *testing.T) {
 		r.close()
 		cache.Close()
 	})
-	for _, size := range []int{4096, 16 << 10} {
-		d := &instant{f: f}
+	for _, c := range []struct {
+		size   int
+		memory int64
+	}{{4096, 0}, {16 << 10, 0}, {4096, imageSize + 8<<20}} {
+		size, d := c.size, &instant{f: f}
 		im, err := engine.Open(context.Background(), st, id, engine.OpenOptions{ReadOnly: true, Config: engine.Config{
-			Logger: silent, ReadCache: openCache(t, f), ReadCacheDevice: d,
+			Logger: silent, ReadCache: openCacheWith(t, f, readcache.Options{Memory: c.memory, WarmBlocks: 1}), ReadCacheDevice: d,
 		}})
 		if err != nil {
 			t.Fatal(err)
@@ -580,12 +623,12 @@ func TestHitsDoNotAllocate(t *testing.T) {
 		for range 1000 {
 			read()
 		}
-		loads := d.last // of the map
+		loads := d.last // of the map, and of what is read most
 		if n := testing.AllocsPerRun(2000, read); n != 0 {
 			t.Errorf("%v allocations for each read of %d bytes", n, size)
 		}
 		checkSectors(t, r.Buf, r.Sector)
-		if done != 3001 || d.last != loads || loads > 2 {
+		if done != 3001 || d.last != loads || loads > 2+int(c.memory/readcache.SegmentSize) {
 			t.Errorf("%d of 3001 reads ended; %d jobs on workers while the map was loaded, %d afterwards", done, loads, d.last-loads)
 		}
 	}

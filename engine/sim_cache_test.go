@@ -50,7 +50,13 @@ func (h *simHost) openCache() {
 	if c.disk == nil || c.cache != nil {
 		return
 	}
-	o := readcache.Options{Seed: 1 + w.rng.Uint64()>>1, SegmentBlocks: w.plan.cache.blocks, Logger: w.plan.config.Logger}
+	o := readcache.Options{
+		Seed: 1 + w.rng.Uint64()>>1, SegmentBlocks: w.plan.cache.blocks, Logger: w.plan.config.Logger,
+		Memory: int64(w.plan.extras.warm) * readcache.SegmentSize, WarmBlocks: w.plan.cache.blocks,
+		Allocate: func(n int) ([]byte, func() error, error) {
+			return make([]byte, n), func() error { return nil }, nil // a process that is killed frees nothing
+		},
+	}
 	var err error
 	if c.cache, err = readcache.Open(simCacheFile{c.disk, h}, o); err != nil {
 		c.cache = readcache.None(o)

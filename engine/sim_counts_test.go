@@ -79,6 +79,7 @@ const (
 	cacheFound   // bytes that processes found on the disk
 	cacheEvicted // bytes
 	cacheMoved   // bytes
+	cacheWarmed  // bytes of segments that were taken into memory
 	cacheReads   // of blocks of the disk
 	cacheFlips   // of these, with a flipped bit
 	cacheMismatches
@@ -101,7 +102,7 @@ func (n *simCounts) names() [simCountKinds]string {
 		"images to be made smaller", "made smaller", "made larger under their owners",
 		"images removed under their owners", "that objects came for later", "that had objects and no superblock",
 		"segments lent to logs", "segments returned",
-		"bytes of read caches' hits", "bytes of their misses", "bytes found at a start", "bytes evicted", "bytes moved",
+		"bytes of read caches' hits", "bytes of their misses", "bytes found at a start", "bytes evicted", "bytes moved", "bytes that were taken into memory",
 		"reads of their disks", "flipped bits in these", "mismatches", "errors", "read caches given up",
 	}
 }
@@ -116,7 +117,7 @@ func (n *simCounts) add(o *simCounts) {
 // addStats adds what the read cache of one process has done.
 func (n *simCounts) addStats(s *readcache.Stats) {
 	n.add(&simCounts{
-		cacheHits: s.HitBytes, cacheMisses: s.MissBytes, cacheEvicted: s.Evicted, cacheMoved: s.Moved, cacheMismatches: s.Mismatches, cacheErrors: s.Errors,
+		cacheHits: s.HitBytes, cacheMisses: s.MissBytes, cacheEvicted: s.Evicted, cacheMoved: s.Moved, cacheWarmed: s.Warmed, cacheMismatches: s.Mismatches, cacheErrors: s.Errors,
 	})
 }
 

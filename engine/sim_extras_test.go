@@ -35,6 +35,7 @@ type simExtras struct {
 	lostMap  bool   // images are detached of which parts of the map are lost
 	stands   bool   // that owner stands still for longer than anybody waits for what it puts
 	lent     int    // segments that a log may be lent at one time
+	warm     int    // segments that a read cache may have in memory
 }
 
 func newExtras(rng *rand.Rand) simExtras {
@@ -57,6 +58,9 @@ func newExtras(rng *rand.Rand) simExtras {
 	x.stands = rng.IntN(2) == 0
 	if rng.IntN(2) == 0 {
 		x.lent = 1 + rng.IntN(3)
+	}
+	if rng.IntN(2) == 0 {
+		x.warm = 1 + rng.IntN(4)
 	}
 	return x
 }

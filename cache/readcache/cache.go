@@ -65,6 +65,14 @@ type Options struct {
 	SegmentBlocks int
 	// Readers is how many headers Load reads at one time. Default 1.
 	Readers int
+	// Memory bounds the memory for segments that are read much, in bytes. Default: none.
+	Memory int64
+	// WarmBlocks is how many blocks of a segment have been asked for when it is taken into memory, for
+	// simulations, whose segments do not last long. Default: warmReads for each that it holds.
+	WarmBlocks int
+	// Allocate returns n bytes for one of them that suit the file, and what frees them. Default: memory
+	// outside of the Go heap, of which the collector would else keep as much again.
+	Allocate func(n int) ([]byte, func() error, error)
 	// Logger gets what an operator should know. Default: slog.Default().
 	Logger *slog.Logger
 }
@@ -89,11 +97,12 @@ type Cache struct {
 	index    index
 	segments []segment
 	flights  flights
+	warm     warmth
 
 	off                 atomic.Bool  // the SSD has failed, or the cache is closed: nothing is found or kept
 	badReads, badWrites atomic.Int32 // errors of the SSD in a row
 	wants               atomic.Bool  // Maintain has something to do
-	errs                struct{ mismatches, failed atomic.Uint64 }
+	errs                struct{ mismatches, failed, memory atomic.Uint64 }
 
 	maintain sync.Mutex // held by the one who writes and reclaims segments
 	scratch  []byte     // a segment that is reclaimed; guarded by maintain
@@ -116,8 +125,11 @@ type Cache struct {
 
 // segment is what is known of a segment of the file.
 type segment struct {
-	buf atomic.Pointer[buffer] // while it is in memory
-	seq uint64                 // guarded by Cache.mu
+	buf     atomic.Pointer[buffer] // while it is in memory
+	heat    atomic.Uint32          // see warmth
+	next    atomic.Uint32          // the heat from which on it is proposed, once it was refused
+	seq     uint64                 // guarded by Cache.mu
+	written bool                   // it is in a queue; guarded by Cache.mu
 }
 
 // buffer is a segment in memory.
@@ -125,6 +137,11 @@ type buffer struct {
 	mem  []byte
 	pins atomic.Int32 // readers that copy from it
 	h    segmentHeader
+
+	// Of a segment that is warm; guarded by Cache.maintain.
+	free func() error // frees mem
+	seen uint32       // its heat at the last Rest
+	idle int          // Rests since it was read
 }
 
 // segmentBytes is how much of a segment is used.
@@ -158,6 +175,7 @@ func Open(f File, o Options) (*Cache, error) {
 	c.segments = make([]segment, n)
 	c.index.init(n)
 	c.ghost.init(n)
+	c.warm.most = min(int(c.opt.Memory/int64(c.segmentBytes())), n)
 	return c, nil
 }
 
@@ -175,10 +193,17 @@ func newCache(f File, o Options) (*Cache, *rand.Rand) {
 		o.SegmentBlocks = maxEntries
 	}
 	o.Readers = max(o.Readers, 1)
+	if o.WarmBlocks <= 0 {
+		o.WarmBlocks = warmReads * o.SegmentBlocks
+	}
+	if o.Allocate == nil {
+		o.Allocate = mapped
+	}
 	c := &Cache{file: f, opt: o, logger: o.Logger, users: map[*Client]struct{}{}}
 	r := rand.New(rand.NewPCG(o.Seed, 0x726361636865))
 	c.hash = hasher{r.Uint64(), r.Uint64()}
 	c.flights.init(o.AheadMemory)
+	c.warm.allocate = o.Allocate
 	return c, r
 }
 
@@ -251,7 +276,7 @@ func (k *Key) blockSum(block uint32, data []byte) uint32 {
 type Run struct {
 	N      uint32 // blocks
 	Cached bool
-	// Memory says that the blocks are not on the SSD yet: Copy gets them.
+	// Memory says that the blocks are in memory, on the SSD or not: Copy gets them.
 	Memory bool
 	place  place
 }
@@ -277,6 +302,9 @@ func (c *Cache) Next(k *Key, first, count uint32, use bool) Run {
 			c.index.used(w, at)
 		}
 		r.N++
+	}
+	if use && r.Cached {
+		c.heat(r)
 	}
 	return r
 }
@@ -380,12 +408,17 @@ func (c *Cache) seldom(n uint64, msg string, args ...any) {
 	}
 }
 
-// recycle takes a buffer away from readers. The caller does not hold mu.
-func (c *Cache) recycle(b *buffer) {
+// detach takes a buffer away from readers. The caller does not hold mu.
+func (c *Cache) detach(b *buffer) {
 	c.segments[b.h.index].buf.Store(nil)
 	for b.pins.Load() != 0 {
 		runtime.Gosched() // a reader copies: microseconds
 	}
+}
+
+// recycle makes a buffer a spare one. The caller does not hold mu.
+func (c *Cache) recycle(b *buffer) {
+	c.detach(b)
 	c.mu.Lock()
 	c.spare = append(c.spare, b)
 	c.mu.Unlock()

@@ -94,7 +94,14 @@ func (f *memFile) Buffer(n int) []byte { return make([]byte, n) }
 
 func mustOpen(tb testing.TB, f File) *Cache {
 	tb.Helper()
-	c, err := Open(f, Options{Seed: 7, Logger: quiet})
+	return mustOpenWarm(tb, f, 0, 0)
+}
+
+// mustOpenWarm opens a cache with memory for so many segments, each of which is taken into it when so
+// many of its blocks have been asked for.
+func mustOpenWarm(tb testing.TB, f File, segments int64, blocks int) *Cache {
+	tb.Helper()
+	c, err := Open(f, Options{Seed: 7, Memory: segments * SegmentSize, WarmBlocks: blocks, Logger: quiet})
 	if err != nil {
 		tb.Fatal(err)
 	}
@@ -207,16 +214,19 @@ type world struct {
 	want bool // mismatches are to be expected
 
 	failing bool // the disk fails what is written
+	warm    int64
+	warmed  bool // some segment was
 }
 
 func (w *world) open() {
 	w.failing = false
 	w.disk.Fail = func(op simdisk.Op) bool { return w.failing && op.Kind == simdisk.Write }
-	w.c = mustOpen(w.t, w.disk)
+	w.c = mustOpenWarm(w.t, w.disk, w.warm, 64)
 	w.u = w.c.Client()
 }
 
 func (w *world) step() {
+	w.warmed = w.warmed || w.c.Stats().Warm > 0
 	switch n := w.rng.IntN(4000); {
 	case n == 0: // a clean stop
 		w.c.Close()
@@ -233,6 +243,8 @@ func (w *world) step() {
 		w.want = true
 	case n < 20:
 		w.failing = !w.failing
+	case n < 30:
+		w.c.Rest()
 	default:
 		object := w.rng.Uint64N(4)
 		if w.rng.IntN(3) == 0 {
@@ -250,6 +262,12 @@ func (w *world) step() {
 // TestCrashes reads while the disk loses, tears, flips and refuses: every read is
 // right, and the accounts stay in order.
 func TestCrashes(t *testing.T) {
+	var warmed atomic.Int32 // worlds in which some segment was
+	t.Cleanup(func() {
+		if warmed.Load() == 0 && !t.Failed() {
+			t.Error("no segment was warm in any world")
+		}
+	})
 	for seed := range uint64(8) {
 		t.Run(fmt.Sprint(seed), func(t *testing.T) {
 			if seed > 0 {
@@ -257,7 +275,7 @@ func TestCrashes(t *testing.T) {
 			}
 			t.Parallel()
 			rng := rand.New(rand.NewPCG(seed, 1))
-			w := &world{t: t, rng: rng, disk: simdisk.New(MinSize, rng)}
+			w := &world{t: t, rng: rng, disk: simdisk.New(MinSize, rng), warm: int64(1-seed%2) * 3}
 			w.open()
 			for range 2500 {
 				w.step()
@@ -266,9 +284,13 @@ func TestCrashes(t *testing.T) {
 				}
 			}
 			w.failing = false
+			w.c.verifyWarm(t)
 			w.c.Close()
 			w.open()
 			w.c.verifyAccounts(t)
+			if w.warmed {
+				warmed.Add(1)
+			}
 			if s := w.c.Stats(); !w.want && s.Mismatches != 0 {
 				t.Errorf("%d mismatches on a disk that lost nothing", s.Mismatches)
 			}
@@ -503,7 +525,7 @@ func TestSourceErrors(t *testing.T) {
 // TestRace reads, evicts, and fills from many goroutines.
 func TestRace(t *testing.T) {
 	f := newMemFile(MinSize)
-	c := mustOpen(t, f)
+	c := mustOpenWarm(t, f, 2, 64)
 	var all sync.WaitGroup
 	for g := range uint64(8) {
 		all.Go(func() {
@@ -524,13 +546,20 @@ func TestRace(t *testing.T) {
 					}
 				}
 				read(t, u, n, off, size, How(rng.IntN(4)/2))
+				if n < 2 {
+					read(t, u, 1, 0, testSize, Keep) // which is warm most of the time
+				}
+				if rng.IntN(100) == 0 {
+					c.Rest()
+				}
 			}
 		})
 	}
 	all.Wait()
 	c.Maintain()
 	c.verifyAccounts(t)
-	if s := c.Stats(); s.Mismatches != 0 || s.Errors != 0 || s.Hits != 0 {
+	c.verifyWarm(t)
+	if s := c.Stats(); s.Warm == 0 || s.Mismatches != 0 || s.Errors != 0 || s.Hits != 0 {
 		t.Errorf("stats: %+v", s)
 	}
 	c.Close()

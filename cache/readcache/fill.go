@@ -153,6 +153,7 @@ func (c *Cache) work() {
 		case reclaim:
 			c.reclaim()
 		default:
+			c.warmUp()
 			return
 		}
 	}
@@ -177,7 +178,7 @@ func (c *Cache) write(b *buffer) {
 	c.mu.Lock()
 	if err == nil {
 		c.counts.written += uint64(n)
-		c.fifo[b.h.queue].push(b.h.index)
+		c.enqueue(b.h.queue, b.h.index)
 	} else {
 		c.counts.writeErrors++
 		for i := range b.h.entries {
@@ -193,6 +194,12 @@ func (c *Cache) write(b *buffer) {
 		return
 	}
 	worked(&c.badWrites)
+}
+
+// enqueue makes a segment that is on the SSD the youngest of a queue. The caller holds mu.
+func (c *Cache) enqueue(q queue, s uint32) {
+	c.fifo[q].push(s)
+	c.segments[s].written = true
 }
 
 // entryHash returns the key and hash of entry i of a segment's header.
@@ -219,7 +226,11 @@ func (c *Cache) reclaim() {
 		q = small
 	}
 	s := c.fifo[q].pop()
+	c.segments[s].written = false
 	c.mu.Unlock()
+	c.chill(s)
+	c.segments[s].heat.Store(0)
+	c.segments[s].next.Store(0)
 
 	if c.scratch == nil {
 		c.scratch = c.file.Buffer(c.segmentBytes())
@@ -324,4 +335,7 @@ func (c *Cache) Close() {
 		}
 	}
 	c.off.Store(true)
+	for len(c.warm.list) > 0 {
+		c.chill(c.warm.list[0].h.index)
+	}
 }

@@ -97,7 +97,7 @@ func (c *Cache) loadQueues(headers []segmentHeader) {
 		return 1
 	})
 	for _, i := range found {
-		c.fifo[headers[i].queue].push(i)
+		c.enqueue(headers[i].queue, i)
 	}
 	c.loaded = true
 	c.wants.Store(len(c.free) < lowSegments)

@@ -12,10 +12,12 @@ type Stats struct {
 	State  string `json:"state"`
 	Size   uint64 `json:"size_bytes"`
 	Used   uint64 `json:"used_bytes"`   // by blocks
-	Memory uint64 `json:"memory_bytes"` // index, ghost, buffers, read-ahead
+	Memory uint64 `json:"memory_bytes"` // index, ghost, buffers, read-ahead, and what is warm
+	Warm   uint64 `json:"warm_bytes"`   // segments that are read much, in memory as well
 
 	ClientStats
 
+	Warmed     uint64 `json:"warmed_bytes"`  // taken into memory since they were read much
 	Written    uint64 `json:"written_bytes"` // to the SSD: its wear
 	Filled     uint64 `json:"filled_bytes"`  // kept, of what was fetched
 	Moved      uint64 `json:"moved_bytes"`   // written again, since it was used
@@ -72,7 +74,9 @@ func (c *Cache) Stats() Stats {
 	s := Stats{
 		State: StateOn, Size: uint64(len(c.segments)) * SegmentSize, Used: uint64(c.index.count) * BlockSize,
 		Memory:      c.memory(),
+		Warm:        c.warmBytes(),
 		ClientStats: total.ClientStats,
+		Warmed:      c.warm.taken.Load() * uint64(c.segmentBytes()),
 		Written:     n.written, Filled: n.filled * BlockSize, Moved: n.moved * BlockSize,
 		Evicted: n.evicted * BlockSize, Dropped: n.dropped * BlockSize,
 		Mismatches: c.errs.mismatches.Load(), Errors: c.errs.failed.Load(),
@@ -91,6 +95,9 @@ func (fs *flights) memory() uint64 { return uint64(fs.held.Load()) }
 
 // memory returns the bytes of memory that the cache holds. The caller holds mu.
 func (c *Cache) memory() uint64 {
-	n := len(c.index.words)*8 + len(c.index.sums)*4 + len(c.ghost.prints)*4 + len(c.segments)*16
-	return uint64(n+c.made*c.segmentBytes()) + c.flights.memory()
+	n := len(c.index.words)*8 + len(c.index.sums)*4 + len(c.ghost.prints)*4 + len(c.segments)*32
+	return uint64(n+c.made*c.segmentBytes()) + c.flights.memory() + c.warmBytes()
 }
+
+// warmBytes returns the bytes of memory that warm segments take.
+func (c *Cache) warmBytes() uint64 { return uint64(c.warm.count.Load()) * uint64(c.segmentBytes()) }

@@ -39,7 +39,7 @@ func printCache(row func(...any), v api.ReadCache) {
 	if v.Error != "" {
 		row("why", v.Error)
 	}
-	row("holds", fmt.Sprintf("%s of %s, %s of memory", human(v.Used), human(v.Size), human(v.Memory)))
+	row("holds", fmt.Sprintf("%s of %s; %s of memory, %s of it for what is read most", human(v.Used), human(v.Size), human(v.Memory), human(v.Warm)))
 	hits := 0.0
 	if all := v.HitBytes + v.MissBytes; all > 0 {
 		hits = 100 * float64(v.HitBytes) / float64(all)

@@ -38,6 +38,7 @@ type options struct {
 	scrubRate     bytesize.Size
 	burstMemory   bytesize.Size
 	readCache     bytesize.Size
+	cacheMemory   bytesize.Size
 	libraryLog    bytesize.Size
 	envErr        error // of what the environment says
 	supervise     bool
@@ -88,6 +89,8 @@ systemd runs it as lsd.service; without systemd, lsdctl add starts it with
 		o.envErr = o.readCache.Set(v)
 	}
 	f.Var(&o.readCache, "read-cache-size", "size of the read cache, 0 for none ($"+envReadCacheSize+")")
+	o.cacheMemory = bytesize.Size(daemon.DefaultReadCacheMemory())
+	f.Var(&o.cacheMemory, "read-cache-memory", "memory for what of the read cache is read most, so that it is not read from the SSD; 0: none")
 	f.StringVar(&o.cfg.Host, "host-name", host, "name of this host, for others who want an image")
 	f.BoolVar(&o.supervise, "supervise", false, "run the daemon as a child, and again when it dies")
 	f.StringVar(&o.onTerm, "on-term", "leave", "what SIGTERM does with the devices: leave them to the next lsdd, or detach")
@@ -233,6 +236,12 @@ func (o *options) sizeReadCache() error {
 	}
 	if o.readCache > readcache.MaxSize {
 		return fmt.Errorf("--read-cache-size %s: it must be at most 8T", &o.readCache)
+	}
+	if o.cacheMemory != 0 && o.cacheMemory < readcache.SegmentSize || o.cacheMemory > 1<<50 {
+		return fmt.Errorf("--read-cache-memory %s: it must be 0, for none, or from 1M to 1P", &o.cacheMemory)
+	}
+	if o.cfg.ReadCacheMemory = int64(o.cacheMemory); o.cacheMemory == 0 {
+		o.cfg.ReadCacheMemory = -1
 	}
 	o.cfg.ReadCacheSize = int64(o.readCache)
 	if o.cfg.ReadCacheSize == 0 {

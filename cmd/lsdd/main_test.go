@@ -51,6 +51,8 @@ func TestBadOptions(t *testing.T) {
 		{func(o *options) { o.readMemory = 1 << 20 }, "--read-memory 1M"},
 		{func(o *options) { o.burstMemory = 1 << 20 }, "--burst-memory 1M: it must be 0, for none, or from 8M to 1P"},
 		{func(o *options) { o.burstMemory = 1 << 51 }, "--burst-memory 2P"},
+		{func(o *options) { o.cacheMemory = 1 << 19 }, "--read-cache-memory 512K: it must be 0, for none, or from 1M to 1P"},
+		{func(o *options) { o.cacheMemory = 1 << 51 }, "--read-cache-memory 2P"},
 	} {
 		o := good()
 		tt.change(&o)

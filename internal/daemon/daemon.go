@@ -53,6 +53,9 @@ type Config struct {
 	ReadCache string
 	// ReadCacheSize is its size in bytes; 0 means that there is none.
 	ReadCacheSize int64
+	// ReadCacheMemory bounds the memory for what of it is read most, in bytes. Default
+	// DefaultReadCacheMemory; negative: none.
+	ReadCacheMemory int64
 	// DetachOnExit removes the devices when the daemon is told to end; else they
 	// wait for the next one.
 	DetachOnExit bool
@@ -156,6 +159,9 @@ func newDaemon(cfg Config) (*Daemon, error) {
 	if cfg.BurstMemory == 0 {
 		cfg.BurstMemory = DefaultBurstMemory()
 	}
+	if cfg.ReadCacheMemory == 0 {
+		cfg.ReadCacheMemory = DefaultReadCacheMemory()
+	}
 	d := &Daemon{
 		shared:   newShared(cfg),
 		cfg:      cfg,
@@ -185,7 +191,7 @@ func newDaemon(cfg Config) (*Daemon, error) {
 	d.ctx, d.cancel = context.WithCancel(context.Background())
 	d.serving, d.end = context.WithCancel(d.ctx)
 	d.reclaim = newReclaimer(d.serving, filepath.Join(cfg.StateDir, "reclaims"), d.logger, func(ctx context.Context, u backend.URL) (backend.Store, error) { return d.openSt(ctx, u) })
-	d.readCache = openReadCache(cfg.ReadCache, cfg.ReadCacheSize, d.logger)
+	d.readCache = openReadCache(cfg.ReadCache, cfg.ReadCacheSize, cfg.ReadCacheMemory, d.logger)
 	return d, nil
 }
 

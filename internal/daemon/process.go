@@ -91,6 +91,10 @@ func raise(logger *slog.Logger, name string, which int, want uint64) {
 // what is written while that is destaged.
 func DefaultBurstMemory() int64 { return min(2<<30, int64(totalMemory()/10)) }
 
+// DefaultReadCacheMemory returns the default of Config.ReadCacheMemory: 1 GiB, but at most a twentieth
+// of the memory that there is.
+func DefaultReadCacheMemory() int64 { return min(1<<30, int64(totalMemory()/20)) }
+
 // totalMemory returns how much memory there is for this process, in bytes, or 0 if that is not known.
 func totalMemory() uint64 {
 	var si unix.Sysinfo_t

@@ -53,4 +53,7 @@ func TestCgroupLimit(t *testing.T) {
 	if n := DefaultBurstMemory(); n <= 0 || n > 2<<30 {
 		t.Errorf("the default is %d bytes", n)
 	}
+	if n := DefaultReadCacheMemory(); n <= 0 || n > 1<<30 {
+		t.Errorf("that of the read cache is %d bytes", n)
+	}
 }

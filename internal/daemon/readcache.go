@@ -20,6 +20,9 @@ const DefaultReadCacheSize = 1 << 30
 // cacheReaders is how many headers are read at one time at a start.
 const cacheReaders = 16
 
+// cacheRests is how long it is from one look for memory that nobody reads to the next.
+const cacheRests = time.Minute
+
 // readCache is the read cache that all images of the daemon share. It never
 // keeps the daemon from starting: without its file the store serves all reads.
 type readCache struct {
@@ -27,12 +30,14 @@ type readCache struct {
 	path   string
 	file   *readcache.OSFile // nil: there is none
 	err    error             // why there is none
+	rested time.Time         // when Rest was called; of whoever calls tend
 	logger *slog.Logger
 }
 
-// openReadCache opens the cache at path, of size bytes; 0 means none.
-func openReadCache(path string, size int64, logger *slog.Logger) *readCache {
-	o := readcache.Options{Readers: cacheReaders, Logger: logger}
+// openReadCache opens the cache at path, of size bytes, 0 for none, with so much memory for what is
+// read most.
+func openReadCache(path string, size, memory int64, logger *slog.Logger) *readCache {
+	o := readcache.Options{Readers: cacheReaders, Memory: max(memory, 0), Logger: logger}
 	rc := &readCache{path: path, logger: logger}
 	if size > 0 {
 		if rc.err = rc.open(size, o); rc.err == nil {
@@ -76,6 +81,14 @@ func (rc *readCache) load(ctx context.Context) {
 	}
 	s := rc.Stats()
 	rc.logger.Info("read cache", "path", rc.path, "size", s.Size, "used", s.Used, "took", time.Since(began).Round(time.Millisecond))
+}
+
+// tend lets go of memory for what nobody has read in minutes. One goroutine calls it, now and then.
+func (rc *readCache) tend(now time.Time) {
+	if now.Sub(rc.rested) >= cacheRests {
+		rc.rested = now
+		rc.Rest()
+	}
 }
 
 // device returns the cache's file on the ring of r, nil if there is no file.

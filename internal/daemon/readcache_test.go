@@ -19,7 +19,7 @@ func TestReadCacheFile(t *testing.T) {
 	logger := slog.New(slog.NewTextHandler(io.Discard, nil))
 	dir := t.TempDir()
 	path := filepath.Join(dir, "cache", "read-cache")
-	rc := openReadCache(path, 2*readcache.MinSize, logger)
+	rc := openReadCache(path, 2*readcache.MinSize, 0, logger)
 	rc.load(context.Background())
 	if v := rc.describe(); v.State != readcache.StateOn || v.Error != "" || v.Size == 0 || v.Path != path {
 		t.Errorf("a new cache: %+v", v)
@@ -38,7 +38,7 @@ func TestReadCacheFile(t *testing.T) {
 		"too big":  {filepath.Join(dir, "other"), readcache.MaxSize, "read cache"},
 	} {
 		t.Run(name, func(t *testing.T) {
-			rc := openReadCache(c.path, c.size, logger)
+			rc := openReadCache(c.path, c.size, 0, logger)
 			rc.load(context.Background())
 			v := rc.describe()
 			if v.State != readcache.StateOff || !strings.Contains(v.Error, c.want) || c.want == "" && v.Error != "" {
@@ -57,7 +57,7 @@ func TestReadCacheFile(t *testing.T) {
 // TestReadCacheIsShared: the images of a daemon have its cache, and it shows in
 // status and metrics.
 func TestReadCacheIsShared(t *testing.T) {
-	cache := openReadCache(filepath.Join(t.TempDir(), "read-cache"), readcache.MinSize, slog.New(slog.NewTextHandler(io.Discard, nil)))
+	cache := openReadCache(filepath.Join(t.TempDir(), "read-cache"), readcache.MinSize, 0, slog.New(slog.NewTextHandler(io.Discard, nil)))
 	t.Cleanup(func() { cache.file.Close() }) // after the host has ended
 	cache.load(context.Background())
 	w := newWorld(t)

@@ -168,6 +168,7 @@ func (d *Daemon) look(now, free time.Time) time.Time {
 	}
 	d.shared.engine.DropBuffers(freeAfter)
 	d.shared.logPool.tend(now)
+	d.readCache.tend(now)
 	d.guard.refresh()
 	for _, a := range d.all() {
 		a.letGoUnused(now)
