@@ -28,7 +28,7 @@ demo: setup build ## the whole path on one machine: create, attach, mkfs, kill -
 	scripts/demo $(STORE)
 
 .PHONY: test
-test: setup check unit lab librbd vm ## everything that CI runs, set-up included
+test: setup check unit on-ceph vm ## everything that CI runs, set-up included
 
 .PHONY: setup
 setup: ## install what building, tests and lab need (Debian 12, as root)
@@ -43,14 +43,27 @@ check: ## gofmt, vet, staticcheck, for every build tag
 # Those with tests that the race detector does not see in the short form: see internal/racetest.
 slow_packages = $(shell git grep -l 'racetest\.Slow(t)' -- '*_test.go' | xargs -n1 dirname | sort -u | sed 's|^|./|')
 
+# Stages that wait more than they compute run side by side, each in one piece of the output.
+SIDE_BY_SIDE := $(MAKE) --no-print-directory -j2 --output-sync=target
+
 .PHONY: unit
 unit: ## unit tests: all with the race detector, in short; whole packages without it where it leaves tests out; simulation and fuzz seeds
-	$(STAGE) "unit tests with the race detector" go test $(GOFLAGS_LINK) -race -short -timeout 20m $$(go list ./... | grep -v /tests/bench)
+	$(STAGE) "unit tests with the race detector" go test $(GOFLAGS_LINK) -race -short -timeout 20m $$(go list ./... | grep -v /tests/bench$$)
+	$(SIDE_BY_SIDE) whole-packages costs simulations
+
+.PHONY: whole-packages
+whole-packages:
 	$(STAGE) "whole packages without it" go test $(GOFLAGS_LINK) -tags invariants -timeout 20m $(slow_packages)
+
+.PHONY: costs
+costs:
 	$(STAGE) "tests of the benchmarks" go test $(GOFLAGS_LINK) -timeout 15m ./tests/bench
+	$(STAGE) "what a hundred images cost" go test $(GOFLAGS_LINK) -count=1 -run 'Hundred|Hung' -v ./internal/daemon
+
+.PHONY: simulations
+simulations:
 	$(STAGE) "simulation" $(MAKE) --no-print-directory sim SEEDS=1000
 	$(STAGE) "simulation of planted bugs" $(MAKE) --no-print-directory sim-mutations
-	$(STAGE) "what a hundred images cost" go test $(GOFLAGS_LINK) -count=1 -run 'Hundred|Hung' -v ./internal/daemon
 
 .PHONY: race
 race: ## everything that is not in a VM or on Ceph with the race detector, long form
@@ -61,6 +74,10 @@ lab: ## the stores' conformance suite, fencing, and diffs from and to rbd, on a 
 	$(STAGE) "stores on real Ceph" go test $(GOFLAGS_LINK) -tags lab -timeout 10m ./backend/...
 	$(STAGE) "fencing on real Ceph" go test $(GOFLAGS_LINK) -tags lab -timeout 5m -run RADOS ./engine
 	$(STAGE) "diffs from and to rbd" go test $(GOFLAGS_LINK) -tags lab -timeout 5m -run RBD ./cmd/lsdctl
+
+.PHONY: on-ceph
+on-ceph: build ## lab and librbd, side by side
+	$(SIDE_BY_SIDE) lab librbd
 
 .PHONY: vm
 vm: build ## ublk and end-to-end tests on kernels 6.12 and 7.2, short form
@@ -108,20 +125,18 @@ beside_flags = $(if $(ONLY),--only '$(ONLY)') $(if $(CASES),--cases '$(CASES)') 
 .PHONY: bench
 bench: setup build ## lsd side by side with its peers, and the tables and plots of docs/benchmarks.md: two hours (ONLY=name|name TURNS=5)
 	$(if $(CASES),@echo "CASES is for make bench-short: docs/benchmarks.md has all" >&2; exit 1)
+	scripts/setup bench
 	$(BESIDE) run --out docs/benchmarks $(beside_flags)
 	$(BESIDE) report
 
 .PHONY: bench-short
 bench-short: setup build ## a first look at the same, ten minutes, into bin/beside.out (ONLY=name|name CASES=regex TURNS=2)
+	scripts/setup bench
 	$(BESIDE) run --short $(beside_flags)
 
 .PHONY: bench-engine
 bench-engine: ## the engine's cost in CPU
 	go test $(GOFLAGS_LINK) -run xxx -bench . -benchmem ./engine ./internal/extmap
-
-.PHONY: bench-null
-bench-null: build ## ublk without an engine beside null_blk and loop, in one VM
-	scripts/e2e --bench-null
 
 .PHONY: bench-space
 bench-space: ## write and space amplification of overwrites, beside theory

@@ -169,8 +169,8 @@ func ratio(ours, peer []float64) (string, bool) {
 		return "", false
 	}
 	q := Median(ours) / Median(peer)
-	if q > 0 && q < 0.02 {
-		return fmt.Sprintf("1/%.0f", 1/q), true
+	if q > 0 && q < 0.1 {
+		return "1/" + number(1/q), true
 	}
 	return number(q), true
 }

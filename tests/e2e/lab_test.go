@@ -32,7 +32,6 @@ var (
 	storeDisk = flag.String("e2e.storedisk", "", "scratch disk for file:// stores")
 	keepDisks = flag.Bool("e2e.keepdisks", false, "the disks hold what the boot before left there")
 	outDir    = flag.String("e2e.out", "", "directory for logs that outlive the machine, and for requests to its host")
-	benchNull = flag.Bool("e2e.bench-null", false, "measure lsdctl add --null beside null_blk and loop")
 )
 
 const (

@@ -35,6 +35,11 @@ func (o *options) inVM(ctx context.Context, h *lab.Host, c comparison) ([]bench.
 		}
 		args = append(args, "--ceph", cluster.Dir)
 	}
+	if c.prepare != nil {
+		if err := c.prepare(ctx, h); err != nil {
+			return nil, fmt.Errorf("preparing: %w", err)
+		}
+	}
 	for _, name := range passedOn {
 		args = append(args, "--env", name)
 	}

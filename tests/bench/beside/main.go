@@ -1,5 +1,5 @@
-// Command beside measures lsd side by side with its peers: in one run, taking turns. Each file
-// here that is not this one, run.go or report.go is a comparison; comparisons has the list.
+// Command beside measures lsd side by side with its peers: in one run, taking turns. Each
+// comparison is a file; comparisons, below, has the list.
 package main
 
 import (
@@ -23,6 +23,9 @@ type comparison struct {
 	title string
 	vm    bool // it needs a kernel with ublk: it runs in a virtual machine
 	ceph  bool // that has a cluster outside
+	// prepare makes ready, outside of the virtual machine and before it is started, what would
+	// take too long in there. It may be nil.
+	prepare func(ctx context.Context, h *lab.Host) error
 	// run measures it, on a host of its own.
 	run func(ctx context.Context, h *lab.Host) ([]bench.Table, error)
 }
@@ -31,7 +34,17 @@ type comparison struct {
 func comparisons() []comparison {
 	return []comparison{
 		writeLog(),
+		null(),
+		device(),
+		syncs(),
 		library(),
+		mercy(),
+		overload(),
+		clones(),
+		fragmented(),
+		recovery(),
+		processors(),
+		scale(),
 	}
 }
 
@@ -39,6 +52,8 @@ func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), unix.SIGINT, unix.SIGTERM)
 	defer stop()
 	context.AfterFunc(ctx, stop) // the second signal ends the program
+	// Whoever reads what is said may go away: clusters and machines are to be ended nevertheless.
+	signal.Notify(make(chan os.Signal, 1), unix.SIGPIPE)
 	if err := command().ExecuteContext(ctx); err != nil {
 		fmt.Fprintf(os.Stderr, "beside: %v\n", err)
 		stop()
@@ -94,6 +109,9 @@ func (o *options) flags(c *cobra.Command) {
 
 // complete checks the options and fills in what depends on others.
 func (o *options) complete() (err error) {
+	if _, err := regexp.Compile(o.Cases); err != nil {
+		return fmt.Errorf("--cases: %w", err)
+	}
 	if o.Turns < 0 || o.Seconds < 0 {
 		return fmt.Errorf("--turns and --seconds are numbers above 0")
 	}
@@ -128,11 +146,11 @@ func runCommand() *cobra.Command {
 		Use: "run", Short: "Measure all comparisons, or some", Args: cobra.NoArgs,
 		Example: "  beside run --only library --cases 'depth 32$' --turns 3",
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			if err := o.complete(); err != nil {
-				return err
-			}
 			chosen, err := o.chosen()
 			if err != nil {
+				return err
+			}
+			if err := o.complete(); err != nil {
 				return err
 			}
 			for _, c := range chosen {

@@ -7,7 +7,6 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"strconv"
 	"syscall"
 	"time"
 
@@ -25,12 +24,13 @@ type Daemon struct {
 	flags  []string
 	cmd    *exec.Cmd
 	died   chan error
+	ended  bool
 }
 
 // Daemon starts an lsdd with these flags besides those that it needs.
 func (h *Host) Daemon(ctx context.Context, flags ...string) (*Daemon, error) {
-	dir := filepath.Join(h.Dir, "lsd"+strconv.Itoa(len(h.daemons)))
-	if err := os.Mkdir(dir, 0o755); err != nil {
+	dir, err := os.MkdirTemp(h.Dir, "lsd")
+	if err != nil {
 		return nil, err
 	}
 	socket := filepath.Join(dir, "s")
@@ -39,7 +39,7 @@ func (h *Host) Daemon(ctx context.Context, flags ...string) (*Daemon, error) {
 		return nil, err
 	}
 	h.daemons = append(h.daemons, d)
-	h.Defer(d.end)
+	h.Defer(d.End)
 	return d, nil
 }
 
@@ -92,8 +92,13 @@ func (d *Daemon) signal(sig syscall.Signal) error {
 	}
 }
 
-// end detaches all and ends the daemon: a block device without a server would hang its users.
-func (d *Daemon) end() {
+// End detaches all and ends the daemon: a block device without a server would hang its users. What
+// it has on the disk goes, too. When the host is closed that is done where it has not been.
+func (d *Daemon) End() {
+	if d.ended {
+		return
+	}
+	d.ended = true
 	ctx, stop := context.WithTimeout(context.Background(), time.Minute)
 	defer stop()
 	if _, err := d.Client.Shutdown(ctx, api.ShutdownRequest{Detach: true, Timeout: 20 * time.Second}, nil); err != nil {
@@ -101,6 +106,7 @@ func (d *Daemon) end() {
 	}
 	_ = d.signal(syscall.SIGKILL)
 	d.host.daemons = without(d.host.daemons, d)
+	os.RemoveAll(d.dir)
 }
 
 func without(all []*Daemon, d *Daemon) (rest []*Daemon) {

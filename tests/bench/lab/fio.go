@@ -18,6 +18,7 @@ type Fio struct {
 	CPU   time.Duration // of fio, with what library it has
 	// Latency of an operation, from its submission on.
 	P50, P99, P999, Longest time.Duration
+	SyncP99                 time.Duration // of an fsync, where it does any
 }
 
 // fioDir is one direction in fio's JSON.
@@ -60,6 +61,11 @@ func parseFio(text string) (Fio, error) {
 		Jobs []struct {
 			Error       int `json:"error"`
 			Read, Write fioDir
+			Sync        struct {
+				Lat struct {
+					Percentile map[string]float64 `json:"percentile"`
+				} `json:"lat_ns"`
+			} `json:"sync"`
 		}
 	}
 	// It may say something else before.
@@ -78,6 +84,7 @@ func parseFio(text string) (Fio, error) {
 	return Fio{
 		Rate: d.IOPS + other.IOPS, Bytes: d.Bytes + other.Bytes, Ops: d.Total + other.Total, Took: time.Duration(d.MS) * time.Millisecond,
 		P50: p("50.000000"), P99: p("99.000000"), P999: p("99.900000"), Longest: time.Duration(d.Clat.Max),
+		SyncP99: time.Duration(said.Jobs[0].Sync.Lat.Percentile["99.000000"]),
 	}, nil
 }
 
