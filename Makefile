@@ -123,14 +123,14 @@ BESIDE := go build $(GOFLAGS_LINK) -o bin/ ./tests/bench/beside && bin/beside
 beside_flags = $(if $(ONLY),--only '$(ONLY)') $(if $(CASES),--cases '$(CASES)') $(if $(TURNS),--turns $(TURNS))
 
 .PHONY: bench
-bench: setup build ## lsd side by side with its peers, and the tables and plots of docs/benchmarks.md: two hours (ONLY=name|name TURNS=5)
+bench: setup build ## lsd side by side with its peers, and the tables and plots of docs/benchmarks.md: two and a half hours (ONLY=name|name TURNS=5)
 	$(if $(CASES),@echo "CASES is for make bench-short: docs/benchmarks.md has all" >&2; exit 1)
 	scripts/setup bench
 	$(BESIDE) run --out docs/benchmarks $(beside_flags)
 	$(BESIDE) report
 
 .PHONY: bench-short
-bench-short: setup build ## a first look at the same, ten minutes, into bin/beside.out (ONLY=name|name CASES=regex TURNS=2)
+bench-short: setup build ## a first look at the same, ten minutes, into bin/beside.out (ONLY=name|name CASES=regex TURNS=1)
 	scripts/setup bench
 	$(BESIDE) run --short $(beside_flags)
 

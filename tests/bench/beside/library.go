@@ -36,7 +36,7 @@ func library() comparison {
 			return []string{"--rw=write", "--bs=" + bs, fmt.Sprintf("--iodepth=%d", depth), "--io_size=" + lab.Pick(h.Effort, "256m", "1g")}
 		}
 		s := h.Seconds
-		m, err := lab.Turns(ctx, h, []lab.Case[libraryJob]{
+		cases := []lab.Case[libraryJob]{
 			{Name: "randwrite 4k, depth 1", Do: libraryJob{args: lab.Random("randwrite", 1, s), raw: true}},
 			{Name: "randwrite 4k, depth 32", Do: libraryJob{args: lab.Random("randwrite", 32, s), raw: true}},
 			{Name: "randwrite 4k, depth 128", Do: libraryJob{args: lab.Random("randwrite", 128, s), raw: true}},
@@ -45,7 +45,11 @@ func library() comparison {
 			{Name: "write 64k, depth 32", Do: libraryJob{args: sequential("64k", 32)}},
 			{Name: "write 1m, depth 16", Do: libraryJob{args: sequential("1m", 16)}},
 			{Name: "write 1m, into the store", Do: libraryJob{args: []string{"--rw=write", "--bs=1m", "--iodepth=16", "--io_size=" + lab.Pick(h.Effort, "512m", "2g"), "--end_fsync=1"}, stored: true}},
-		}, []lab.Side[libraryJob]{
+		}
+		if h.Short {
+			cases = []lab.Case[libraryJob]{cases[0], cases[1], cases[4], cases[7]}
+		}
+		m, err := lab.Turns(ctx, h, cases, []lab.Side[libraryJob]{
 			{Name: "lsd", Turn: l.lsd},
 			{Name: "librbd, cache on", Turn: l.librbd(true)},
 			{Name: "librbd, cache off", Turn: l.librbd(false)},

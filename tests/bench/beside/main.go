@@ -99,8 +99,8 @@ type options struct {
 // flags adds those flags that the command inside the virtual machine has, too.
 func (o *options) flags(c *cobra.Command) {
 	f := c.Flags()
-	f.BoolVar(&o.Short, "short", false, "a first look, small sizes and two turns: no figures to quote")
-	f.IntVar(&o.Turns, "turns", 0, "turns that each side takes (default 5, with --short 2)")
+	f.BoolVar(&o.Short, "short", false, "a first look, small sizes, some of the cases and one turn: no figures to quote")
+	f.IntVar(&o.Turns, "turns", 0, "turns that each side takes (default 5, with --short 1)")
 	f.IntVar(&o.Seconds, "seconds", 0, "length of a turn that goes by time (default 4, with --short 2)")
 	f.StringVar(&o.Cases, "cases", "", "only the cases in whose names this regular expression finds something")
 	f.StringVar(&o.out, "out", "bin/beside.out", "write the figures to this directory, NAME.json for each comparison")
@@ -116,7 +116,7 @@ func (o *options) complete() (err error) {
 		return fmt.Errorf("--turns and --seconds are numbers above 0")
 	}
 	if o.Turns == 0 {
-		o.Turns = lab.Pick(o.Effort, 2, 5)
+		o.Turns = lab.Pick(o.Effort, 1, 5)
 	}
 	if o.Seconds == 0 {
 		o.Seconds = lab.Pick(o.Effort, 2, 4)
@@ -223,7 +223,7 @@ func (o *options) repeat(name string) string {
 	if o.Short {
 		s = "make bench-short ONLY=" + name
 	}
-	if o.Turns != lab.Pick(o.Effort, 2, 5) {
+	if o.Turns != lab.Pick(o.Effort, 1, 5) {
 		s += fmt.Sprintf(" TURNS=%d", o.Turns)
 	}
 	return s
