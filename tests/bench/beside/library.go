@@ -81,7 +81,8 @@ func newLibraries(ctx context.Context, h *lab.Host) (l *libraries, err error) {
 	if l.cluster, err = h.Cluster(ctx); err != nil {
 		return nil, err
 	}
-	if l.daemon, err = h.Daemon(ctx, "--librbd-log-size", "4G", "--read-cache-size", "1G"); err != nil {
+	// Neither side scrubs: that goes by time, and rest would be waited for through all of it.
+	if l.daemon, err = h.Daemon(ctx, "--librbd-log-size", "4G", "--read-cache-size", "1G", "--scrub-rate", "0"); err != nil {
 		return nil, err
 	}
 	if _, err := l.daemon.Lsdctl(ctx, "create", l.store+"/full", "--size", "2G"); err != nil {

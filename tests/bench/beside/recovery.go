@@ -93,13 +93,12 @@ type recoveries struct {
 	cluster *lab.Cluster
 	daemon  *lab.Daemon
 	store   string
-	size    string // of the image
-	// As they were at the last kill, for the sides that are no daemon.
-	dirty, logged uint64 // bytes
+	size    string              // of the image
+	logged  map[dirtyLog]uint64 // bytes of the log that were in use at the last kill
 }
 
 func newRecoveries(ctx context.Context, h *lab.Host) (r *recoveries, err error) {
-	r = &recoveries{h: h, store: "rados://rbd/" + uuid.NewString(), size: lab.Pick(h.Effort, "2G", "8G")}
+	r = &recoveries{h: h, store: "rados://rbd/" + uuid.NewString(), size: lab.Pick(h.Effort, "2G", "8G"), logged: map[dirtyLog]uint64{}}
 	if r.cluster, err = h.Cluster(ctx); err != nil {
 		return nil, err
 	}
@@ -155,12 +154,12 @@ func (r *recoveries) image(ctx context.Context) (im api.Image, err error) {
 }
 
 // goal is what is asked for.
-func (r *recoveries) goal(context.Context, dirtyLog) (lab.Figures, error) {
-	return lab.Figures{"ms": 500 + 1000*float64(r.dirty)/(1<<30)}, nil
+func (r *recoveries) goal(_ context.Context, d dirtyLog) (lab.Figures, error) {
+	return lab.Figures{"ms": 500 + 1000*float64(d.bytes)/(1<<30)}, nil
 }
 
-// read reads as many bytes of the log's file as a recovery has to: what the disk gives.
-func (r *recoveries) read(ctx context.Context, _ dirtyLog) (lab.Figures, error) {
+// read reads as many bytes of the log's file as the recovery before has had to: what the disk gives.
+func (r *recoveries) read(ctx context.Context, d dirtyLog) (lab.Figures, error) {
 	if err := r.attach(ctx); err != nil {
 		return nil, err
 	}
@@ -168,7 +167,7 @@ func (r *recoveries) read(ctx context.Context, _ dirtyLog) (lab.Figures, error) 
 	if err != nil {
 		return nil, err
 	}
-	f, err := r.h.Fio(ctx, "--rw=read", "--readonly", "--bs=1m", "--iodepth=4", "--ioengine=io_uring", "--direct=1", "--filename="+im.Log, fmt.Sprintf("--size=%d", r.logged>>20<<20))
+	f, err := r.h.Fio(ctx, "--rw=read", "--readonly", "--bs=1m", "--iodepth=4", "--ioengine=io_uring", "--direct=1", "--filename="+im.Log, fmt.Sprintf("--size=%d", r.logged[d]>>20<<20))
 	return lab.Figures{"ms": milliseconds(f.Took)}, err
 }
 
@@ -221,7 +220,7 @@ func (r *recoveries) kill(ctx context.Context, d dirtyLog, client chan error) (k
 	if err != nil {
 		return k, err
 	}
-	r.dirty, r.logged = im.Stats.Dirty, im.Stats.LogUsed
+	r.logged[d] = im.Stats.LogUsed
 	is, err := os.Stat(r.daemon.Log)
 	if err != nil {
 		return k, err

@@ -7,6 +7,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strings"
 	"syscall"
 	"time"
 
@@ -63,7 +64,7 @@ func (d *Daemon) Start(ctx context.Context) error {
 		select {
 		case err := <-died:
 			died <- err
-			return false, fmt.Errorf("it has ended: %v (see %s)", err, d.Log)
+			return false, fmt.Errorf("it has ended: %v: %s", err, lastLine(d.Log))
 		default:
 		}
 		_, err := d.Client.Version(ctx)
@@ -71,6 +72,16 @@ func (d *Daemon) Start(ctx context.Context) error {
 		return err == nil && serr == nil, nil
 	})
 	return err
+}
+
+// lastLine returns the last line of a file, "" if there is none.
+func lastLine(path string) string {
+	text, err := os.ReadFile(path)
+	if err != nil {
+		return ""
+	}
+	lines := strings.Split(strings.TrimSpace(string(text)), "\n")
+	return lines[len(lines)-1]
 }
 
 // Pid returns its process.
