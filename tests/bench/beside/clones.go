@@ -116,18 +116,12 @@ func (c *cloned) makeBase(ctx context.Context, size int) error {
 
 // fio returns fio on lsd's library.
 func (c *cloned) fio(ctx context.Context, image string, args ...string) *exec.Cmd {
-	return c.daemon.Command(ctx, c.store, c.engine(image, args)...)
+	return c.daemon.Command(ctx, c.store, lab.RBDArgs(image, args...)...)
 }
 
 // fioPeer returns fio on Ceph's library, as it is: with its cache.
 func (c *cloned) fioPeer(ctx context.Context, image string, args ...string) *exec.Cmd {
-	all := c.engine(image, args)
-	return c.h.Command(ctx, all[0], all[1:]...)
-}
-
-// engine returns the arguments of fio's rbd engine for a job on an image.
-func (*cloned) engine(image string, args []string) []string {
-	return lab.FioArgs(append([]string{"--ioengine=rbd", "--clientname=admin", "--pool=rbd", "--rbdname=" + image}, args...)...)
+	return c.h.Librbd(ctx, true, lab.RBDArgs(image, args...)...)
 }
 
 // lsd has lsd's clones read, of which a new daemon has nothing cached.

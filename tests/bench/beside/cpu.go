@@ -111,7 +111,7 @@ func newCounting(ctx context.Context, h *lab.Host) (c *counting, err error) {
 
 // fio returns fio's arguments for a job.
 func (c *counting) fio(job ...string) []string {
-	return lab.FioArgs(append([]string{"--ioengine=rbd", "--clientname=admin", "--pool=rbd", "--rbdname=image", "--size=" + c.size}, job...)...)
+	return lab.RBDArgs("image", append([]string{"--size=" + c.size}, job...)...)
 }
 
 // A counted is a side.
@@ -128,9 +128,7 @@ func (c *counting) lsd() counted {
 
 func (c *counting) librbd(cache bool) counted {
 	return counted{command: func(ctx context.Context, args []string) *exec.Cmd {
-		cmd := c.h.Command(ctx, args[0], args[1:]...)
-		cmd.Env = append(os.Environ(), "CEPH_ARGS=--rbd_cache="+strconv.FormatBool(cache))
-		return cmd
+		return c.h.Librbd(ctx, cache, args...)
 	}}
 }
 

@@ -82,20 +82,14 @@ func (f *fragmentation) write(ctx context.Context, image string, how ...string) 
 	return err
 }
 
-// engine returns the arguments of fio's rbd engine for a job on an image.
-func (f *fragmentation) engine(image string, args []string) []string {
-	return lab.FioArgs(append([]string{"--ioengine=rbd", "--clientname=admin", "--pool=rbd", "--rbdname=" + image, "--size=" + f.size}, args...)...)
-}
-
 // fio has fio work on lsd's library.
 func (f *fragmentation) fio(ctx context.Context, image string, args []string) (lab.Fio, error) {
-	return lab.RunFio(f.daemon.Command(ctx, f.store, f.engine(image, args)...))
+	return lab.RunFio(f.daemon.Command(ctx, f.store, lab.RBDArgs(image, append([]string{"--size=" + f.size}, args...)...)...))
 }
 
 // fioPeer has fio work on Ceph's library, as it is.
 func (f *fragmentation) fioPeer(ctx context.Context, image string, args []string) (lab.Fio, error) {
-	all := f.engine(image, args)
-	return lab.RunFio(f.h.Command(ctx, all[0], all[1:]...))
+	return lab.RunFio(f.h.Librbd(ctx, true, lab.RBDArgs(image, append([]string{"--size=" + f.size}, args...)...)...))
 }
 
 // lsd returns the side of lsd's library, on one of the images. What attaching it takes is not

@@ -3,9 +3,7 @@ package main
 import (
 	"context"
 	"fmt"
-	"os"
 	"path/filepath"
-	"strconv"
 	"time"
 
 	"github.com/google/uuid"
@@ -101,11 +99,9 @@ func newLibraries(ctx context.Context, h *lab.Host) (l *libraries, err error) {
 }
 
 // engine returns the arguments of fio's rbd engine for a job on an image.
-func (*libraries) engine(pool, image string, j []string) []string {
-	return lab.FioArgs(append([]string{"--ioengine=rbd", "--clientname=admin", "--pool=" + pool, "--rbdname=" + image, "--size=2g"}, j...)...)
+func (*libraries) engine(image string, j []string) []string {
+	return lab.RBDArgs(image, append([]string{"--size=2g"}, j...)...)
 }
-
-var readAll = []string{"--rw=read", "--bs=1m", "--iodepth=16", "--size=256m"}
 
 // lsd does a job on lsd's library, on an image that is attached before, so that what that takes
 // is not counted.
@@ -119,7 +115,7 @@ func (l *libraries) lsd(ctx context.Context, j libraryJob) (lab.Figures, error) 
 		}
 	}
 	fio := func(args []string) (lab.Fio, error) {
-		return lab.RunFio(l.daemon.Command(ctx, l.store, l.engine("rbd", image, args)...))
+		return lab.RunFio(l.daemon.Command(ctx, l.store, l.engine(image, args)...))
 	}
 	if _, err := fio([]string{"--rw=read", "--bs=4k", "--number_ios=1"}); err != nil {
 		return nil, err
@@ -139,10 +135,7 @@ func (l *libraries) lsd(ctx context.Context, j libraryJob) (lab.Figures, error) 
 func (l *libraries) librbd(cache bool) func(context.Context, libraryJob) (lab.Figures, error) {
 	return func(ctx context.Context, j libraryJob) (lab.Figures, error) {
 		return l.measure(ctx, j, func(args []string) (lab.Fio, error) {
-			all := l.engine("rbd", "peer", args)
-			cmd := l.h.Command(ctx, all[0], all[1:]...)
-			cmd.Env = append(os.Environ(), "CEPH_ARGS=--rbd_cache="+strconv.FormatBool(cache))
-			return lab.RunFio(cmd)
+			return lab.RunFio(l.h.Librbd(ctx, cache, l.engine("peer", args)...))
 		})
 	}
 }
@@ -161,7 +154,7 @@ func (l *libraries) file(ctx context.Context, j libraryJob) (lab.Figures, error)
 func (l *libraries) measure(ctx context.Context, j libraryJob, fio func(args []string) (lab.Fio, error)) (lab.Figures, error) {
 	if j.warm {
 		for range 2 {
-			if _, err := fio(readAll); err != nil {
+			if _, err := fio([]string{"--rw=read", "--bs=1m", "--iodepth=16", "--size=256m"}); err != nil {
 				return nil, err
 			}
 		}

@@ -3,8 +3,6 @@ package main
 import (
 	"context"
 	"fmt"
-	"os"
-	"strconv"
 
 	"github.com/google/uuid"
 	"github.com/lsd-ceph/lsd/internal/api"
@@ -122,22 +120,14 @@ func (s *mercySides) createPeer(ctx context.Context, image, size string) error {
 	return err
 }
 
-// engine returns the arguments of fio's rbd engine for a job on an image.
-func (*mercySides) engine(image string, args []string) []string {
-	return lab.FioArgs(append([]string{"--ioengine=rbd", "--clientname=admin", "--pool=rbd", "--rbdname=" + image}, args...)...)
-}
-
 // fio has fio work on lsd's library.
 func (s *mercySides) fio(ctx context.Context, image string, args []string) (lab.Fio, error) {
-	return lab.RunFio(s.daemon.Command(ctx, s.store, s.engine(image, args)...))
+	return lab.RunFio(s.daemon.Command(ctx, s.store, lab.RBDArgs(image, args...)...))
 }
 
 // fioPeer has fio work on Ceph's library.
 func (s *mercySides) fioPeer(ctx context.Context, cache bool, image string, args []string) (lab.Fio, error) {
-	all := s.engine(image, args)
-	cmd := s.h.Command(ctx, all[0], all[1:]...)
-	cmd.Env = append(os.Environ(), "CEPH_ARGS=--rbd_cache="+strconv.FormatBool(cache))
-	return lab.RunFio(cmd)
+	return lab.RunFio(s.h.Librbd(ctx, cache, lab.RBDArgs(image, args...)...))
 }
 
 // image returns the image for a job, and makes it if it is to be a new one.

@@ -112,7 +112,7 @@ func newOverload(ctx context.Context, h *lab.Host) (o *overloaded, err error) {
 
 // engine returns the arguments of fio's rbd engine.
 func (o *overloaded) engine(args []string) []string {
-	return lab.FioArgs(append([]string{"--ioengine=rbd", "--clientname=admin", "--pool=rbd", "--rbdname=" + overloadImage, "--size=" + o.span}, args...)...)
+	return lab.RBDArgs(overloadImage, append([]string{"--size=" + o.span}, args...)...)
 }
 
 // fio returns fio on lsd's library.
@@ -122,8 +122,7 @@ func (o *overloaded) fio(ctx context.Context, args []string) *exec.Cmd {
 
 // fioPeer returns fio on Ceph's library, as it is: with its cache.
 func (o *overloaded) fioPeer(ctx context.Context, args []string) *exec.Cmd {
-	all := o.engine(args)
-	return o.h.Command(ctx, all[0], all[1:]...)
+	return o.h.Librbd(ctx, true, o.engine(args)...)
 }
 
 // lsd writes for long on lsd's library, and compares the rate with what rados bench puts: the

@@ -3,7 +3,6 @@ package main
 import (
 	"context"
 	"fmt"
-	"os"
 	"os/exec"
 	"regexp"
 	"slices"
@@ -190,10 +189,7 @@ func (s *imageSet) lsd(ctx context.Context, job ...string) *exec.Cmd {
 
 // librbd returns a command that does a job on Ceph's images.
 func (s *imageSet) librbd(ctx context.Context, cache bool, job ...string) *exec.Cmd {
-	args := s.fio(job...)
-	cmd := s.h.Command(ctx, args[0], args[1:]...)
-	cmd.Env = append(os.Environ(), "CEPH_ARGS=--rbd_cache="+strconv.FormatBool(cache))
-	return cmd
+	return s.h.Librbd(ctx, cache, s.fio(job...)...)
 }
 
 // job returns fio's arguments for random writes that go by time.

@@ -13,7 +13,7 @@ import (
 // image is attached.
 func (d *Daemon) Hold(ctx context.Context, store, image string) error {
 	// It reads one block again and again, slowly.
-	cmd := d.Command(context.WithoutCancel(ctx), store, FioArgs("--ioengine=rbd", "--clientname=admin", "--pool=rbd", "--rbdname="+image,
+	cmd := d.Command(context.WithoutCancel(ctx), store, RBDArgs(image,
 		"--rw=read", "--bs=4k", "--size=4k", "--rate_iops=1", "--time_based", "--runtime=86400")...)
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true} // fio is two processes
 	if err := cmd.Start(); err != nil {
