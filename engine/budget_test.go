@@ -108,6 +108,7 @@ func TestReadsShareMemory(t *testing.T) {
 	for i, want := range []int{4, 1, 1} {
 		im := hosts[i].im
 		for n := range uint64(reads) {
+			im.streams = streams{} // what is read ahead has memory of its own
 			im.Submit(&Request{Op: Read, Sector: n * 8, Sectors: 8, Buf: make([]byte, block), Done: doneFunc(func(r *Request) {
 				if got, err := stamp(r.Buf, r.Sector); i < 2 && (r.Err != 0 || err != nil || got != n+1) {
 					t.Errorf("%s: block %d is %d, %v, %v", hosts[i].name, n, got, err, r.Err)

@@ -60,9 +60,8 @@ func (im *Image) readFromObject(r *Request, s uint64, n uint32, loc uint64, info
 }
 
 // readComing reads what has been read ahead, or is being read: at once if it is there
-// and not large, else on a worker. It returns how many of the n sectors it has seen
-// to. Only requests of a stream look for that, before they ask the cache, which does
-// not have it.
+// and not large, else when it has come. It returns how many of the n sectors it has seen
+// to. Only requests of which some may be on its way look for that, before they ask the cache.
 func (im *Image) readComing(r *Request, s uint64, n uint32, loc uint64, info *objectInfo, k *readcache.Key) uint32 {
 	if !r.stream {
 		return 0
@@ -72,16 +71,20 @@ func (im *Image) readComing(r *Request, s uint64, n uint32, loc uint64, info *ob
 		dst = nil
 	}
 	got, coming := im.reads.Ready(k, offsetOf(loc)*SectorSize, dst)
-	if !coming {
+	if !coming.Known {
 		return 0
 	}
-	m := uint32(got / SectorSize)
-	if m == 0 {
-		m = n
-		im.readSlow(slowStore, r, s, n, loc, info, k) // it may be on its way
+	if got > 0 {
+		return uint32(got / SectorSize)
 	}
-	im.reads.Miss(int(m) * SectorSize)
-	return m
+	if o, ok := coming.By.(*aheadRead); ok && o.im == im && dst != nil {
+		r.pending++
+		o.waiting = append(o.waiting, waitingPart{r, s, n})
+		return n
+	}
+	im.readSlow(slowStore, r, s, n, loc, info, k)
+	im.reads.Miss(int(n) * SectorSize)
+	return n
 }
 
 // readSlow reads a part of r on a worker.

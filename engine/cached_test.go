@@ -74,7 +74,8 @@ func (l *loop) call(fn func()) {
 // file is a file in memory: for the write log, and for the read cache.
 type file struct {
 	*memfile.File
-	mu sync.Mutex
+	mu    sync.Mutex
+	reads int // guarded by mu
 }
 
 func newFile(size int64) *file { return &file{File: memfile.New(size)} }
@@ -82,7 +83,14 @@ func newFile(size int64) *file { return &file{File: memfile.New(size)} }
 func (f *file) ReadAt(p []byte, off int64) (int, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
+	f.reads++
 	return f.File.ReadAt(p, off)
+}
+
+func (f *file) readsSoFar() int {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.reads
 }
 
 func (f *file) WriteAt(p []byte, off int64) (int, error) {
@@ -258,8 +266,14 @@ func uniform(n int) func() (uint64, uint32, bool) {
 // written returns an image that has been written all over, in order or not.
 func written(t *testing.T, st backend.Store, scattered bool) uuid.UUID {
 	t.Helper()
+	return writtenInObjects(t, st, engine.DefaultObjectSize, scattered)
+}
+
+// writtenInObjects is written with objects of some size.
+func writtenInObjects(t *testing.T, st backend.Store, object uint32, scattered bool) uuid.UUID {
+	t.Helper()
 	ctx := context.Background()
-	id, err := engine.Create(ctx, st, "disk", engine.CreateOptions{Size: imageSize})
+	id, err := engine.Create(ctx, st, "disk", engine.CreateOptions{Size: imageSize, ObjectSize: object})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -416,6 +430,71 @@ func TestSequentialReadsUseTheStore(t *testing.T) {
 			})
 		})
 	}
+}
+
+// TestScatteredReadsAreGathered: what was written block by block in another order is read from
+// the store in much larger pieces by who reads it in order, each of them once.
+func TestScatteredReadsAreGathered(t *testing.T) {
+	for name, c := range map[string]struct {
+		depth, size int
+		object      uint32
+		pieces      int64 // blocks that are read at one time, at least, on average
+	}{
+		"1 MiB, depth 8": {8, 1 << 20, engine.DefaultObjectSize, 20},
+		"128 KiB":        {1, 128 << 10, engine.DefaultObjectSize, 80},
+		"4 KiB":          {1, 4 << 10, engine.DefaultObjectSize, 80},
+		"small objects":  {1, 128 << 10, engine.MinObjectSize, 16}, // more than fetches at one time
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				st := &farStore{Store: mem.New(), latency: time.Millisecond}
+				id := writtenInObjects(t, st, c.object, true)
+				cache := readcache.None(readcache.Options{})
+				r := openReader(t, st, id, cache, nil)
+				st.gets.Store(0)
+				st.bytes.Store(0)
+				drive(t, r.l, r.im, engine.Read, c.depth, c.size, inOrder(c.size))
+				r.close()
+				gets, bytes, left := st.gets.Load(), st.bytes.Load(), cache.Stats().Memory
+				t.Logf("%d operations for %d blocks, %.3f times the image fetched, %d bytes left", gets, imageBlocks, float64(bytes)/imageSize, left)
+				if gets > imageBlocks/c.pieces || bytes > imageSize*102/100 {
+					t.Errorf("%d operations of the store for %d blocks, %d bytes for %d", gets, imageBlocks, bytes, imageSize)
+				}
+				if left > 1<<20 {
+					t.Errorf("%d bytes that were read ahead are still there", left)
+				}
+			})
+		})
+	}
+}
+
+// TestScatteredReadsOfTheSSD: the same of what the read cache has.
+func TestScatteredReadsOfTheSSD(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		st := &farStore{Store: mem.New(), latency: time.Millisecond}
+		id := written(t, st, true)
+		f := newFile(160 << 20)
+		cache := openCache(t, f)
+		r := openReader(t, st, id, cache, f)
+		round := func() (fetched uint64, reads int) {
+			before, was := cache.Stats().Fetched, f.readsSoFar()
+			drive(t, r.l, r.im, engine.Read, 1, 128<<10, inOrder(128<<10))
+			return cache.Stats().Fetched - before, f.readsSoFar() - was
+		}
+		fetched, reads := round()
+		for i := 0; i < 10 && fetched > imageSize/50; i++ { // the cache does not take all at once
+			fetched, reads = round()
+		}
+		t.Logf("at last %d bytes from the store, %d reads of the SSD for %d blocks", fetched, reads, imageBlocks)
+		if fetched > imageSize/50 || reads > imageBlocks/8 {
+			t.Errorf("%d bytes come from the store, and %d reads of the SSD for %d blocks", fetched, reads, imageBlocks)
+		}
+		s := cache.Stats()
+		if s.HitBytes < imageSize*9/10 || s.Mismatches != 0 {
+			t.Errorf("stats: %+v", s)
+		}
+		r.close()
+	})
 }
 
 // TestSharedCache: two images with the same objects, as clones are, fetch each

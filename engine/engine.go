@@ -121,7 +121,7 @@ type Request struct {
 	at      uint32 // sectors appended to the log so far
 	seq     uint64 // record that must be complete, or durable, first
 	pending int    // parts of a read that are under way
-	stream  bool   // a read of a client that reads on and on
+	stream  bool   // a read of which some may be on its way: it has been read ahead, or gathered
 	how     readcache.How
 }
 

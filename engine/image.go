@@ -95,6 +95,7 @@ type Image struct {
 	readMemory int64
 	cacheOps   []*cacheRead // free
 	streams    streams
+	own        gathered     // of the request that is being begun
 	aheadOps   []*aheadRead // free
 
 	cacheReads  int  // reads of the read cache under way in the ring

@@ -43,8 +43,15 @@ func (im *Image) read(r *Request) {
 	st := im.streams.note(r.Sector, r.Sectors)
 	r.stream, r.how = st != nil, st.how()
 	r.pending = 1 // held until all parts are started
+	if st != nil && st.scattered {
+		im.readAhead(st, r.Sector) // with what r asks for itself
+	} else {
+		im.gatherOwn(r, r.Sector, uint64(r.Sectors))
+	}
 	im.readRange(r, r.Sector, uint64(r.Sectors))
-	im.readAhead(st)
+	if st != nil {
+		im.readAhead(st, st.next)
+	}
 	im.partDone(r, 0)
 }
 
@@ -112,6 +119,7 @@ func (im *Image) readUnloaded(r *Request, i uint32, s, end uint64) {
 	r.pending++
 	im.withSegment(i, func(err error) {
 		if err == nil {
+			im.gatherOwn(r, s, end-s)
 			im.readRange(r, s, end-s) // of which some may be in the log by now
 		}
 		im.partDone(r, im.readErr(err))

@@ -39,6 +39,7 @@ type stream struct {
 	sums   uint32 // the last object whose checksums were fetched ahead
 	steps  int
 	used   uint64 // streams.clock of the last request
+	gathered
 }
 
 // streams are the sequential streams of an image. The reactor owns them.
@@ -72,7 +73,7 @@ func (t *streams) note(s uint64, n uint32) *stream {
 		}
 		return st
 	}
-	*oldest = stream{next: end, ahead: end, length: uint64(n), steps: 1, used: t.clock}
+	*oldest = stream{next: end, ahead: end, length: uint64(n), steps: 1, used: t.clock, gathered: oldest.gathered.empty()}
 	return nil
 }
 
@@ -84,45 +85,37 @@ func (st *stream) how() readcache.How {
 	return readcache.Keep
 }
 
-// howAhead returns how the stream's blocks from ahead on are read.
-func (st *stream) howAhead() readcache.How {
-	if st.length+st.ahead-st.next > longStream {
+// howAhead returns how the stream's blocks before a sector are read.
+func (st *stream) howAhead(before uint64) readcache.How {
+	if st.length+before > longStream+st.next {
 		return readcache.KeepKnown
 	}
 	return readcache.Keep
 }
 
-// readAhead fetches what the client of a stream will probably ask for next.
-func (im *Image) readAhead(st *stream) {
-	if st == nil {
-		return
-	}
-	st.ahead = max(st.ahead, st.next)
+// readAhead fetches what the client of a stream will probably ask for next, from a sector
+// on if that has not been done.
+func (im *Image) readAhead(st *stream, from uint64) {
+	im.fetchSpans(st)
+	st.ahead = max(st.ahead, from)
 	end := min(st.next+st.window, im.sectors)
-	if st.ahead+min(st.window/2, aheadUnit) > end && end < im.sectors || st.ahead >= im.sectors {
+	if len(st.spans) > 0 || st.ahead+st.step() > end && end < im.sectors || st.ahead >= im.sectors {
 		return // it is far enough
 	}
 	st.grow(im.reads.AheadRoom())
 	im.loadAhead(st)
-	for end = min(st.next+st.window, im.sectors); st.ahead < end; {
-		i := segmentOf(st.ahead)
-		if !im.ready(i) {
-			im.withSegment(i, func(error) {})
-			return
-		}
-		to := min(end, segmentStart(i+1))
-		e, ok := im.nextInObject(st.ahead, to)
-		if !ok {
-			st.ahead = to
-			continue
-		}
-		n := im.fetchAhead(e.Loc, min(e.N, aheadUnit), st.howAhead())
-		st.ahead = e.Sector + uint64(n)
-		if n == 0 {
-			break
-		}
-	}
+	im.gather(st, min(st.next+st.window, im.sectors))
+	im.fetchSpans(st)
 	im.fetchSumsAhead(st)
+}
+
+// step returns by how many sectors at least a stream is read ahead further: more at a time
+// where the data is scattered, of which an object has more then in one place.
+func (st *stream) step() uint64 {
+	if st.scattered {
+		return st.window / 2
+	}
+	return min(st.window/2, aheadUnit)
 }
 
 // grow sets by how much the stream is read ahead of from now on: by no more than anyAhead
@@ -168,11 +161,9 @@ func (im *Image) fetchSums(info *objectInfo) {
 		return
 	}
 	k, blocks := im.sumsKey(info)
-	if claim, _, claimed := im.reads.Claim(&k, sumsBlock, blocks); claimed {
-		o := im.newAhead(k, info, claim, readcache.Keep)
-		o.src = &o.sums
-		im.env.Spawn(o.work, o.done)
-	}
+	o := im.newAhead(k, info, readcache.Keep)
+	o.src = &o.sums
+	o.fetch(readcache.Want{First: sumsBlock, N: blocks, Asked: blocks})
 }
 
 // nextInObject returns the next run from s on, before end, that a read would get
@@ -207,37 +198,13 @@ type aheadRead struct {
 	claim readcache.Claim
 	how   readcache.How
 	err   error
+	// waiting are the parts of requests that it has. The reactor owns them.
+	waiting []waitingPart
 	// The functions for Env.Spawn, made once.
 	work, done func()
 }
 
-// fetchAhead has some of n sectors at loc fetched, and returns how many it has
-// seen to: 0 if they have to wait, for too much is under way, or not yet asked for.
-func (im *Image) fetchAhead(loc uint64, n uint32, how readcache.How) uint32 {
-	if im.aheads >= maxAheads {
-		return 0
-	}
-	info := im.table.find(refOf(loc).seq())
-	if info == nil {
-		return n // who reads there for its own sake will tell of it
-	}
-	k := im.key(info)
-	off := uint32(offsetOf(loc))
-	first := off / blockSectors
-	claim, seen, claimed := im.reads.Claim(&k, first, (off+n+blockSectors-1)/blockSectors-first)
-	if claimed {
-		im.fetchSums(info) // beside the data, where fetchSumsAhead was not soon enough
-		o := im.newAhead(k, info, claim, how)
-		o.src = &o.data
-		im.env.Spawn(o.work, o.done)
-	}
-	if seen == 0 {
-		return 0
-	}
-	return min((first+seen)*blockSectors-off, n)
-}
-
-func (im *Image) newAhead(k readcache.Key, info *objectInfo, c readcache.Claim, how readcache.How) *aheadRead {
+func (im *Image) newAhead(k readcache.Key, info *objectInfo, how readcache.How) *aheadRead {
 	var o *aheadRead
 	if l := len(im.aheadOps); l > 0 {
 		o, im.aheadOps = im.aheadOps[l-1], im.aheadOps[:l-1]
@@ -245,9 +212,30 @@ func (im *Image) newAhead(k readcache.Key, info *objectInfo, c readcache.Claim, 
 		o = &aheadRead{im: im}
 		o.work, o.done = o.run, o.finished
 	}
-	o.key, o.data, o.sums, o.claim, o.how, o.err = k, objectSource{im, *info}, sumsSource{im, *info}, c, how, nil
-	im.aheads++
+	o.key, o.data, o.sums, o.how, o.err = k, objectSource{im, *info}, sumsSource{im, *info}, how, nil
+	o.src = &o.data
 	return o
+}
+
+// fetch claims what w says for o and has it fetched, as readcache.Client.Claim has it. o is free
+// again if there is nothing to fetch.
+func (o *aheadRead) fetch(w readcache.Want) (seen uint32, claimed bool) {
+	im := o.im
+	w.By = o
+	if o.claim, seen, claimed = im.reads.Claim(&o.key, w); !claimed {
+		im.aheadOps = append(im.aheadOps, o)
+		return seen, false
+	}
+	im.aheads++
+	im.env.Spawn(o.work, o.done)
+	return seen, true
+}
+
+// A waitingPart is a part of a read that is on its way.
+type waitingPart struct {
+	r      *Request
+	sector uint64
+	n      uint32
 }
 
 // run fetches, on a worker.
@@ -257,14 +245,24 @@ func (o *aheadRead) run() {
 	o.err = o.im.reads.Fly(ctx, o.claim, &o.key, o.src, o.how)
 }
 
-// finished takes the result, on the reactor. An error ends all streams: whoever
-// reads there for its own sake will tell of it.
+// finished takes the result, on the reactor, lets those go on that have waited for it, and goes on
+// with what is gathered. An error ends all streams: whoever reads there for its own sake will tell
+// of it.
 func (o *aheadRead) finished() {
 	im := o.im
 	im.aheads--
-	if o.err != nil {
+	if o.err != nil || im.state != Active {
 		im.streams = streams{}
 	}
+	for _, w := range o.waiting {
+		im.readRange(w.r, w.sector, uint64(w.n))
+		im.partDone(w.r, 0)
+	}
+	clear(o.waiting)
+	o.waiting = o.waiting[:0]
 	im.aheadOps = append(im.aheadOps, o)
+	for i := range im.streams.list {
+		im.fetchSpans(&im.streams.list[i])
+	}
 	im.maintainCache()
 }

@@ -509,7 +509,7 @@ func TestSourceErrors(t *testing.T) {
 	if _, err := u.Read(context.Background(), &k, 0, dst, broken, Keep); !errors.Is(err, errDisk) {
 		t.Errorf("error: %v", err)
 	}
-	claim, n, ok := u.Claim(&k, 8, 4)
+	claim, n, ok := u.Claim(&k, Want{First: 8, N: 4, Asked: 4})
 	if !ok || n != 4 {
 		t.Fatalf("claimed %d blocks: %v", n, ok)
 	}
@@ -540,7 +540,7 @@ func TestRace(t *testing.T) {
 					size, off = BlockSize*64, BlockSize*64*rng.IntN(4)
 				}
 				k := key(c, n)
-				if claim, _, ok := u.Claim(&k, uint32(64*rng.IntN(4)), 64); ok {
+				if claim, _, ok := u.Claim(&k, Want{First: uint32(64 * rng.IntN(4)), N: 64, Asked: 64}); ok {
 					if err := u.Fly(context.Background(), claim, &k, &content{object: k.Object}, Keep); err != nil {
 						t.Error(err)
 					}

@@ -8,6 +8,10 @@ import (
 // reclaimed, so that each one reclaimed gives room for something new.
 func (c *Cache) reinsertLimit() int { return c.opt.SegmentBlocks * 3 / 4 }
 
+// insertBlocks is how many blocks insert keeps at a time: those of one fetch are then next to
+// each other on the SSD, whatever others insert meanwhile, and are read at once.
+const insertBlocks = 64
+
 // insert keeps the blocks from first on that p holds; the object's last one may
 // be short. It does not wait for the SSD: when that is behind, blocks are not kept.
 // It reports whether all of them are found now.
@@ -16,36 +20,65 @@ func (c *Cache) insert(k *Key, first uint32, p []byte, how How) bool {
 		return false
 	}
 	all := true
-	var last [BlockSize]byte
-	for block := first; len(p) > 0; block++ {
-		data := p[:min(BlockSize, len(p))]
-		p = p[len(data):]
-		if len(data) < BlockSize {
-			copy(last[:], data)
-			data = last[:]
-		}
-		all = c.admit(k, block, data, how) && all
+	for len(p) > 0 {
+		n := min(insertBlocks*BlockSize, len(p))
+		all = c.admit(k, first, p[:n], how) && all
+		first, p = first+insertBlocks, p[n:]
 	}
 	return all
 }
 
-// admit keeps a new block, and reports whether the cache has it.
-func (c *Cache) admit(k *Key, block uint32, data []byte, how How) bool {
-	h := c.hash.block(k.hash, block)
-	q, wanted := c.queueFor(h, how)
-	if !wanted {
+// A newBlock is one that may be kept.
+type newBlock struct {
+	hash   uint64
+	sum    uint32
+	queue  queue
+	wanted bool
+}
+
+// admit keeps new blocks, insertBlocks at most, and reports whether the cache has them.
+func (c *Cache) admit(k *Key, first uint32, p []byte, how How) (all bool) {
+	var room [insertBlocks]newBlock
+	blocks := room[:(len(p)+BlockSize-1)/BlockSize]
+	for i := range blocks {
+		blocks[i].hash = c.hash.block(k.hash, first+uint32(i))
+	}
+	if !c.sort(blocks, how) {
 		return false
 	}
-	key, sum := blockKey{k.Object, block}, k.blockSum(block, data)
+	var last [BlockSize]byte
+	data := func(i int) []byte {
+		b := p[i*BlockSize : min((i+1)*BlockSize, len(p))]
+		if len(b) < BlockSize {
+			copy(last[:], b)
+			return last[:]
+		}
+		return b
+	}
+	for i := range blocks {
+		if b := &blocks[i]; b.wanted {
+			b.sum = k.blockSum(first+uint32(i), data(i))
+		}
+	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if !c.loaded || c.closed {
 		return false
 	}
-	if _, at := c.index.find(h); at >= 0 {
+	all = true
+	for i := range blocks {
+		b := &blocks[i]
+		all = b.wanted && c.keep(b, &blockKey{k.Object, first + uint32(i)}, data(i)) && all
+	}
+	return all
+}
+
+// keep keeps a block, and reports whether the cache has it. The caller holds mu.
+func (c *Cache) keep(b *newBlock, k *blockKey, data []byte) bool {
+	if _, at := c.index.find(b.hash); at >= 0 {
 		return true
 	}
-	if !c.put(q, keptBuffers, &key, h, 0, sum, data) {
+	if !c.put(b.queue, keptBuffers, k, b.hash, 0, b.sum, data) {
 		c.counts.dropped++
 		return false
 	}
@@ -53,22 +86,28 @@ func (c *Cache) admit(k *Key, block uint32, data []byte, how How) bool {
 	return true
 }
 
-// queueFor returns the queue that a new block with hash h goes to, if it is wanted.
-// Most blocks of long streams are not, so this comes before their checksums are made
+// sort finds the queues that new blocks go to, and which are wanted, and reports whether
+// any is. Most blocks of long streams are not, so this comes before their checksums are made
 // and the index is asked, which has been asked before they were read ahead.
-func (c *Cache) queueFor(h uint64, how How) (q queue, wanted bool) {
+func (c *Cache) sort(blocks []newBlock, how How) (any bool) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	switch {
-	case !c.loaded || c.closed:
-		return 0, false
-	case c.ghost.take(h):
-		return large, true
-	case how == KeepKnown:
-		c.ghost.add(h)
-		return 0, false
+	if !c.loaded || c.closed {
+		return false
 	}
-	return small, true
+	for i := range blocks {
+		b := &blocks[i]
+		switch {
+		case c.ghost.take(b.hash):
+			b.queue, b.wanted = large, true
+		case how == KeepKnown:
+			c.ghost.add(b.hash)
+		default:
+			b.queue, b.wanted = small, true
+		}
+		any = any || b.wanted
+	}
+	return any
 }
 
 // put appends a block to the open segment of a queue, and reports false if there

@@ -28,14 +28,18 @@ type flight struct {
 	object   Object
 	first, n uint32
 	ahead    bool
+	pieces   bool          // as Want has it
+	asked    uint32        // as Want has it
+	cached   Run           // where the SSD has it, if that is why it is read ahead
 	done     chan struct{} // closed when it has ended
 	buf      []byte        // valid after done, as err is
 	err      error
 
 	// Guarded by flights.mu.
 	begun  bool // somebody flies it
+	by     any  // Want.By, until that one's Fly has returned
 	refs   int
-	unread int           // blocks read ahead that nobody has asked for
+	unread int           // blocks read ahead that will be asked for, and have not been
 	kept   *list.Element // in flights.kept
 }
 
@@ -91,7 +95,7 @@ func (fs *flights) join(o *Object, first, n uint32) (f *flight, mine bool) {
 	defer fs.mu.Unlock()
 	f, n = fs.find(o, first, n)
 	if f == nil {
-		f = fs.add(o, first, n, false)
+		f = fs.add(&flight{object: *o, first: first, n: n})
 	} else {
 		f.refs++
 	}
@@ -101,20 +105,23 @@ func (fs *flights) join(o *Object, first, n uint32) (f *flight, mine bool) {
 }
 
 // landed returns what was read ahead and has block first of an object, to be left
-// afterwards, or nil; known says that there is a flight that has it, or will. It takes
-// no lock while nothing is read ahead.
-func (fs *flights) landed(o *Object, first uint32) (f *flight, known bool) {
+// afterwards, or nil; known says that there is a flight that has it, or will, and by is
+// that flight's. It takes no lock while nothing is read ahead.
+func (fs *flights) landed(o *Object, first uint32) (f *flight, known bool, by any) {
 	if fs.held.Load() == 0 {
-		return nil, false
+		return nil, false, nil
 	}
 	fs.mu.Lock()
 	defer fs.mu.Unlock()
 	f, _ = fs.find(o, first, 1)
-	if f == nil || f.kept == nil {
-		return nil, f != nil
+	if f == nil {
+		return nil, false, nil
+	}
+	if f.kept == nil {
+		return nil, true, f.by
 	}
 	f.refs++
-	return f, true
+	return f, true, nil
 }
 
 // begin reports whether the one who has claimed a flight is to fly it.
@@ -140,19 +147,19 @@ func (fs *flights) find(o *Object, first, n uint32) (*flight, uint32) {
 	return nil, n
 }
 
-// add returns a new flight. The caller holds mu.
-func (fs *flights) add(o *Object, first, n uint32, ahead bool) *flight {
-	f := &flight{object: *o, first: first, n: n, ahead: ahead, refs: 1, done: make(chan struct{})}
-	fs.of[*o] = append(fs.of[*o], f)
+// add makes a new flight known, and returns it. The caller holds mu.
+func (fs *flights) add(f *flight) *flight {
+	f.refs, f.done = 1, make(chan struct{})
+	fs.of[f.object] = append(fs.of[f.object], f)
 	return f
 }
 
-// claim is join for reading ahead: it returns a new flight, or none if block first
+// claim is join for reading ahead: it returns a new flight, or none if block w.First
 // has one already, and for how many blocks that goes; 0 if there is no memory.
-func (fs *flights) claim(o *Object, first, n uint32) (*flight, uint32) {
+func (fs *flights) claim(o *Object, w Want, cached Run) (*flight, uint32) {
 	fs.mu.Lock()
 	defer fs.mu.Unlock()
-	f, n := fs.find(o, first, n)
+	f, n := fs.find(o, w.First, w.N)
 	if f != nil {
 		return nil, n
 	}
@@ -165,18 +172,24 @@ func (fs *flights) claim(o *Object, first, n uint32) (*flight, uint32) {
 	}
 	fs.refused = 0
 	fs.held.Add(int64(n) * BlockSize)
-	return fs.add(o, first, n, true), n
+	f = &flight{object: *o, first: w.First, n: n, ahead: true, pieces: w.Pieces, asked: min(w.Asked, n), by: w.By}
+	if cached.Cached {
+		f.cached = cached
+		f.cached.N = n
+	}
+	return fs.add(f), n
 }
 
-// land ends a flight. found says that what it fetched is in the cache now.
+// land ends a flight. found says that what it fetched is in the cache now: it need not stay
+// here as well, unless it would be read from there piece by piece.
 func (fs *flights) land(f *flight, err error, found bool) {
 	fs.mu.Lock()
 	defer fs.mu.Unlock()
 	f.err = err
 	close(f.done)
-	if f.ahead && err == nil && !found {
+	if f.ahead && err == nil && (!found || f.pieces) {
 		f.refs++
-		f.unread = int(f.n)
+		f.unread = int(f.asked)
 		f.kept = fs.kept.PushBack(f)
 		return
 	}
@@ -229,6 +242,14 @@ func (fs *flights) leave(f *flight, used int) {
 			fs.forget(f)
 		}
 	}
+	fs.unref(f)
+}
+
+// quit ends the claim of a flight.
+func (fs *flights) quit(f *flight) {
+	fs.mu.Lock()
+	defer fs.mu.Unlock()
+	f.by = nil
 	fs.unref(f)
 }
 
@@ -294,13 +315,13 @@ func (u *Client) Read(ctx context.Context, k *Key, off int, dst []byte, src Sour
 	c := u.c
 	for len(dst) > 0 {
 		first, skip := uint32(off/BlockSize), off%BlockSize
-		got, coming := u.Ready(k, off, dst)
+		got, coming := u.ready(k, off, dst)
 		if got > 0 {
 			off, dst = off+got, dst[got:]
 			continue
 		}
 		r := Run{N: uint32((skip + len(dst) + BlockSize - 1) / BlockSize)}
-		if !coming {
+		if !coming.Known {
 			r = c.Next(k, first, r.N, false)
 		}
 		n := min(int(r.N)*BlockSize-skip, len(dst))
@@ -317,21 +338,45 @@ func (u *Client) Read(ctx context.Context, k *Key, off int, dst []byte, src Sour
 	return fetched, nil
 }
 
+// A Coming says what is known of blocks that were, or are, read ahead.
+type Coming struct {
+	// Known says that Read would have a fetch to wait for, or to copy from, and need not ask
+	// the cache.
+	Known bool
+	// By is the Want's of who has claimed them, and whose Fly has not returned.
+	By any
+
+	cached bool // the SSD had them
+}
+
 // Ready copies to dst what was read ahead from the byte off of an object's data on,
-// and returns how many bytes that were: none if somebody has to fetch, or to wait.
-// coming says that Read would have a fetch to wait for, or to copy from, and need not
-// ask the cache. It does not block, and takes no lock when nothing is read ahead.
-func (u *Client) Ready(k *Key, off int, dst []byte) (n int, coming bool) {
+// and returns how many bytes that were: none if somebody has to fetch, or to wait. It counts
+// them as Hit or Miss, by where they came from. It does not block, and takes no lock when
+// nothing is read ahead.
+func (u *Client) Ready(k *Key, off int, dst []byte) (n int, c Coming) {
+	n, c = u.ready(k, off, dst)
+	switch {
+	case n > 0 && c.cached:
+		u.Hit(n)
+	case n > 0:
+		u.Miss(n)
+	}
+	return n, c
+}
+
+// ready is Ready without counting.
+func (u *Client) ready(k *Key, off int, dst []byte) (n int, c Coming) {
 	fs := &u.c.flights
 	first, skip := uint32(off/BlockSize), off%BlockSize
-	f, coming := fs.landed(&k.Object, first)
+	f, known, by := fs.landed(&k.Object, first)
 	if f == nil {
-		return 0, coming
+		return 0, Coming{Known: known, By: by}
 	}
 	n = copy(dst, f.buf[int(first-f.first)*BlockSize+skip:])
 	u.aheadHit.Add(uint64(n))
+	c = Coming{Known: true, cached: f.cached.Cached}
 	fs.leave(f, k.blocksTo(first, skip+n))
-	return n, true
+	return n, c
 }
 
 // blocksTo returns how many blocks are read to their end by n bytes from block first on: the
@@ -409,6 +454,13 @@ func (u *Client) fly(ctx context.Context, f *flight, k *Key, src Source, how How
 	if end := k.Size - uint64(f.first)*BlockSize; uint64(len(data)) > end {
 		data = data[:end]
 	}
+	if f.cached.Cached {
+		if u.c.readRun(k, f.first, f.cached, 0, data) {
+			err = nil
+			return nil
+		}
+		f.cached = Run{}
+	}
 	if err = src.Fetch(ctx, f.first, data); err != nil {
 		if mutate.On(mutate.CacheFailedKept) {
 			u.c.insert(k, f.first, data, how)
@@ -423,18 +475,33 @@ func (u *Client) fly(ctx context.Context, f *flight, k *Key, src Source, how How
 	return nil
 }
 
+// A Want is what is to be read ahead: N blocks of an object from First on.
+type Want struct {
+	First, N uint32
+	// Asked is how many of them will be asked for to their end: what was read ahead stays
+	// until so many have been.
+	Asked uint32
+	// Pieces says that they will be asked for in many pieces, each for itself: they are
+	// read ahead from the SSD as well, and wait in memory where the cache has them too.
+	Pieces bool
+	// By is what Ready returns to those who ask for them before they have come, for as long as
+	// Fly is under way or has not been called.
+	By any
+}
+
 // A Claim is blocks that are to be read ahead.
 type Claim struct{ f *flight }
 
-// Claim claims the blocks from first on, at most n, for reading ahead, and returns
+// Claim claims blocks for reading ahead, all that w says or the first of them, and returns
 // how many blocks are seen to: by the claim, which is then to be flown; or without
 // one, since they are cached or under way. None are when there is no memory.
-func (u *Client) Claim(k *Key, first, n uint32) (c Claim, seen uint32, claimed bool) {
-	r := u.c.Next(k, first, n, false)
-	if r.Cached {
+func (u *Client) Claim(k *Key, w Want) (c Claim, seen uint32, claimed bool) {
+	r := u.c.Next(k, w.First, w.N, false)
+	if r.Cached && (!w.Pieces || r.Memory || r.N == 1) {
 		return Claim{}, r.N, false
 	}
-	f, seen := u.c.flights.claim(&k.Object, first, r.N)
+	w.N = r.N
+	f, seen := u.c.flights.claim(&k.Object, w, r)
 	return Claim{f}, seen, f != nil
 }
 
@@ -447,6 +514,6 @@ func (u *Client) Fly(ctx context.Context, c Claim, k *Key, src Source, how How) 
 	if u.c.flights.begin(c.f) {
 		err = u.fly(ctx, c.f, k, src, how)
 	}
-	u.c.flights.leave(c.f, 0)
+	u.c.flights.quit(c.f)
 	return err
 }

@@ -112,7 +112,7 @@ func TestAheadMemory(t *testing.T) {
 	k := key(c, 1)
 	src := &content{object: k.Object}
 	claim := func(first, n uint32) bool {
-		cl, _, ok := u.Claim(&k, first, n)
+		cl, _, ok := u.Claim(&k, Want{First: first, N: n, Asked: n})
 		if ok {
 			if err := u.Fly(context.Background(), cl, &k, src, Keep); err != nil {
 				t.Fatal(err)
@@ -125,7 +125,7 @@ func TestAheadMemory(t *testing.T) {
 			t.Fatal("no memory for what fits")
 		}
 	}
-	if _, seen, ok := u.Claim(&k, 16, 32); ok || seen != 16 {
+	if _, seen, ok := u.Claim(&k, Want{First: 16, N: 32, Asked: 32}); ok || seen != 16 {
 		t.Errorf("what is there is claimed again: %d, %v", seen, ok)
 	}
 	if claim(64, 16) {
@@ -167,9 +167,12 @@ func TestNotBegun(t *testing.T) {
 	u := c.Client()
 	k := key(c, 1)
 	src := &content{object: k.Object}
-	claim, _, ok := u.Claim(&k, 0, 8)
+	claim, _, ok := u.Claim(&k, Want{First: 0, N: 8, Asked: 8, By: "me"})
 	if !ok {
 		t.Fatal("no claim")
+	}
+	if _, c := u.Ready(&k, 0, make([]byte, BlockSize)); c.By != "me" {
+		t.Errorf("before it has begun: %+v", c)
 	}
 	if !readFrom(t, u, src, 2*BlockSize, BlockSize) {
 		t.Error("who fetched it?")
@@ -182,6 +185,87 @@ func TestNotBegun(t *testing.T) {
 	}
 }
 
+// TestQuit: a claim that has ended is not named to those who still have to wait, for the fetch of
+// somebody else.
+func TestQuit(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := None(Options{Logger: quiet})
+		u := c.Client()
+		k := key(c, 1)
+		claim, _, ok := u.Claim(&k, Want{N: 8, Asked: 8, By: "me"})
+		if !ok {
+			t.Fatal("no claim")
+		}
+		src := &slow{content{object: k.Object}}
+		read := make(chan error, 1)
+		go func() {
+			_, err := u.Read(context.Background(), &k, 0, make([]byte, BlockSize), src, Keep)
+			read <- err
+		}()
+		synctest.Wait() // somebody else fetches it
+		if err := u.Fly(context.Background(), claim, &k, src, Keep); err != nil {
+			t.Fatal(err)
+		}
+		if _, c := u.Ready(&k, 0, make([]byte, BlockSize)); !c.Known || c.By != nil {
+			t.Errorf("%+v", c)
+		}
+		if err := <-read; err != nil {
+			t.Fatal(err)
+		}
+	})
+}
+
+// TestPieces: what the SSD has is read ahead from there if it is asked for in pieces, and stays in
+// memory until it has been.
+func TestPieces(t *testing.T) {
+	f := newMemFile(MinSize)
+	c := mustOpen(t, f)
+	u := c.Client()
+	k := key(c, 1)
+	read(t, u, 1, 0, testSize, Keep)
+	c.Close()
+	c = mustOpen(t, f) // nothing of it is in memory
+	u = c.Client()
+	k = key(c, 1)
+	src := &content{object: k.Object}
+	if _, seen, claimed := u.Claim(&k, Want{N: 16, Asked: 3}); claimed || seen != 16 {
+		t.Fatalf("%d blocks that are cached are seen to, claimed %t", seen, claimed)
+	}
+	for _, damaged := range []bool{false, true} {
+		if damaged {
+			f.mu.Lock()
+			for i := BlockSize + 100; i < len(f.b); i += BlockSize {
+				f.b[i] ^= 1
+			}
+			f.mu.Unlock()
+		}
+		before := c.Stats()
+		claim, seen, claimed := u.Claim(&k, Want{N: 16, Asked: 3, Pieces: true})
+		if !claimed || seen != 16 {
+			t.Fatalf("damaged %t: %d blocks are seen to, claimed %t", damaged, seen, claimed)
+		}
+		if err := u.Fly(context.Background(), claim, &k, src, Keep); err != nil {
+			t.Fatal(err)
+		}
+		if fetched := src.blocks.Load() > 0; fetched != damaged {
+			t.Errorf("damaged %t: fetched %t", damaged, fetched)
+		}
+		for _, first := range []int{0, 7, 15} {
+			got := make([]byte, BlockSize)
+			if n, _ := u.Ready(&k, first*BlockSize, got); n != BlockSize {
+				t.Fatalf("damaged %t: block %d is not there", damaged, first)
+			}
+			check(t, k.Object, first*BlockSize, got)
+		}
+		if n, _ := u.Ready(&k, 0, make([]byte, BlockSize)); n != 0 {
+			t.Errorf("damaged %t: it stays when all has been asked for", damaged)
+		}
+		if s := c.Stats(); (s.Hits > before.Hits) == damaged || (s.Misses > before.Misses) != damaged {
+			t.Errorf("damaged %t: counted %+v after %+v", damaged, s.ClientStats, before.ClientStats)
+		}
+	}
+}
+
 // TestReady: what was read ahead is there without a wait, once it has come, as far as
 // it goes, and until all of it has been asked for.
 func TestReady(t *testing.T) {
@@ -189,6 +273,7 @@ func TestReady(t *testing.T) {
 	u := c.Client()
 	k := key(c, 1)
 	src := &content{object: k.Object}
+	landed := false
 	ready := func(off, size, want int, wantComing bool) {
 		t.Helper()
 		got, whole := make([]byte, size), make([]byte, 8*BlockSize)
@@ -196,12 +281,12 @@ func TestReady(t *testing.T) {
 			t.Fatal(err)
 		}
 		n, coming := u.Ready(&k, off, got)
-		if n != want || coming != wantComing || !bytes.Equal(got[:n], whole[off:][:n]) {
-			t.Errorf("%d bytes from %d are ready, %t that they come, or not what was fetched; want %d, %t", n, off, coming, want, wantComing)
+		if n != want || coming.Known != wantComing || (coming.By == "me") != (wantComing && !landed) || !bytes.Equal(got[:n], whole[off:][:n]) {
+			t.Errorf("%d bytes from %d are ready, %+v, or not what was fetched; want %d, %t", n, off, coming, want, wantComing)
 		}
 	}
 	ready(0, BlockSize, 0, false)
-	claim, _, ok := u.Claim(&k, 0, 8)
+	claim, _, ok := u.Claim(&k, Want{First: 0, N: 8, Asked: 8, By: "me"})
 	if !ok {
 		t.Fatal("no claim")
 	}
@@ -210,6 +295,7 @@ func TestReady(t *testing.T) {
 	if err := u.Fly(context.Background(), claim, &k, src, Keep); err != nil {
 		t.Fatal(err)
 	}
+	landed = true
 	ready(512, 1024, 1024, true)
 	ready(0, 0, 0, true)
 	ready(0, 4*BlockSize, 4*BlockSize, true)
@@ -249,7 +335,7 @@ func TestShortLastBlock(t *testing.T) {
 		u := c.Client()
 		k := c.Key(testObject(1), size)
 		src := &content{object: k.Object}
-		claim, _, ok := u.Claim(&k, 0, 9)
+		claim, _, ok := u.Claim(&k, Want{First: 0, N: 9, Asked: 9})
 		if !ok {
 			t.Fatal("no claim")
 		}
