@@ -39,6 +39,7 @@ func comparisons() []comparison {
 		syncs(),
 		library(),
 		mercy(),
+		destage(),
 		overload(),
 		clones(),
 		fragmented(),

@@ -213,13 +213,9 @@ func halfSeconds(text string, n int) ([]float64, error) {
 	return rates, nil
 }
 
-// bench returns how many MiB a second rados bench puts in objects of 8 MiB.
+// bench returns how many MiB a second rados bench puts.
 func (o *overloaded) bench(ctx context.Context) (float64, error) {
-	said, err := o.h.Run(ctx, "rados", "bench", "-p", "rbd", lab.Pick(o.h.Effort, "3", "5"), "write", "-b", "8388608", "-t", "8")
-	if err != nil {
-		return 0, err
-	}
-	rate, err := benchRate(said)
+	rate, err := radosBench(ctx, o.h, lab.Pick(o.h.Effort, 3, 5))
 	if err == nil && rate > 1.5*overloadStore/(1<<20) {
 		err = fmt.Errorf("the OSD takes %.0f MiB a second: it is not slowed down", rate)
 	}

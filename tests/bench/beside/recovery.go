@@ -113,13 +113,8 @@ func newRecoveries(ctx context.Context, h *lab.Host) (r *recoveries, err error) 
 
 // letStore has the cluster pause or resume.
 func (r *recoveries) letStore(ctx context.Context, do string) error {
-	_, err := r.h.Shell(ctx, r.script(do))
+	_, err := r.h.Shell(ctx, r.cluster.Command(do))
 	return err
-}
-
-// script returns the command for that.
-func (r *recoveries) script(do string) string {
-	return filepath.Join(r.h.Root, "scripts/ceph") + " " + do + " --dir " + r.cluster.Dir
 }
 
 // fio runs fio on the image.
@@ -186,7 +181,7 @@ func (r *recoveries) lsd(ctx context.Context, d dirtyLog) (lab.Figures, error) {
 	go func() {
 		// Both jobs have the image open before the first one begins.
 		client <- r.fio(ctx,
-			"--name=fill", "--rw=randwrite", "--bs="+d.block, "--iodepth=32", fmt.Sprintf("--io_size=%d", d.bytes), "--exec_prerun="+r.script("pause"),
+			"--name=fill", "--rw=randwrite", "--bs="+d.block, "--iodepth=32", fmt.Sprintf("--io_size=%d", d.bytes), "--exec_prerun="+r.cluster.Command("pause"),
 			"--name=client", "--stonewall", "--rw=randwrite", "--bs=4k", "--iodepth=1", "--thinktime=1ms", "--time_based", "--runtime=3",
 			"--write_lat_log=client", "--per_job_logs=0", "--log_unix_epoch=1")
 	}()

@@ -19,9 +19,13 @@ import (
 // Cluster is a throw-away Ceph cluster: one monitor, one OSD, its store BlueStore on a file in
 // the host's directory. Its pool is "rbd".
 type Cluster struct {
-	Dir string
-	osd int // process; 0 in the virtual machine, whose cluster is outside
+	Dir    string
+	osd    int    // process; 0 in the virtual machine, whose cluster is outside
+	script string // path of scripts/ceph
 }
+
+// Command returns the shell command that has the cluster do something: pause, or resume.
+func (c *Cluster) Command(do string) string { return c.script + " " + do + " --dir " + c.Dir }
 
 // Conf returns the path of its configuration, for CEPH_CONF.
 func (c *Cluster) Conf() string { return filepath.Join(c.Dir, "ceph.conf") }
@@ -37,17 +41,16 @@ func (h *Host) Cluster(ctx context.Context) (*Cluster, error) {
 		if conf == "" {
 			return nil, errors.New("the virtual machine was started without a cluster")
 		}
-		h.cluster = &Cluster{Dir: filepath.Dir(conf)}
+		h.cluster = &Cluster{Dir: filepath.Dir(conf), script: filepath.Join(h.Root, "scripts/ceph")}
 		return h.cluster, nil
 	}
-	c := &Cluster{Dir: filepath.Join(h.Dir, "ceph")}
-	script := filepath.Join(h.Root, "scripts/ceph")
-	h.Defer(func() { _, _ = h.Run(context.WithoutCancel(ctx), script, "down", "--dir", c.Dir) })
+	c := &Cluster{Dir: filepath.Join(h.Dir, "ceph"), script: filepath.Join(h.Root, "scripts/ceph")}
+	h.Defer(func() { _, _ = h.Run(context.WithoutCancel(ctx), c.script, "down", "--dir", c.Dir) })
 	// Ports that no test's cluster takes; those of another run may be in use.
 	var err error
 	for shift := 0; shift < 400; shift += 100 {
 		port := func(n int) string { return strconv.Itoa(n + shift) }
-		if _, err = h.Run(ctx, script, "up", "--dir", c.Dir, "--size", "40G", "--mon-port", port(17790), "--mon-port2", port(14301), "--osd-ports", port(17850)); err == nil {
+		if _, err = h.Run(ctx, c.script, "up", "--dir", c.Dir, "--size", "40G", "--mon-port", port(17790), "--mon-port2", port(14301), "--osd-ports", port(17850)); err == nil {
 			break
 		}
 	}
