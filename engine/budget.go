@@ -41,7 +41,7 @@ const (
 	maxCleanings = 4
 	// maxScans bounds the write logs that are read at one time when a daemon starts:
 	// all of them are on the same few disks, so that more would end no sooner, and each
-	// takes a segment's memory.
+	// takes the memory of four segments.
 	maxScans = 4
 )
 

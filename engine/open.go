@@ -72,7 +72,8 @@ type OpenOptions struct {
 	Lease time.Duration
 	Clock Clock // nil means Real{}
 	// Parallel is how many reads from the store recovery makes at one time; 0
-	// means a default. 1 makes their order certain.
+	// means a default. 1 makes their order certain, and has the log read when it is
+	// needed, not ahead.
 	Parallel int
 	// Progress is told in a few words what takes time; may be nil.
 	Progress func(string)

@@ -341,7 +341,8 @@ func (im *Image) recoverLog(ctx context.Context, o *OpenOptions) (first uint64, 
 	im.accepted.logEnd = start.Pos
 	im.sealed = im.accepted
 	before := im.accepted
-	err = im.log.Recover(ctx, start, im.span.Load(), o.Boot, func(r writelog.Record) error {
+	by := writelog.RecoverOptions{Sectors: im.span.Load(), Boot: o.Boot, ReadAhead: im.parallel > 1}
+	err = im.log.Recover(ctx, start, by, func(r writelog.Record) error {
 		im.recoverRecord(r, before)
 		before.seq, before.logEnd = r.Seq, r.End
 		return nil

@@ -47,7 +47,7 @@ func start(t *testing.T, d *simdisk.Disk, c *client, from Start, visit func(Reco
 	if visit == nil {
 		visit = func(Record) error { return nil }
 	}
-	if err := l.Recover(context.Background(), from, testSectors, uuid.Nil, visit); err != nil {
+	if err := l.Recover(context.Background(), from, RecoverOptions{Sectors: testSectors, ReadAhead: true}, visit); err != nil {
 		t.Fatal(err)
 	}
 	if err := l.Adopt(l.Header().Epoch+1, 1, uuid.New()); err != nil {
@@ -280,7 +280,7 @@ func TestDamageBeforeFlush(t *testing.T) {
 			t.Fatal(err)
 		}
 		found := 0
-		err = l.Recover(context.Background(), Start{Seq: 1}, testSectors, uuid.Nil, func(Record) error { found++; return nil })
+		err = l.Recover(context.Background(), Start{Seq: 1}, RecoverOptions{Sectors: testSectors, ReadAhead: true}, func(Record) error { found++; return nil })
 		if flushed != errors.Is(err, ErrCorrupt) || err != nil && !flushed {
 			t.Errorf("flushed=%v: Recover says %v", flushed, err)
 		}

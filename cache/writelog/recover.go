@@ -14,7 +14,7 @@ import (
 
 // A File is the blocking view of a log's file or device. Offsets, lengths and
 // addresses passed to it suit direct I/O: multiples of BlockSize, and memory
-// from Buffer. It is safe for concurrent use.
+// from Buffer or of a uring.Arena. It is safe for concurrent use.
 type File interface {
 	io.ReaderAt
 	io.WriterAt
@@ -120,7 +120,12 @@ func Search(ctx context.Context, f File, visit func(Found)) error {
 	if err != nil {
 		return err
 	}
-	s := scanner{ctx: ctx, log: l, sectors: 1 << 63, buf: f.Buffer(SegmentSize), seg: -1}
+	segs, err := newSegments(ctx, l, 0, 0)
+	if err != nil {
+		return err
+	}
+	defer segs.close()
+	s := scanner{log: l, sectors: 1 << 63, segs: segs}
 	for p := uint64(0); p < l.hdr.Size; p += BlockSize {
 		if err := s.load(p); err != nil {
 			return err
@@ -172,53 +177,46 @@ type Start struct {
 	Seq uint64 // of the first record that the store does not have
 }
 
-// Recover reads the records from start on, for an image of the given number of
-// sectors, and calls visit for each, in order. The log ends at the first record
-// that is not whole, unless a later one proves that it had been flushed: then
-// the error matches ErrCorrupt and says where.
-//
-// boot is the identity of this boot of the host: if the log was last opened in
-// the same one, no power was lost, and only what was in flight can be torn, so
-// that the search for later records can be short. uuid.Nil makes it whole: all of
-// the log is read. Recover stops when ctx ends.
-func (l *Log) Recover(ctx context.Context, start Start, sectors uint64, boot uuid.UUID, visit func(Record) error) error {
-	s := scanner{ctx: ctx, log: l, sectors: sectors, buf: l.file.Buffer(SegmentSize), seg: -1}
-	pos, seq := start.Pos, start.Seq
+// RecoverOptions says what a recovery goes by.
+type RecoverOptions struct {
+	// Sectors is the size of the image: nothing with an extent beyond it is a record.
+	Sectors uint64
+	// Boot is the identity of this boot of the host: if the log was last opened in
+	// the same one, no power was lost, and only what was in flight can be torn, so
+	// that the search for later records can be short. uuid.Nil makes it whole: all of
+	// the log is read.
+	Boot uuid.UUID
+	// ReadAhead has a goroutine read the log while records are visited. Without it, all
+	// is done on the caller's, in a certain order.
+	ReadAhead bool
+}
+
+// Recover reads the records from start on and calls visit for each, in order, on the
+// caller's goroutine. The log ends at the first record that is not whole, unless a later
+// one proves that it had been flushed: then the error matches ErrCorrupt and says where.
+// Recover stops when ctx ends. An error of visit is returned as it is. Nothing reads the
+// file any more when Recover has returned.
+func (l *Log) Recover(ctx context.Context, start Start, o RecoverOptions, visit func(Record) error) error {
 	limit := start.Pos + l.hdr.Size
-	known := false // the checksum of the record before is known
-	var extents []Extent
-	for pos < limit && !(mutate.On(mutate.RecoveryStopsEarly) && seq-start.Seq >= 8) {
-		r, hdr, err := s.at(pos, seq, known)
-		if err != nil {
-			return err
-		}
-		if hdr == nil {
-			break
-		}
-		extents = extents[:0]
-		for i := range r.extents {
-			e, off := getExtent(hdr, i)
-			e.Pos = r.pos / Sector
-			if !e.Zero {
-				e.Pos += BlockSize/Sector + uint64(off)
-			}
-			extents = append(extents, e)
-		}
-		sums, at := l.crcs.of(l.segment(r.pos)), blockIndex(r.pos)+1
-		for i := range r.data / BlockSize {
-			sums[at+i] = r.blockSum(hdr, i)
-		}
-		pos = r.pos + r.size()
-		if err := visit(Record{Seq: r.seq, Pos: r.pos, End: pos, Epoch: r.epoch, Extents: extents}); err != nil {
-			return err
-		}
-		s.epoch, s.prev, known = r.epoch, r.sum, true
-		seq++
+	end := uint64(0)
+	if o.ReadAhead {
+		end = segmentAfter(limit)
+	}
+	segs, err := newSegments(ctx, l, start.Pos/SegmentSize, end)
+	if err != nil {
+		return err
+	}
+	defer segs.close()
+	s := scanner{log: l, sectors: o.Sectors, segs: segs}
+	pos, seq, err := s.records(start, limit, visit)
+	if err != nil {
+		return err
 	}
 	far := limit
-	if boot != uuid.Nil && boot == l.hdr.Boot {
+	if o.Boot != uuid.Nil && o.Boot == l.hdr.Boot {
 		far = min(far, pos+MaxInFlight*(MaxData+BlockSize)+SegmentSize)
 	}
+	segs.end = min(segs.end, segmentAfter(far))
 	if err := s.contradiction(pos, far, seq); err != nil {
 		return err
 	}
@@ -230,33 +228,72 @@ func (l *Log) Recover(ctx context.Context, start Start, sectors uint64, boot uui
 	return nil
 }
 
-// scanner reads a log segment by segment.
+// segmentAfter returns the number of the first segment that begins at pos or behind it.
+func segmentAfter(pos uint64) uint64 { return (pos + SegmentSize - 1) / SegmentSize }
+
+// scanner looks at the records of a log.
 type scanner struct {
-	ctx     context.Context // of the call that the scanner is for; looked at before each segment is read
 	log     *Log
 	sectors uint64
-	buf     []byte
-	seg     int64 // position/SegmentSize of what buf holds
+	segs    *segments
+	buf     []byte // of the segment cur, if have
+	cur     uint64
+	have    bool
 	epoch   uint64
 	prev    uint32
 }
 
 // load makes buf hold the segment that pos is in.
-func (s *scanner) load(pos uint64) error {
-	seg := int64(pos / SegmentSize)
-	if s.seg == seg {
+func (s *scanner) load(pos uint64) (err error) {
+	n := pos / SegmentSize
+	if s.have && s.cur == n {
 		return nil
 	}
-	s.seg = -1
-	if err := s.ctx.Err(); err != nil {
-		return fmt.Errorf("read the log: %w", err)
+	s.buf, err = s.segs.get(n)
+	s.cur, s.have = n, err == nil
+	return err
+}
+
+// records calls visit for the records from start on, in order, and returns where the
+// first one that is not whole would be, and its number.
+func (s *scanner) records(start Start, limit uint64, visit func(Record) error) (pos, seq uint64, err error) {
+	pos, seq = start.Pos, start.Seq
+	known := false // the checksum of the record before is known
+	var extents []Extent
+	for pos < limit && !(mutate.On(mutate.RecoveryStopsEarly) && seq-start.Seq >= 8) {
+		r, hdr, err := s.at(pos, seq, known)
+		if err != nil {
+			return 0, 0, err
+		}
+		if hdr == nil {
+			break
+		}
+		extents = r.appendExtents(extents[:0], hdr)
+		sums, at := s.log.crcs.of(s.log.segment(r.pos)), blockIndex(r.pos)+1
+		for i := range r.data / BlockSize {
+			sums[at+i] = r.blockSum(hdr, i)
+		}
+		pos = r.pos + r.size()
+		if err := visit(Record{Seq: r.seq, Pos: r.pos, End: pos, Epoch: r.epoch, Extents: extents}); err != nil {
+			return 0, 0, err
+		}
+		s.epoch, s.prev, known = r.epoch, r.sum, true
+		seq++
 	}
-	start := uint64(seg) * SegmentSize
-	if _, err := s.log.file.ReadAt(s.buf, s.log.offset(start)); err != nil {
-		return fmt.Errorf("read the log: %w", err)
+	return pos, seq, nil
+}
+
+// appendExtents appends to list the extents of the record with the header hdr.
+func (r *record) appendExtents(list []Extent, hdr []byte) []Extent {
+	for i := range r.extents {
+		e, off := getExtent(hdr, i)
+		e.Pos = r.pos / Sector
+		if !e.Zero {
+			e.Pos += BlockSize/Sector + uint64(off)
+		}
+		list = append(list, e)
 	}
-	s.seg = seg
-	return nil
+	return list
 }
 
 // at returns the record with the given number at pos, or at the segment after it,

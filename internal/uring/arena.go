@@ -35,11 +35,18 @@ func NewArena(size int) (*Arena, error) {
 // after Close.
 func (a *Arena) Bytes() []byte { return a.mem }
 
+// PreferLarge has the kernel find large pages, where it can, for what has not been touched yet. It is
+// for memory into which direct I/O reads much at one time: in pages of 4 KiB, which are anywhere, that
+// becomes many pieces, and more requests, since a disk takes so many pieces in one at most.
+func (a *Arena) PreferLarge() {
+	// A kernel need not have them. Without, all takes longer; that is all.
+	_ = unix.Madvise(a.mem, unix.MADV_HUGEPAGE)
+}
+
 // Populate has the kernel find and clear the arena's pages now, in large ones where it can: whoever
 // touches them first does not wait for that. It is for an arena that nobody uses yet.
 func (a *Arena) Populate() error {
-	// Without large pages, which a kernel need not have, it takes longer; that is all.
-	_ = unix.Madvise(a.mem, unix.MADV_HUGEPAGE)
+	a.PreferLarge()
 	err := unix.Madvise(a.mem, unix.MADV_POPULATE_WRITE)
 	if err == unix.EINVAL { // it is there since Linux 5.14
 		for i := 0; i < len(a.mem); i += os.Getpagesize() {
