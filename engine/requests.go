@@ -159,15 +159,14 @@ func (im *Image) note(e writelog.Extent) {
 		im.openBatch()
 	}
 	b := im.open
-	kind := dataKind(0)
-	if !e.Zero {
+	kind := dataKind(0) // of what is dirty already, too
+	if !e.Zero && !im.dirty.Insert(e.Sector, uint64(e.N), e.Pos) {
 		kind = im.kindAt(e.Sector)
 	}
 	b.extents, b.kind = append(b.extents, e), append(b.kind, kind)
 	if !e.Zero {
 		b.sectors += uint64(e.N)
 		b.kinds[kind] += uint64(e.N)
-		im.dirty.Insert(e.Sector, uint64(e.N), e.Pos)
 		return
 	}
 	if mutate.On(mutate.DiscardUnrecorded) {

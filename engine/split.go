@@ -27,13 +27,11 @@ var kindAges = [maxGroup - 1]uint64{30, 120}
 // is not worth one.
 const splitShare = 8
 
-// kindAt returns the kind of what is written at a sector, by the age of what it
-// overwrites. Where there is nothing, it is likely to last. A map that is not in memory
-// does not say; it is of places where little happens.
+// kindAt returns the kind of what is written at a sector that is not in the dirty map, by
+// the age of what it overwrites: what is there is soon overwritten. Where there is nothing,
+// it is likely to last. A map that is not in memory does not say; it is of places where
+// little happens.
 func (im *Image) kindAt(s uint64) dataKind {
-	if _, ok := im.dirty.Next(s, s+1); ok {
-		return 0
-	}
 	if !im.ready(segmentOf(s)) {
 		return lasting
 	}

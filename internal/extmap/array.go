@@ -167,6 +167,16 @@ func (a *array) count(was, is bool) {
 	}
 }
 
+// has reports whether the page's sector s is mapped.
+func (a *array) has(s int) bool {
+	s = (s - int(a.phase)) & (PageSectors - 1)
+	u := s >> unitShift
+	if a.isOdd(u) {
+		return a.ref(u).mapped()&(1<<(s&(unitSectors-1))) != 0
+	}
+	return a.at(u) != 0
+}
+
 // replace maps the page's sectors [from, to) to loc, or unmaps them if loc is 0.
 func (a *array) replace(from, to int, loc uint64) {
 	p := int(a.phase)

@@ -178,18 +178,22 @@ func (m *Map) check(s, n uint64) {
 	}
 }
 
-// Insert maps the n sectors from s to loc, in place of what was mapped there.
-func (m *Map) Insert(s, n, loc uint64) {
+// Insert maps the n sectors from s to loc, in place of what was mapped there, and reports
+// whether sector s was mapped: to look it up before costs about as much as to insert. It is
+// false if n is 0.
+func (m *Map) Insert(s, n, loc uint64) (was bool) {
 	m.check(s, n)
-	for n > 0 {
+	for first := true; n > 0; first = false {
 		off := int(s & (PageSectors - 1))
 		k := min(n, uint64(PageSectors-off))
 		p := m.pageForInsert(s >> pageShift)
 		before := p.bytes()
-		p.replace(off, off+int(k), loc, m.Replaced)
+		had := p.replace(off, off+int(k), loc, m.Replaced)
+		was = was || first && had
 		m.bytes += p.bytes() - before
 		s, n, loc = s+k, n-k, advance(loc, k)
 	}
+	return was
 }
 
 // Remove unmaps the n sectors from s.

@@ -24,6 +24,16 @@ func (m *model) insert(s, n, loc uint64) {
 	}
 }
 
+// into inserts into the model and into the map, which must say what was there.
+func (m *model) into(t testing.TB, x *Map, s, n, loc uint64) {
+	t.Helper()
+	want := n > 0 && m.loc[s] != 0
+	if got := x.Insert(s, n, loc); got != want {
+		t.Fatalf("sectors [%d, %d): the first one was mapped: %v, want %v", s, s+n, got, want)
+	}
+	m.insert(s, n, loc)
+}
+
 func (m *model) check(t *testing.T, x *Map) {
 	t.Helper()
 	x.Invariants()
@@ -233,18 +243,15 @@ func againstModel(t *testing.T, k modelRun, seed uint64, hit map[[2]string]int) 
 				}
 			}
 		case 2:
-			x.Insert(s, n, Fixed|loc)
-			m.insert(s, n, Fixed|loc)
+			m.into(t, x, s, n, Fixed|loc)
 			live += int(n)
 		default:
-			x.Insert(s, n, loc)
-			m.insert(s, n, loc)
+			m.into(t, x, s, n, loc)
 			live += int(n)
 		}
 		if k.shift > 0 && r.IntN(300) == 0 { // both ends of a page, as one
 			for _, s := range []uint64{PageSectors, 2*PageSectors - unitSectors} {
-				x.Insert(s, unitSectors, Fixed|loc)
-				m.insert(s, unitSectors, Fixed|loc)
+				m.into(t, x, s, unitSectors, Fixed|loc)
 				live += unitSectors
 			}
 		}
@@ -277,8 +284,7 @@ func againstModel(t *testing.T, k modelRun, seed uint64, hit map[[2]string]int) 
 		t.Errorf("Replaced accounts for %d live sectors, want %d", live, held)
 	}
 	insert := func(s, n, loc uint64) {
-		x.Insert(s, n, loc)
-		m.insert(s, n, loc)
+		m.into(t, x, s, n, loc)
 		note()
 	}
 	compact := func() {
@@ -313,8 +319,7 @@ func TestAroundTheEnd(t *testing.T) {
 			size := uint64(3 * PageSectors)
 			x, m := New(size), &model{loc: make([]uint64, size)}
 			insert := func(s, n, loc uint64) {
-				x.Insert(s, n, loc)
-				m.insert(s, n, loc)
+				m.into(t, x, s, n, loc)
 			}
 			for i := range uint64(1000) {
 				insert(PageSectors+8+shift+16*i, 8, 1<<20+9*i)
@@ -409,8 +414,7 @@ func TestPacked(t *testing.T) {
 	} {
 		x, m := New(PageSectors), &model{loc: make([]uint64, PageSectors)}
 		insert := func(s, n, loc uint64) {
-			x.Insert(s, n, loc)
-			m.insert(s, n, loc)
+			m.into(t, x, s, n, loc)
 		}
 		for i := range uint64(pageUnits) {
 			insert(i*8, 8, (pageUnits-i)*16)
@@ -595,8 +599,7 @@ func TestSpan(t *testing.T) {
 	x, m := New(size), &model{loc: make([]uint64, size)}
 	for i := range uint64(50000) {
 		s, n, loc := ofAllForms(r, size, i)
-		x.Insert(s, n, loc)
-		m.insert(s, n, loc)
+		m.into(t, x, s, n, loc)
 	}
 	for i, want := range []string{"sectors", "sectors", "odd sectors", "odd sectors", "wide", "odd wide", "list", "list"} {
 		if form := x.page(uint64(i)).form(); form != want {
@@ -671,8 +674,7 @@ func TestCopy(t *testing.T) {
 		case 2:
 			x.Compact(s&^(PageSectors-1), 1)
 		default:
-			x.Insert(s, n, loc)
-			m.insert(s, n, loc)
+			m.into(t, x, s, n, loc)
 		}
 	}
 	for i := range uint64(40000) {
@@ -733,8 +735,7 @@ func FuzzMap(f *testing.F) {
 		next := uint64(8)
 		insert := func(s, n, loc uint64) {
 			n = min(n, x.Sectors()-s)
-			x.Insert(s, n, loc)
-			m.insert(s, n, loc)
+			m.into(t, x, s, n, loc)
 			next += n + 8
 		}
 		for ; len(ops) >= 4 && next < 1<<20; ops = ops[4:] {

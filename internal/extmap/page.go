@@ -88,13 +88,13 @@ func (p *page) search(off int) int {
 	return lo
 }
 
-// replace maps [from, to) to loc, or unmaps it if loc is 0, and calls replaced, if
-// it is not nil, for what was mapped there.
-func (p *page) replace(from, to int, loc uint64, replaced func(uint64, uint32)) {
+// replace maps [from, to) to loc, or unmaps it if loc is 0, calls replaced, if
+// it is not nil, for what was mapped there, and reports whether from was mapped.
+func (p *page) replace(from, to int, loc uint64, replaced func(uint64, uint32)) (was bool) {
 	if !p.isArray() {
-		p.replaceList(from, to, loc, replaced)
-		return
+		return p.replaceList(from, to, loc, replaced)
 	}
+	was = p.dense.has(from)
 	if replaced != nil {
 		for at := from; at < to; {
 			e, ok := p.next(at, to)
@@ -112,10 +112,13 @@ func (p *page) replace(from, to int, loc uint64, replaced func(uint64, uint32)) 
 	case p.dense.odd != nil && p.dense.odd.pieces >= manyPieces:
 		p.reviewPhase()
 	}
+	return was
 }
 
-func (p *page) replaceList(from, to int, loc uint64, replaced func(uint64, uint32)) {
+// replaceList is replace for a list.
+func (p *page) replaceList(from, to int, loc uint64, replaced func(uint64, uint32)) (was bool) {
 	i := p.search(from)
+	was = i < len(p.ext) && int(p.ext[i].off) <= from
 	j := i
 	var put [3]entry // left rest, the new one, right rest
 	k := 0
@@ -165,6 +168,7 @@ func (p *page) replaceList(from, to int, loc uint64, replaced func(uint64, uint3
 		put[k], k = right, k+1
 	}
 	p.splice(i, j, put[:k])
+	return was
 }
 
 // removeRange unmaps, in [from, to), what has a location from lo to hi.
