@@ -13,6 +13,8 @@
 #include <unistd.h>
 
 #define BATCH 32
+#define PAUSE_SOON 20     /* ms, for the first SOON ms where nobody answers */
+#define SOON 1000         /* ms */
 #define PAUSE_FIRST 100   /* ms */
 #define PAUSE_MOST 1000   /* ms */
 #define RECONNECT_DEFAULT 300 /* s */
@@ -662,8 +664,8 @@ static void go_on(struct image *h, struct opened *o)
 	ring_unmap(&old);
 }
 
-/* One attempt at a daemon that is there again. */
-static int reconnect_once(struct image *h, int64_t deadline)
+/* One attempt at a daemon that may be there again; answered: it is. */
+static int reconnect_once(struct image *h, int64_t deadline, bool *answered)
 {
 	struct target t = {
 		.store = h->store,
@@ -678,6 +680,7 @@ static int reconnect_once(struct image *h, int64_t deadline)
 	struct opened o;
 	int e = image_connect(&t, deadline, true, &o);
 
+	*answered = o.answered;
 	if (e < 0)
 		return e;
 	if (memcmp(o.id, h->id, sizeof h->id) != 0) {
@@ -746,11 +749,29 @@ static int64_t patience(int64_t limit, int64_t since)
 	return limit ? since + limit : now_ms() + OPEN_MS;
 }
 
+/*
+ * How long to wait before the next attempt, in ms; begun is when the first one was, next what it is
+ * the next time. A daemon that is started again at once listens some tens of ms later, and may have
+ * recovered the image 100 ms after that: who looks after 100, 300 and 700 ms would wait for twice as
+ * long as there is need to. To look costs next to nothing where nobody is. One that is there and
+ * refuses is busy, and left alone.
+ */
+static int64_t pause_ms(int64_t begun, bool answered, int64_t *next)
+{
+	int64_t ms = *next;
+
+	if (!answered && now_ms() - begun < SOON)
+		return PAUSE_SOON;
+	*next = ms * 2 < PAUSE_MOST ? ms * 2 : PAUSE_MOST;
+	return ms;
+}
+
 /* The daemon has ended: connects anew until one answers, or the time is over. */
 static void reconnect(struct image *h)
 {
-	int64_t limit = reconnect_ms(), since = 0, wait;
-	int64_t pause = PAUSE_FIRST;
+	int64_t limit = reconnect_ms(), begun = now_ms(), since = 0, wait;
+	int64_t next = PAUSE_FIRST, pause;
+	bool answered;
 	int e;
 
 	let_go(h);
@@ -758,15 +779,15 @@ static void reconnect(struct image *h)
 		wait = waiting_ms(h, limit, &since);
 		if (wait < 0)
 			break;
-		e = reconnect_once(h, patience(limit, since));
+		e = reconnect_once(h, patience(limit, since), &answered);
 		if (e == 0)
 			return;
 		if (!passing(e)) {
 			wait = e;
 			break;
 		}
+		pause = pause_ms(begun, answered, &next);
 		pause_for(h, pause < wait ? pause : wait);
-		pause = pause * 2 < PAUSE_MOST ? pause * 2 : PAUSE_MOST;
 	}
 	die(h, (int)wait);
 }
