@@ -16,7 +16,8 @@ const segmentsAhead = 2
 // segments reads a log's segments, by the number of the position that they begin at, in ascending
 // order for the most part. It may read some before they are asked for: these are read in order, one
 // at a time, and what comes of it is told only to who asks for them. The goroutine that it was made
-// on owns it, but for what a read slot is lent with.
+// on owns it; the one that reads, if there is one, uses ctx, log and todo, which stay as they are, and
+// slots that are lent to it.
 type segments struct {
 	ctx   context.Context // looked at before each read
 	log   *Log
@@ -28,21 +29,22 @@ type segments struct {
 	todo  chan *slot // to the goroutine that reads; nil: there is none
 }
 
-// A slot is room for a segment. From when it is sent to the goroutine that reads until that has
-// sent on ended, all of it is that goroutine's, but for seg and lent, which it does not change.
+// A slot is room for a segment. It is lent to the goroutine that reads from when it is sent to it
+// until something is received from ended: buf and err are that goroutine's then, and nobody changes
+// seg. All else is always the owner's of segments.
 type slot struct {
-	buf   []byte // allocated when the slot is first used
+	buf   []byte
 	seg   uint64
 	full  bool // it has, or is to have, the segment seg
-	lent  bool // nothing has been received from ended since it was sent
-	err   error
+	lent  bool
+	err   error // of the read
 	ended chan struct{}
 }
 
 // newSegments returns what reads the segments of a log, from the one with the number first on. With
-// end > 0 a goroutine reads ahead, up to the segment before end; without, it is the
-// caller that reads, one segment after the other. What is done with it ends with close, which waits
-// for the read under way.
+// end > 0 a goroutine reads ahead, up to the segment before end; without, it is the caller that
+// reads, one segment after the other. The caller calls close in the end, which waits for the read
+// under way: nothing that get has returned is valid then.
 func newSegments(ctx context.Context, l *Log, first, end uint64) (*segments, error) {
 	s := &segments{log: l, next: first, end: end}
 	if end == 0 {
