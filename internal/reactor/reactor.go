@@ -101,7 +101,8 @@ type Reactor struct {
 	ticks   time.Duration // the timers' clock, when it was read in this turn
 	timed   bool          // it has been
 	spin    time.Duration // Config.Spin
-	busy    bool          // the last time that there was nothing to do was shorter than that
+	busy    bool          // the last time that there was nothing to do was shorter, and a client had asked for something
+	asked   time.Time     // when one was last seen to, by the ring or a source
 
 	err error // why it ended; written before done is closed
 }
@@ -289,13 +290,25 @@ func (r *Reactor) submit() error {
 	return r.idle()
 }
 
+// askedSpins is for how long, in times of Config.Spin, a client that has asked for something is
+// expected to do so again, whatever else there is to do meanwhile.
+const askedSpins = 10
+
 // idle waits for work. To sleep and to be woken takes a processor longer than many a thing that is
 // waited for, and much longer where the processor is a virtual one, which then goes to sleep itself:
 // so while the work comes fast the reactor looks for it first. This is what KVM does for its guests
-// (Documentation/virt/kvm/halt-polling.rst).
+// (Documentation/virt/kvm/halt-polling.rst). What workers post, and timers, say nothing of when the
+// next request comes, and nobody waits for most of it: destaging alone had the reactor look for work
+// for longer than all that it does takes.
 func (r *Reactor) idle() error {
 	began := time.Now()
-	defer func() { r.busy = time.Since(began) <= r.spin }()
+	defer func() {
+		now := time.Now()
+		if !r.posted.Load() && (r.ring.Ready() || r.waiting()) {
+			r.asked = now
+		}
+		r.busy = now.Sub(began) <= r.spin && now.Sub(r.asked) <= askedSpins*r.spin
+	}()
 	for r.busy && time.Since(began) <= r.spin {
 		if err := r.ring.SubmitAndWait(0); err != nil {
 			return err

@@ -152,13 +152,17 @@ func TestSourceSleeps(t *testing.T) {
 	}
 }
 
-// TestSpin: a reactor to which work comes fast looks for it before it sleeps, and one to which it
-// comes slowly does not.
+// TestSpin: a reactor to which clients' work comes fast looks for it before it sleeps, and one to
+// which it comes slowly, or other work does, does not.
 func TestSpin(t *testing.T) {
 	r := newReactor(t, Config{Spin: time.Hour})
 	c := newCounter(t, r)
-	for i := int64(1); i <= 3; i++ {
-		c.brought.Add(1) // nobody wakes it
+	for i := int64(1); i <= 4; i++ {
+		if i == 1 {
+			c.bring()
+		} else {
+			c.brought.Add(1) // nobody wakes it
+		}
 		for deadline := time.Now().Add(10 * time.Second); c.taken.Load() < i; time.Sleep(time.Millisecond) {
 			if time.Now().After(deadline) {
 				t.Fatalf("it has taken %d of %d", c.taken.Load(), i)
@@ -175,5 +179,16 @@ func TestSpin(t *testing.T) {
 			}
 		}
 		c.bring()
+	}
+	r = newReactor(t, Config{Spin: time.Hour})
+	c = newCounter(t, r)
+	for range 3 {
+		r.Post(func() { r.AfterFunc(time.Millisecond, func() {}) })
+		time.Sleep(10 * time.Millisecond)
+		for deadline := time.Now().Add(10 * time.Second); !c.sleeping.Load(); time.Sleep(time.Millisecond) {
+			if time.Now().After(deadline) {
+				t.Fatal("it does not sleep while nothing but posts and timers come")
+			}
+		}
 	}
 }

@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"strconv"
+	"strings"
 	"time"
 
 	"github.com/google/uuid"
@@ -33,6 +35,8 @@ func destage() comparison {
 		}
 		return []bench.Table{
 			m.Table("MiB/s", bench.Table{Name: "rate", Title: fmt.Sprintf("%d MiB from the log into the store", d.bytes>>20), Unit: "MiB a second", Plot: true}),
+			m.Table("client CPU", bench.Table{Name: "cpu", Title: "CPU of that: lsd's daemon, or rados bench", Unit: "seconds for a GiB", Less: true}),
+			m.Table("OSD CPU", bench.Table{Name: "osd", Title: "CPU of the OSD for that", Unit: "seconds for a GiB", Less: true}),
 		}, nil
 	}}
 }
@@ -84,13 +88,35 @@ func (d *destaging) lsd(ctx context.Context, how []string) (lab.Figures, error) 
 	if err == nil && asked == nil && dirty < uint64(d.bytes) {
 		err = fmt.Errorf("%d of %d bytes are in the log alone: the store did not stand still", dirty, d.bytes)
 	}
+	before, counted := d.cpu(d.daemon.Pid())
 	began := time.Now()
-	if err := errors.Join(err, asked, d.letStore(context.WithoutCancel(ctx), "resume")); err != nil {
+	if err := errors.Join(err, asked, counted, d.letStore(context.WithoutCancel(ctx), "resume")); err != nil {
 		return nil, err
 	}
 	left, err := d.awaitStored(ctx)
 	took := time.Since(began)
-	return lab.Figures{"MiB/s": float64(dirty-left) / (1 << 20) / took.Seconds()}, err
+	if err != nil {
+		return nil, err
+	}
+	after, err := d.cpu(d.daemon.Pid())
+	mib := float64(dirty-left) / (1 << 20)
+	return destaged(mib/took.Seconds(), mib, after.client-before.client, after.osd-before.osd), err
+}
+
+// destaged returns the figures of so many MiB.
+func destaged(rate, mib float64, client, osd time.Duration) lab.Figures {
+	return lab.Figures{"MiB/s": rate, "client CPU": client.Seconds() * 1024 / mib, "OSD CPU": osd.Seconds() * 1024 / mib}
+}
+
+// A destagingCPU is the time of processors that both ends have had.
+type destagingCPU struct{ client, osd time.Duration }
+
+// cpu returns the time that the client pid, 0 for none, and the OSD have had.
+func (d *destaging) cpu(pid int) (c destagingCPU, err error) {
+	if c.osd, err = lab.CPU(d.cluster.OSDPid()); err == nil && pid != 0 {
+		c.client, err = lab.CPU(pid)
+	}
+	return c, err
 }
 
 // awaitStored waits until no more is in the log alone than does not fill an object, which waits
@@ -107,16 +133,52 @@ func (d *destaging) bench(ctx context.Context, _ []string) (lab.Figures, error) 
 	if err := d.h.Rest(ctx); err != nil {
 		return nil, err
 	}
-	rate, err := radosBench(ctx, d.h, lab.Pick(d.h.Effort, 1, 3))
-	return lab.Figures{"MiB/s": rate}, err
+	before, err := d.cpu(0)
+	if err != nil {
+		return nil, err
+	}
+	b, err := runRadosBench(ctx, d.h, lab.Pick(d.h.Effort, 1, 3))
+	if err != nil {
+		return nil, err
+	}
+	after, err := d.cpu(0)
+	return destaged(b.rate, b.mib, b.cpu, after.osd-before.osd), err
 }
 
-// radosBench returns how many MiB a second rados bench puts in so many seconds, in objects of lsd's
-// size, as many at a time as lsd.
-func radosBench(ctx context.Context, h *lab.Host, seconds int) (float64, error) {
-	said, err := h.Run(ctx, "rados", "bench", "-p", "rbd", fmt.Sprint(seconds), "write", "-b", "8388608", "-t", "8")
+// radosBench is what rados bench says of itself, and what it has taken.
+type radosBench struct {
+	rate, mib float64 // MiB a second, and in all
+	cpu       time.Duration
+}
+
+const radosBenchMiB = 8 // of an object, as lsd's are
+
+// runRadosBench has rados bench put objects for so many seconds, as many at a time as lsd.
+func runRadosBench(ctx context.Context, h *lab.Host, seconds int) (b radosBench, err error) {
+	cmd := h.Command(ctx, "rados", "bench", "-p", "rbd", fmt.Sprint(seconds), "write", "-b", fmt.Sprint(radosBenchMiB<<20), "-t", "8")
+	said, err := lab.Output(cmd)
 	if err != nil {
-		return 0, err
+		return b, err
 	}
-	return benchRate(said)
+	b, err = parseRadosBench(said)
+	b.cpu = cmd.ProcessState.UserTime() + cmd.ProcessState.SystemTime()
+	return b, err
+}
+
+func parseRadosBench(said string) (b radosBench, err error) {
+	if b.rate, err = radosBenchSays(said, "Bandwidth (MB/sec):"); err != nil { // of 1<<20 bytes
+		return b, err
+	}
+	b.mib, err = radosBenchSays(said, "Total writes made:")
+	b.mib *= radosBenchMiB
+	return b, err
+}
+
+func radosBenchSays(said, what string) (float64, error) {
+	_, after, ok := strings.Cut(said, what)
+	if !ok {
+		return 0, fmt.Errorf("rados bench says %q", said)
+	}
+	line, _, _ := strings.Cut(after, "\n")
+	return strconv.ParseFloat(strings.TrimSpace(line), 64)
 }

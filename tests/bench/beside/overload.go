@@ -215,21 +215,11 @@ func halfSeconds(text string, n int) ([]float64, error) {
 
 // bench returns how many MiB a second rados bench puts.
 func (o *overloaded) bench(ctx context.Context) (float64, error) {
-	rate, err := radosBench(ctx, o.h, lab.Pick(o.h.Effort, 3, 5))
-	if err == nil && rate > 1.5*overloadStore/(1<<20) {
-		err = fmt.Errorf("the OSD takes %.0f MiB a second: it is not slowed down", rate)
+	b, err := runRadosBench(ctx, o.h, lab.Pick(o.h.Effort, 3, 5))
+	if err == nil && b.rate > 1.5*overloadStore/(1<<20) {
+		err = fmt.Errorf("the OSD takes %.0f MiB a second: it is not slowed down", b.rate)
 	}
-	return rate, err
-}
-
-// benchRate returns the rate that rados bench says.
-func benchRate(said string) (float64, error) {
-	_, after, ok := strings.Cut(said, "Bandwidth (MB/sec):") // of 1<<20 bytes
-	if !ok {
-		return 0, fmt.Errorf("rados bench says %q", said)
-	}
-	line, _, _ := strings.Cut(after, "\n")
-	return strconv.ParseFloat(strings.TrimSpace(line), 64)
+	return b.rate, err
 }
 
 // stats returns the counts of the one image that is attached.

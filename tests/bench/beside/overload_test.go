@@ -23,19 +23,3 @@ func TestHalfSeconds(t *testing.T) {
 		}
 	}
 }
-
-func TestBenchRate(t *testing.T) {
-	for _, x := range []struct {
-		said string
-		want float64 // 0: an error
-	}{
-		{"Object size:            8388608\nBandwidth (MB/sec):     99.4327\nStddev Bandwidth:       14.6788\n", 99.4327},
-		{"Total writes made:      0\n", 0},
-		{"Bandwidth (MB/sec):     \n", 0},
-	} {
-		got, err := benchRate(x.said)
-		if got != x.want || (err != nil) != (x.want == 0) {
-			t.Errorf("%q: %v, %v; want %v", x.said, got, err, x.want)
-		}
-	}
-}
