@@ -61,19 +61,13 @@ func newDestaging(ctx context.Context, h *lab.Host) (d *destaging, err error) {
 	if d.daemon, err = h.Daemon(ctx, "--librbd-log-size", lab.Pick(h.Effort, "1G", "3G"), "--scrub-rate", "0"); err != nil {
 		return nil, err
 	}
-	h.Defer(func() { _ = d.letStore(context.WithoutCancel(ctx), "resume") })
+	h.Defer(func() { _ = d.h.LetCluster(context.WithoutCancel(ctx), "resume") })
 	// The cleaner, for which there is nothing to do as long as no more is written than this, is
 	// not measured here.
 	if _, err = d.daemon.Lsdctl(ctx, "create", d.store+"/"+destageImage, "--size", "64G"); err != nil {
 		return nil, err
 	}
 	return d, d.daemon.Hold(ctx, d.store, destageImage)
-}
-
-// letStore has the cluster pause or resume.
-func (d *destaging) letStore(ctx context.Context, do string) error {
-	_, err := d.h.Shell(ctx, d.cluster.Command(do))
-	return err
 }
 
 // lsd fills the log while the store stands still, and lets it go on then.
@@ -90,7 +84,7 @@ func (d *destaging) lsd(ctx context.Context, how []string) (lab.Figures, error) 
 	}
 	before, counted := d.cpu(d.daemon.Pid())
 	began := time.Now()
-	if err := errors.Join(err, asked, counted, d.letStore(context.WithoutCancel(ctx), "resume")); err != nil {
+	if err := errors.Join(err, asked, counted, d.h.LetCluster(context.WithoutCancel(ctx), "resume")); err != nil {
 		return nil, err
 	}
 	left, err := d.awaitStored(ctx)

@@ -106,15 +106,9 @@ func newRecoveries(ctx context.Context, h *lab.Host) (r *recoveries, err error) 
 	if r.daemon, err = h.Daemon(ctx, "--librbd-log-size", lab.Pick(h.Effort, "1G", "10G"), "--scrub-rate", "0"); err != nil {
 		return nil, err
 	}
-	h.Defer(func() { _ = r.letStore(context.WithoutCancel(ctx), "resume") })
+	h.Defer(func() { _ = r.h.LetCluster(context.WithoutCancel(ctx), "resume") })
 	_, err = r.daemon.Lsdctl(ctx, "create", r.store+"/image", "--size", r.size)
 	return r, err
-}
-
-// letStore has the cluster pause or resume.
-func (r *recoveries) letStore(ctx context.Context, do string) error {
-	_, err := r.h.Shell(ctx, r.cluster.Command(do))
-	return err
 }
 
 // fio runs fio on the image.
@@ -188,7 +182,7 @@ func (r *recoveries) lsd(ctx context.Context, d dirtyLog) (lab.Figures, error) {
 	k, err := r.kill(ctx, d, client)
 	if err != nil {
 		stop()
-		return nil, errors.Join(err, <-client, r.letStore(context.WithoutCancel(ctx), "resume"))
+		return nil, errors.Join(err, <-client, r.h.LetCluster(context.WithoutCancel(ctx), "resume"))
 	}
 	err = <-client
 	stop()
@@ -223,7 +217,7 @@ func (r *recoveries) kill(ctx context.Context, d dirtyLog, client chan error) (k
 	k.said = is.Size()
 	resumed := make(chan error, 1)
 	k.killed = time.Now()
-	go func() { resumed <- r.letStore(ctx, "resume") }()
+	go func() { resumed <- r.h.LetCluster(ctx, "resume") }()
 	err = r.daemon.Kill()
 	k.gone = time.Now()
 	if err == nil {

@@ -30,6 +30,12 @@ func (c *Cluster) Command(do string) string { return c.script + " " + do + " --d
 // Conf returns the path of its configuration, for CEPH_CONF.
 func (c *Cluster) Conf() string { return filepath.Join(c.Dir, "ceph.conf") }
 
+// LetCluster has the host's cluster do something: pause, or resume.
+func (h *Host) LetCluster(ctx context.Context, do string) error {
+	_, err := h.Shell(ctx, h.cluster.Command(do))
+	return err
+}
+
 // Cluster returns the host's cluster, which is started when it is first asked for. CEPH_CONF
 // names it from then on. In the virtual machine it is the one that was started outside.
 func (h *Host) Cluster(ctx context.Context) (*Cluster, error) {
