@@ -183,7 +183,7 @@ func (x *exchange) send(ctx context.Context) error {
 	if err != nil {
 		panic(err) // ctrlCmd has fields of fixed size only
 	}
-	ring.Command(x.fd, x.op, payload, x)
+	ring.Command(x.fd, x.op, payload, nil, x)
 	err = x.await(ctx, ring)
 	copy(x.in, mem.Bytes())
 	if cerr := ring.Close(); err == nil {

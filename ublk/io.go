@@ -137,20 +137,20 @@ func (t *tag) init(d *Device, queue, number int, buf []byte) {
 
 // fetch offers the tag to the kernel for the first time.
 func (t *tag) fetch() {
-	t.d.ring.Command(t.d.char, t.d.opFetch, t.cmd[:], t)
+	t.d.ring.Command(t.d.char, t.d.opFetch, t.cmd[:], nil, t)
 }
 
 // commit sends the result of the tag's request and offers the tag again.
 func (t *tag) commit(res int32) {
 	t.result(res)
-	t.d.ring.Command(t.d.char, t.d.opCommit, t.cmd[:], t)
+	t.d.ring.Command(t.d.char, t.d.opCommit, t.cmd[:], nil, t)
 }
 
 // commitInTime is commit, unless it would be too late.
 func (t *tag) commitInTime(res int32) {
 	t.result(res)
 	t.inTime = true
-	t.d.ring.CommandBefore(t.d.char, t.d.opCommit, t.cmd[:], t)
+	t.d.ring.CommandBefore(t.d.char, t.d.opCommit, t.cmd[:], nil, t)
 }
 
 // result ends the handler's turn.

@@ -85,7 +85,7 @@ func (d *deadline) Complete(res int32, _ uint32) {
 // when the kernel comes to the command, it does nothing, and c gets a result that
 // TooLate knows. How late the queue is submitted does not matter, nor whether the
 // process is stopped before that.
-func (r *Ring) CommandBefore(fd int, op uint32, cmd []byte, c Completer) {
+func (r *Ring) CommandBefore(fd int, op uint32, cmd, buf []byte, c Completer) Queued {
 	// A link does not reach over the end of a submission.
 	if r.tail-atomic.LoadUint32(r.q.sqHead)+2 > r.q.sqSize {
 		r.makeRoom()
@@ -95,7 +95,7 @@ func (r *Ring) CommandBefore(fd int, op uint32, cmd []byte, c Completer) {
 	// IOSQE_CQE_SKIP_SUCCESS). So they share the slot.
 	data := r.hold(c, true)
 	r.deadline.update(data).Flags |= giouring.SqeIOLink
-	r.command(fd, op, cmd, data)
+	return r.command(fd, op, cmd, buf, data)
 }
 
 // TooLate reports whether a command's result says that the deadline had passed.

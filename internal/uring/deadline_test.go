@@ -20,7 +20,7 @@ func before(t *testing.T, r *Ring, n int) int {
 	fd := tempFile(t)
 	cs := make([]result, n)
 	for i := range cs {
-		r.CommandBefore(fd, 1, nil, &cs[i])
+		r.CommandBefore(fd, 1, nil, nil, &cs[i])
 	}
 	for end := time.Now().Add(5 * time.Second); ; {
 		if err := r.SubmitAndWait(10 * time.Millisecond); err != nil {
@@ -117,7 +117,7 @@ func TestDeadlineStopped(t *testing.T) {
 	var c result
 	r.SetDeadline(boottime.Now() + time.Second)
 	before(t, r, 1)
-	r.CommandBefore(fd, 1, nil, &c)
+	r.CommandBefore(fd, 1, nil, nil, &c)
 	// Nothing of this process runs until its deadline is over.
 	pid := strconv.Itoa(os.Getpid())
 	waker := exec.Command("sh", "-c", "sleep 2; kill -CONT "+pid)
@@ -152,7 +152,7 @@ func TestDeadlineAllocs(t *testing.T) {
 	var c result
 	n := testing.AllocsPerRun(100, func() {
 		r.SetDeadline(r.deadline.at + 1)
-		r.CommandBefore(fd, 1, nil, &c)
+		r.CommandBefore(fd, 1, nil, nil, &c)
 		if err := r.SubmitAndWait(time.Second); err != nil {
 			t.Fatal(err)
 		}
@@ -179,9 +179,9 @@ func BenchmarkCommandBefore(b *testing.B) {
 			for b.Loop() {
 				for range 32 {
 					if guarded {
-						r.CommandBefore(fd, 1, nil, &c)
+						r.CommandBefore(fd, 1, nil, nil, &c)
 					} else {
-						r.Command(fd, 1, nil, &c)
+						r.Command(fd, 1, nil, nil, &c)
 					}
 				}
 				if err := r.SubmitAndWait(time.Second); err != nil {

@@ -2,6 +2,7 @@ package uring
 
 import (
 	"fmt"
+	"sync/atomic"
 	"unsafe"
 
 	"github.com/pawelgaczynski/giouring"
@@ -146,28 +147,86 @@ const (
 
 // Command queues an IORING_OP_URING_CMD: op is the command's number (cmd_op),
 // cmd its payload of at most CmdSize bytes (CmdSize128 on a ring with SQE128),
-// which is copied. What addresses in the payload point to is not: that memory
-// must be mapped and outlive the command.
-func (r *Ring) Command(fd int, op uint32, cmd []byte, c Completer) {
-	r.command(fd, op, cmd, r.hold(c, true))
+// which is copied. buf is what the command's addr points to, nil for none. It and
+// what addresses in the payload point to is not copied: that memory must be mapped and
+// outlive the command.
+func (r *Ring) Command(fd int, op uint32, cmd, buf []byte, c Completer) Queued {
+	return r.command(fd, op, cmd, buf, r.hold(c, true))
 }
 
-func (r *Ring) command(fd int, op uint32, cmd []byte, data uint64) {
-	room := CmdSize
-	if r.sqe128 {
-		room = CmdSize128
-	}
-	if len(cmd) > room {
-		panic(fmt.Sprintf("uring: command payload of %d bytes, room for %d", len(cmd), room))
-	}
+func (r *Ring) command(fd int, op uint32, cmd, buf []byte, data uint64) Queued {
+	r.checkPayload(cmd)
 	e := r.sqe()
 	e.OpCode = giouring.OpUringCmd
 	e.Fd = int32(fd)
 	e.Off = uint64(op) // cmd_op is the low half of the union with off
+	if buf != nil {
+		e.Addr = uint64(addr(buf))
+	}
 	target(e, fd)
+	r.setPayload(e, cmd)
+	e.UserData = data
+	return Queued(r.tail)
+}
+
+// payloadRoom returns the greatest size of a command's payload.
+func (r *Ring) payloadRoom() int {
+	if r.sqe128 {
+		return CmdSize128
+	}
+	return CmdSize
+}
+
+func (r *Ring) checkPayload(cmd []byte) {
+	if room := r.payloadRoom(); len(cmd) > room {
+		panic(fmt.Sprintf("uring: command payload of %d bytes, room for %d", len(cmd), room))
+	}
+}
+
+// setPayload copies a command's payload, which has been checked, into its SQE.
+func (r *Ring) setPayload(e *giouring.SubmissionQueueEntry, cmd []byte) {
 	// Unsafe: the SQE is 64 bytes long, or 128 on a ring with SQE128 (giouring's
 	// GetSQE strides accordingly), of which giouring's type covers the first 64.
-	payload := unsafe.Slice((*byte)(unsafe.Add(unsafe.Pointer(e), cmdOffset)), room)
+	payload := unsafe.Slice((*byte)(unsafe.Add(unsafe.Pointer(e), cmdOffset)), r.payloadRoom())
 	clear(payload[copy(payload, cmd):])
-	e.UserData = data
+}
+
+// uringCmdMultishot is IORING_URING_CMD_MULTISHOT (linux/io_uring.h, since 6.18): the
+// command completes again and again.
+const uringCmdMultishot = 1 << 1
+
+// CommandMultishot is Command for one that completes again and again until the flags
+// that c gets do not have [More]. Each time the kernel takes a buffer of b for its
+// answer, which [Buffers.Get] finds by the flags.
+func (r *Ring) CommandMultishot(fd int, op uint32, cmd []byte, b *Buffers, c Completer) {
+	e := r.entry(r.command(fd, op, cmd, nil, r.hold(c, true)))
+	e.OpcodeFlags = uringCmdMultishot
+	e.Flags |= giouring.SqeBufferSelect
+	e.BufIG = b.group
+}
+
+// Queued names an operation that has been queued, by the ring's tail after it.
+type Queued uint32
+
+// Amend replaces the payload of a command that has not been submitted yet, and reports
+// whether it could. q is not older than 2^31 operations.
+func (r *Ring) Amend(q Queued, cmd []byte) bool {
+	// Only our own enter calls move the head: nothing is submitted meanwhile.
+	if int32(uint32(q)-atomic.LoadUint32(r.q.sqHead)) <= 0 {
+		return false
+	}
+	r.checkPayload(cmd)
+	r.setPayload(r.entry(q), cmd)
+	return true
+}
+
+// entry returns the SQE of an operation that has not been submitted.
+func (r *Ring) entry(q Queued) *giouring.SubmissionQueueEntry {
+	size := unsafe.Sizeof(giouring.SubmissionQueueEntry{})
+	if r.sqe128 {
+		size *= 2
+	}
+	i := uintptr((uint32(q) - 1) & (r.q.sqSize - 1))
+	// Unsafe: sqSize SQEs of that size are mapped there, a power of two of them.
+	return (*giouring.SubmissionQueueEntry)(unsafe.Add(r.q.sqes, i*size))
 }

@@ -108,6 +108,7 @@ type Ring struct {
 	reaping bool
 
 	deadline deadline
+	groups   uint16 // of buffers, made so far
 
 	mem     *Arena
 	scratch *scratch

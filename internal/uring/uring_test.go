@@ -291,7 +291,7 @@ func TestOtherThread(t *testing.T) {
 func TestCommandErrors(t *testing.T) {
 	r := newRing(t, Options{})
 	var c result
-	r.Command(tempFile(t), 1, make([]byte, CmdSize), &c)
+	r.Command(tempFile(t), 1, make([]byte, CmdSize), nil, &c)
 	if got := wait(t, r, &c, 1); got != -int32(unix.EOPNOTSUPP) {
 		t.Errorf("command to a plain file = %d, want -EOPNOTSUPP", got)
 	}
@@ -300,7 +300,37 @@ func TestCommandErrors(t *testing.T) {
 			t.Error("a payload that does not fit was accepted")
 		}
 	}()
-	r.Command(0, 1, make([]byte, CmdSize+1), &c)
+	r.Command(0, 1, make([]byte, CmdSize+1), nil, &c)
+}
+
+// TestAmend changes commands before they are submitted, and not after that.
+func TestAmend(t *testing.T) {
+	for _, o := range []Options{{Entries: 4}, {Entries: 4, SQE128: true}} {
+		r := newRing(t, o)
+		fd := tempFile(t)
+		for range 5 { // the queue wraps around
+			var a, b result
+			qa := r.Command(fd, 1, []byte("first"), nil, &a)
+			qb := r.Command(fd, 1, []byte("second"), nil, &b)
+			if !r.Amend(qa, []byte("other")) || !r.Amend(qb, nil) || !r.Amend(qb, []byte("another")) {
+				t.Fatal("a command that was queued could not be amended")
+			}
+			for q, want := range map[Queued]string{qa: "other", qb: "another"} {
+				got := unsafe.Slice((*byte)(unsafe.Add(unsafe.Pointer(r.entry(q)), cmdOffset)), r.payloadRoom())
+				if !bytes.Equal(got, append([]byte(want), make([]byte, len(got)-len(want))...)) {
+					t.Errorf("payload %q, want %q", got, want)
+				}
+			}
+			if err := r.Submit(); err != nil {
+				t.Fatal(err)
+			}
+			if r.Amend(qa, nil) || r.Amend(qb, nil) {
+				t.Error("a command that was submitted has been amended")
+			}
+			wait(t, r, &a, 1)
+			wait(t, r, &b, 1)
+		}
+	}
 }
 
 // TestCloseInFlight closes a ring with a read pending that never ends by itself.
