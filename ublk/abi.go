@@ -1,6 +1,9 @@
 package ublk
 
-import "fmt"
+import (
+	"encoding/binary"
+	"fmt"
+)
 
 // Numbers and structures of the kernel's interface. Everything in this file is
 // from include/uapi/linux/ublk_cmd.h (Linux 6.1 to 7.2) unless another header is
@@ -12,6 +15,8 @@ const (
 	sizeofIOCmd   = 16 // struct ublksrv_io_cmd
 	sizeofIODesc  = 24 // struct ublksrv_io_desc
 	sizeofDevInfo = 64 // struct ublksrv_ctrl_dev_info
+	sizeofBatchIO = 16 // struct ublk_batch_io
+	sizeofElement = 16 // struct ublk_elem_header and the buffer's address
 )
 
 // Ioctl numbers are built from a direction, the size of the argument, the
@@ -25,6 +30,7 @@ const (
 	ctrlR  = ioctlRead | sizeofCtrlCmd<<16 | ioctlType
 	ctrlWR = ioctlRead | ioctlWrite | sizeofCtrlCmd<<16 | ioctlType
 	ioWR   = ioctlRead | ioctlWrite | sizeofIOCmd<<16 | ioctlType
+	batWR  = ioctlRead | ioctlWrite | sizeofBatchIO<<16 | ioctlType
 )
 
 // command is the number of a command.
@@ -52,6 +58,9 @@ const (
 const (
 	ioFetchReq          command = ioWR | 0x20
 	ioCommitAndFetchReq command = ioWR | 0x21
+	ioPrepIOCmds        command = batWR | 0x25
+	ioCommitIOCmds      command = batWR | 0x26
+	ioFetchIOCmds       command = batWR | 0x27
 )
 
 // legacy returns the number that kernels before 6.4 know the command by: the
@@ -153,6 +162,20 @@ type paramsABI struct {
 }
 
 const sizeofParams = 60
+
+// batchIO returns struct ublk_batch_io: a command for n elements of a queue.
+func batchIO(queue uint16, flags batchFlags, n, elemBytes int) (b [sizeofBatchIO]byte) {
+	binary.NativeEndian.PutUint16(b[0:], queue)
+	binary.NativeEndian.PutUint16(b[2:], uint16(flags))
+	binary.NativeEndian.PutUint16(b[4:], uint16(n))
+	b[6] = uint8(elemBytes)
+	return b
+}
+
+// batchFlags are UBLK_BATCH_F_*.
+type batchFlags uint16
+
+const batchHasBufAddr batchFlags = 1 << 1 // elements have a buffer's address
 
 const (
 	paramBasic   = 1 << 0 // UBLK_PARAM_TYPE_BASIC

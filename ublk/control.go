@@ -46,7 +46,8 @@ var (
 type Control struct {
 	f        *os.File
 	features Features
-	legacy   bool // a kernel before 6.4: commands without ioctl encoding
+	forgone  Features // not used for new devices; see Forgo
+	legacy   bool     // a kernel before 6.4: commands without ioctl encoding
 }
 
 // OpenControl opens /dev/ublk-control and asks the driver for its features.
@@ -93,6 +94,11 @@ func (c *Control) probe() error {
 	}
 	return nil
 }
+
+// Forgo makes devices that are added from now on do without f as far as the driver leaves
+// the choice: for comparisons, and in case that the driver's way to do it is broken. It is
+// called before anything else.
+func (c *Control) Forgo(f Features) { c.forgone |= f }
 
 // Features returns what the driver can do.
 func (c *Control) Features() (Features, error) { return c.features, nil }

@@ -28,24 +28,25 @@ type Device struct {
 	params   Params
 	recovery bool // END_USER_RECOVERY starts it
 
-	char int      // /dev/ublkcN; -1 when closed
-	desc [][]byte // the queues' descriptors, written by the kernel
-	mem  *uring.Arena
-	tags []tag
+	char     int      // /dev/ublkcN; -1 when closed
+	desc     [][]byte // the queues' descriptors, written by the kernel
+	mem      *uring.Arena
+	batchMem *uring.Arena // nil without FeatureBatchIO
+	tags     []tag
+	carriers []carrier // of all tags
 
 	sectors atomic.Uint64 // the device's size
 
 	reactor  *reactor.Reactor
 	ring     *uring.Ring
 	handler  Handler
-	opFetch  uint32
-	opCommit uint32
+	opCommit uint32 // of a single
 
 	// The reactor's own.
-	out     int   // tags that the kernel or the handler has
-	tagErr  error // the first tag that failed for another reason than a stop
+	out     int   // carriers that have not ended
+	tagErr  error // the first thing that failed for another reason than a stop
 	failed  chan struct{}
-	drained chan struct{} // closed when all tags are back
+	drained chan struct{} // closed when all carriers have ended
 
 	done chan struct{}
 	err  error // why the queues ended; valid after done
@@ -64,7 +65,7 @@ func (c *Control) Add(ctx context.Context, p Params) (*Device, error) {
 		MaxIOBytes: uint32(p.MaxIOBytes),
 		DevID:      uint32(p.ID), // -1: any
 		ServerPID:  int32(os.Getpid()),
-		Flags:      uint64(p.flags()),
+		Flags:      uint64(p.flags(c.features &^ c.forgone)),
 	})
 	if err != nil {
 		panic(err) // devInfo has fields of fixed size only
@@ -89,7 +90,7 @@ func (c *Control) Add(ctx context.Context, p Params) (*Device, error) {
 }
 
 func (c *Control) finishAdd(ctx context.Context, info Info, p Params) (*Device, error) {
-	if want := p.flags() &^ FeatureIoctlEncode; !info.Flags.Has(want) {
+	if want := p.flags(c.features&^c.forgone) &^ FeatureIoctlEncode; !info.Flags.Has(want) {
 		return nil, fmt.Errorf("ublk: this kernel lacks %v", want&^info.Flags)
 	}
 	p.ID, p.Queues, p.Depth, p.MaxIOBytes = info.ID, info.Queues, info.Depth, info.MaxIOBytes
@@ -185,7 +186,6 @@ func (c *Control) newDevice(info Info, p Params) (*Device, error) {
 		char:     -1,
 		mem:      mem,
 		tags:     make([]tag, n),
-		opFetch:  c.number(ioFetchReq),
 		opCommit: c.number(ioCommitAndFetchReq),
 		failed:   make(chan struct{}),
 		drained:  make(chan struct{}),
@@ -195,7 +195,24 @@ func (c *Control) newDevice(info Info, p Params) (*Device, error) {
 	for i := range d.tags {
 		d.tags[i].init(d, i/info.Depth, i%info.Depth, mem.Bytes()[i*info.MaxIOBytes:(i+1)*info.MaxIOBytes])
 	}
+	if err := d.makeCarriers(); err != nil {
+		return nil, errors.Join(err, mem.Close())
+	}
 	return d, nil
+}
+
+// makeCarriers makes the carriers for what the device was made for.
+func (d *Device) makeCarriers() error {
+	if !d.info.Flags.Has(FeatureBatchIO) {
+		d.carriers = newSingles(d.tags)
+		return nil
+	}
+	var err error
+	if d.batchMem, err = uring.NewArena(d.info.Queues * batchMemory(d.info.Depth)); err != nil {
+		return err
+	}
+	d.carriers = newBatchQueues(d, d.batchMem.Bytes())
+	return nil
 }
 
 // open opens the character device.
@@ -260,8 +277,8 @@ func (d *Device) Rest() (bool, error) {
 	if still, err := d.ring.Settle(); err != nil || !still {
 		return false, err
 	}
-	for i := range d.tags {
-		if d.tags[i].busy {
+	for _, c := range d.carriers {
+		if !c.idle() {
 			return false, nil
 		}
 	}
@@ -302,13 +319,7 @@ func (d *Device) Start(ctx context.Context, r *reactor.Reactor, h Handler) error
 	var err error
 	cerr := r.Call(func() {
 		d.ring = r.Ring()
-		for i := range d.tags {
-			d.out++
-			d.tags[i].fetch()
-		}
-		if err = d.ring.Submit(); err == nil {
-			err = d.mapDescriptors()
-		}
+		err = d.offer()
 	})
 	go d.watch()
 	if err = errors.Join(cerr, err); err != nil {
@@ -318,6 +329,23 @@ func (d *Device) Start(ctx context.Context, r *reactor.Reactor, h Handler) error
 		return err
 	}
 	return awaitNode(ctx, d.Path(), unix.S_IFBLK)
+}
+
+// offer hands all tags to the kernel.
+func (d *Device) offer() error {
+	for _, c := range d.carriers {
+		if err := c.offer(); err != nil {
+			if d.out == 0 {
+				close(d.drained)
+			}
+			return err
+		}
+		d.out++
+	}
+	if err := d.ring.Submit(); err != nil {
+		return err
+	}
+	return d.mapDescriptors()
 }
 
 // startDev sends START_DEV or END_USER_RECOVERY. The kernel answers it when it
@@ -342,15 +370,22 @@ func (d *Device) startDev(ctx context.Context) error {
 	return err
 }
 
-// tagEnded takes back a tag that the kernel will not use any more. It runs on
-// the reactor.
-func (d *Device) tagEnded(res int32) {
-	if res != resAbort && d.tagErr == nil {
-		d.tagErr = fmt.Errorf("ublk: device %d: request slot refused: %w", d.info.ID, unix.Errno(-res))
-		close(d.failed)
+// ended says that a carrier's tags will not be used by the kernel any more, for the reason
+// res. It runs on the reactor.
+func (d *Device) ended(res int32) {
+	if res != resAbort {
+		d.fault(fmt.Errorf("ublk: device %d: request slot refused: %w", d.info.ID, unix.Errno(-res)))
 	}
 	if d.out--; d.out == 0 {
 		close(d.drained)
+	}
+}
+
+// fault takes note of what should not happen. It runs on the reactor.
+func (d *Device) fault(err error) {
+	if d.tagErr == nil {
+		d.tagErr = err
+		close(d.failed)
 	}
 }
 
@@ -465,6 +500,9 @@ func (d *Device) Close() error {
 		}
 	}
 	err := d.closeChar()
-	d.tags = nil
+	d.tags, d.carriers = nil, nil
+	if d.batchMem != nil {
+		err = errors.Join(err, d.batchMem.Close())
+	}
 	return errors.Join(err, d.mem.Close())
 }

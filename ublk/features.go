@@ -49,6 +49,23 @@ func featureName(bit int) string {
 	return fmt.Sprintf("bit %d", bit)
 }
 
+// ParseFeatures returns the features of names, which are those of String, separated by
+// spaces or commas.
+func ParseFeatures(names string) (Features, error) {
+	var f Features
+next:
+	for _, name := range strings.FieldsFunc(names, func(r rune) bool { return r == ' ' || r == ',' }) {
+		for bit := range 64 {
+			if featureName(bit) == name {
+				f |= 1 << bit
+				continue next
+			}
+		}
+		return 0, fmt.Errorf("ublk: there is no feature %s", name)
+	}
+	return f, nil
+}
+
 // Has reports whether f has all of g.
 func (f Features) Has(g Features) bool { return f&g == g }
 

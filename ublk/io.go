@@ -5,7 +5,6 @@ import (
 	"strconv"
 	"unsafe"
 
-	"github.com/lsd-ceph/lsd/internal/uring"
 	"golang.org/x/sys/unix"
 )
 
@@ -101,65 +100,61 @@ type IO struct {
 //
 // It is called once for each request, on the reactor's goroutine. The kernel
 // learns of it with the reactor's next submission.
-func (io *IO) Complete(res int32) { io.t.commit(res) }
+func (io *IO) Complete(res int32) { io.t.commit(res, false) }
 
 // CompleteInTime is Complete, if the kernel comes to it before the deadline of the
 // reactor's ring ([uring.Ring.SetDeadline]). If it does not, the kernel learns
 // nothing, and the device's handler, which must be a [LateHandler], has the request
 // again.
-func (io *IO) CompleteInTime(res int32) { io.t.commitInTime(res) }
+func (io *IO) CompleteInTime(res int32) { io.t.commit(res, true) }
 
-// tag is one request slot of a queue. It is the Completer of its own FETCH and
-// COMMIT_AND_FETCH commands.
+// tag is one request slot of a queue. It is the reactor's.
 type tag struct {
 	d    *Device
+	via  carrier
 	desc []byte // its struct ublksrv_io_desc, which the kernel writes; see mapDescriptors
 	buf  []byte
 	io   IO
-	busy bool // the handler has it
-	// inTime is set while a commit is under way that may come too late.
-	inTime bool
+	addr uint64 // of buf, for the kernel
+	busy bool   // the handler has it
 
-	// cmd is the struct ublksrv_io_cmd to send next. Only the result changes.
-	cmd [sizeofIOCmd]byte
+	// The result on its way to the kernel.
+	res    int32
+	inTime bool // it may come too late
+	next   *tag // of those that wait in a batchQueue
 }
 
 // init prepares a tag.
 func (t *tag) init(d *Device, queue, number int, buf []byte) {
 	t.d, t.buf = d, buf
 	t.io = IO{Index: queue*d.info.Depth + number, Queue: uint16(queue), Tag: uint16(number), t: t}
-	binary.NativeEndian.PutUint16(t.cmd[0:], uint16(queue))
-	binary.NativeEndian.PutUint16(t.cmd[2:], uint16(number))
 	// Unsafe: the kernel is given the address of arena memory, which stays
 	// mapped until the queue has ended.
-	binary.NativeEndian.PutUint64(t.cmd[8:], uint64(uintptr(unsafe.Pointer(unsafe.SliceData(buf)))))
+	t.addr = uint64(uintptr(unsafe.Pointer(unsafe.SliceData(buf))))
 }
 
-// fetch offers the tag to the kernel for the first time.
-func (t *tag) fetch() {
-	t.d.ring.Command(t.d.char, t.d.opFetch, t.cmd[:], nil, t)
+// A carrier brings the requests of some tags from the kernel and takes the results to
+// it. Its methods are called on the reactor. When the kernel does not use its tags any
+// more it calls the device's ended, once.
+type carrier interface {
+	// offer hands the tags to the kernel for the first time.
+	offer() error
+	// commit sends the result of a tag's request and offers the tag again.
+	commit(t *tag)
+	// idle reports whether neither the handler has a request nor a result is under way
+	// that has not been submitted.
+	idle() bool
 }
 
-// commit sends the result of the tag's request and offers the tag again.
-func (t *tag) commit(res int32) {
-	t.result(res)
-	t.d.ring.Command(t.d.char, t.d.opCommit, t.cmd[:], nil, t)
-}
-
-// commitInTime is commit, unless it would be too late.
-func (t *tag) commitInTime(res int32) {
-	t.result(res)
-	t.inTime = true
-	t.d.ring.CommandBefore(t.d.char, t.d.opCommit, t.cmd[:], nil, t)
-}
-
-// result ends the handler's turn.
-func (t *tag) result(res int32) {
+// commit ends the handler's turn, sends the result and offers the tag again; if inTime
+// is set, only if that is not too late.
+func (t *tag) commit(res int32, inTime bool) {
 	if !t.busy {
 		panic("ublk: request completed twice")
 	}
 	t.busy = false
-	binary.NativeEndian.PutUint32(t.cmd[4:], uint32(res))
+	t.res, t.inTime = res, inTime
+	t.via.commit(t)
 }
 
 // resOK is UBLK_IO_RES_OK, resAbort UBLK_IO_RES_ABORT.
@@ -168,26 +163,21 @@ const (
 	resAbort = -int32(unix.ENODEV)
 )
 
-// Complete implements uring.Completer: the kernel has given the tag a request,
-// or has given the tag back for good.
-func (t *tag) Complete(res int32, _ uint32) {
-	inTime := t.inTime
-	t.inTime = false
-	if inTime && uring.TooLate(res) {
-		t.busy = true
-		t.d.handler.(LateHandler).Late(&t.io)
-		return
-	}
-	if res != resOK {
-		t.d.tagEnded(res)
-		return
-	}
+// arrived gives the handler the request that the kernel has put into the tag.
+func (t *tag) arrived() {
 	t.busy = true
 	if !t.load() {
-		t.commit(-int32(unix.EIO))
+		t.commit(-int32(unix.EIO), false)
 		return
 	}
 	t.d.handler.Handle(&t.io)
+}
+
+// late gives the handler the request again, of which the kernel has not learned the
+// result.
+func (t *tag) late() {
+	t.busy = true
+	t.d.handler.(LateHandler).Late(&t.io)
 }
 
 // load reads the request's descriptor. It reports whether the request lies

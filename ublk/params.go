@@ -127,12 +127,16 @@ func powerOfTwo(n int) bool { return n > 0 && n&(n-1) == 0 }
 
 func shift(n int) uint8 { return uint8(bits.TrailingZeros(uint(n))) }
 
-// flags returns the device's feature flags.
-func (p Params) flags() Features {
-	if p.NoRecovery {
-		return FeatureIoctlEncode
+// flags returns the device's feature flags with a driver that has the features f.
+func (p Params) flags(f Features) Features {
+	flags := FeatureIoctlEncode
+	if p.Depth > 1 { // the driver's queue of tags (a kfifo) has at least two
+		flags |= f & FeatureBatchIO
 	}
-	return FeatureIoctlEncode | FeatureRecovery | FeatureReissue
+	if !p.NoRecovery {
+		flags |= FeatureRecovery | FeatureReissue
+	}
+	return flags
 }
 
 // encode returns p as struct ublk_params.

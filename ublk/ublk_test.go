@@ -22,6 +22,9 @@ func TestABI(t *testing.T) {
 		cmdUpdateSize:        0xc0207515,
 		ioFetchReq:           0xc0107520,
 		ioCommitAndFetchReq:  0xc0107521,
+		ioPrepIOCmds:         0xc0107525,
+		ioCommitIOCmds:       0xc0107526,
+		ioFetchIOCmds:        0xc0107527,
 	} {
 		if uint32(cmd) != want {
 			t.Errorf("%v = %#x, want %#x", cmd, uint32(cmd), want)
@@ -54,6 +57,24 @@ func TestFeatureNames(t *testing.T) {
 	}
 	if !f.Has(FeatureQuiesce) || f.Has(FeatureQuiesce|FeatureZoned) {
 		t.Error("Has is wrong")
+	}
+}
+
+func TestParseFeatures(t *testing.T) {
+	for names, want := range map[string]Features{
+		"":                    0,
+		"BATCH_IO":            FeatureBatchIO,
+		"USER_COPY,BATCH_IO":  FeatureUserCopy | FeatureBatchIO,
+		" ZONED  SHMEM_ZC , ": FeatureZoned | FeatureShmemZeroCopy,
+	} {
+		if got, err := ParseFeatures(names); err != nil || got != want {
+			t.Errorf("%q: %v, %v", names, got, err)
+		}
+	}
+	for _, bad := range []string{"batch_io", "BATCH_IO;USER_COPY", "40"} {
+		if _, err := ParseFeatures(bad); err == nil {
+			t.Errorf("%q was accepted", bad)
+		}
 	}
 }
 

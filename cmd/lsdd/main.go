@@ -22,6 +22,7 @@ import (
 	"github.com/lsd-ceph/lsd/internal/bytesize"
 	"github.com/lsd-ceph/lsd/internal/cmdline"
 	"github.com/lsd-ceph/lsd/internal/daemon"
+	"github.com/lsd-ceph/lsd/ublk"
 	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
 )
@@ -46,6 +47,7 @@ type options struct {
 	logJSON       bool
 	verbose       bool
 	onTerm        string
+	ublkWithout   string
 }
 
 func run() int {
@@ -93,6 +95,7 @@ systemd runs it as lsd.service; without systemd, lsdctl add starts it with
 	f.Var(&o.cacheMemory, "read-cache-memory", "memory for what of the read cache is read most, so that it is not read from the SSD; 0: none")
 	f.StringVar(&o.cfg.Host, "host-name", host, "name of this host, for others who want an image")
 	f.BoolVar(&o.supervise, "supervise", false, "run the daemon as a child, and again when it dies")
+	f.StringVar(&o.ublkWithout, "ublk-without", "", "features of the kernel's ublk that new devices do without: BATCH_IO")
 	f.StringVar(&o.onTerm, "on-term", "leave", "what SIGTERM does with the devices: leave them to the next lsdd, or detach")
 	f.DurationVar(&o.cfg.ExitTimeout, "exit-timeout", 20*time.Second, "how long to write to the store before the end")
 	o.logMemory = daemon.DefaultLogMemory
@@ -166,6 +169,10 @@ func (o *options) run(ctx context.Context) (int, error) {
 			return 0, fmt.Errorf("%s %s: it must be from 16M to 1P", m.flag, m.n)
 		}
 		*m.to = int64(*m.n)
+	}
+	var err error
+	if o.cfg.Forgo, err = ublk.ParseFeatures(o.ublkWithout); err != nil {
+		return 0, fmt.Errorf("--ublk-without: %w", err)
 	}
 	if err := writelog.CheckSize(int64(o.libraryLog)); err != nil {
 		return 0, fmt.Errorf("--librbd-log-size %s: %w", &o.libraryLog, err)

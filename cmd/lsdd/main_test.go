@@ -46,6 +46,7 @@ func TestBadOptions(t *testing.T) {
 		{func(o *options) { o.logMemory = 1 << 51 }, "--log-memory-total 2P"},
 		{func(o *options) { o.mapMemory = 1 << 20 }, "--map-memory 1M"},
 		{func(o *options) { o.scrubRate = 1 << 51 }, "--scrub-rate 2P"},
+		{func(o *options) { o.ublkWithout = "BATCH_IO,BATCHES" }, "--ublk-without: ublk: there is no feature BATCHES"},
 		{func(o *options) { o.mapMemory = 1 << 51 }, "--map-memory 2P"},
 		{func(o *options) { o.destageMemory = 1 << 20 }, "--destage-memory 1M"},
 		{func(o *options) { o.readMemory = 1 << 20 }, "--read-memory 1M"},

@@ -56,6 +56,8 @@ type Config struct {
 	// ReadCacheMemory bounds the memory for what of it is read most, in bytes. Default
 	// DefaultReadCacheMemory; negative: none.
 	ReadCacheMemory int64
+	// Forgo are features of the kernel's ublk driver that devices made from now on do without.
+	Forgo ublk.Features
 	// DetachOnExit removes the devices when the daemon is told to end; else they
 	// wait for the next one.
 	DetachOnExit bool
@@ -138,7 +140,7 @@ func New(cfg Config) (*Daemon, error) {
 	if err != nil {
 		return nil, err
 	}
-	d.openKernel = openDriver
+	d.openKernel = d.openDriver
 	return d, nil
 }
 
@@ -233,11 +235,12 @@ func lockStateDir(dir, socket string) (*os.File, error) {
 	return f, nil
 }
 
-func openDriver() (kernel, error) {
+func (d *Daemon) openDriver() (kernel, error) {
 	c, err := OpenDriver()
 	if err != nil {
 		return nil, err
 	}
+	c.Forgo(d.cfg.Forgo)
 	return driver{c}, nil
 }
 

@@ -19,7 +19,7 @@ import (
 func newVMHost(t *testing.T, w *world) *host {
 	t.Helper()
 	h := w.newHost()
-	h.openKernel, h.kern = openDriver, nil
+	h.openKernel, h.kern = h.openDriver, nil
 	return h
 }
 

@@ -48,7 +48,7 @@ func (r *Ring) Settle() (bool, error) {
 }
 
 // SubmitAndWait hands all queued operations to the kernel and waits until there
-// is at least one completion, for at most timeout: forever when it is negative;
+// is at least one completion besides those of [Ring.Prompt], for at most timeout: forever when it is negative;
 // not at all when it is 0, then it only collects what is there. It may return
 // early. Nothing is dispatched: call Reap.
 //
@@ -63,9 +63,13 @@ func (r *Ring) SubmitAndWait(timeout time.Duration) error {
 		var err error
 		switch {
 		case timeout != 0:
+			wait := 1 + r.prompt
+			if wait != 1 && (timeout < 0 || timeout > promptTimeout) {
+				timeout = promptTimeout
+			}
 			r.scratch.setTimeout(timeout)
 			flags := giouring.EnterGetEvents | giouring.EnterExtArg
-			err = r.enter(n, 1, flags, true)
+			err = r.enter(n, wait, flags, true)
 		case n == 0 && !r.deferTW && !r.overflowed():
 			return nil
 		default:
@@ -128,11 +132,19 @@ func (r *Ring) enter(submit, wait uint32, flags uint32, block bool) error {
 	} else {
 		_, _, errno = unix.RawSyscall6(unix.SYS_IO_URING_ENTER, r.fd, uintptr(submit), uintptr(wait), uintptr(flags), argp, size)
 	}
+	if submit != 0 {
+		r.prompt = 0
+	}
 	if errno != 0 {
 		return errno
 	}
 	return nil
 }
+
+// Prompt says that the operation that was queued last completes as it is submitted, and
+// that its completion is no news: a wait in the same system call goes on, though for
+// promptTimeout at most, in case that it is news.
+func (r *Ring) Prompt() { r.prompt++ }
 
 // retry decides after an enter whether to try again (nil). EBUSY means that the
 // completion queue is full and the overflow list too long: make room. EAGAIN

@@ -39,6 +39,7 @@ const (
 	reapBatch      = 64
 	busyRetries    = 1000
 	drainTimeout   = 5 * time.Second
+	promptTimeout  = 100 * time.Millisecond
 	maxWorkers     = 8 // of each of the kernel's two kinds
 )
 
@@ -96,6 +97,7 @@ type Ring struct {
 	deferTW bool // IORING_SETUP_DEFER_TASKRUN: CQEs appear inside enter only
 
 	tail     uint32 // SQEs prepared so far
+	prompt   uint32 // operations in the submission queue that end as they are submitted
 	slots    []slot
 	free     uint32 // index+1 of the first free slot, 0 when there is none
 	inflight int    // slots in use

@@ -303,6 +303,60 @@ func TestCommandErrors(t *testing.T) {
 	r.Command(0, 1, make([]byte, CmdSize+1), nil, &c)
 }
 
+// TestPrompt: a wait goes on with what ends as it is submitted, for a while, and is over
+// with anything else.
+func TestPrompt(t *testing.T) {
+	r := newRing(t, Options{})
+	fd := tempFile(t)
+	for _, c := range []struct {
+		prompt          int
+		timeout, atMost time.Duration
+	}{{1, 30 * time.Millisecond, 30 * time.Millisecond}, {3, -1, promptTimeout}} {
+		var prompt, other result
+		for range c.prompt {
+			r.Command(fd, 1, nil, nil, &prompt)
+			r.Prompt()
+		}
+		begin := time.Now()
+		if err := r.SubmitAndWait(c.timeout); err != nil {
+			t.Fatal(err)
+		}
+		if took := time.Since(begin); took < c.atMost*9/10 {
+			t.Errorf("the wait ended after %v, want %v", took, c.atMost)
+		}
+		if r.Reap(); prompt.n != c.prompt {
+			t.Fatalf("%d of %d commands have ended", prompt.n, c.prompt)
+		}
+		r.Command(fd, 1, nil, nil, &prompt)
+		r.Prompt()
+		r.Nop(&other)
+		begin = time.Now()
+		if err := r.SubmitAndWait(-1); err != nil {
+			t.Fatal(err)
+		}
+		if took := time.Since(begin); took > promptTimeout/2 {
+			t.Errorf("the wait ended %v after something had happened", took)
+		}
+		r.Reap()
+	}
+	// What has been submitted by another call counts no more.
+	var prompt, other result
+	r.Command(fd, 1, nil, nil, &prompt)
+	r.Prompt()
+	if err := r.Submit(); err != nil {
+		t.Fatal(err)
+	}
+	r.Reap()
+	r.Nop(&other)
+	begin := time.Now()
+	if err := r.SubmitAndWait(-1); err != nil {
+		t.Fatal(err)
+	}
+	if took := time.Since(begin); took > promptTimeout/2 {
+		t.Errorf("the wait ended %v after something had happened", took)
+	}
+}
+
 // TestAmend changes commands before they are submitted, and not after that.
 func TestAmend(t *testing.T) {
 	for _, o := range []Options{{Entries: 4}, {Entries: 4, SQE128: true}} {
