@@ -16,7 +16,9 @@ const (
 	sizeofIODesc  = 24 // struct ublksrv_io_desc
 	sizeofDevInfo = 64 // struct ublksrv_ctrl_dev_info
 	sizeofBatchIO = 16 // struct ublk_batch_io
-	sizeofElement = 16 // struct ublk_elem_header and the buffer's address
+
+	sizeofElemHeader = 8                    // struct ublk_elem_header
+	sizeofElement    = sizeofElemHeader + 8 // and the buffer's address
 )
 
 // Ioctl numbers are built from a direction, the size of the argument, the

@@ -32,7 +32,9 @@ type batchQueue struct {
 	d      *Device
 	number uint16
 	tags   []tag
-	mem    []byte // arena memory: fetched's, then that of the batches
+	mem    []byte     // arena memory: fetched's, then that of the batches
+	elem   int        // size of an element, which has the buffer's address if
+	flags  batchFlags // say so
 
 	buffers int            // how many there are in fetched
 	fetched *uring.Buffers // tags that the kernel tells
@@ -74,7 +76,10 @@ func newBatchQueues(d *Device, mem []byte) []carrier {
 	list := make([]carrier, d.info.Queues)
 	depth, size := d.info.Depth, batchMemory(d.info.Depth)
 	for i := range list {
-		q := &batchQueue{d: d, number: uint16(i), buffers: fetchBuffers, tags: d.tags[i*depth : (i+1)*depth], mem: mem[i*size : (i+1)*size]}
+		q := &batchQueue{d: d, number: uint16(i), buffers: fetchBuffers, tags: d.tags[i*depth : (i+1)*depth], mem: mem[i*size : (i+1)*size], elem: sizeofElement, flags: batchHasBufAddr}
+		if d.info.Flags.Has(FeatureUserCopy) {
+			q.elem, q.flags = sizeofElemHeader, 0
+		}
 		for t := range q.tags {
 			q.tags[t].via = q
 		}
@@ -91,7 +96,7 @@ func (q *batchQueue) offer() error {
 		return err
 	}
 	elems := q.mem[uring.BuffersSize(fetchBuffers, fetchBytes):]
-	size := len(q.tags) * sizeofElement
+	size := len(q.tags) * q.elem
 	for i := range q.batches {
 		q.batches[i] = batch{q: q, elems: elems[i*size : (i+1)*size], next: q.free}
 		q.free = &q.batches[i]
@@ -113,26 +118,28 @@ func (q *batchQueue) take(op command, inTime bool) *batch {
 	return b
 }
 
-// put adds a tag's element (struct ublk_elem_header and the buffer's address), for which
-// there is room.
+// put adds a tag's element (struct ublk_elem_header, and the buffer's address where there
+// is one). There is room for it.
 func (b *batch) put(t *tag) {
-	e := b.elems[b.n*sizeofElement : (b.n+1)*sizeofElement]
+	e := b.elems[b.n*b.q.elem : (b.n+1)*b.q.elem]
 	binary.NativeEndian.PutUint16(e[0:], t.io.Tag)
 	binary.NativeEndian.PutUint16(e[2:], 0)
 	binary.NativeEndian.PutUint32(e[4:], uint32(t.res))
-	binary.NativeEndian.PutUint64(e[8:], t.addr)
+	if len(e) > sizeofElemHeader {
+		binary.NativeEndian.PutUint64(e[sizeofElemHeader:], t.addr)
+	}
 	b.n++
 }
 
 // tag returns the tag of element i.
 func (b *batch) tag(i int) *tag {
-	return &b.q.tags[binary.NativeEndian.Uint16(b.elems[i*sizeofElement:])]
+	return &b.q.tags[binary.NativeEndian.Uint16(b.elems[i*b.q.elem:])]
 }
 
 // send queues the command.
 func (b *batch) send() {
 	d, cmd := b.q.d, b.header()
-	elems := b.elems[:b.n*sizeofElement]
+	elems := b.elems[:b.n*b.q.elem]
 	if b.inTime {
 		b.at = d.ring.CommandBefore(d.char, uint32(b.op), cmd[:], elems, b)
 		return
@@ -145,7 +152,7 @@ func (b *batch) send() {
 
 // header returns the struct ublk_batch_io of the command.
 func (b *batch) header() [sizeofBatchIO]byte {
-	return batchIO(b.q.number, batchHasBufAddr, b.n, sizeofElement)
+	return batchIO(b.q.number, b.q.flags, b.n, b.q.elem)
 }
 
 // commit implements carrier.
@@ -217,7 +224,7 @@ func (b *batch) Complete(res int32, _ uint32) {
 // others must not be.
 func (b *batch) committed(res int32) {
 	q := b.q
-	done := int(res) / sizeofElement
+	done := int(res) / q.elem
 	if res <= 0 || done == 0 || done > b.n {
 		q.d.fault(fmt.Errorf("ublk: device %d: result of request %d.%d refused: %w", q.d.info.ID, q.number, b.tag(0).io.Tag, unix.Errno(max(-res, 0))))
 		done = 1
@@ -226,7 +233,7 @@ func (b *batch) committed(res int32) {
 	if b.n == 0 {
 		b.release()
 	} else {
-		copy(b.elems, b.elems[done*sizeofElement:(done+b.n)*sizeofElement])
+		copy(b.elems, b.elems[done*q.elem:(done+b.n)*q.elem])
 		b.send()
 	}
 	q.settled(done)

@@ -324,6 +324,7 @@ func (c *Control) Params(ctx context.Context, id int) (Params, error) {
 	}
 	p.ID, p.Queues, p.Depth = id, info.Queues, info.Depth
 	p.NoRecovery = !info.Flags.Has(FeatureRecovery)
+	p.NoData = info.Flags.Has(FeatureUserCopy)
 	return p, nil
 }
 

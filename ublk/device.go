@@ -174,8 +174,11 @@ func (d *Device) startRecovery(ctx context.Context) error {
 
 // newDevice allocates a device and its buffers.
 func (c *Control) newDevice(info Info, p Params) (*Device, error) {
-	n := info.Queues * info.Depth
-	mem, err := uring.NewArena(n * info.MaxIOBytes)
+	n, size := info.Queues*info.Depth, info.MaxIOBytes
+	if info.Flags.Has(FeatureUserCopy) {
+		size = 0 // the kernel copies nothing, and refuses buffers
+	}
+	mem, err := uring.NewArena(max(n*size, 1))
 	if err != nil {
 		return nil, err
 	}
@@ -193,7 +196,7 @@ func (c *Control) newDevice(info Info, p Params) (*Device, error) {
 	}
 	d.sectors.Store(p.SizeBytes / sectorSize)
 	for i := range d.tags {
-		d.tags[i].init(d, i/info.Depth, i%info.Depth, mem.Bytes()[i*info.MaxIOBytes:(i+1)*info.MaxIOBytes])
+		d.tags[i].init(d, i/info.Depth, i%info.Depth, mem.Bytes()[i*size:(i+1)*size])
 	}
 	if err := d.makeCarriers(); err != nil {
 		return nil, errors.Join(err, mem.Close())

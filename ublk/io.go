@@ -81,7 +81,8 @@ type IO struct {
 
 	// Buf is the data of a read (to be filled) or a write: exactly
 	// Sectors*512 bytes of page-aligned memory outside the Go heap, good for
-	// O_DIRECT and for a ring. It is nil for other operations.
+	// O_DIRECT and for a ring. It is nil for other operations, and where
+	// Params.NoData has had an effect.
 	Buf []byte
 
 	// Index is a dense number of this IO among the Slots of its device, from
@@ -128,9 +129,11 @@ type tag struct {
 func (t *tag) init(d *Device, queue, number int, buf []byte) {
 	t.d, t.buf = d, buf
 	t.io = IO{Index: queue*d.info.Depth + number, Queue: uint16(queue), Tag: uint16(number), t: t}
-	// Unsafe: the kernel is given the address of arena memory, which stays
-	// mapped until the queue has ended.
-	t.addr = uint64(uintptr(unsafe.Pointer(unsafe.SliceData(buf))))
+	if len(buf) != 0 {
+		// Unsafe: the kernel is given the address of arena memory, which stays
+		// mapped until the queue has ended.
+		t.addr = uint64(uintptr(unsafe.Pointer(unsafe.SliceData(buf))))
+	}
 }
 
 // A carrier brings the requests of some tags from the kernel and takes the results to
@@ -195,10 +198,12 @@ func (t *tag) load() bool {
 	switch io.Op {
 	case OpRead, OpWrite:
 		n := uint64(io.Sectors) * sectorSize
-		if n > uint64(len(t.buf)) {
+		if n > uint64(t.d.info.MaxIOBytes) {
 			return false
 		}
-		io.Buf = t.buf[:n:n]
+		if len(t.buf) != 0 {
+			io.Buf = t.buf[:n:n]
+		}
 	case OpFlush:
 		return true // its range means nothing
 	}
@@ -207,8 +212,15 @@ func (t *tag) load() bool {
 }
 
 // Null completes every request at once and keeps nothing: reads return
-// whatever the buffers hold. It is for measuring what ublk itself costs.
+// whatever the buffers hold. It is for measuring what ublk itself costs, and for
+// devices with Params.NoData.
 type Null struct{}
 
 // Handle implements [Handler].
-func (Null) Handle(io *IO) { io.Complete(int32(len(io.Buf))) }
+func (Null) Handle(io *IO) {
+	var n int32
+	if io.Op == OpRead || io.Op == OpWrite {
+		n = int32(io.Sectors * sectorSize)
+	}
+	io.Complete(n)
+}

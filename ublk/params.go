@@ -58,6 +58,11 @@ type Params struct {
 	Queues int
 	Depth  int
 
+	// NoData says that the handler neither fills IO.Buf nor looks at it. Where the
+	// kernel can leave it out (FeatureUserCopy) nothing is copied and there is none:
+	// a read returns what was in the reader's memory.
+	NoData bool
+
 	// NoRecovery makes the device vanish with its server instead of waiting
 	// for the next one.
 	NoRecovery bool
@@ -132,6 +137,9 @@ func (p Params) flags(f Features) Features {
 	flags := FeatureIoctlEncode
 	if p.Depth > 1 { // the driver's queue of tags (a kfifo) has at least two
 		flags |= f & FeatureBatchIO
+	}
+	if p.NoData { // user space copies, if it wants to
+		flags |= f & FeatureUserCopy
 	}
 	if !p.NoRecovery {
 		flags |= FeatureRecovery | FeatureReissue

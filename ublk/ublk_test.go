@@ -144,7 +144,7 @@ func TestBusyError(t *testing.T) {
 
 // TestLoadBounds feeds descriptors that the kernel would not send.
 func TestLoadBounds(t *testing.T) {
-	d := &Device{}
+	d := &Device{info: Info{MaxIOBytes: 4096}}
 	d.sectors.Store(100)
 	tg := &tag{d: d, desc: make([]byte, sizeofIODesc), buf: make([]byte, 4096)}
 	for _, c := range []struct {

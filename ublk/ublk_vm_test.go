@@ -1109,6 +1109,43 @@ func TestVMAllocs(t *testing.T) {
 	}
 }
 
+// sized is a Null that counts requests with data and those that came with a buffer.
+type sized struct{ ios, bufs atomic.Int64 }
+
+func (s *sized) Handle(io *IO) {
+	if io.Op <= OpWrite {
+		s.ios.Add(1)
+	}
+	if io.Buf != nil {
+		s.bufs.Add(1)
+	}
+	Null{}.Handle(io)
+}
+
+// TestVMNoData: no data is copied for a handler that does not want any, where the kernel
+// can leave it out, and requests end as ever.
+func TestVMNoData(t *testing.T) {
+	for _, forgo := range []Features{0, FeatureUserCopy, FeatureBatchIO} {
+		t.Run("without "+forgo.String(), func(t *testing.T) {
+			c := openControl(t)
+			c.Forgo(forgo)
+			h := new(sized)
+			d := start(t, c, Params{SizeBytes: 64 << 20, Queues: 2, MaxDiscardBytes: 1 << 20, VolatileCache: true, NoData: true}, h)
+			want := (c.features &^ forgo).Has(FeatureUserCopy)
+			p, err := c.Params(testContext(t), d.ID())
+			if err != nil || p.NoData != want {
+				t.Errorf("Params: %+v, %v", p, err)
+			}
+			fio(t, d.Path(), "--ioengine=libaio", "--iodepth=32", "--rw=randrw", "--bssplit=4k/80:1m/20", "--size=64m")
+			run(t, "blkdiscard", "-o", "0", "-l", "4194304", d.Path())
+			run(t, "blockdev", "--flushbufs", d.Path())
+			if ios, bufs := h.ios.Load(), h.bufs.Load(); ios == 0 || (bufs == 0) != want {
+				t.Errorf("%d requests, of which %d had a buffer", ios, bufs)
+			}
+		})
+	}
+}
+
 // TestVMServeNull serves a null device until its standard input ends; it is how
 // benchmarks outside of this test get one. It runs on request only.
 func TestVMServeNull(t *testing.T) {

@@ -78,7 +78,7 @@ side alone, unless it is one for shared disks: it would be damaged.`,
 	f.BoolVar(&q.Shared, "shared", false, "let programs write beside the device that lsdctl run --shared has started")
 	f.BoolVar(&q.Force, "force", false, "take the image over from the host that has it")
 	f.DurationVar(&q.Lease, "lease", 0, "how long the ownership lasts without a sign of life (default 1m)")
-	f.BoolVar(&q.Null, "null", false, "no image: a device that forgets everything, for benchmarks")
+	f.BoolVar(&q.Null, "null", false, "no image: a device that forgets everything, for benchmarks; no data is copied where the kernel can leave that out")
 	f.Var(&nullSize, "size", "size of a --null device (default 1G)")
 	f.IntVar(&q.ID, "id", -1, "number of the device; -1: any")
 	f.DurationVar(&q.BatchAge, "batch-age", 0, "longest that a write waits for its object to fill, or is kept back in a burst; behind one, twice that (default 5s)")

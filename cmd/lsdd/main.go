@@ -95,7 +95,7 @@ systemd runs it as lsd.service; without systemd, lsdctl add starts it with
 	f.Var(&o.cacheMemory, "read-cache-memory", "memory for what of the read cache is read most, so that it is not read from the SSD; 0: none")
 	f.StringVar(&o.cfg.Host, "host-name", host, "name of this host, for others who want an image")
 	f.BoolVar(&o.supervise, "supervise", false, "run the daemon as a child, and again when it dies")
-	f.StringVar(&o.ublkWithout, "ublk-without", "", "features of the kernel's ublk that new devices do without: BATCH_IO")
+	f.StringVar(&o.ublkWithout, "ublk-without", "", "features of the kernel's ublk that new devices do without: BATCH_IO, USER_COPY")
 	f.StringVar(&o.onTerm, "on-term", "leave", "what SIGTERM does with the devices: leave them to the next lsdd, or detach")
 	f.DurationVar(&o.cfg.ExitTimeout, "exit-timeout", 20*time.Second, "how long to write to the store before the end")
 	o.logMemory = daemon.DefaultLogMemory

@@ -171,6 +171,7 @@ func deviceParams(rec record) ublk.Params {
 		DiscardGranule:  int(rec.BlockSize),
 		Queues:          rec.Queues,
 		Depth:           rec.Depth,
+		NoData:          rec.Null,
 	}
 }
 

@@ -16,7 +16,8 @@ import (
 const nullSize = 256 << 20
 
 // null has fio work on block devices without storage: what the block layer, ublk and lsd's loop
-// cost. All have one queue of 128 requests and blocks of 512 bytes.
+// cost, and what each feature of ublk's does to that. All have one queue of 128 requests and
+// blocks of 512 bytes.
 func null() comparison {
 	return comparison{name: "null", title: "the way to a block device and back, without storage", vm: true, run: func(ctx context.Context, h *lab.Host) ([]bench.Table, error) {
 		all, err := nullDevices(ctx, h)
@@ -47,7 +48,13 @@ func nullDevices(ctx context.Context, h *lab.Host) (all []*blockDevice, err erro
 		name   string
 		attach func(context.Context, *lab.Host) (path string, err error)
 	}
-	kinds := []kind{{"lsd --null", lsdNull}, {"null_blk", nullBlk}, {"loop on tmpfs", loopInMemory}}
+	kinds := []kind{
+		{"lsd --null", lsdNull()},
+		{"lsd, data copied", lsdNull("--ublk-without", "USER_COPY")},
+		{"lsd, no batches", lsdNull("--ublk-without", "BATCH_IO")},
+		{"null_blk", nullBlk},
+		{"loop on tmpfs", loopInMemory},
+	}
 	if os.Getenv("LSD_UBLKSRV") != "" {
 		kinds = append(kinds, kind{"ublksrv's null", ublksrvNull})
 	}
@@ -64,14 +71,16 @@ func nullDevices(ctx context.Context, h *lab.Host) (all []*blockDevice, err erro
 	return all, nil
 }
 
-// lsdNull attaches lsd's device without an image.
-func lsdNull(ctx context.Context, h *lab.Host) (string, error) {
-	d, err := h.Daemon(ctx, "--read-cache-size", "0")
-	if err != nil {
-		return "", err
+// lsdNull attaches lsd's device without an image, in a daemon with these flags.
+func lsdNull(flags ...string) func(context.Context, *lab.Host) (string, error) {
+	return func(ctx context.Context, h *lab.Host) (string, error) {
+		d, err := h.Daemon(ctx, append([]string{"--read-cache-size", "0"}, flags...)...)
+		if err != nil {
+			return "", err
+		}
+		path, err := d.Lsdctl(ctx, "add", "--null", "--size", fmt.Sprint(nullSize))
+		return strings.TrimSpace(path), err
 	}
-	path, err := d.Lsdctl(ctx, "add", "--null", "--size", fmt.Sprint(nullSize))
-	return strings.TrimSpace(path), err
 }
 
 // nullBlk makes a null_blk device.
