@@ -218,9 +218,10 @@ func TestReadAheadOrder(t *testing.T) {
 func TestReadAheadWaited(t *testing.T) {
 	f := filledLog(t, 20, 6, uuid.Nil)
 	synctest.Test(t, func(t *testing.T) {
-		goOn := make(chan struct{})
+		begun, goOn := make(chan struct{}), make(chan struct{})
 		f.before = func(n int64, _ []byte) error {
-			if n > 0 {
+			if n == 1 {
+				close(begun)
 				<-goOn
 			}
 			return nil
@@ -228,7 +229,10 @@ func TestReadAheadWaited(t *testing.T) {
 		ended := make(chan error, 1)
 		wrong := errors.New("enough")
 		go func() {
-			_, err := recovered(t.Context(), f, uuid.Nil, true, func(Record) error { return wrong })
+			_, err := recovered(t.Context(), f, uuid.Nil, true, func(Record) error {
+				<-begun // segment 1 is being read
+				return wrong
+			})
 			ended <- err
 		}()
 		synctest.Wait()
