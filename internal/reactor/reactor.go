@@ -102,7 +102,8 @@ type Reactor struct {
 	timed   bool          // it has been
 	spin    time.Duration // Config.Spin
 	busy    bool          // the last time that there was nothing to do was shorter, and a client had asked for something
-	asked   time.Time     // when one was last seen to, by the ring or a source
+	asked   time.Time     // when the last turn ended in which a client's work had come, by the ring or a source
+	served  bool          // it has since then
 
 	err error // why it ended; written before done is closed
 }
@@ -257,10 +258,13 @@ func (r *Reactor) loop() (err error) {
 	}()
 	for {
 		r.timed = false
-		r.ring.Reap()
+		woken := r.waker.Woken()
+		reaped := r.ring.Reap()
+		r.served = r.served || reaped > int(r.waker.Woken()-woken)
 		r.runInbox()
 		r.runTimers()
 		for _, s := range r.sources {
+			r.served = r.served || s.Waiting()
 			s.Poll()
 		}
 		for _, fn := range r.hooks {
@@ -302,11 +306,11 @@ const askedSpins = 10
 // for longer than all that it does takes.
 func (r *Reactor) idle() error {
 	began := time.Now()
+	if r.served {
+		r.asked, r.served = began, false
+	}
 	defer func() {
 		now := time.Now()
-		if !r.posted.Load() && (r.ring.Ready() || r.waiting()) {
-			r.asked = now
-		}
 		r.busy = now.Sub(began) <= r.spin && now.Sub(r.asked) <= askedSpins*r.spin
 	}()
 	for r.busy && time.Since(began) <= r.spin {

@@ -157,8 +157,8 @@ func TestSourceSleeps(t *testing.T) {
 func TestSpin(t *testing.T) {
 	r := newReactor(t, Config{Spin: time.Hour})
 	c := newCounter(t, r)
-	for i := int64(1); i <= 4; i++ {
-		if i == 1 {
+	for i := int64(1); i <= 6; i++ {
+		if i <= 3 { // it finds out
 			c.bring()
 		} else {
 			c.brought.Add(1) // nobody wakes it

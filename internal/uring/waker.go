@@ -17,6 +17,8 @@ type Waker struct {
 	one  []byte // the 8 bytes that Wake writes
 	buf  []byte // the 8 bytes that the pending read fills
 	err  error
+	// woken is the ring's goroutine's.
+	woken uint64
 }
 
 // NewWaker queues the waker's read on ring; it takes effect with the ring's
@@ -41,12 +43,17 @@ func (w *Waker) arm() { w.ring.Read(w.fd, w.buf, 0, w) }
 
 // Complete implements [Completer]: it takes the next wake-up.
 func (w *Waker) Complete(res int32, _ uint32) {
+	w.woken++
 	if res < 0 && res != -int32(unix.EINTR) && res != -int32(unix.EAGAIN) {
 		w.err = unix.Errno(-res)
 		return
 	}
 	w.arm()
 }
+
+// Woken returns how often the pending read has completed: so many of what [Ring.Reap] counts. It
+// is called on the ring's goroutine.
+func (w *Waker) Woken() uint64 { return w.woken }
 
 // Err returns the error that ended the pending read, nil while the waker works.
 // It is called on the ring's goroutine.
