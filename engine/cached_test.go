@@ -486,7 +486,9 @@ func TestScatteredReadsOfTheSSD(t *testing.T) {
 			fetched, reads = round()
 		}
 		t.Logf("at last %d bytes from the store, %d reads of the SSD for %d blocks", fetched, reads, imageBlocks)
-		if fetched > imageSize/50 || reads > imageBlocks/8 {
+		// What the cache had no room for at first, in buffers that are being written, came to it later
+		// and lies elsewhere: how much that is depends on when workers run.
+		if fetched > imageSize/50 || reads > imageBlocks/4 {
 			t.Errorf("%d bytes come from the store, and %d reads of the SSD for %d blocks", fetched, reads, imageBlocks)
 		}
 		s := cache.Stats()
