@@ -482,13 +482,14 @@ func TestScatteredReadsOfTheSSD(t *testing.T) {
 			return cache.Stats().Fetched - before, f.readsSoFar() - was
 		}
 		fetched, reads := round()
-		for i := 0; i < 10 && fetched > imageSize/50; i++ { // the cache does not take all at once
+		for i := 0; i < 10 && fetched > imageSize/10; i++ { // the cache does not take all at once
 			fetched, reads = round()
 		}
 		t.Logf("at last %d bytes from the store, %d reads of the SSD for %d blocks", fetched, reads, imageBlocks)
 		// What the cache had no room for at first, in buffers that are being written, came to it later
 		// and lies elsewhere: how much that is depends on when workers run.
-		if fetched > imageSize/50 || reads > imageBlocks/4 {
+		// And the ghost, by which it knows what it has seen, loses some.
+		if fetched > imageSize/10 || reads > imageBlocks/4 {
 			t.Errorf("%d bytes come from the store, and %d reads of the SSD for %d blocks", fetched, reads, imageBlocks)
 		}
 		s := cache.Stats()
