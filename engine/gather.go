@@ -33,13 +33,12 @@ type gatheredSpan struct {
 
 // gathered is what is to be read and is not being fetched yet. The reactor owns it.
 type gathered struct {
-	spans     []gatheredSpan    // in the order in which they will be read
-	of        map[objectRef]int // the last span of each object; used in collect only
-	scattered bool              // what was gathered last is
+	spans     []gatheredSpan // in the order in which they will be read
+	scattered bool           // what was gathered last is
 }
 
 // empty returns g without what it holds, for another use.
-func (g gathered) empty() gathered { return gathered{spans: g.spans[:0], of: g.of} }
+func (g gathered) empty() gathered { return gathered{spans: g.spans[:0]} }
 
 // gather collects what the stream comes to from st.ahead on, before end, and moves st.ahead.
 func (im *Image) gather(st *stream, end uint64) {
@@ -71,6 +70,9 @@ func (im *Image) gatherOwn(r *Request, s, n uint64) {
 // collect adds what is in objects from a sector on, before end, and returns the sector that it has
 // come to: it ends early where the map is not in memory, or where there is too much.
 func (im *Image) collect(g *gathered, from, end uint64) uint64 {
+	if im.spanOf == nil {
+		im.spanOf = map[objectRef]int{}
+	}
 	at, runs := from, uint64(0)
 	for at < end && runs < maxGathered && im.ready(segmentOf(at)) {
 		to := min(end, segmentStart(segmentOf(at)+1))
@@ -80,11 +82,11 @@ func (im *Image) collect(g *gathered, from, end uint64) uint64 {
 			continue
 		}
 		e.N = min(e.N, aheadUnit)
-		g.add(e, im.blocksRead(e))
+		g.add(im.spanOf, e, im.blocksRead(e))
 		at = e.End()
 		runs++
 	}
-	clear(g.of)
+	clear(im.spanOf)
 	g.scattered = runs*scatteredRun > at-from
 	return at
 }
@@ -99,11 +101,12 @@ func (im *Image) blocksRead(e extmap.Extent) uint32 {
 	return n
 }
 
-// add adds a run of an object, of which so many blocks are read to their end.
-func (g *gathered) add(e extmap.Extent, asked uint32) {
+// add adds a run of an object, of which so many blocks are read to their end. of has the last span
+// of each object.
+func (g *gathered) add(of map[objectRef]int, e extmap.Extent, asked uint32) {
 	off := uint32(offsetOf(e.Loc))
 	first, last := off/blockSectors, (off+e.N+blockSectors-1)/blockSectors
-	if i, ok := g.of[refOf(e.Loc)]; ok {
+	if i, ok := of[refOf(e.Loc)]; ok {
 		s := &g.spans[i]
 		if first >= s.first && first <= s.first+s.n+gatherGap && last-s.first <= aheadUnit/blockSectors {
 			s.n = max(s.n, last-s.first)
@@ -113,10 +116,7 @@ func (g *gathered) add(e extmap.Extent, asked uint32) {
 			return
 		}
 	}
-	if g.of == nil {
-		g.of = map[objectRef]int{}
-	}
-	g.of[refOf(e.Loc)] = len(g.spans)
+	of[refOf(e.Loc)] = len(g.spans)
 	g.spans = append(g.spans, gatheredSpan{refOf(e.Loc), first, last - first, asked, 1, e.End()})
 }
 

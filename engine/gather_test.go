@@ -33,9 +33,9 @@ func TestGatheredSpans(t *testing.T) {
 			var g gathered
 			for range 2 { // once more, with what the first time has left
 				g = g.empty()
-				clear(g.of)
+				of := map[objectRef]int{}
 				for i, r := range c.runs {
-					g.add(extmap.Extent{Sector: uint64(i) * 1000, N: uint32(r.n), Loc: refOfSeq(uint64(r.object)).loc(r.off)}, 1)
+					g.add(of, extmap.Extent{Sector: uint64(i) * 1000, N: uint32(r.n), Loc: refOfSeq(uint64(r.object)).loc(r.off)}, 1)
 				}
 				var got []span
 				for _, s := range g.spans {

@@ -95,8 +95,9 @@ type Image struct {
 	readMemory int64
 	cacheOps   []*cacheRead // free
 	streams    streams
-	own        gathered     // of the request that is being begun
-	aheadOps   []*aheadRead // free
+	own        gathered          // of the request that is being begun
+	spanOf     map[objectRef]int // collect's, empty between its calls
+	aheadOps   []*aheadRead      // free
 
 	cacheReads  int  // reads of the read cache under way in the ring
 	aheads      int  // read-ahead under way

@@ -79,10 +79,10 @@ func (t *streams) note(s uint64, n uint32) *stream {
 
 // how returns how a stream's blocks are read.
 func (st *stream) how() readcache.How {
-	if st != nil && st.length > longStream {
-		return readcache.KeepKnown
+	if st == nil {
+		return readcache.Keep
 	}
-	return readcache.Keep
+	return st.howAhead(st.next)
 }
 
 // howAhead returns how the stream's blocks before a sector are read.

@@ -15,6 +15,7 @@ func (im *Image) Rest() bool {
 	im.tail = tail{}
 	im.spare, im.queue, im.waiters = nil, nil, nil
 	im.readOps, im.slowOps, im.slow = nil, nil, [slowKinds]slowReads{}
+	im.streams, im.own, im.spanOf = streams{}, gathered{}, nil
 	im.sums.clear()
 	im.windows.drop(0)
 	return !im.readOnly && im.log.Rest()

@@ -82,19 +82,20 @@ func (d *destaging) lsd(ctx context.Context, how []string) (lab.Figures, error) 
 	if err == nil && asked == nil && dirty < uint64(d.bytes) {
 		err = fmt.Errorf("%d of %d bytes are in the log alone: the store did not stand still", dirty, d.bytes)
 	}
-	before, counted := d.cpu(d.daemon.Pid())
+	client, osd, counted := d.cpu()
 	began := time.Now()
 	if err := errors.Join(err, asked, counted, d.h.LetCluster(context.WithoutCancel(ctx), "resume")); err != nil {
 		return nil, err
 	}
-	left, err := d.awaitStored(ctx)
+	// What does not fill an object waits for more.
+	left, err := d.daemon.AwaitDirty(ctx, engine.DefaultObjectSize-1, settleLimit)
 	took := time.Since(began)
 	if err != nil {
 		return nil, err
 	}
-	after, err := d.cpu(d.daemon.Pid())
+	client2, osd2, err := d.cpu()
 	mib := float64(dirty-left) / (1 << 20)
-	return destaged(mib/took.Seconds(), mib, after.client-before.client, after.osd-before.osd), err
+	return destaged(mib/took.Seconds(), mib, client2-client, osd2-osd), err
 }
 
 // destaged returns the figures of so many MiB.
@@ -102,24 +103,12 @@ func destaged(rate, mib float64, client, osd time.Duration) lab.Figures {
 	return lab.Figures{"MiB/s": rate, "client CPU": client.Seconds() * 1024 / mib, "OSD CPU": osd.Seconds() * 1024 / mib}
 }
 
-// A destagingCPU is the time of processors that both ends have had.
-type destagingCPU struct{ client, osd time.Duration }
-
-// cpu returns the time that the client pid, 0 for none, and the OSD have had.
-func (d *destaging) cpu(pid int) (c destagingCPU, err error) {
-	if c.osd, err = lab.CPU(d.cluster.OSDPid()); err == nil && pid != 0 {
-		c.client, err = lab.CPU(pid)
+// cpu returns the processors' time that the daemon and the OSD have had.
+func (d *destaging) cpu() (client, osd time.Duration, err error) {
+	if client, err = lab.CPU(d.daemon.Pid()); err == nil {
+		osd, err = lab.CPU(d.cluster.OSDPid())
 	}
-	return c, err
-}
-
-// awaitStored waits until no more is in the log alone than does not fill an object, which waits
-// for more, and returns how much that is.
-func (d *destaging) awaitStored(ctx context.Context) (left uint64, err error) {
-	return left, lab.Await(ctx, "all is in the store", settleLimit, func() (bool, error) {
-		left, err = d.daemon.Dirty(ctx)
-		return left < engine.DefaultObjectSize, err
-	})
+	return client, osd, err
 }
 
 // bench has rados bench put about as much.
@@ -127,7 +116,7 @@ func (d *destaging) bench(ctx context.Context, _ []string) (lab.Figures, error) 
 	if err := d.h.Rest(ctx); err != nil {
 		return nil, err
 	}
-	before, err := d.cpu(0)
+	_, osd, err := d.cpu()
 	if err != nil {
 		return nil, err
 	}
@@ -135,8 +124,8 @@ func (d *destaging) bench(ctx context.Context, _ []string) (lab.Figures, error) 
 	if err != nil {
 		return nil, err
 	}
-	after, err := d.cpu(0)
-	return destaged(b.rate, b.mib, b.cpu, after.osd-before.osd), err
+	_, osd2, err := d.cpu()
+	return destaged(b.rate, b.mib, b.cpu, osd2-osd), err
 }
 
 // radosBench is what rados bench says of itself, and what it has taken.

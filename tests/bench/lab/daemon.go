@@ -153,10 +153,17 @@ func (d *Daemon) Dirty(ctx context.Context) (n uint64, err error) {
 
 // AwaitStored waits until all is in the store.
 func (d *Daemon) AwaitStored(ctx context.Context, limit time.Duration) error {
-	return Await(ctx, "all is in the store", limit, func() (bool, error) {
-		n, err := d.Dirty(ctx)
-		return n == 0, err
+	_, err := d.AwaitDirty(ctx, 0, limit)
+	return err
+}
+
+// AwaitDirty waits until at most so many bytes are not in the store, and returns how many are not.
+func (d *Daemon) AwaitDirty(ctx context.Context, most uint64, limit time.Duration) (n uint64, err error) {
+	err = Await(ctx, "all is in the store", limit, func() (ok bool, err error) {
+		n, err = d.Dirty(ctx)
+		return n <= most, err
 	})
+	return n, err
 }
 
 // Detach detaches all images.
