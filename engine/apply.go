@@ -245,7 +245,7 @@ func (im *Image) applied(b *batch) {
 	if !mutate.On(mutate.TrimEarly) {
 		im.log.Trim(b.end)
 	}
-	im.pace.trimmedLog(b.end - b.start)
+	im.trimmedLog(b.end - b.start)
 	im.checkInvariants()
 	im.objs.evict()
 	im.retire(b)

@@ -243,6 +243,25 @@ func (c *checkedImage) remap(move func(loc uint64) uint64) {
 	})
 }
 
+// sectorAt returns the sector whose data an object has at off, in sectors, or -1.
+func (c *checkedImage) sectorAt(o objectInfo, off int) int64 {
+	c.t.Helper()
+	h, err := decodeObjectHeader(c.get(dataKey(c.id, uint64(o.number), uint64(o.epoch)))[:o.headerBytes()], MaxSize/SectorSize)
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	for _, e := range h.extents {
+		switch {
+		case e.zero:
+		case off < int(e.n):
+			return int64(e.sector) + int64(off)
+		default:
+			off -= int(e.n)
+		}
+	}
+	return -1
+}
+
 func (c *checkedImage) check(o CheckOptions) *CheckReport {
 	c.t.Helper()
 	rep, err := Check(context.Background(), c.st, "disk", "mem:/disk", o)
@@ -412,7 +431,11 @@ func TestCheckDamage(t *testing.T) {
 		{"extent at the wrong place", func(c *checkedImage) { c.remap(func(loc uint64) uint64 { return refOf(loc).loc(offsetOf(loc) ^ 8) }) }, "which does not hold them there", false, false},
 		{"extent in the wrong object", func(c *checkedImage) {
 			c.remap(func(loc uint64) uint64 {
-				return refOfSeq(uint64(live[len(live)/2].number)).loc(offsetOf(loc))
+				// Not one that has an older version of the same sector there: that is another damage.
+				off := offsetOf(loc)
+				own := slices.IndexFunc(live, func(o objectInfo) bool { return refOfSeq(uint64(o.number)) == refOf(loc) })
+				wrong := slices.IndexFunc(live, func(o objectInfo) bool { return c.sectorAt(o, off) != c.sectorAt(live[own], off) })
+				return refOfSeq(uint64(live[wrong].number)).loc(off)
 			})
 		}, "which does not hold them there", false, false},
 		{"extent in no object", func(c *checkedImage) { c.remap(func(uint64) uint64 { return refOfSeq(r.head.end()).loc(0) }) }, "which ", false, false},

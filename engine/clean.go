@@ -82,6 +82,11 @@ type cleaning struct {
 	place   bool            // it has one of Shared's
 	writing bool            // all victims have been read
 
+	gain     int64 // sectors that it frees beyond those that it moves, as far as is known
+	granted  int64 // of it, for which clients' objects have got credit
+	read     int   // victims that have been read
+	accepted int   // objects of moved data
+
 	ahead    []*victim // whose headers are being read, or have been
 	looking  *victim   // is being looked through, or nil
 	fetching int       // victims whose data is being read
@@ -170,8 +175,38 @@ func (c *cleaner) begin(victims []objectInfo, aim cleanAim) {
 		return
 	}
 	c.held = false
-	c.running = &cleaning{aim: aim, base: im.accepted.object, victims: victims, emptied: make(map[uint32]bool), place: true}
+	r := &cleaning{aim: aim, base: im.accepted.object, victims: victims, emptied: make(map[uint32]bool), place: true}
+	if aim != cleanAncestors {
+		for _, v := range victims {
+			r.gain += int64(v.sectors) - int64(v.live)
+		}
+	}
+	c.running = r
 	c.goOn()
+}
+
+// grant gives clients' objects credit for the part of the gain that the cleaning has worked for:
+// half of the work is to read, and the other half to put.
+func (c *cleaner) grant() {
+	r := c.running
+	if r.gain == 0 {
+		return
+	}
+	done := float64(r.read) / float64(len(r.victims)) / 2
+	if r.accepted > 0 {
+		done += float64(r.accepted) / float64(r.accepted+r.objects) / 2
+	}
+	c.grantUpTo(int64(done * float64(r.gain)))
+}
+
+// grantUpTo gives credit for that much of the gain, in sectors. With as much the debt would
+// stay as it is; the larger it is, the less they get, but half of it in any case: so it falls, and
+// writes go on meanwhile.
+func (c *cleaner) grantUpTo(gain int64) {
+	r := c.running
+	most, debt := float64(c.mostDebt()), float64(c.debt()+c.im.underWay())
+	c.credit += int64(float64(gain-r.granted) * max(min(most/max(debt, 1), 1), 0.5))
+	r.granted = gain
 }
 
 // turnComes says that there is a place for a cleaning. Its victims are chosen anew.
@@ -188,22 +223,29 @@ func (c *cleaner) leaveTurn() {
 	c.im.shared.cleaning.leave(&c.turn)
 }
 
-// lags reports whether so much is dead that the clients' objects should wait for the
+// lags reports whether so much is dead that more of the clients' objects should wait for the
 // cleaner: else, where clients write faster than the store takes it for ever, what it frees
 // would be little beside what they put meanwhile. They do not wait while it is not known
 // whether what it wants to move can be read, nor after a cleaning that has freed nothing.
-// As much of them as half of what the last one has gained goes on in any case. They wait for
-// the cleaner's turn as well, but not for long: it may be another store that keeps it.
-// What is moved out of ancestors frees nothing.
+// As much of them as half of what a cleaning gains goes on in any case, as it comes along: so
+// both go on side by side, not in turns. They wait for the cleaner's turn as well, but not for
+// long: it may be another store that keeps it. What is moved out of ancestors frees nothing.
 func (c *cleaner) lags() bool {
 	r := c.running
 	works := c.search != nil && c.search.aim != cleanAncestors || c.waits && c.held && c.aimed != cleanAncestors || r != nil && r.aim != cleanAncestors && !r.stuck()
 	return works && !c.vain && c.im.state == Active && c.exceeds()
 }
 
-// exceeds reports whether more is dead than the cleaner lets come to be while it can help it.
+// exceeds reports whether more is dead, or would be with what is on its way, than the cleaner lets
+// come to be while it can help it.
 func (c *cleaner) exceeds() bool {
-	return c.debt() > int64(c.im.table.live)/cleanLag+2*cleanSlack*int64(c.im.object)
+	return c.debt()+c.im.underWay() > c.mostDebt()
+}
+
+// mostDebt returns the debt up to which clients' objects do not wait, with as many of them
+// counted as may be on their way.
+func (c *cleaner) mostDebt() int64 {
+	return int64(c.im.table.live)/cleanLag + (2*cleanSlack+maxPuts)*int64(c.im.object)
 }
 
 // search goes through the image's objects for the best victims, as many at a time
@@ -391,9 +433,8 @@ func (c *cleaner) end() {
 		if r.aim != cleanAncestors {
 			gain := int64(c.freed()) - int64(r.moved)
 			c.vain = gain <= 0
-			// They put less than was gained: so the debt falls, and writes go on meanwhile,
-			// however large it is.
-			c.credit = min(c.credit, 0) + max(gain, 0)/2
+			c.credit = min(c.credit, 0)
+			c.grantUpTo(max(gain, 0))
 		}
 		c.running = nil
 		if r.moved > 0 {
@@ -532,7 +573,9 @@ func (c *cleaner) beginEmpty() {
 // accepted says that one of the cleaner's objects has been accepted.
 func (c *cleaner) accepted() {
 	if r := c.running; r != nil {
-		if r.objects--; r.objects == 0 {
+		r.accepted, r.objects = r.accepted+1, r.objects-1
+		c.grant()
+		if r.objects == 0 {
 			c.end()
 		}
 	}

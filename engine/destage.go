@@ -60,11 +60,9 @@ func (im *Image) pumpNow() {
 	if im.burst.over {
 		again(burstCalm)
 	}
-	free := len(im.queue) // batches that do not wait for the cleaner
-	if im.clean.lags() {  // its own do not, nor what is before them
-		for free > 0 && !im.queue[free-1].cleaned() {
-			free--
-		}
+	free := len(im.queue) // batches that never wait for the cleaner: its own, and what is before them
+	for free > 0 && !im.queue[free-1].cleaned() {
+		free--
 	}
 	queue := im.queue[:min(len(im.queue), maxUnderWay)]
 	n := inState(queue)
@@ -79,6 +77,7 @@ func (im *Image) pumpNow() {
 			again(wait)
 			continue
 		}
+		lags := i >= free && im.clean.lags()
 		switch {
 		case b.state == batchBuilt:
 			if n[batchPutting] < maxPuts {
@@ -88,11 +87,11 @@ func (im *Image) pumpNow() {
 		case n[batchBuilding] >= maxBuilds:
 		case !im.readable(b):
 			im.unread = true
-		case i >= free && im.clean.credit <= 0:
+		case lags && im.clean.credit <= 0:
 		case held > 0 && !b.cleaned():
 			again(held)
 		case im.takeMemory(b):
-			if i >= free {
+			if lags {
 				im.clean.credit -= int64(b.sectors)
 			}
 			n[batchBuilding]++
@@ -105,6 +104,17 @@ func (im *Image) pumpNow() {
 	if next > 0 {
 		im.pump.Reset(next)
 	}
+}
+
+// underWay returns how many sectors clients' objects have that are on their way to the store and
+// have not been accepted.
+func (im *Image) underWay() (sectors int64) {
+	for _, b := range im.queue[:min(len(im.queue), maxUnderWay)] {
+		if b.state != batchSealed && !b.cleaned() {
+			sectors += int64(b.sectors)
+		}
+	}
+	return sectors
 }
 
 // inState returns how many of the batches are in each state.

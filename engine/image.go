@@ -184,6 +184,7 @@ func (im *Image) Start(env Env, dev aio.Device, mem []byte) {
 	im.pump = env.AfterFunc(0, im.pumpNow)
 	im.apply.timer = env.AfterFunc(0, im.advance)
 	im.pace.timer = env.AfterFunc(0, func() { im.unblock = true })
+	im.pace.since = env.Now()
 	im.clean.timer = env.AfterFunc(0, im.clean.maybe)
 	comes := im.clean.turnComes
 	im.clean.turn.come = func() { env.Post(comes) }

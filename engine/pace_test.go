@@ -146,6 +146,91 @@ func TestBackPressure(t *testing.T) {
 	}
 }
 
+// sharedStore is a store with one bandwidth for all that is put and read, in the order in which it
+// is asked, which says that something is put only every so often.
+type sharedStore struct {
+	backend.Store
+	env   *simEnv
+	lump  time.Duration // between two times
+	until time.Duration // it is busy
+	taken bool          // it was asked since delay was called last
+	put   bool          // to put something
+}
+
+// sharedRate is in bytes a second.
+const sharedRate = 10 << 20
+
+func (s *sharedStore) take(n int) {
+	s.until = max(s.until, s.env.now) + time.Duration(n)*time.Second/sharedRate
+	s.taken = true
+}
+
+func (s *sharedStore) Put(ctx context.Context, key string, data []byte) error {
+	s.take(len(data))
+	s.put = true
+	return s.Store.Put(ctx, key, data)
+}
+
+func (s *sharedStore) Get(ctx context.Context, key string, p []byte, off int64) (int, error) {
+	n, err := s.Store.Get(ctx, key, p, off)
+	s.take(n)
+	return n, err
+}
+
+// delay is that of a job which has been run.
+func (s *sharedStore) delay() time.Duration {
+	if !s.taken {
+		return 0
+	}
+	at := s.until
+	if s.put && s.lump > 0 {
+		at = (at + s.lump - 1) / s.lump * s.lump
+	}
+	s.taken, s.put = false, false
+	return at - s.env.now
+}
+
+// TestEvenUnderOverload: where writes come faster than the store takes them for ever, those of each
+// half second are nearly as many, though the store tells of puts in lumps and the cleaner wants to
+// go first now and then.
+func TestEvenUnderOverload(t *testing.T) {
+	racetest.Slow(t)
+	const object, steps = 2 << 20, 120
+	for _, lump := range []time.Duration{0, 300 * time.Millisecond, 700 * time.Millisecond, 1500 * time.Millisecond} {
+		t.Run(lump.String(), func(t *testing.T) {
+			st := &sharedStore{Store: mem.New(), lump: lump}
+			id, err := Create(context.Background(), st.Store, "disk", CreateOptions{Size: 4 * writelog.MinSize / object * object, ObjectSize: object})
+			if err != nil {
+				t.Fatal(err)
+			}
+			f := newFlood(t, st, id, writelog.MinSize, Config{Logger: quiet})
+			st.env, f.env.delay = f.env, st.delay
+			f.begin(32)
+			f.run(time.Minute)
+			began, moved := f.ended, f.im.clean.moved
+			f.fullest = 0
+			least := math.MaxInt
+			for range steps {
+				before := f.ended
+				f.run(500 * time.Millisecond)
+				least = min(least, f.ended-before)
+			}
+			f.im.Abandon()
+			mean := float64(f.ended-began) / steps
+			written := float64(f.ended-began) * floodSectors * SectorSize
+			moved = f.im.clean.moved - moved
+			t.Logf("%.0f writes in half a second, %d at least; %.2f moved for each that is written; the log was filled up to %.2f",
+				mean, least, float64(moved)/written, f.filled())
+			if float64(moved) < written/4 {
+				t.Fatal("there is hardly any cleaning: this tests nothing")
+			}
+			if float64(least) < mean/2 || f.filled() > 0.97 {
+				t.Errorf("%d writes in half a second, %.0f of them by the mean; the log was filled up to %.2f", least, mean, f.filled())
+			}
+		})
+	}
+}
+
 // filled returns how much of the log was in use at most.
 func (f *flood) filled() float64 { return float64(f.fullest) / float64(f.im.log.Size()) }
 

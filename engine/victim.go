@@ -279,6 +279,9 @@ func (c *cleaner) fetch(v *victim) {
 		}
 		r.failed = 0
 		r.fetching--
+		r.read++
+		c.grant()
+		c.im.pumpNow() // clients' objects may have waited for that
 		c.goOn()
 	})
 	c.goOn()
