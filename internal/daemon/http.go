@@ -69,6 +69,8 @@ func (d *Daemon) handler() http.Handler {
 	mux.HandleFunc("/debug/pprof/profile", pprof.Profile)
 	mux.HandleFunc("/debug/pprof/symbol", pprof.Symbol)
 	mux.HandleFunc("/debug/pprof/trace", pprof.Trace)
+	mux.Handle("/debug/pprof/block", newBlockProfile())
+	mux.Handle("/debug/pprof/mutex", newMutexProfile())
 	return onlyOwner(mux)
 }
 

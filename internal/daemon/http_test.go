@@ -1,6 +1,8 @@
 package daemon
 
 import (
+	"bytes"
+	"compress/gzip"
 	"context"
 	"errors"
 	"io"
@@ -83,6 +85,10 @@ func TestAPI(t *testing.T) {
 	if text := get(t, h.cfg.Socket, "/debug/pprof/cmdline"); text == "" {
 		t.Error("no pprof")
 	}
+	testBlockProfile(t, h.cfg.Socket)
+	if text := get(t, h.cfg.Socket, "/debug/pprof/mutex"); !strings.Contains(text, "?seconds=") {
+		t.Errorf("waits for locks, with no time: %s", text)
+	}
 	if _, err := c.Detach(ctx, im.ID, api.DetachRequest{}, nil); err != nil {
 		t.Error(err)
 	}
@@ -94,6 +100,30 @@ func TestAPI(t *testing.T) {
 	}
 	if _, err := c.Version(ctx); !errors.Is(err, api.ErrNoDaemon) {
 		t.Errorf("version after the end: %v", err)
+	}
+}
+
+// testBlockProfile: a profile of what goroutines wait for has one that waits meanwhile.
+func testBlockProfile(t *testing.T, socket string) {
+	t.Helper()
+	stop := make(chan struct{})
+	defer close(stop)
+	go func() {
+		for {
+			select {
+			case <-time.After(5 * time.Millisecond):
+			case <-stop:
+				return
+			}
+		}
+	}()
+	z, err := gzip.NewReader(strings.NewReader(get(t, socket, "/debug/pprof/block?seconds=1")))
+	if err != nil {
+		t.Fatal(err)
+	}
+	names, err := io.ReadAll(z)
+	if err != nil || !bytes.Contains(names, []byte("testBlockProfile.func")) {
+		t.Errorf("what goroutines wait for: %q, %v", names, err)
 	}
 }
 
