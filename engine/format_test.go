@@ -414,6 +414,19 @@ func TestSurvivors(t *testing.T) {
 	}
 }
 
+// BenchmarkSurvivors is of a batch of blocks written at random, of which hardly two are the same.
+func BenchmarkSurvivors(b *testing.B) {
+	rng := rand.New(rand.NewPCG(1, 2))
+	extents := make([]writelog.Extent, 2048)
+	for i := range extents {
+		extents[i] = writelog.Extent{Sector: rng.Uint64N(1<<18) * blockSectors, N: blockSectors, Pos: uint64(i) * 2 * blockSectors}
+	}
+	kinds := make([]dataKind, len(extents))
+	for b.Loop() {
+		survivors(extents, kinds)
+	}
+}
+
 // TestManifestOfDeltas: the limit holds when each segment and each delta is alone in its map
 // object, and so are the deltas that a checkpoint has replaced.
 func TestManifestOfDeltas(t *testing.T) {
