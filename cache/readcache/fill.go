@@ -80,6 +80,9 @@ func (c *Cache) keep(b *newBlock, k *blockKey, data []byte) bool {
 	}
 	if !c.put(b.queue, keptBuffers, k, b.hash, 0, b.sum, data) {
 		c.counts.dropped++
+		if b.queue == large {
+			c.ghost.add(b.hash) // the next time is not the first one
+		}
 		return false
 	}
 	c.counts.filled++

@@ -326,6 +326,32 @@ func TestStreamsAreNotKept(t *testing.T) {
 	}
 }
 
+// TestDroppedIsKeptNextTime: of a stream that comes for the second time faster than the SSD takes
+// it, what is not kept is kept the third time, not the fourth.
+func TestDroppedIsKeptNextTime(t *testing.T) {
+	c := mustOpen(t, newMemFile(MinSize))
+	u := c.Client()
+	pass := func() (fetched float64) {
+		before := u.Stats().Fetched
+		for n := range uint64(8) {
+			read(t, u, n, 0, testSize, KeepKnown)
+		}
+		return float64(u.Stats().Fetched-before) / (8 * testSize)
+	}
+	pass()
+	c.maintain.Lock() // nothing is written
+	pass()
+	c.maintain.Unlock()
+	c.Maintain()
+	if s := c.Stats(); s.Dropped < testSize {
+		t.Fatalf("%d bytes are dropped: this tests nothing", s.Dropped)
+	}
+	pass()
+	if fetched := pass(); fetched > 0.1 {
+		t.Errorf("%.2f of it is fetched the fourth time", fetched)
+	}
+}
+
 // TestShortLastBlock: what was read ahead of an object whose last block is short is let go of
 // when all of it has been read: nobody asks for the rest of that block.
 func TestShortLastBlock(t *testing.T) {
