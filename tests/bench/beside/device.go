@@ -23,7 +23,7 @@ func deviceSizes(h *lab.Host) (image, cache, hot int64) {
 // device has fio work on lsd's block device and on the kernel's client for RBD, alone and under
 // bcache and dm-writecache.
 //
-// What is read is hot: a part of the image that has been read twice before, one MiB at a time, so
+// What is read is hot: a part of the image that has been read four times before, one MiB at a time, so
 // that lsd and bcache have it in their caches, and the OSD in its memory. dm-writecache, which
 // keeps only what is written, has written it instead. Writes begin with an empty cache and go to all
 // of the image; none fills a cache, nor makes dm-writecache begin to write back. lsd destages
@@ -114,9 +114,10 @@ func (d *devices) reads(ctx context.Context, hot int64) (*lab.Measured, error) {
 	}))
 }
 
-// warm has a device's cache keep what will be read.
+// warm has a device's cache keep what will be read. lsd's keeps of a stream what comes for the second
+// time, or for the third and fourth where it comes faster than the SSD takes it.
 func (d *devices) warm(ctx context.Context, b *blockDevice, hot int64) error {
-	ways := []string{"read", "read"}
+	ways := []string{"read", "read", "read", "read"}
 	if b.writesOnly {
 		ways = []string{"write", "read"}
 	}
