@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"syscall"
 
+	"github.com/lsd-ceph/lsd/backend"
 	"github.com/lsd-ceph/lsd/cache/readcache"
 	"github.com/lsd-ceph/lsd/internal/mutate"
 )
@@ -165,23 +166,48 @@ type objectSource struct {
 
 // Fetch implements readcache.Source.
 func (s *objectSource) Fetch(ctx context.Context, first uint32, p []byte) error {
-	im, info := s.im, &s.info
-	key := im.line.dataKey(uint64(info.number), uint64(info.epoch))
-	from := int64(info.headerBytes()) + int64(first)*objectBlock
-	n, err := im.store.Get(ctx, key, p, from)
+	r := backend.Range{Off: int64(s.info.headerBytes()) + int64(first)*objectBlock, P: p}
+	n, err := s.im.store.Get(ctx, s.key(), r.P, r.Off)
 	if err != nil {
 		return err
 	}
 	// Fetched meanwhile, if they were not at hand: see fetchSums.
-	sums, err := im.objectSums(ctx, info)
+	sums, err := s.im.objectSums(ctx, &s.info)
 	if err != nil {
 		return err
 	}
-	if n != len(p) {
-		return fmt.Errorf("object %s: %w: it ends after %d bytes, it should have %d", key, ErrCorrupt, from+int64(n), info.headerBytes()+int(info.sectors)*SectorSize)
+	r.N = n
+	return s.verify(r, sums)
+}
+
+// fetchRanges reads ranges of the object, each of whole blocks of its data, in one operation
+// of the store, and verifies them.
+func (s *objectSource) fetchRanges(ctx context.Context, ranges []backend.Range, sums []uint32) error {
+	if err := backend.GetRanges(ctx, s.im.store, s.key(), ranges); err != nil {
+		return err
 	}
-	if err := verifyBlocks(p, sums, int(first)); err != nil && !mutate.On(mutate.ObjectUnverified) {
-		return fmt.Errorf("object %s: %w", key, err)
+	for _, r := range ranges {
+		if err := s.verify(r, sums); err != nil {
+			return err
+		}
+		s.im.reads.Fetched(r.N)
+	}
+	return nil
+}
+
+// key returns the store's key of the object.
+func (s *objectSource) key() string {
+	return s.im.line.dataKey(uint64(s.info.number), uint64(s.info.epoch))
+}
+
+// verify checks whole blocks that the store has read by the checksums of the object's data.
+func (s *objectSource) verify(r backend.Range, sums []uint32) error {
+	header := s.info.headerBytes()
+	if r.N != len(r.P) {
+		return fmt.Errorf("object %s: %w: it ends after %d bytes, it should have %d", s.key(), ErrCorrupt, r.Off+int64(r.N), header+int(s.info.sectors)*SectorSize)
+	}
+	if err := verifyBlocks(r.P, sums, int(r.Off-int64(header))/objectBlock); err != nil && !mutate.On(mutate.ObjectUnverified) {
+		return fmt.Errorf("object %s: %w", s.key(), err)
 	}
 	return nil
 }

@@ -19,8 +19,9 @@ const (
 	// cleanLag is the part of the live data by which the space may exceed the ratio before
 	// clients' objects wait.
 	cleanLag = 16
-	// cleanGap is the dead data that is read along rather than left out.
-	cleanGap = 64 << 10 // bytes
+	// cleanGap is the dead data that is read along rather than left out: an OSD reads each
+	// range by itself.
+	cleanGap = 16 << 10 // bytes
 	// cleanFull is the share of live data, in percent, from which on an object is
 	// not worth cleaning.
 	cleanFull = 97
@@ -76,6 +77,8 @@ type cleaning struct {
 	victims []objectInfo
 	next    int // victim
 	pieces  []movedPiece
+	buffers [][]byte        // that the pieces' data is in, as far as they are to be given back
+	unbuilt int             // objects sealed whose pieces' data is needed
 	objects int             // sealed and not yet accepted
 	moved   uint64          // sectors in all that were sealed
 	emptied map[uint32]bool // victims of which everything is moved
@@ -554,6 +557,7 @@ func (c *cleaner) seal() {
 		}
 		im.sealCleaned(pieces[:n:n], r.base)
 		r.objects++
+		r.unbuilt++
 		r.moved += uint64(sectors)
 		c.moved += uint64(sectors) * SectorSize
 		pieces = pieces[n:]
@@ -565,9 +569,25 @@ func (c *cleaner) seal() {
 // beginEmpty has the cleaner, which is idle, put an object with nothing in it: after that there
 // may be a checkpoint although there is nothing new.
 func (c *cleaner) beginEmpty() {
-	c.running = &cleaning{aim: cleanAncestors, base: c.im.accepted.object, writing: true, objects: 1}
+	c.running = &cleaning{aim: cleanAncestors, base: c.im.accepted.object, writing: true, objects: 1, unbuilt: 1}
 	c.im.sealCleaned(nil, c.running.base)
 	c.im.pumpNow()
+}
+
+// built says that one of the cleaner's objects has been built: when all are, nobody needs what
+// was read any more. Of a cleaning that was given up the garbage collector takes it.
+func (c *cleaner) built() {
+	r := c.running
+	if r == nil {
+		return
+	}
+	if r.unbuilt--; r.unbuilt > 0 {
+		return
+	}
+	for _, b := range r.buffers {
+		c.im.shared.buffers.give(b)
+	}
+	r.buffers = nil
 }
 
 // accepted says that one of the cleaner's objects has been accepted.

@@ -3,6 +3,7 @@ package engine
 import (
 	"cmp"
 	"context"
+	"fmt"
 	"math/rand/v2"
 	"slices"
 	"syscall"
@@ -439,5 +440,83 @@ func TestDamageIsNotMoved(t *testing.T) {
 	rep, err := checkImage(context.Background(), st, id, "mem:", CheckOptions{Deep: true})
 	if err != nil || len(rep.Errors) != 1 || rep.Errors[0].Object != key {
 		t.Errorf("check: %v, %+v", err, rep)
+	}
+}
+
+// TestVictimIsReadAtOnce: what lives of an object, here and there, is read by one operation of
+// the store beside that for its header, and verified, wherever it is. The memory for it is kept
+// for the next one.
+func TestVictimIsReadAtOnce(t *testing.T) {
+	for _, damaged := range []bool{false, true} {
+		t.Run(fmt.Sprintf("damaged=%v", damaged), func(t *testing.T) { victimIsReadAtOnce(t, damaged) })
+	}
+}
+
+func victimIsReadAtOnce(t *testing.T, damaged bool) {
+	ctx := context.Background()
+	inner := mem.New()
+	st := faultstore.New(inner)
+	h, id := attached(t, st, smallImage(), nil)
+	// Of every period of blocks so many live, and more than cleanGap is dead.
+	const blocks, period, living = MinObjectSize / 4096, 16, 10
+	lives := func(n uint64) bool { return n%period < living }
+	for n := range uint64(blocks) {
+		h.mustWrite(n, n+1)
+	}
+	h.mustDestage()
+	for n := range uint64(blocks) {
+		if !lives(n) {
+			h.mustWrite(n, 1<<32|n+1)
+		}
+	}
+	h.mustDestage()
+	h.im.tail = tail{}
+	victim := *h.im.table.find(1)
+	const alive = blocks / period * living
+	if victim.live != alive*8 || h.im.clean.running != nil {
+		t.Fatalf("%d blocks live of the victim, want %d: this tests nothing", victim.live/8, alive)
+	}
+	key := dataKey(id, 1, uint64(victim.epoch))
+	const bad = blocks/2 + 1 // which lives
+	if damaged {
+		off := victim.headerBytes() + bad*4096
+		if err := damage(ctx, inner, key, func(b []byte) int { b[off] ^= 1; return len(b) }); err != nil {
+			t.Fatal(err)
+		}
+	}
+	var read []int
+	st.Inject(func(op faultstore.Op) faultstore.Fault {
+		if op.Method == faultstore.Get && op.Key == key {
+			read = append(read, op.Len)
+		}
+		return faultstore.Fault{}
+	})
+	h.im.clean.begin([]objectInfo{victim}, cleanSpace)
+	h.run(time.Second)
+	if want := []int{victim.headerBytes(), alive * 4096}; !slices.Equal(read, want) {
+		t.Errorf("read %d bytes of the victim, want %d", read, want)
+	}
+	moved, buffers := uint64(alive*4096), 2 // what was read was in one, the new object in another
+	if damaged {
+		moved, buffers = 0, 1
+	}
+	if h.im.clean.moved != moved || h.im.clean.bad[1] != damaged {
+		t.Errorf("%d bytes were moved, want %d; the victim is bad: %v", h.im.clean.moved, moved, h.im.clean.bad[1])
+	}
+	if free := h.im.shared.buffers.free; len(free) != buffers {
+		t.Errorf("%d buffers are kept, want %d", len(free), buffers)
+	}
+	h.im.tail = tail{}
+	for n := range uint64(blocks) {
+		switch {
+		case damaged && n == bad:
+			if err, ended, v := h.do(Read, n, 0, time.Second); !ended || err != syscall.EIO {
+				t.Errorf("what is damaged reads as %d: %v, ended %v", v, err, ended)
+			}
+		case lives(n):
+			h.mustRead(n, n+1)
+		default:
+			h.mustRead(n, 1<<32|n+1)
+		}
 	}
 }

@@ -220,6 +220,7 @@ func (im *Image) buildCleaned(b *batch) {
 			return
 		}
 		b.moved = nil
+		im.clean.built()
 		im.built(b, buf, []builtObject{{header: &h, bytes: buf}})
 	})
 }

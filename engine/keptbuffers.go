@@ -10,9 +10,9 @@ import (
 const maxKeptBuffers = maxUnderWay * (DefaultObjectSize + objectHeadroom)
 
 // keptBuffers are large buffers, kept for the next use of their kind: those that data objects have
-// been built in, or that the log has been read back into. The garbage collector takes what a
-// sync.Pool has, and then the kernel must find and clear each page again: a sixth of the time that
-// building takes. Any goroutine may use them.
+// been built in, or read into to be cleaned, or that the log has been read back into. The garbage
+// collector takes what a sync.Pool has, and then the kernel must find and clear each page again: a
+// sixth of the time that building takes. Any goroutine may use them.
 type keptBuffers struct {
 	mu   sync.Mutex
 	free [][]byte // guarded by mu, as all that follows; the one used last is taken first

@@ -361,6 +361,10 @@ func (s *simStore) Get(ctx context.Context, key string, p []byte, off int64) (n 
 	return n, err
 }
 
+func (s *simStore) GetRanges(ctx context.Context, key string, ranges []backend.Range) error {
+	return s.run("get", key, backend.SizeOf(ranges), func() error { return backend.GetRanges(ctx, s.Store, key, ranges) })
+}
+
 func (s *simStore) Stat(ctx context.Context, key string) (info backend.Info, err error) {
 	err = s.run("stat", key, 0, func() error { info, err = s.Store.Stat(ctx, key); return err })
 	return info, err

@@ -39,6 +39,7 @@ type victim struct {
 	kept int          // sectors that live and are not moved, for there is something newer in the log
 	live []movedPiece // of it, in the order of its data
 	from []int        // where their data is in the victim, in sectors
+	buf  []byte       // where it is when it has been read, if that is to be given back
 }
 
 // goOn goes on with the reading of victims: one is looked through, while the data of those
@@ -271,9 +272,13 @@ func (c *cleaner) fetch(v *victim) {
 	r, im := c.running, c.im
 	r.looking = nil
 	r.fetching++
+	sums := v.header.sums
 	v.header = nil
-	c.read(v, func(ctx context.Context) error { return im.readPieces(ctx, v.objectInfo, v.live, v.from) }, func() {
+	c.read(v, func(ctx context.Context) error { return im.readPieces(ctx, v, sums) }, func() {
 		r.pieces = append(r.pieces, v.live...)
+		if v.buf != nil {
+			r.buffers = append(r.buffers, v.buf)
+		}
 		if v.kept == 0 {
 			r.emptied[v.number] = true
 		}
@@ -287,24 +292,79 @@ func (c *cleaner) fetch(v *victim) {
 	c.goOn()
 }
 
-// readPieces reads pieces of an object, given in the order of their places, and
-// verifies them. Workers call it.
-func (im *Image) readPieces(ctx context.Context, o objectInfo, pieces []movedPiece, from []int) error {
-	for i := 0; i < len(pieces); {
-		first, end := from[i], from[i]+int(pieces[i].n)
-		j := i + 1
-		for ; j < len(pieces) && (from[j]-end)*SectorSize <= cleanGap; j++ {
-			end = from[j] + int(pieces[j].n)
+// readPieces reads what lives of a victim, as far as the read cache does not have it in one
+// operation of the store, and verifies it by the checksums of the victim's header. Workers call it.
+func (im *Image) readPieces(ctx context.Context, v *victim, sums []uint32) error {
+	spans, size := v.spans()
+	buf, kept := im.victimBuffer(size)
+	if err := im.readSpans(ctx, v, spans, buf, sums); err != nil {
+		if kept {
+			im.shared.buffers.give(buf)
 		}
-		buf := make([]byte, (end-first)*SectorSize)
-		if err := im.readObject(ctx, o, first, buf); err != nil {
-			return err
+		return err
+	}
+	k := 0
+	for i := range v.live {
+		p, at := &v.live[i], v.from[i]*SectorSize
+		for at >= spans[k].to {
+			k++
 		}
-		for ; i < j; i++ {
-			pieces[i].data = buf[(from[i]-first)*SectorSize:][:int(pieces[i].n)*SectorSize]
-		}
+		p.data = buf[spans[k].at+at-spans[k].from:][:int(p.n)*SectorSize]
+	}
+	if kept {
+		v.buf = buf
 	}
 	return nil
+}
+
+// A liveSpan is a run of whole blocks of a victim's data that is read for what lives there.
+type liveSpan struct {
+	from, to int // bytes of the data
+	at       int // where from is in what is read
+}
+
+// spans returns what is to be read of a victim, and its size in bytes.
+func (v *victim) spans() (list []liveSpan, size int) {
+	data := int(v.sectors) * SectorSize
+	for i, p := range v.live {
+		from := v.from[i] / blockSectors * objectBlock
+		to := min((v.from[i]+int(p.n)+blockSectors-1)/blockSectors*objectBlock, data)
+		if k := len(list) - 1; k >= 0 && from-list[k].to <= cleanGap {
+			size += to - list[k].to
+			list[k].to = to
+			continue
+		}
+		list = append(list, liveSpan{from, to, size})
+		size += to - from
+	}
+	return list, size
+}
+
+// victimBuffer returns n bytes for what is read of a victim: in one of the buffers that objects are
+// built in, which is to be given back, if that is at least half of one.
+func (im *Image) victimBuffer(n int) (buf []byte, kept bool) {
+	if n < im.bufferSize()/2 {
+		return make([]byte, n), false
+	}
+	return im.buffer(n), true
+}
+
+// readSpans reads spans of a victim into buf.
+func (im *Image) readSpans(ctx context.Context, v *victim, spans []liveSpan, buf []byte, sums []uint32) error {
+	src, k := objectSource{im, v.objectInfo}, im.key(&v.objectInfo)
+	header := int64(v.headerBytes())
+	var missing []backend.Range
+	for _, s := range spans {
+		for at := s.from; at < s.to; {
+			p := buf[s.at+at-s.from:][:s.to-at]
+			n, ok := im.reads.Lookup(&k, at, p)
+			if !ok {
+				missing = append(missing, backend.Range{Off: header + int64(at), P: p[:n]})
+			}
+			at += n
+		}
+	}
+	return src.fetchRanges(ctx, missing, sums)
 }
 
 // readHeader reads the header of a data object that the table has.

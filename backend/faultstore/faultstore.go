@@ -47,8 +47,8 @@ const (
 type Op struct {
 	Method string // one of the constants above
 	Key    string // for List the prefix
-	Off    int64  // for Get
-	Len    int    // of the data for Put and Swap, or of the buffer for Get
+	Off    int64  // for Get; of the first range
+	Len    int    // of the data for Put and Swap, or of the buffers for Get
 
 	data *[]byte // of Put and Swap
 }
@@ -260,7 +260,10 @@ type Store struct {
 	injectors []Injector // guarded by mu
 }
 
-var _ backend.Store = (*Store)(nil)
+var (
+	_ backend.Store       = (*Store)(nil)
+	_ backend.RangeGetter = (*Store)(nil)
+)
 
 // New returns a store that passes calls on to s. When several injectors have a
 // fault for a call, the delays add up, and of the other parts the first that
@@ -366,6 +369,35 @@ func (s *Store) Get(ctx context.Context, key string, p []byte, off int64) (int, 
 		n, err := s.store.Get(ctx, key, p, off)
 		return p[:n], err
 	})
+}
+
+// GetRanges implements backend.RangeGetter. It is one Get, of the bytes of all ranges one after
+// the other.
+func (s *Store) GetRanges(ctx context.Context, key string, ranges []backend.Range) error {
+	if err := backend.CheckRanges(key, ranges); err != nil {
+		return &backend.Error{Op: Get, Class: backend.ErrPermanent, Cause: err}
+	}
+	op := Op{Method: Get, Key: key, Off: ranges[0].Off, Len: backend.SizeOf(ranges)}
+	var all []byte
+	n, err := s.run(ctx, op, func(ctx context.Context) ([]byte, error) {
+		if err := backend.GetRanges(ctx, s.store, key, ranges); err != nil {
+			return nil, err
+		}
+		for _, r := range ranges {
+			all = append(all, r.P[:r.N]...)
+		}
+		return all, nil
+	})
+	if err != nil {
+		return err
+	}
+	left := all[:n]
+	for i := range ranges {
+		r := &ranges[i]
+		r.N = copy(r.P[:r.N], left)
+		left = left[r.N:]
+	}
+	return nil
 }
 
 // Stat implements backend.Store.

@@ -92,7 +92,10 @@ type Store struct {
 	known map[string]bool // guarded by mu; directories whose own name is durable
 }
 
-var _ backend.Store = (*Store)(nil)
+var (
+	_ backend.Store       = (*Store)(nil)
+	_ backend.RangeGetter = (*Store)(nil)
+)
 
 // Create makes dir, and the directories above it, into a store, and opens it.
 // It opens it when it is a store already, and fails with ErrPermanent when it
@@ -457,25 +460,44 @@ func (s *Store) Get(ctx context.Context, key string, p []byte, off int64) (int, 
 	if err := begin(ctx, "get", key, backend.CheckGet(key, off)); err != nil {
 		return 0, err
 	}
+	r := []backend.Range{{Off: off, P: p}}
+	err := s.read(ctx, key, r)
+	return r[0].N, err
+}
+
+// GetRanges implements backend.RangeGetter: it opens the file once.
+func (s *Store) GetRanges(ctx context.Context, key string, ranges []backend.Range) error {
+	if err := begin(ctx, "get", key, backend.CheckRanges(key, ranges)); err != nil {
+		return err
+	}
+	return s.read(ctx, key, ranges)
+}
+
+// read reads ranges of the immutable object key.
+func (s *Store) read(ctx context.Context, key string, ranges []backend.Range) error {
 	f, info, err := s.open(immutablePath(key))
 	if errors.Is(err, fs.ErrNotExist) {
-		return 0, s.absent("get", key)
+		return s.absent("get", key)
 	}
 	if err != nil {
-		return 0, fail("get", key, err)
+		return fail("get", key, err)
 	}
 	defer f.Close()
-	if err := check(ctx, "get", key); err != nil {
-		return 0, err
+	for i := range ranges {
+		if err := check(ctx, "get", key); err != nil {
+			return err
+		}
+		r := &ranges[i]
+		if r.N = 0; r.Off >= info.Size() {
+			continue
+		}
+		n, err := f.ReadAt(r.P, r.Off)
+		if err != nil && err != io.EOF {
+			return fail("get", key, err)
+		}
+		r.N = n
 	}
-	if off >= info.Size() {
-		return 0, nil
-	}
-	n, err := f.ReadAt(p, off)
-	if err != nil && err != io.EOF {
-		return 0, fail("get", key, err)
-	}
-	return n, nil
+	return nil
 }
 
 // Stat implements backend.Store.

@@ -1,6 +1,7 @@
 #include "aio.h"
 #include "_cgo_export.h"
 
+#include <errno.h>
 #include <malloc.h>
 
 // What is free, such as librados' copies of objects, is kept up to so many bytes: the kernel
@@ -60,6 +61,7 @@ void lsd_op_free(struct lsd_op *op)
 		rados_release_read_op(op->read);
 	if (op->xattrs)
 		rados_getxattrs_end(op->xattrs);
+	free(op->ranges);
 	free(op);
 }
 
@@ -74,6 +76,22 @@ int lsd_put(rados_ioctx_t io, struct lsd_op *op, const char *oid, const char *da
 int lsd_get(rados_ioctx_t io, struct lsd_op *op, const char *oid, uint64_t off)
 {
 	return rados_aio_read(io, oid, op->completion, op->buf, op->len, off);
+}
+
+int lsd_get_ranges(rados_ioctx_t io, struct lsd_op *op, const char *oid, const struct lsd_range *ranges, size_t n)
+{
+	char *p = op->buf;
+
+	op->ranges = malloc(n * sizeof *ranges);
+	if (!op->ranges)
+		return -ENOMEM;
+	memcpy(op->ranges, ranges, n * sizeof *ranges);
+	op->read = rados_create_read_op();
+	for (struct lsd_range *r = op->ranges; r < op->ranges + n; r++) {
+		rados_read_op_read(op->read, r->off, r->len, p, &r->got, &r->rval);
+		p += r->len;
+	}
+	return rados_aio_read_op_operate(op->read, io, op->completion, oid, 0);
 }
 
 int lsd_stat(rados_ioctx_t io, struct lsd_op *op, const char *oid)

@@ -115,6 +115,29 @@ func (l *link) get(ctx context.Context, oid string, p []byte, off int64) (int, e
 	})
 }
 
+// getRanges is get for several ranges of an object, in one operation of it.
+func (l *link) getRanges(ctx context.Context, oid string, ranges []backend.Range) (int, error) {
+	parts, size := make([]C.struct_lsd_range, len(ranges)), backend.SizeOf(ranges)
+	for i, r := range ranges {
+		parts[i] = C.struct_lsd_range{off: C.uint64_t(r.Off), len: C.size_t(len(r.P))}
+	}
+	var part C.int // what the parts of the operation returned
+	ret, err := l.do(ctx, size, func(io C.rados_ioctx_t, op *C.struct_lsd_op) C.int {
+		name := C.CString(oid)
+		defer C.free(unsafe.Pointer(name))
+		return C.lsd_get_ranges(io, op, name, unsafe.SliceData(parts), C.size_t(len(parts)))
+	}, func(op *C.struct_lsd_op, _ int) {
+		data := bytesAt(op.buf, size)
+		for i, p := range unsafe.Slice(op.ranges, len(ranges)) {
+			r := &ranges[i]
+			part = min(part, p.rval)
+			r.N = copy(r.P, data[:min(p.got, p.len)])
+			data = data[len(r.P):]
+		}
+	})
+	return min(ret, int(part)), err
+}
+
 func (l *link) stat(ctx context.Context, oid string) (is backend.Info, ret int, err error) {
 	ret, err = l.do(ctx, 0, func(io C.rados_ioctx_t, op *C.struct_lsd_op) C.int {
 		name := C.CString(oid)

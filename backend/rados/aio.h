@@ -7,6 +7,13 @@
 #include <string.h>
 #include <time.h>
 
+// An lsd_range is what is read of an object by an operation that reads several.
+struct lsd_range {
+	uint64_t off;
+	size_t len, got;
+	int rval;
+};
+
 // An lsd_op is one asynchronous operation, with everything that librados may
 // write to until it completes. It is C's memory, as its buffer is: an operation
 // that nobody waits for any more still has a place to write to.
@@ -18,6 +25,7 @@ struct lsd_op {
 
 	char *buf; // what was read
 	size_t len, got;
+	struct lsd_range *ranges; // of buf, one after the other
 	uint64_t size; // of the object
 	time_t mtime;
 	rados_xattrs_iter_t xattrs;
@@ -37,6 +45,10 @@ void lsd_op_free(struct lsd_op *op);
 
 int lsd_put(rados_ioctx_t io, struct lsd_op *op, const char *oid, const char *data, size_t len);
 int lsd_get(rados_ioctx_t io, struct lsd_op *op, const char *oid, uint64_t off);
+
+// lsd_get_ranges reads n ranges, of which op keeps a copy.
+int lsd_get_ranges(rados_ioctx_t io, struct lsd_op *op, const char *oid, const struct lsd_range *ranges, size_t n);
+
 int lsd_stat(rados_ioctx_t io, struct lsd_op *op, const char *oid);
 int lsd_remove(rados_ioctx_t io, struct lsd_op *op, const char *oid);
 int lsd_load(rados_ioctx_t io, struct lsd_op *op, const char *oid);

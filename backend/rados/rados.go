@@ -55,7 +55,10 @@ type Store struct {
 	renewing bool  // guarded by mu: link is dead, and another one in the making
 }
 
-var _ backend.Store = (*Store)(nil)
+var (
+	_ backend.Store       = (*Store)(nil)
+	_ backend.RangeGetter = (*Store)(nil)
+)
 
 // Open opens the store at u, whose scheme is rados. The pool must exist; a
 // namespace does by being named. It fails with ErrPermanent when configuration,
@@ -201,6 +204,17 @@ func (s *Store) Get(ctx context.Context, key string, p []byte, off int64) (int, 
 		return 0, err
 	}
 	return min(ret, len(p)), nil
+}
+
+// GetRanges implements backend.RangeGetter.
+func (s *Store) GetRanges(ctx context.Context, key string, ranges []backend.Range) error {
+	l, err := s.begin(ctx, "get", key, backend.CheckRanges(key, ranges))
+	if err != nil {
+		return err
+	}
+	defer l.running.Done()
+	ret, err := l.getRanges(ctx, oidPrefix+key, ranges)
+	return s.end(l, "get", key, ret, err)
 }
 
 // Stat implements backend.Store.

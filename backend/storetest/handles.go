@@ -26,7 +26,7 @@ func testCancelled(t *testing.T, s backend.Store, _ func() backend.Store) {
 		_, _, loadErr := s.Load(ctx, "m")
 		_, swapErr := s.Swap(ctx, "m", v, nil)
 		for op, err := range map[string]error{
-			"Put": s.Put(ctx, "b", nil), "Get": getErr, "Stat": statErr,
+			"Put": s.Put(ctx, "b", nil), "Get": getErr, "GetRanges": getOne(ctx, s, "a"), "Stat": statErr,
 			"Delete": s.Delete(ctx, "a"), "Load": loadErr, "Swap": swapErr,
 			"List": s.List(ctx, "", func(string) error { return nil }),
 		} {
@@ -109,7 +109,8 @@ func testClosed(t *testing.T, s backend.Store, another func() backend.Store) {
 	_, _, loadErr := s.Load(ctx, "m")
 	_, swapErr := s.Swap(ctx, "m", v, []byte("z"))
 	for op, err := range map[string]error{
-		"Put": s.Put(ctx, "b", nil), "Get": getErr, "Stat": statErr, "Delete": s.Delete(ctx, "a"), "Load": loadErr, "Swap": swapErr,
+		"Put": s.Put(ctx, "b", nil), "Get": getErr, "GetRanges": getOne(ctx, s, "a"), "Stat": statErr,
+		"Delete": s.Delete(ctx, "a"), "Load": loadErr, "Swap": swapErr,
 		"List": s.List(ctx, "", func(string) error { return nil }),
 	} {
 		WantError(t, op, err, backend.ErrPermanent)

@@ -107,6 +107,75 @@ func testGetRanges(t *testing.T, s backend.Store, _ func() backend.Store) {
 	}
 }
 
+// wantRanges fails the test unless reading ranges of the object key gives what want has there.
+func wantRanges(t *testing.T, s backend.Store, key string, want []byte, ranges []backend.Range) {
+	t.Helper()
+	if err := backend.GetRanges(testContext(t), s, key, ranges); err != nil {
+		t.Errorf("GetRanges of %d: %v", len(ranges), err)
+		return
+	}
+	for _, r := range ranges {
+		from := min(int(r.Off), len(want))
+		if b := want[from:min(from+len(r.P), len(want))]; r.N != len(b) || !bytes.Equal(r.P[:r.N], b) {
+			t.Errorf("GetRanges: of %d bytes from %d %d, want %d, or they differ", len(r.P), r.Off, r.N, len(b))
+		}
+	}
+}
+
+func testManyRanges(t *testing.T, s backend.Store, another func() backend.Store) {
+	const size = 100000
+	data := Pattern(1, size)
+	put(t, s, "a", data)
+	put(t, s, "empty", nil)
+	part := func(off int64, n int) backend.Range {
+		return backend.Range{Off: off, P: bytes.Repeat([]byte{0xee}, n), N: -1}
+	}
+	wantRanges(t, s, "a", data, nil)
+	wantRanges(t, another(), "a", data, []backend.Range{part(4096, 4096)})
+	wantRanges(t, s, "a", data, []backend.Range{part(0, 1), part(1, 1), part(4095, 2), part(size-1, 1)})
+	// They overlap, and are in no order.
+	wantRanges(t, s, "a", data, []backend.Range{part(50000, 30000), part(0, size), part(40000, 20000), part(50000, 30000)})
+	// The object ends in, before or after some.
+	wantRanges(t, s, "a", data, []backend.Range{part(size-10, 20), part(0, size+1), part(size, 1), part(10, 10), part(backend.MaxObject-1, 1), part(20, 10)})
+	wantRanges(t, s, "empty", nil, []backend.Range{part(0, 1), part(1000, 1000)})
+	for _, n := range []int{backend.MaxRanges, 2*backend.MaxRanges + 1} {
+		var ranges []backend.Range
+		for i := range n {
+			ranges = append(ranges, part(int64(i*90), 1+i%70))
+		}
+		wantRanges(t, s, "a", data, ranges)
+	}
+}
+
+func testBadRanges(t *testing.T, s backend.Store, _ func() backend.Store) {
+	const size = 1000
+	put(t, s, "a", Pattern(1, size))
+	part := func(off int64, n int) backend.Range { return backend.Range{Off: off, P: make([]byte, n)} }
+	get := func(key string, ranges ...backend.Range) error {
+		return backend.GetRanges(testContext(t), s, key, ranges)
+	}
+	WantError(t, "GetRanges of an absent key", get("none/x", part(0, 1), part(1, 1)), backend.ErrNotFound)
+	for what, ranges := range map[string][]backend.Range{
+		"no bytes":            {part(0, 1), part(0, 0)},
+		"a negative offset":   {part(0, 1), part(-1, 1)},
+		"what no object has":  {part(0, 1), part(backend.MaxObject, 1)},
+		"what overflows":      {part(0, 1), part(1<<63-1, 1)},
+		"more than an object": {part(0, backend.MaxObject), part(0, 1)},
+	} {
+		WantError(t, "GetRanges of "+what, get("a", ranges...), backend.ErrPermanent)
+	}
+	g, ok := s.(backend.RangeGetter)
+	if !ok {
+		return
+	}
+	many := make([]backend.Range, backend.MaxRanges+1)
+	for i := range many {
+		many[i] = part(0, 1)
+	}
+	WantError(t, "one operation for no ranges", g.GetRanges(testContext(t), "a", nil), backend.ErrPermanent)
+	WantError(t, "one operation for too many", g.GetRanges(testContext(t), "a", many), backend.ErrPermanent)
+}
+
 // testGetWhilePut checks that a reader sees an object whole or not at all.
 func testGetWhilePut(t *testing.T, s backend.Store, another func() backend.Store) {
 	const rounds, size = 10, 1 << 20
@@ -278,7 +347,7 @@ func testBadArguments(t *testing.T, s backend.Store, _ func() backend.Store) {
 		_, _, loadErr := s.Load(ctx, key)
 		_, swapErr := s.Swap(ctx, key, backend.NoVersion, nil)
 		for op, err := range map[string]error{
-			"Put": s.Put(ctx, key, nil), "Get": getErr, "Stat": statErr,
+			"Put": s.Put(ctx, key, nil), "Get": getErr, "Stat": statErr, "GetRanges": getOne(ctx, s, key),
 			"Delete": s.Delete(ctx, key), "Load": loadErr, "Swap": swapErr,
 		} {
 			WantError(t, fmt.Sprintf("%s with key %q", op, key), err, backend.ErrPermanent)

@@ -29,6 +29,8 @@ func Run(t *testing.T, newPlace func(t *testing.T) func(t *testing.T) backend.St
 		{"PutKeepsNothing", testPutKeepsNothing},
 		{"PutRace", testPutRace},
 		{"GetRanges", testGetRanges},
+		{"ManyRanges", testManyRanges},
+		{"BadRanges", testBadRanges},
 		{"GetWhilePut", testGetWhilePut},
 		{"Stat", testStat},
 		{"Delete", testDelete},
@@ -127,6 +129,11 @@ func wantObject(t *testing.T, s backend.Store, key string, want []byte) {
 	if err != nil || n != len(want) || !bytes.Equal(p[:n], want) {
 		t.Errorf("Get %s: %d bytes, %v; want %d, or they differ", key, n, err, len(want))
 	}
+}
+
+// getOne reads the first byte of the immutable object key by GetRanges.
+func getOne(ctx context.Context, s backend.Store, key string) error {
+	return backend.GetRanges(ctx, s, key, []backend.Range{{P: make([]byte, 1)}})
 }
 
 func swap(t *testing.T, s backend.Store, key string, old backend.Version, data []byte) backend.Version {

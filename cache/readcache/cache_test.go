@@ -9,6 +9,7 @@ import (
 	"io"
 	"log/slog"
 	"math/rand/v2"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -174,6 +175,42 @@ func TestReadThrough(t *testing.T) {
 	}
 	if s := c.Stats(); s.Fetched > uint64(testSize+4096) || s.Mismatches+s.Errors != 0 {
 		t.Errorf("stats: %+v", s)
+	}
+}
+
+// TestLookup: what is found and what has to be asked for come in turns, to the object's end.
+func TestLookup(t *testing.T) {
+	c := mustOpen(t, newMemFile(MinSize))
+	u := c.Client()
+	read(t, u, 1, 2*BlockSize, 3*BlockSize, Keep)
+	read(t, u, 1, testSize-BlockSize, BlockSize, Keep) // the last two blocks, the end of one and a short one
+	k := key(c, 1)
+	type run struct {
+		n     int
+		found bool
+	}
+	last := testSize - (testBlocks-2)*BlockSize
+	for _, tt := range []struct {
+		off  int
+		want []run
+	}{
+		{0, []run{{2 * BlockSize, false}, {3 * BlockSize, true}, {(testBlocks - 7) * BlockSize, false}, {last, true}}},
+		{3*BlockSize + 512, []run{{2*BlockSize - 512, true}, {(testBlocks - 7) * BlockSize, false}, {last, true}}},
+		{5*BlockSize + 512, []run{{(testBlocks-7)*BlockSize - 512, false}, {last, true}}},
+		{testSize - 512, []run{{512, true}}},
+	} {
+		var got []run
+		for off := tt.off; off < testSize; {
+			dst := make([]byte, testSize-off)
+			n, found := u.Lookup(&k, off, dst)
+			if found {
+				check(t, k.Object, off, dst[:n])
+			}
+			got, off = append(got, run{n, found}), off+n
+		}
+		if !slices.Equal(got, tt.want) {
+			t.Errorf("from byte %d: %v, want %v", tt.off, got, tt.want)
+		}
 	}
 }
 

@@ -312,22 +312,13 @@ const (
 // Read reads from the byte off of an object's data into dst: from the SSD, from
 // what others have under way, else from src. fetched says that src was asked.
 func (u *Client) Read(ctx context.Context, k *Key, off int, dst []byte, src Source, how How) (fetched bool, err error) {
-	c := u.c
 	for len(dst) > 0 {
-		first, skip := uint32(off/BlockSize), off%BlockSize
-		got, coming := u.ready(k, off, dst)
-		if got > 0 {
-			off, dst = off+got, dst[got:]
-			continue
-		}
-		r := Run{N: uint32((skip + len(dst) + BlockSize - 1) / BlockSize)}
-		if !coming.Known {
-			r = c.Next(k, first, r.N, false)
-		}
-		n := min(int(r.N)*BlockSize-skip, len(dst))
-		if !r.Cached || !c.readRun(k, first, r, skip, dst[:n]) {
+		n, ok := u.Lookup(k, off, dst)
+		if !ok {
+			first, skip := uint32(off/BlockSize), off%BlockSize
+			blocks := uint32((skip + n + BlockSize - 1) / BlockSize)
 			var mine bool
-			n, mine, err = u.fetch(ctx, k, first, r.N, skip, dst[:n], src, how)
+			n, mine, err = u.fetch(ctx, k, first, blocks, skip, dst[:n], src, how)
 			fetched = fetched || mine
 			if err != nil {
 				return fetched, err
@@ -336,6 +327,22 @@ func (u *Client) Read(ctx context.Context, k *Key, off int, dst []byte, src Sour
 		off, dst = off+n, dst[n:]
 	}
 	return fetched, nil
+}
+
+// Lookup is Read without a Source and without waiting, for the first n bytes of dst: those that
+// are found in one place, or, if not ok, those that a Source has to be asked for.
+func (u *Client) Lookup(k *Key, off int, dst []byte) (n int, ok bool) {
+	first, skip := uint32(off/BlockSize), off%BlockSize
+	got, coming := u.ready(k, off, dst)
+	if got > 0 {
+		return got, true
+	}
+	r := Run{N: uint32((skip + len(dst) + BlockSize - 1) / BlockSize)}
+	if !coming.Known {
+		r = u.c.Next(k, first, r.N, false)
+	}
+	n = min(int(r.N)*BlockSize-skip, len(dst))
+	return n, r.Cached && u.c.readRun(k, first, r, skip, dst[:n])
 }
 
 // A Coming says what is known of blocks that were, or are, read ahead.

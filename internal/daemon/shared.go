@@ -164,6 +164,15 @@ func (s *gatedStore) Get(ctx context.Context, key string, p []byte, off int64) (
 	return s.Store.Get(ctx, key, p, off)
 }
 
+// GetRanges implements backend.RangeGetter.
+func (s *gatedStore) GetRanges(ctx context.Context, key string, ranges []backend.Range) error {
+	if err := pass(ctx, s.gate.data, "get", key); err != nil {
+		return err
+	}
+	defer func() { <-s.gate.data }()
+	return backend.GetRanges(ctx, s.Store, key, ranges)
+}
+
 // Stat implements backend.Store.
 func (s *gatedStore) Stat(ctx context.Context, key string) (backend.Info, error) {
 	if err := pass(ctx, s.gate.data, "stat", key); err != nil {

@@ -12,6 +12,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/lsd-ceph/lsd/backend"
 	"github.com/lsd-ceph/lsd/backend/mem"
 	"github.com/lsd-ceph/lsd/cache/writelog"
 	"github.com/lsd-ceph/lsd/engine"
@@ -55,6 +56,12 @@ func (s *slowStore) Put(ctx context.Context, key string, data []byte) error {
 func (s *slowStore) Get(ctx context.Context, key string, p []byte, off int64) (int, error) {
 	s.wait(len(p))
 	return s.Store.Get(ctx, key, p, off)
+}
+
+// GetRanges implements backend.RangeGetter.
+func (s *slowStore) GetRanges(ctx context.Context, key string, ranges []backend.Range) error {
+	s.wait(backend.SizeOf(ranges))
+	return backend.GetRanges(ctx, s.Store, key, ranges)
 }
 
 // writers write an image on its reactor, which owns them, and note how long each
