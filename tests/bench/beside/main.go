@@ -44,6 +44,7 @@ func comparisons() []comparison {
 		clones(),
 		fragmented(),
 		recovery(),
+		takeover(),
 		processors(),
 		scale(),
 	}

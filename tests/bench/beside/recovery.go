@@ -52,11 +52,16 @@ func recovery() comparison {
 		if err != nil {
 			return nil, err
 		}
-		return []bench.Table{
-			m.Table("ms", bench.Table{Name: "wait", Title: "From kill -9 of the daemon to the first completed write", Unit: "ms", Less: true, Plot: true}),
-			byPart(m, []lab.Metric{ending, starting, opening, resuming}, bench.Table{Name: "phases", Title: "Of this, one after the other", Unit: "ms", Less: true}),
-		}, nil
+		return waits(m, "From kill -9 of the daemon to the first completed write"), nil
 	}}
+}
+
+// waits returns the tables of how long a client waits.
+func waits(m *lab.Measured, title string) []bench.Table {
+	return []bench.Table{
+		m.Table("ms", bench.Table{Name: "wait", Title: title, Unit: "ms", Less: true, Plot: true}),
+		byPart(m, []lab.Metric{ending, starting, opening, resuming}, bench.Table{Name: "phases", Title: "Of this, one after the other", Unit: "ms", Less: true}),
+	}
 }
 
 // The parts of the wait, as metrics.
@@ -130,9 +135,9 @@ func (r *recoveries) attach(ctx context.Context) error {
 	return r.h.Rest(ctx)
 }
 
-// image returns what is attached.
-func (r *recoveries) image(ctx context.Context) (im api.Image, err error) {
-	list, err := r.daemon.Client.Images(ctx)
+// onlyImage returns what a daemon has attached.
+func onlyImage(ctx context.Context, d *lab.Daemon) (im api.Image, err error) {
+	list, err := d.Client.Images(ctx)
 	if err != nil {
 		return im, err
 	}
@@ -152,11 +157,16 @@ func (r *recoveries) read(ctx context.Context, d dirtyLog) (lab.Figures, error) 
 	if err := r.attach(ctx); err != nil {
 		return nil, err
 	}
-	im, err := r.image(ctx)
+	im, err := onlyImage(ctx, r.daemon)
 	if err != nil {
 		return nil, err
 	}
-	f, err := r.h.Fio(ctx, "--rw=read", "--readonly", "--bs=1m", "--iodepth=4", "--ioengine=io_uring", "--direct=1", "--filename="+im.Log, fmt.Sprintf("--size=%d", r.logged[d]>>20<<20))
+	return readLog(ctx, r.h, im.Log, r.logged[d])
+}
+
+// readLog reads so many bytes of a log's file.
+func readLog(ctx context.Context, h *lab.Host, log string, bytes uint64) (lab.Figures, error) {
+	f, err := h.Fio(ctx, "--rw=read", "--readonly", "--bs=1m", "--iodepth=4", "--ioengine=io_uring", "--direct=1", "--filename="+log, fmt.Sprintf("--size=%d", bytes>>20<<20))
 	return lab.Figures{"ms": milliseconds(f.Took)}, err
 }
 
@@ -205,23 +215,29 @@ func (r *recoveries) kill(ctx context.Context, d dirtyLog, client chan error) (k
 		return k, err
 	}
 	time.Sleep(300 * time.Millisecond) // the client has begun
-	im, err := r.image(ctx)
+	im, err := onlyImage(ctx, r.daemon)
 	if err != nil {
 		return k, err
 	}
 	r.logged[d] = im.Stats.LogUsed
-	is, err := os.Stat(r.daemon.Log)
+	return killUnder(ctx, r.h, r.daemon)
+}
+
+// killUnder kills a daemon under its clients, and starts it again at once, when the store goes on as
+// well.
+func killUnder(ctx context.Context, h *lab.Host, d *lab.Daemon) (k kill, err error) {
+	is, err := os.Stat(d.Log)
 	if err != nil {
 		return k, err
 	}
 	k.said = is.Size()
 	resumed := make(chan error, 1)
 	k.killed = time.Now()
-	go func() { resumed <- r.h.LetCluster(ctx, "resume") }()
-	err = r.daemon.Kill()
+	go func() { resumed <- h.LetCluster(ctx, "resume") }()
+	err = d.Kill()
 	k.gone = time.Now()
 	if err == nil {
-		err = r.daemon.Start(ctx)
+		err = d.Start(ctx)
 	}
 	return k, errors.Join(err, <-resumed)
 }

@@ -30,9 +30,18 @@ func (c *Cluster) Command(do string) string { return c.script + " " + do + " --d
 // Conf returns the path of its configuration, for CEPH_CONF.
 func (c *Cluster) Conf() string { return filepath.Join(c.Dir, "ceph.conf") }
 
-// LetCluster has the host's cluster do something: pause, or resume.
+// LetCluster has the host's cluster do something: pause, or resume. In the virtual machine it is the
+// way to the cluster outside that does.
 func (h *Host) LetCluster(ctx context.Context, do string) error {
-	_, err := h.Shell(ctx, h.cluster.Command(do))
+	command := h.cluster.Command(do)
+	if h.VM {
+		signal, ok := map[string]string{"pause": "STOP", "resume": "CONT"}[do]
+		if !ok {
+			return fmt.Errorf("the way to the cluster cannot %s", do)
+		}
+		command = "pkill -x -" + signal + " socat" // see scripts/vm-init
+	}
+	_, err := h.Shell(ctx, command)
 	return err
 }
 
