@@ -78,7 +78,6 @@ type cleaning struct {
 	next    int // victim
 	pieces  []movedPiece
 	buffers [][]byte        // that the pieces' data is in, as far as they are to be given back
-	unbuilt int             // objects sealed whose pieces' data is needed
 	objects int             // sealed and not yet accepted
 	moved   uint64          // sectors in all that were sealed
 	emptied map[uint32]bool // victims of which everything is moved
@@ -557,7 +556,6 @@ func (c *cleaner) seal() {
 		}
 		im.sealCleaned(pieces[:n:n], r.base)
 		r.objects++
-		r.unbuilt++
 		r.moved += uint64(sectors)
 		c.moved += uint64(sectors) * SectorSize
 		pieces = pieces[n:]
@@ -569,7 +567,7 @@ func (c *cleaner) seal() {
 // beginEmpty has the cleaner, which is idle, put an object with nothing in it: after that there
 // may be a checkpoint although there is nothing new.
 func (c *cleaner) beginEmpty() {
-	c.running = &cleaning{aim: cleanAncestors, base: c.im.accepted.object, writing: true, objects: 1, unbuilt: 1}
+	c.running = &cleaning{aim: cleanAncestors, base: c.im.accepted.object, writing: true, objects: 1}
 	c.im.sealCleaned(nil, c.running.base)
 	c.im.pumpNow()
 }
@@ -578,10 +576,7 @@ func (c *cleaner) beginEmpty() {
 // was read any more. Of a cleaning that was given up the garbage collector takes it.
 func (c *cleaner) built() {
 	r := c.running
-	if r == nil {
-		return
-	}
-	if r.unbuilt--; r.unbuilt > 0 {
+	if r == nil || slices.ContainsFunc(c.im.queue, func(b *batch) bool { return b.moved != nil }) {
 		return
 	}
 	for _, b := range r.buffers {

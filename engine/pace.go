@@ -26,13 +26,13 @@ const (
 //
 // Below Config.PaceFrom, half of the log, nothing waits. From there on bytes are
 // admitted at twice the speed of destaging, and less of it the fuller the log is,
-// down to none, or at a speed that would fill what is left in paceFill, or
-// at paceFloor, whichever is most: so a log whose store is away fills more and more slowly. Where demand
-// never ends, the log settles at about three quarters.
+// down to none; or at a speed that would fill what is left in paceFill, or at
+// paceFloor, whichever is most: so a log whose store is away fills more and more
+// slowly. Where demand never ends, the log settles at about three quarters.
 //
-// The log is trimmed in lumps, writes are not to come in such: so how full it is, is the
-// mean of a while, as long as what is left would take to fill at the speed that there is. Only
-// where next to nothing is left does that count at once.
+// The log is trimmed in lumps, and writes are not to come in such: so how full it is,
+// is the mean of as long as what is left would take to fill at the speed that there is.
+// Only where next to nothing is left does that count at once.
 type pacer struct {
 	timer  Timer
 	credit float64       // bytes that may be admitted; negative: admitted before their time
@@ -52,7 +52,7 @@ func (im *Image) admits(n int) bool {
 	size, used := float64(im.log.Size()), float64(im.log.Used())
 	if used < size*im.cfg.PaceFrom || im.cfg.PaceFrom >= 1 {
 		p.credit = paceBurst // the most there is, however long ago that was
-		p.free = size - used
+		p.free = size - used // or a mean of before would hold up what comes next
 		return true
 	}
 	now := im.env.Now()

@@ -24,24 +24,24 @@ type Cluster struct {
 	script string // path of scripts/ceph
 }
 
-// Command returns the shell command that has the cluster do something: pause, or resume.
-func (c *Cluster) Command(do string) string { return c.script + " " + do + " --dir " + c.Dir }
+// Command returns the shell command that has the cluster do something: pause, or resume. From
+// inside the virtual machine it is the way to it that does: the forwarders of scripts/vm-init.
+func (c *Cluster) Command(do string) string {
+	if c.osd != 0 {
+		return c.script + " " + do + " --dir " + c.Dir
+	}
+	if do == "pause" {
+		return "pkill -x -STOP socat"
+	}
+	return "pkill -x -CONT socat"
+}
 
 // Conf returns the path of its configuration, for CEPH_CONF.
 func (c *Cluster) Conf() string { return filepath.Join(c.Dir, "ceph.conf") }
 
-// LetCluster has the host's cluster do something: pause, or resume. In the virtual machine it is the
-// way to the cluster outside that does.
+// LetCluster has the host's cluster do something: pause, or resume.
 func (h *Host) LetCluster(ctx context.Context, do string) error {
-	command := h.cluster.Command(do)
-	if h.VM {
-		signal, ok := map[string]string{"pause": "STOP", "resume": "CONT"}[do]
-		if !ok {
-			return fmt.Errorf("the way to the cluster cannot %s", do)
-		}
-		command = "pkill -x -" + signal + " socat" // see scripts/vm-init
-	}
-	_, err := h.Shell(ctx, command)
+	_, err := h.Shell(ctx, h.cluster.Command(do))
 	return err
 }
 
