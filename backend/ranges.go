@@ -31,15 +31,16 @@ const MaxRanges = 512
 // MaxRanges in one operation if s is a RangeGetter, else one after the other.
 func GetRanges(ctx context.Context, s Store, key string, ranges []Range) error {
 	for some := range slices.Chunk(ranges, MaxRanges) {
-		if err := getSome(ctx, s, key, some); err != nil {
+		if err := GetOnce(ctx, s, key, some); err != nil {
 			return err
 		}
 	}
 	return nil
 }
 
-// getSome is GetRanges for at most MaxRanges.
-func getSome(ctx context.Context, s Store, key string, ranges []Range) error {
+// GetOnce is GetRanges for ranges that CheckRanges accepts, and fails with ErrPermanent for others:
+// what a RangeGetter does that has its objects from another Store.
+func GetOnce(ctx context.Context, s Store, key string, ranges []Range) error {
 	if g, ok := s.(RangeGetter); ok {
 		return g.GetRanges(ctx, key, ranges)
 	}

@@ -70,6 +70,40 @@ func parseKey(id uuid.UUID, key string) imageKey {
 	return k
 }
 
+// ObjectKind says what an object of a store is to an image.
+type ObjectKind int
+
+// Kinds of objects.
+const (
+	KindData       ObjectKind = iota // written blocks
+	KindMap                          // segments of the object map
+	KindManifest                     // of a checkpoint
+	KindSuperblock                   // of the image
+	KindOther                        // its attributes, and what is no image's alone: names, lists
+	ObjectKinds                      // their number
+)
+
+// String returns the kind in a word.
+func (k ObjectKind) String() string {
+	return [ObjectKinds]string{"data", "map", "manifest", "superblock", "other"}[k]
+}
+
+// KindOf returns the kind of the object that a key names, by its form alone. It allocates nothing.
+func KindOf(key string) ObjectKind {
+	_, rest, _ := strings.Cut(key, "/")
+	switch kind, _, deep := strings.Cut(rest, "/"); {
+	case kind == "super" && !deep:
+		return KindSuperblock
+	case kind == "d" && deep:
+		return KindData
+	case kind == "m" && deep:
+		return KindMap
+	case kind == "c" && deep:
+		return KindManifest
+	}
+	return KindOther
+}
+
 // keyClass says why an object is in the store.
 type keyClass byte
 

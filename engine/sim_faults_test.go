@@ -362,7 +362,7 @@ func (s *simStore) Get(ctx context.Context, key string, p []byte, off int64) (n 
 }
 
 func (s *simStore) GetRanges(ctx context.Context, key string, ranges []backend.Range) error {
-	return s.run("get", key, backend.SizeOf(ranges), func() error { return backend.GetRanges(ctx, s.Store, key, ranges) })
+	return s.run("get", key, backend.SizeOf(ranges), func() error { return backend.GetOnce(ctx, s.Store, key, ranges) })
 }
 
 func (s *simStore) Stat(ctx context.Context, key string) (info backend.Info, err error) {

@@ -380,7 +380,7 @@ func (s *Store) GetRanges(ctx context.Context, key string, ranges []backend.Rang
 	op := Op{Method: Get, Key: key, Off: ranges[0].Off, Len: backend.SizeOf(ranges)}
 	var all []byte
 	n, err := s.run(ctx, op, func(ctx context.Context) ([]byte, error) {
-		if err := backend.GetRanges(ctx, s.store, key, ranges); err != nil {
+		if err := backend.GetOnce(ctx, s.store, key, ranges); err != nil {
 			return nil, err
 		}
 		for _, r := range ranges {

@@ -209,7 +209,7 @@ func (a *attachment) openDisk(ctx context.Context, rec record, there bool, o bri
 	if err != nil {
 		return nil, err
 	}
-	st = a.d.shared.gates.bound(u, st)
+	st = a.d.shared.storeOps.counted(a.d.shared.gates.bound(u, st))
 	var log *writelog.OSFile
 	var header uuid.UUID
 	if !rec.ReadOnly {

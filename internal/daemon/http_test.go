@@ -79,8 +79,11 @@ func TestAPI(t *testing.T) {
 	if f, err := c.Features(ctx); err != nil || len(f.Used) != 2 {
 		t.Errorf("features: %+v, %v", f, err)
 	}
-	if text := get(t, h.cfg.Socket, "/metrics"); !strings.Contains(text, `lsd_image_puts_total{device="0",image="mem:vm1"} 1`) {
-		t.Errorf("metrics: %s", text)
+	text := get(t, h.cfg.Socket, "/metrics")
+	for _, line := range []string{`lsd_image_puts_total{device="0",image="mem:vm1"} 1`, `lsd_store_operations_total{object="data",operation="put"} 1`} {
+		if !strings.Contains(text, line+"\n") {
+			t.Errorf("there is no %s in the metrics: %s", line, text)
+		}
 	}
 	if text := get(t, h.cfg.Socket, "/debug/pprof/cmdline"); text == "" {
 		t.Error("no pprof")

@@ -26,6 +26,7 @@ type collector struct {
 	down    *prometheus.Desc
 	reclaim *prometheus.Desc
 	burst   [2]*prometheus.Desc // of logPool.bytes
+	ops     [2]*prometheus.Desc // of storeOps.each
 	metrics []metric
 	cache   []cacheMetric
 }
@@ -92,6 +93,8 @@ func imageDesc(name, help string) *prometheus.Desc {
 	return prometheus.NewDesc("lsd_image_"+name, help, []string{"device", "image"}, nil)
 }
 
+func storeOpLabels() []string { return []string{"operation", "object"} }
+
 func newCollector(d *Daemon) *collector {
 	gauge := func(name, help string, v func(*engine.Stats) float64) metric {
 		return metric{imageDesc(name, help), prometheus.GaugeValue, v}
@@ -114,6 +117,10 @@ func newCollector(d *Daemon) *collector {
 		burst: [2]*prometheus.Desc{
 			prometheus.NewDesc("lsd_burst_memory_bytes", "Memory that there is to be lent to write logs in bursts.", nil, nil),
 			prometheus.NewDesc("lsd_burst_memory_lent_bytes", "What of it is lent.", nil, nil),
+		},
+		ops: [2]*prometheus.Desc{
+			prometheus.NewDesc("lsd_store_operations_total", "What stores were asked for, for the images.", storeOpLabels(), nil),
+			prometheus.NewDesc("lsd_store_operation_bytes_total", "Bytes that went there and came back by that.", storeOpLabels(), nil),
 		},
 		metrics: []metric{
 			gauge("size_bytes", "Size of the image.", func(s *engine.Stats) float64 { return float64(s.Size) }),
@@ -164,8 +171,8 @@ func (c *collector) Describe(ch chan<- *prometheus.Desc) {
 	ch <- c.up
 	ch <- c.down
 	ch <- c.reclaim
-	for _, b := range c.burst {
-		ch <- b
+	for _, d := range [...]*prometheus.Desc{c.burst[0], c.burst[1], c.ops[0], c.ops[1]} {
+		ch <- d
 	}
 	for _, m := range c.metrics {
 		ch <- m.desc
@@ -186,6 +193,11 @@ func (c *collector) Collect(ch chan<- prometheus.Metric) {
 	for i, n := range [2]int64{all, lent} {
 		ch <- prometheus.MustNewConstMetric(c.burst[i], prometheus.GaugeValue, float64(n))
 	}
+	c.d.shared.storeOps.each(func(op, object string, n, bytes uint64) {
+		for i, v := range [2]uint64{n, bytes} {
+			ch <- prometheus.MustNewConstMetric(c.ops[i], prometheus.CounterValue, float64(v), op, object)
+		}
+	})
 	for _, im := range c.d.describeAll(c.d.ctx) {
 		dev := strconv.Itoa(im.ID)
 		up := 0.0

@@ -35,6 +35,7 @@ type shared struct {
 	logMemory budget
 	logPool   *logPool
 	gates     gates
+	storeOps  storeOps
 }
 
 func newShared(cfg Config) *shared {
@@ -170,7 +171,7 @@ func (s *gatedStore) GetRanges(ctx context.Context, key string, ranges []backend
 		return err
 	}
 	defer func() { <-s.gate.data }()
-	return backend.GetRanges(ctx, s.Store, key, ranges)
+	return backend.GetOnce(ctx, s.Store, key, ranges)
 }
 
 // Stat implements backend.Store.

@@ -61,7 +61,7 @@ func (s *slowStore) Get(ctx context.Context, key string, p []byte, off int64) (i
 // GetRanges implements backend.RangeGetter.
 func (s *slowStore) GetRanges(ctx context.Context, key string, ranges []backend.Range) error {
 	s.wait(backend.SizeOf(ranges))
-	return backend.GetRanges(ctx, s.Store, key, ranges)
+	return backend.GetOnce(ctx, s.Store, key, ranges)
 }
 
 // writers write an image on its reactor, which owns them, and note how long each
