@@ -49,7 +49,7 @@ func (s *storedAlone) change(at, n uint64, hole bool) {
 func (s *storedAlone) checkpoint() int {
 	s.t.Helper()
 	ctx := context.Background()
-	e := mapEncoder{st: s.st, line: &lineage{image: s.id}, sectors: segmentSectors, deltaFrom: deltaFrom, timeout: time.Minute}
+	e := mapEncoder{partReader: partReader{st: s.st, line: &lineage{image: s.id}, timeout: time.Minute}, sectors: segmentSectors, deltaFrom: deltaFrom}
 	e.encode(ctx, []copiedSegment{{span: s.m.Copy(0, segmentPages), changes: s.changes, stored: s.stored}})
 	s.changes = nil
 	w := e.segments[0]
@@ -264,7 +264,7 @@ func TestDamagedDeltaMoves(t *testing.T) {
 		{s.m.Copy(0, segmentPages), []segmentPart{{0, kindWhole}}, 0},
 		{nil, nil, 1},
 	} {
-		e := mapEncoder{st: s.st, line: &lineage{image: s.id}, sectors: segmentSectors, timeout: time.Minute}
+		e := mapEncoder{partReader: partReader{st: s.st, line: &lineage{image: s.id}, timeout: time.Minute}, sectors: segmentSectors}
 		e.encode(context.Background(), []copiedSegment{{segmentPart: p, span: x.span, stored: s.stored}})
 		var got []segmentPart
 		for _, w := range e.segments {

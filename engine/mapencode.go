@@ -1,25 +1,22 @@
 package engine
 
-import (
-	"context"
-	"time"
-
-	"github.com/lsd-ceph/lsd/backend"
-)
+import "context"
 
 // mapEncoder encodes segments for a map object. One goroutine uses it.
 type mapEncoder struct {
-	st        backend.Store
-	line      *lineage
+	partReader
 	sectors   uint64 // of the image
 	deltaFrom int
-	timeout   time.Duration // of each read
-	late      error         // of a read that took as long
 	mapPart
 }
 
 // encode adds segments, in order.
 func (e *mapEncoder) encode(ctx context.Context, list []copiedSegment) {
+	for _, s := range list {
+		if at := e.wants(s); at.size > 0 {
+			e.soon = append(e.soon, at)
+		}
+	}
 	for _, s := range list {
 		switch {
 		case len(s.changes) > 0 && e.addDelta(ctx, s):
@@ -29,6 +26,23 @@ func (e *mapEncoder) encode(ctx context.Context, list []copiedSegment) {
 			e.move(ctx, s)
 		}
 	}
+}
+
+// wants returns the place of what may have to be read to add a segment; of size 0 if it is nothing.
+func (e *mapEncoder) wants(s copiedSegment) place {
+	switch {
+	case len(s.changes) > 0 && e.mayDelta(s):
+		return s.stored[kindDelta]
+	case len(s.changes) > 0 || s.span != nil && s.kind == kindWhole:
+		return place{}
+	}
+	return s.stored[s.kind]
+}
+
+// mayDelta reports whether so much is stored of a segment that has changed that a delta may pay.
+func (e *mapEncoder) mayDelta(s copiedSegment) bool {
+	whole := int(s.stored[kindWhole].size)
+	return whole > 0 && whole >= e.deltaFrom
 }
 
 // addWhole adds all of a segment of which there is a copy.
@@ -65,7 +79,7 @@ func (e *mapEncoder) move(ctx context.Context, s copiedSegment) {
 // is to be written whole.
 func (e *mapEncoder) addDelta(ctx context.Context, s copiedSegment) bool {
 	base, whole := segmentStart(s.index), int(s.stored[kindWhole].size)
-	if whole == 0 || whole < e.deltaFrom || shrunk(s.span, base, whole) {
+	if !e.mayDelta(s) || shrunk(s.span, base, whole) {
 		return false
 	}
 	var old []sectorRange
@@ -91,21 +105,6 @@ func (e *mapEncoder) addDelta(ctx context.Context, s copiedSegment) bool {
 	}
 	e.written(p, from, false)
 	return true
-}
-
-// read reads what is stored at a place. There may be thousands to be read, so each has the
-// time of an operation; but after one that took all of it, no more are tried.
-func (e *mapEncoder) read(ctx context.Context, at place) ([]byte, error) {
-	if e.late != nil {
-		return nil, e.late
-	}
-	ctx, stop := context.WithTimeout(ctx, e.timeout)
-	defer stop()
-	b, err := readPartBytes(ctx, e.st, e.line, at)
-	if err != nil && ctx.Err() != nil {
-		e.late = err
-	}
-	return b, err
 }
 
 // written notes that what has been added from a byte on is all of p.

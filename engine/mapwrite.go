@@ -307,7 +307,7 @@ func (c *checkpointer) encode() {
 	im, r := c.im, c.running
 	r.works++
 	segments := c.next()
-	e := mapEncoder{st: im.store, line: im.line, sectors: im.span.Load(), deltaFrom: im.objs.deltaFrom, timeout: im.cfg.StoreTimeout}
+	e := mapEncoder{partReader: partReader{st: im.store, line: im.line, timeout: im.cfg.StoreTimeout}, sectors: im.span.Load(), deltaFrom: im.objs.deltaFrom}
 	im.spawn(func() { e.encode(im.ctx, segments) }, func() {
 		if c.running != r {
 			return
