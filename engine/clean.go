@@ -58,13 +58,16 @@ type cleaner struct {
 	running *cleaning
 	bad     map[uint32]bool          // victims that are damaged
 	later   map[uint32]time.Duration // those that cannot be read now, and when to try again
-	timer   Timer
-	turn    cleaningTurn
-	waits   bool   // for its turn
-	held    bool   // clients' objects wait for that as well: until the next renewal
-	moved   uint64 // bytes, since the image was opened
-	vain    bool   // the last cleaning has freed no more than it has moved
-	credit  int64  // sectors of clients' objects that go on while others wait for the cleaner
+	// fading has those of which all that still lives is about to be replaced by what was in the
+	// log, up to that record: to look at them again would find nothing to be moved.
+	fading map[uint32]uint64
+	timer  Timer
+	turn   cleaningTurn
+	waits  bool   // for its turn
+	held   bool   // clients' objects wait for that as well: until the next renewal
+	moved  uint64 // bytes, since the image was opened
+	vain   bool   // the last cleaning has freed no more than it has moved
+	credit int64  // sectors of clients' objects that go on while others wait for the cleaner
 	// Sectors of the objects that points need, or that cannot be read, and what lives
 	// of them, when victims were last chosen.
 	heldSpace, heldLive uint64
@@ -260,6 +263,8 @@ type search struct {
 	// Sectors of the objects seen so far that points need, or that cannot be read, and
 	// what lives of them.
 	heldSpace, heldLive uint64
+	live                [maxGroup]uint64 // sectors that live of objects, by the kind of their age
+	fading              int64            // by how many sectors the debt falls when those of cleaner.fading have died
 }
 
 // cleanAim is what objects a cleaning moves data out of.
@@ -283,6 +288,8 @@ func (c *cleaner) choose() {
 	default:
 		c.search = nil
 		c.heldSpace, c.heldLive = s.heldSpace, s.heldLive
+		c.im.hazards.judge(s.live)
+		maps.DeleteFunc(c.fading, func(_ uint32, seq uint64) bool { return seq <= c.im.accepted.seq })
 		found := len(s.list.victims()) > 0
 		victims := c.chosen(s)
 		c.begin(victims, s.aim)
@@ -322,10 +329,17 @@ func (c *cleaner) weighSome(s *search) bool {
 // weigh offers an object to the search.
 func (c *cleaner) weigh(s *search, o *objectInfo) {
 	im := c.im
+	if !o.gone {
+		s.live[im.kindOf(o)] += uint64(o.live)
+	}
 	if o.gone || o.live == 0 || o.moved || uint64(o.number) > im.accepted.object {
 		return // the last one may not be in the map yet
 	}
 	own, unread := im.line.own(uint64(o.number)), c.bad[o.number] || c.later[o.number] > 0
+	if im.accepted.seq < c.fading[o.number] && !c.exceeds() {
+		s.fading += int64(o.sectors) - int64(float64(o.live)*im.cfg.SpaceRatio)
+		return
+	}
 	held := unread || !own || im.super.holds.object(uint64(o.number), 0)
 	if held {
 		s.heldSpace, s.heldLive = s.heldSpace+uint64(o.sectors), s.heldLive+uint64(o.live)
@@ -364,8 +378,8 @@ func (c *cleaner) chosen(s *search) []objectInfo {
 		}
 	}
 	switch fewer := len(victims) - int((total+im.object-1)/im.object); {
-	case s.aim == cleanSmall && fewer < minMerge, s.aim == cleanSpace && c.debt() <= 0:
-		return nil // nothing is gained: what there is to gain is held
+	case s.aim == cleanSmall && fewer < minMerge, s.aim == cleanSpace && c.debt() <= s.fading:
+		return nil // nothing is gained: what there is to gain is held, or comes by itself
 	}
 	return victims
 }

@@ -520,3 +520,52 @@ func victimIsReadAtOnce(t *testing.T, damaged bool) {
 		}
 	}
 }
+
+// TestFadingVictimIsLeftAlone: a victim of which all that still lives is about to be replaced by
+// what is in the log is no victim again until it has been, nor is anything else for its sake;
+// unless so much is dead that what is in the log is moved as well.
+func TestFadingVictimIsLeftAlone(t *testing.T) {
+	h, _ := attached(t, mem.New(), smallImage(), nil)
+	const blocks = MinObjectSize / 4096
+	for n := range uint64(blocks) {
+		h.mustWrite(n, n+1)
+	}
+	h.mustDestage()
+	for n := range uint64(blocks / 2) {
+		h.mustWrite(n, 1<<32|n+1)
+	}
+	h.mustDestage()
+	h.im.tail = tail{}
+	h.mustWrite(blocks-1, 2<<32) // stays in the log
+	victim := *h.im.table.find(1)
+	h.im.clean.begin([]objectInfo{victim}, cleanSpace)
+	h.run(time.Second)
+	if moved := h.im.clean.moved; moved != (blocks/2-1)*4096 || h.im.table.find(1).live != 8 {
+		t.Fatalf("%d bytes were moved, %d sectors live of the victim: this tests nothing", moved, h.im.table.find(1).live)
+	}
+	look := func() (chosen bool, fading int64) {
+		s := h.im.clean.newSearch()
+		for i := range h.im.table.list {
+			h.im.clean.weigh(s, &h.im.table.list[i])
+		}
+		return slices.ContainsFunc(s.list.victims(), func(o objectInfo) bool { return o.number == 1 }), s.fading
+	}
+	ratio := h.im.cfg.SpaceRatio
+	if chosen, fading := look(); chosen || fading != blocks*8-int64(8*ratio) {
+		t.Errorf("it is a victim again: %v; the debt is to fall by %d sectors", chosen, fading)
+	}
+	h.im.table.space += 1 << 30 // now more is dead than may be
+	if chosen, fading := look(); !chosen || fading != 0 {
+		t.Errorf("although more is dead than may be it is a victim: %v; the debt is to fall by %d sectors", chosen, fading)
+	}
+	h.im.table.space -= 1 << 30
+	h.mustDestage()
+	if o := h.im.table.find(1); o != nil && o.live > 0 {
+		t.Errorf("%d sectors live of what was replaced", o.live)
+	}
+	h.im.clean.search = h.im.clean.newSearch()
+	h.im.clean.choose()
+	if n := len(h.im.clean.fading); n != 0 {
+		t.Errorf("%d objects are waited for that have been replaced", n)
+	}
+}

@@ -73,6 +73,7 @@ type Image struct {
 	accepted     position    // of the last data object in the map
 	sealed       position    // of the last batch that was sealed
 	open         *batch      // the batch being filled
+	hazards      hazards     // of data by its age: what becomes an object of its own
 	queue        []*batch    // sealed batches, oldest first; those up to window are being put
 	memory       int64       // bytes that the queue has of Shared.destage
 	windows      keptBuffers // to read the log back with

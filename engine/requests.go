@@ -161,7 +161,10 @@ func (im *Image) note(e writelog.Extent) {
 	b := im.open
 	kind := dataKind(0) // of what is dirty already, too
 	if !e.Zero && !im.dirty.Insert(e.Sector, uint64(e.N), e.Pos) {
-		kind = im.kindAt(e.Sector)
+		var over bool
+		if kind, over = im.kindAt(e.Sector); over {
+			im.hazards.overwritten[kind] += uint64(e.N)
+		}
 	}
 	b.extents, b.kind = append(b.extents, e), append(b.kind, kind)
 	if !e.Zero {

@@ -27,23 +27,53 @@ var kindAges = [maxGroup - 1]uint64{30, 120}
 // is not worth one.
 const splitShare = 8
 
+// hazards say whether the age of data tells how soon it is overwritten: where all is written
+// alike it does not, and a batch is better one object than three small ones. The reactor owns them.
+type hazards struct {
+	// overwritten has the sectors of live data that clients have overwritten, by the kind of
+	// its age: those since the search before the last one count in full, older ones less and less.
+	overwritten [maxGroup]uint64
+	// alike says that data of kind k is overwritten about as soon as that of the next kind, as
+	// far as has been seen.
+	alike [maxGroup - 1]bool
+}
+
+// hazardApart is how many times as much of data of one kind as of the next kind must be overwritten
+// in a time, in percent, for them to be worth an object each.
+const hazardApart = 150
+
+// judge is told how many sectors live of each kind.
+func (h *hazards) judge(live [maxGroup]uint64) {
+	for k := range h.alike {
+		h.alike[k] = h.overwritten[k]*live[k+1]*100 <= h.overwritten[k+1]*live[k]*hazardApart
+	}
+	for k := range h.overwritten {
+		h.overwritten[k] /= 2
+	}
+}
+
 // kindAt returns the kind of what is written at a sector that is not in the dirty map, by
 // the age of what it overwrites: what is there is soon overwritten. Where there is nothing,
-// it is likely to last. A map that is not in memory does not say; it is of places where
-// little happens.
-func (im *Image) kindAt(s uint64) dataKind {
+// over is false, and it is likely to last. A map that is not in memory does not say; it is of
+// places where little happens.
+func (im *Image) kindAt(s uint64) (k dataKind, over bool) {
 	if !im.ready(segmentOf(s)) {
-		return lasting
+		return lasting, false
 	}
 	e, ok := im.objs.Next(s, s+1)
 	if !ok {
-		return lasting
+		return lasting, false
 	}
 	o := im.table.find(refOf(e.Loc).seq())
 	if o == nil {
-		return lasting
+		return lasting, false
 	}
-	k, age := dataKind(0), (im.sealed.object-uint64(o.born))*100
+	return im.kindOf(o), true
+}
+
+// kindOf returns the kind of the age of an object's data.
+func (im *Image) kindOf(o *objectInfo) (k dataKind) {
+	age := (im.sealed.object - uint64(o.born)) * 100
 	for k < lasting && age > uint64(im.table.alive)*kindAges[k] {
 		k++
 	}
@@ -51,8 +81,8 @@ func (im *Image) kindAt(s uint64) dataKind {
 }
 
 // split decides how many objects the batch becomes, and which of them gets each kind of
-// data: what lasts longest comes first. A kind of which there is little goes with the
-// next one.
+// data: what lasts longest comes first. A kind of which there is little, or that has turned
+// out to last as long as the next one, goes with that.
 func (im *Image) split(b *batch) {
 	b.objects, b.place = 1, [maxGroup]uint8{}
 	// Two batches at least must be under way at one time, and recovery keep its bound.
@@ -67,7 +97,7 @@ func (im *Image) split(b *batch) {
 			return
 		}
 		sum, rest = sum+b.kinds[k], rest-b.kinds[k]
-		if sum >= least && rest >= least {
+		if sum >= least && rest >= least && !im.hazards.alike[k-1] {
 			b.objects++
 			sum = 0
 		}

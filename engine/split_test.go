@@ -326,3 +326,51 @@ func TestSplit(t *testing.T) {
 		t.Errorf("old and new blocks: %d objects, want 2", n)
 	}
 }
+
+// TestHazards: two kinds of data are worth an object each where one of them is overwritten
+// clearly sooner than the other, for what lives of them.
+func TestHazards(t *testing.T) {
+	for _, x := range []struct {
+		what              string
+		overwritten, live [maxGroup]uint64
+		alike             [maxGroup - 1]bool
+	}{
+		{"all alike", [maxGroup]uint64{250, 500, 250}, [maxGroup]uint64{1000, 2000, 1000}, [maxGroup - 1]bool{true, true}},
+		{"two zones", [maxGroup]uint64{575, 271, 155}, [maxGroup]uint64{198, 208, 594}, [maxGroup - 1]bool{}},
+		{"the young alike", [maxGroup]uint64{300, 300, 10}, [maxGroup]uint64{100, 90, 900}, [maxGroup - 1]bool{0: true}},
+		{"the old first", [maxGroup]uint64{0, 0, 100}, [maxGroup]uint64{100, 100, 100}, [maxGroup - 1]bool{true, true}},
+		{"only the young", [maxGroup]uint64{100, 0, 0}, [maxGroup]uint64{100, 100, 100}, [maxGroup - 1]bool{1: true}},
+		{"nothing", [maxGroup]uint64{}, [maxGroup]uint64{100, 100, 100}, [maxGroup - 1]bool{true, true}},
+	} {
+		h := hazards{overwritten: x.overwritten}
+		if h.judge(x.live); h.alike != x.alike {
+			t.Errorf("%s: %v, want %v", x.what, h.alike, x.alike)
+		}
+		if h.overwritten[0] != x.overwritten[0]/2 {
+			t.Errorf("%s: %d of %d count the next time", x.what, h.overwritten[0], x.overwritten[0])
+		}
+	}
+}
+
+// TestAlikeIsOneObject: a batch becomes as many objects as there are kinds that are not alike.
+func TestAlikeIsOneObject(t *testing.T) {
+	im, _ := newStill(t)
+	im.window = 2 * maxGroup
+	third := im.object / 3
+	for _, x := range []struct {
+		alike [maxGroup - 1]bool
+		place [maxGroup]uint8
+		n     uint64
+	}{
+		{[maxGroup - 1]bool{}, [maxGroup]uint8{2, 1, 0}, 3},
+		{[maxGroup - 1]bool{0: true}, [maxGroup]uint8{1, 1, 0}, 2},
+		{[maxGroup - 1]bool{1: true}, [maxGroup]uint8{1, 0, 0}, 2},
+		{[maxGroup - 1]bool{true, true}, [maxGroup]uint8{}, 1},
+	} {
+		im.hazards.alike = x.alike
+		b := &batch{sectors: 3 * third, kinds: [maxGroup]uint64{third, third, third}}
+		if im.split(b); uint64(b.objects) != x.n || b.place != x.place {
+			t.Errorf("alike %v: %d objects, places %v; want %d, %v", x.alike, b.objects, b.place, x.n, x.place)
+		}
+	}
+}

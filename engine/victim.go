@@ -36,7 +36,8 @@ type victim struct {
 	done   uint64       // sectors of the extent
 	load   *segmentLoad // that is waited for, or nil
 
-	kept int          // sectors that live and are not moved, for there is something newer in the log
+	kept int          // sectors that live and are not moved, for there is something newer in the log,
+	seq  uint64       // up to that record
 	live []movedPiece // of it, in the order of its data
 	from []int        // where their data is in the victim, in sectors
 	buf  []byte       // where it is when it has been read, if that is to be given back
@@ -164,6 +165,14 @@ func (c *cleaner) leave(number uint32) {
 	c.timer.Reset(cleanLater)
 }
 
+// fade leaves a victim alone until what is about to replace the rest of it has done so.
+func (c *cleaner) fade(v *victim) {
+	if c.fading == nil {
+		c.fading = make(map[uint32]uint64)
+	}
+	c.fading[v.number] = v.seq
+}
+
 // look asks the map what of the victim lives, a few extents in a turn.
 func (c *cleaner) look(v *victim, err error) {
 	r, im := c.running, c.im
@@ -272,6 +281,7 @@ func (c *cleaner) fetch(v *victim) {
 	r, im := c.running, c.im
 	r.looking = nil
 	r.fetching++
+	v.seq = c.im.log.Seq()
 	sums := v.header.sums
 	v.header = nil
 	c.read(v, func(ctx context.Context) error { return im.readPieces(ctx, v, sums) }, func() {
@@ -281,6 +291,8 @@ func (c *cleaner) fetch(v *victim) {
 		}
 		if v.kept == 0 {
 			r.emptied[v.number] = true
+		} else {
+			c.fade(v)
 		}
 		r.failed = 0
 		r.fetching--

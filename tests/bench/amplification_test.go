@@ -127,6 +127,7 @@ type amplification struct {
 	theory                  float64 // at the space that was measured
 	deleted                 uint64
 	mapBytes                float64 // memory of the map for each block of 4 KiB
+	ops                     float64 // of the store, for each GiB written
 }
 
 // overwriter writes an image that is full over and over.
@@ -225,7 +226,7 @@ func (o *overwriter) measure(rounds, warm int) (a amplification) {
 		before[k] = v
 	}
 	puts, moved, began := o.st.total(), o.im.Stats().Cleaned, o.written
-	dataPut, samples, turn := o.im.Stats().PutBytes, 0, 0
+	dataPut, ops, samples, turn := o.im.Stats().PutBytes, o.st.ops, 0, 0
 	o.write(uint64(rounds-warm)*o.blocks, next, func() {
 		if turn++; turn%16 != 0 {
 			return
@@ -241,6 +242,7 @@ func (o *overwriter) measure(rounds, warm int) (a amplification) {
 	written := float64(o.written-began) * 4096
 	s := o.im.Stats()
 	a.write = float64(o.st.total()-puts) / written
+	a.ops = float64(o.st.ops-ops) / written * (1 << 30)
 	a.writeAll = float64(o.st.total()-whole) / (float64(o.written-filled) * 4096)
 	a.cleaned = float64(s.Cleaned-moved) / written
 	a.maps = float64(o.st.put["m"]-before["m"]+o.st.put["c"]-before["c"]+o.st.put["super"]-before["super"]) / written
@@ -253,8 +255,8 @@ func (o *overwriter) measure(rounds, warm int) (a amplification) {
 }
 
 func (a amplification) String() string {
-	return fmt.Sprintf("WA %.3f (theory %.3f; all rounds %.3f; moved %.3f, headers and dedup %.4f, map %.4f), space %.3f (peak %.3f, table %.3f), %d objects deleted, at most %.2f bytes of memory a block",
-		a.write, a.theory, a.writeAll, a.cleaned, a.header, a.maps, a.space, a.spacePeak, a.table, a.deleted, a.mapBytes)
+	return fmt.Sprintf("WA %.3f (theory %.3f; all rounds %.3f; moved %.3f, headers and dedup %.4f, map %.4f), space %.3f (peak %.3f, table %.3f), %d objects deleted, %.0f operations for a GiB, at most %.2f bytes of memory a block",
+		a.write, a.theory, a.writeAll, a.cleaned, a.header, a.maps, a.space, a.spacePeak, a.table, a.deleted, a.ops, a.mapBytes)
 }
 
 // BenchmarkAmplification measures write and space amplification in the long form.
@@ -265,6 +267,7 @@ func BenchmarkAmplification(b *testing.B) {
 			b.Log(a)
 			b.ReportMetric(a.write, "put/written")
 			b.ReportMetric(a.theory, "theory")
+			b.ReportMetric(a.ops, "ops/GiB")
 			b.ReportMetric(a.space, "space/live")
 			b.ReportMetric(a.spacePeak, "space-peak/live")
 			b.ReportMetric(0, "ns/op")
@@ -276,6 +279,8 @@ func BenchmarkAmplification(b *testing.B) {
 // counted, not time, and they are the same in each run.
 func TestAmplification(t *testing.T) {
 	bounds := map[string]float64{"uniform": 2.4, "80/20 two zones": 1.98, "80/20 pareto": 1.5, "sequential": 1.05}
+	// With objects of 1 MiB. Where all is written alike, a batch is one object.
+	ops := map[string]float64{"uniform": 11000, "80/20 two zones": 17500, "80/20 pareto": 16500, "sequential": 2500}
 	for _, p := range patterns {
 		t.Run(p.name, func(t *testing.T) {
 			a := amplify(t, p, overwriting{256, 1, 6, 3, engine.DefaultSpaceRatio, engine.DefaultMapMemory >> 20, 0})
@@ -285,6 +290,9 @@ func TestAmplification(t *testing.T) {
 			}
 			if a.mapBytes > 8.2 {
 				t.Errorf("the map takes %.2f bytes of memory for each block of 4 KiB", a.mapBytes)
+			}
+			if bound := ops[p.name]; a.ops > bound {
+				t.Errorf("the store is asked for %.0f operations for a GiB, more than %.0f", a.ops, bound)
 			}
 			// A sixty-fourth of slack for an image this small, and what one
 			// cleaning has put before its victims die.
