@@ -28,9 +28,10 @@ type Table struct {
 	Name  string   `json:"name"` // of its plot
 	Title string   `json:"title"`
 	Unit  string   `json:"unit"`
-	Less  bool     `json:"less,omitempty"` // is better
-	Plot  bool     `json:"plot,omitempty"` // drawn, too
-	Sides []string `json:"sides"`          // the first one is lsd, unless there is no peer
+	Less  bool     `json:"less,omitempty"`  // is better
+	Plot  bool     `json:"plot,omitempty"`  // drawn, too
+	Sides []string `json:"sides"`           // the first one is lsd, unless there is no peer
+	Alone bool     `json:"alone,omitempty"` // the sides are all lsd: there is nothing to compare
 	Rows  []Row    `json:"rows"`
 }
 
@@ -132,17 +133,19 @@ func (t *Table) unit() string {
 // Markdown returns the table, with the ratios of the first side to each of the others.
 func (t *Table) Markdown() string {
 	var b strings.Builder
+	columns, compared := 1+len(t.Sides), len(t.Sides) > 1 && !t.Alone
 	fmt.Fprintf(&b, "| case | %s |", strings.Join(t.Sides, " | "))
-	if len(t.Sides) > 1 {
+	if compared {
+		columns++
 		fmt.Fprintf(&b, " %s to each |", t.Sides[0])
 	}
-	b.WriteString("\n|" + strings.Repeat(" --- |", 1+len(t.Sides)+min(1, len(t.Sides)-1)) + "\n")
+	b.WriteString("\n|" + strings.Repeat(" --- |", columns) + "\n")
 	for _, row := range t.Rows {
 		fmt.Fprintf(&b, "| %s |", row.Name)
 		for _, x := range row.Sides {
 			fmt.Fprintf(&b, " %s |", spread(x))
 		}
-		if len(t.Sides) > 1 {
+		if compared {
 			fmt.Fprintf(&b, " %s |", row.ratios())
 		}
 		b.WriteString("\n")

@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"fmt"
+	"slices"
 
 	"github.com/google/uuid"
 	"github.com/lsd-ceph/lsd/internal/api"
@@ -49,6 +50,7 @@ func mercy() comparison {
 		return []bench.Table{
 			less("operations for 1,000 writes", "operations", "Operations of the OSD", "for 1,000 of the client's writes"),
 			less("operations for a GiB", "operations-gib", "The same operations", "for a GiB that the client writes"),
+			m.Parts(mercyParts(), bench.Table{Name: "parts", Title: "What lsd asks the store for", Unit: "operations for a GiB that the client writes", Less: true}),
 			less("µs CPU for a write", "cpu", "CPU of the OSD", "µs for one of the client's writes"),
 			less("s CPU for a GiB", "cpu-gib", "The same CPU", "seconds for a GiB that the client writes"),
 			less("MiB of traffic", "traffic", "Data sent to the OSD and read from it", mib),
@@ -190,6 +192,9 @@ func (s *mercySides) librbd(cache bool) func(context.Context, mercyJob) (lab.Fig
 		}
 		f, err := s.count(ctx, func() (lab.Fio, error) { return s.fioPeer(ctx, cache, image, j.args) })
 		delete(f, "MiB to own disk") // the daemon's, which has no part in this
+		for _, p := range mercyParts() {
+			delete(f, p)
+		}
 		return f, err
 	}
 }
@@ -197,10 +202,21 @@ func (s *mercySides) librbd(cache bool) func(context.Context, mercyJob) (lab.Fig
 // mercyEffort is what has been done, by the OSD above all.
 type mercyEffort struct {
 	lab.OSD
-	disk, own float64 // bytes written to the OSD's disk, and by the daemon to that of its host
+	disk, own float64            // bytes written to the OSD's disk, and by the daemon to that of its host
+	asked     map[string]float64 // of stores by the daemon, as lab.Daemon.StoreOps has it
 }
 
-func (s *mercySides) effort() (e mercyEffort, err error) {
+// mercyParts are the kinds of operations that lsd's are told apart by, mercyRest the others.
+func mercyParts() []lab.Metric {
+	return []lab.Metric{"put data", "get data", "get_ranges data", "delete data", "put map", "get map", "get_ranges map", "delete map", "put manifest", "delete manifest", "swap superblock", mercyRest}
+}
+
+const mercyRest lab.Metric = "all others"
+
+func (s *mercySides) effort(ctx context.Context) (e mercyEffort, err error) {
+	if e.asked, err = s.daemon.StoreOps(ctx); err != nil {
+		return e, err
+	}
 	if e.OSD, err = s.cluster.OSD(); err != nil {
 		return e, err
 	}
@@ -214,7 +230,7 @@ func (s *mercySides) effort() (e mercyEffort, err error) {
 // count has work done, until all have come to rest. They are at rest when it begins: what was
 // counted before has ended so, and nothing is removed, which would go on for a while.
 func (s *mercySides) count(ctx context.Context, work func() (lab.Fio, error)) (lab.Figures, error) {
-	before, err := s.effort()
+	before, err := s.effort(ctx)
 	if err != nil {
 		return nil, err
 	}
@@ -225,7 +241,7 @@ func (s *mercySides) count(ctx context.Context, work func() (lab.Fio, error)) (l
 	if err := s.h.Rest(ctx); err != nil {
 		return nil, err
 	}
-	after, err := s.effort()
+	after, err := s.effort(ctx)
 	if err != nil {
 		return nil, err
 	}
@@ -237,7 +253,7 @@ func mercyFigures(before, after mercyEffort, writes, written float64) lab.Figure
 	d := after.Sub(before.OSD)
 	operations, gib := d.Writes+d.Reads, written/(1<<30)
 	mib := func(bytes float64) float64 { return bytes / (1 << 20) / gib }
-	return lab.Figures{
+	f := lab.Figures{
 		"operations for 1,000 writes": operations / writes * 1000,
 		"operations for a GiB":        operations / gib,
 		"µs CPU for a write":          d.CPU.Seconds() * 1e6 / writes,
@@ -247,4 +263,12 @@ func mercyFigures(before, after mercyEffort, writes, written float64) lab.Figure
 		"MiB to disk":                 mib(after.disk - before.disk),
 		"MiB to own disk":             mib(after.own - before.own),
 	}
+	for kind, n := range after.asked {
+		part := lab.Metric(kind)
+		if !slices.Contains(mercyParts(), part) {
+			part = mercyRest
+		}
+		f[part] += (n - before.asked[kind]) / gib
+	}
+	return f
 }

@@ -46,6 +46,7 @@ type Host struct {
 	// is done: Rest takes that for rest.
 	Idle time.Duration
 
+	began   time.Time
 	cluster *Cluster
 	daemons []*Daemon
 	closers []func() // the last one first
@@ -60,7 +61,7 @@ func NewHost(e Effort, root, dir string) (*Host, error) {
 	if err != nil {
 		return nil, err
 	}
-	h := &Host{Effort: e, Dir: own, Root: root}
+	h := &Host{Effort: e, Dir: own, Root: root, began: time.Now()}
 	h.Defer(func() { os.RemoveAll(own) })
 	return h, nil
 }
@@ -78,9 +79,9 @@ func (h *Host) Close() {
 	}
 }
 
-// Say tells the user what is being done.
+// Say tells the user what is being done, and for how long the host has been there.
 func (h *Host) Say(format string, args ...any) {
-	fmt.Fprintf(os.Stderr, "   "+format+"\n", args...)
+	fmt.Fprintf(os.Stderr, "   %4.0f s  "+format+"\n", append([]any{time.Since(h.began).Seconds()}, args...)...)
 }
 
 // Program returns the path of one of the programs that make build has made.

@@ -119,3 +119,25 @@ func (m *Measured) Table(of Metric, t bench.Table) bench.Table {
 	}
 	return t
 }
+
+// Parts returns the figures of several metrics of the first side, a row for each that was ever
+// above 0, and a column for each case. Title, unit and so on are those of t.
+func (m *Measured) Parts(of []Metric, t bench.Table) bench.Table {
+	t.Sides, t.Alone = m.cases, true
+	for _, metric := range of {
+		row := bench.Row{Name: string(metric)}
+		any := false
+		for c := range m.cases {
+			var x []float64
+			for _, f := range m.figures[c][0] {
+				x = append(x, f[metric])
+				any = any || f[metric] > 0
+			}
+			row.Sides = append(row.Sides, x)
+		}
+		if any {
+			t.Rows = append(t.Rows, row)
+		}
+	}
+	return t
+}
