@@ -34,13 +34,14 @@ func processors() comparison {
 		if err != nil {
 			return nil, err
 		}
-		var cases []lab.Case[cpuJob]
-		if !h.Short {
-			cases = append(cases, lab.Case[cpuJob]{Name: "randwrite 4k, depth 1", Do: cpuJob{args: lab.Random("randwrite", 1, h.Seconds)}})
+		cases := []lab.Case[cpuJob]{
+			{Name: "randwrite 4k, depth 1", Do: cpuJob{args: lab.Random("randwrite", 1, h.Seconds)}},
+			{Name: "randwrite 4k, depth 32", Do: cpuJob{args: lab.Random("randwrite", 32, h.Seconds)}},
+			{Name: "randread 4k, hot, depth 32", Do: cpuJob{args: append(lab.Random("randread", 32, h.Seconds), "--size=256m"), warm: 2}},
 		}
-		cases = append(cases,
-			lab.Case[cpuJob]{Name: "randwrite 4k, depth 32", Do: cpuJob{args: lab.Random("randwrite", 32, h.Seconds)}},
-			lab.Case[cpuJob]{Name: "randread 4k, hot, depth 32", Do: cpuJob{args: append(lab.Random("randread", 32, h.Seconds), "--size=256m"), warm: 2}})
+		if h.Short {
+			cases = cases[1:2]
+		}
 		m, err := lab.Turns(ctx, h, cases, []lab.Side[cpuJob]{
 			{Name: "lsd, client and daemon", Turn: c.turn(c.lsd())},
 			{Name: "librbd, cache on", Turn: c.turn(c.librbd(true))},
@@ -80,7 +81,7 @@ type counting struct {
 
 // newCounting makes the images, full.
 func newCounting(ctx context.Context, h *lab.Host) (c *counting, err error) {
-	c = &counting{h: h, store: "rados://rbd/" + uuid.NewString(), size: lab.Pick(h.Effort, "1G", "2G")}
+	c = &counting{h: h, store: "rados://rbd/" + uuid.NewString(), size: lab.Pick(h.Effort, "256M", "2G")}
 	if c.perf, err = h.Perf(ctx, []string{systemCalls, switches}, userCode, kernelCode, yields); err != nil {
 		return nil, err
 	}

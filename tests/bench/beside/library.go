@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"path/filepath"
+	"slices"
 	"time"
 
 	"github.com/google/uuid"
@@ -39,7 +40,7 @@ func library() comparison {
 			{Name: "randwrite 4k, depth 32", Do: libraryJob{args: lab.Random("randwrite", 32, s), raw: true}},
 			{Name: "randwrite 4k, depth 128", Do: libraryJob{args: lab.Random("randwrite", 128, s), raw: true}},
 			{Name: "the same, depth 32, with cleaning", Do: libraryJob{args: lab.Random("randwrite", 32, s), full: true}},
-			{Name: "randread 4k, hot, depth 32", Do: libraryJob{args: append(lab.Random("randread", 32, s), "--size=256m"), full: true, warm: true, reading: true}},
+			{Name: "randread 4k, hot, depth 32", Do: libraryJob{args: append(lab.Random("randread", 32, s), "--size="+lab.Pick(h.Effort, "64m", "256m")), full: true, warm: true, reading: true}},
 			{Name: "write 64k, depth 32", Do: libraryJob{args: sequential("64k", 32)}},
 			{Name: "write 1m, depth 16", Do: libraryJob{args: sequential("1m", 16)}},
 			{Name: "write 1m, into the store", Do: libraryJob{args: []string{"--rw=write", "--bs=1m", "--iodepth=16", "--io_size=" + lab.Pick(h.Effort, "512m", "2g"), "--end_fsync=1"}, stored: true}},
@@ -47,12 +48,16 @@ func library() comparison {
 		if h.Short {
 			cases = []lab.Case[libraryJob]{cases[0], cases[1], cases[4], cases[7]}
 		}
-		m, err := lab.Turns(ctx, h, cases, []lab.Side[libraryJob]{
+		all := []lab.Side[libraryJob]{
 			{Name: "lsd", Turn: l.lsd},
 			{Name: "librbd, cache on", Turn: l.librbd(true)},
 			{Name: "librbd, cache off", Turn: l.librbd(false)},
 			{Name: "io_uring on a file", Turn: l.file},
-		})
+		}
+		if h.Short {
+			all = slices.Delete(all, 2, 3)
+		}
+		m, err := lab.Turns(ctx, h, cases, all)
 		if err != nil {
 			return nil, err
 		}
@@ -71,11 +76,12 @@ type libraries struct {
 	daemon  *lab.Daemon
 	store   string // of lsd's images
 	made    int    // of those
+	size    string // of all of them
 }
 
 // newLibraries makes the images and the file that stay, full.
 func newLibraries(ctx context.Context, h *lab.Host) (l *libraries, err error) {
-	l = &libraries{h: h, store: "rados://rbd/" + uuid.NewString()}
+	l = &libraries{h: h, store: "rados://rbd/" + uuid.NewString(), size: lab.Pick(h.Effort, "512M", "2G")}
 	if l.cluster, err = h.Cluster(ctx); err != nil {
 		return nil, err
 	}
@@ -83,10 +89,10 @@ func newLibraries(ctx context.Context, h *lab.Host) (l *libraries, err error) {
 	if l.daemon, err = h.Daemon(ctx, "--librbd-log-size", "4G", "--read-cache-size", "1G", "--scrub-rate", "0"); err != nil {
 		return nil, err
 	}
-	if _, err := l.daemon.Lsdctl(ctx, "create", l.store+"/full", "--size", "2G"); err != nil {
+	if _, err := l.daemon.Lsdctl(ctx, "create", l.store+"/full", "--size", l.size); err != nil {
 		return nil, err
 	}
-	if _, err := h.Shell(ctx, "rbd create peer --size 2G --image-feature layering,exclusive-lock,object-map,fast-diff && fallocate -l 2G raw"); err != nil {
+	if _, err := h.Shell(ctx, fmt.Sprintf("rbd create peer --size %s --image-feature layering,exclusive-lock,object-map,fast-diff && fallocate -l %[1]s raw", l.size)); err != nil {
 		return nil, err
 	}
 	fill := libraryJob{args: []string{"--rw=write", "--bs=1m", "--iodepth=16", "--end_fsync=1"}, full: true, raw: true}
@@ -99,8 +105,8 @@ func newLibraries(ctx context.Context, h *lab.Host) (l *libraries, err error) {
 }
 
 // engine returns the arguments of fio's rbd engine for a job on an image.
-func (*libraries) engine(image string, j []string) []string {
-	return lab.RBDArgs(image, append([]string{"--size=2g"}, j...)...)
+func (l *libraries) engine(image string, j []string) []string {
+	return lab.RBDArgs(image, append([]string{"--size=" + l.size}, j...)...)
 }
 
 // lsd does a job on lsd's library, on an image that is attached before, so that what that takes
@@ -110,7 +116,7 @@ func (l *libraries) lsd(ctx context.Context, j libraryJob) (lab.Figures, error) 
 	if !j.full {
 		l.made++
 		image = fmt.Sprintf("fresh%d", l.made)
-		if _, err := l.daemon.Lsdctl(ctx, "create", l.store+"/"+image, "--size", "2G"); err != nil {
+		if _, err := l.daemon.Lsdctl(ctx, "create", l.store+"/"+image, "--size", l.size); err != nil {
 			return nil, err
 		}
 	}
@@ -146,7 +152,7 @@ func (l *libraries) file(ctx context.Context, j libraryJob) (lab.Figures, error)
 		return nil, nil
 	}
 	return l.measure(ctx, j, func(args []string) (lab.Fio, error) {
-		return l.h.Fio(ctx, append([]string{"--ioengine=io_uring", "--direct=1", "--size=2g", "--filename=" + filepath.Join(l.h.Dir, "raw")}, args...)...)
+		return l.h.Fio(ctx, append([]string{"--ioengine=io_uring", "--direct=1", "--size=" + l.size, "--filename=" + filepath.Join(l.h.Dir, "raw")}, args...)...)
 	})
 }
 
@@ -154,7 +160,7 @@ func (l *libraries) file(ctx context.Context, j libraryJob) (lab.Figures, error)
 func (l *libraries) measure(ctx context.Context, j libraryJob, fio func(args []string) (lab.Fio, error)) (lab.Figures, error) {
 	if j.warm {
 		for range 2 {
-			if _, err := fio([]string{"--rw=read", "--bs=1m", "--iodepth=16", "--size=256m"}); err != nil {
+			if _, err := fio([]string{"--rw=read", "--bs=1m", "--iodepth=16", "--size=" + lab.Pick(l.h.Effort, "64m", "256m")}); err != nil {
 				return nil, err
 			}
 		}

@@ -103,7 +103,7 @@ func (o *options) flags(c *cobra.Command) {
 	f := c.Flags()
 	f.BoolVar(&o.Short, "short", false, "a first look, small sizes, some of the cases and one turn: no figures to quote")
 	f.IntVar(&o.Turns, "turns", 0, "turns that each side takes (default 5, with --short 1)")
-	f.IntVar(&o.Seconds, "seconds", 0, "length of a turn that goes by time (default 4, with --short 2)")
+	f.IntVar(&o.Seconds, "seconds", 0, "length of a turn that goes by time (default 4, with --short 1)")
 	f.StringVar(&o.Cases, "cases", "", "only the cases in whose names this regular expression finds something")
 	f.StringVar(&o.out, "out", "bin/beside.out", "write the figures to this directory, NAME.json for each comparison")
 	f.StringVar(&o.root, "root", ".", "the project's directory, with bin/ and scripts/")
@@ -121,7 +121,7 @@ func (o *options) complete() (err error) {
 		o.Turns = lab.Pick(o.Effort, 1, 5)
 	}
 	if o.Seconds == 0 {
-		o.Seconds = lab.Pick(o.Effort, 2, 4)
+		o.Seconds = lab.Pick(o.Effort, 1, 4)
 	}
 	for _, p := range []*string{&o.root, &o.out} {
 		if *p, err = filepath.Abs(*p); err != nil {

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 
@@ -25,9 +26,10 @@ func null() comparison {
 			return nil, err
 		}
 		j := deviceJob{args: []string{fmt.Sprintf("--size=%d", nullSize)}}
-		cases := append(random(h, "randread", j), random(h, "randwrite", j)...)
-		cases = append(cases, sequential(h, "read", j)...)
-		cases = append(cases, sequential(h, "write", j)...)
+		cases := append(random(h, "randread", j), sequential(h, "write", j)...)
+		if !h.Short {
+			cases = slices.Concat(random(h, "randread", j), random(h, "randwrite", j), sequential(h, "read", j), sequential(h, "write", j))
+		}
 		m, err := lab.Turns(ctx, h, cases, sides(&devices{all: all}, func(ctx context.Context, b *blockDevice, j deviceJob) (lab.Figures, error) {
 			f, err := fioOn(ctx, h, b.path, j.args...)
 			return lab.Figures{"ops/s": f.Rate, "p99 µs": f.P99.Seconds() * 1e6}, err

@@ -139,8 +139,8 @@ func Await(ctx context.Context, what string, limit time.Duration, is func() (boo
 
 // Rest waits until the daemons and the OSD have nothing left to do from earlier turns.
 func (h *Host) Rest(ctx context.Context) error {
-	const look = 500 * time.Millisecond
-	quiet := 25 * time.Millisecond
+	look := Pick(h.Effort, 300*time.Millisecond, 500*time.Millisecond)
+	quiet := look / 20
 	if h.VM {
 		quiet *= 4 // an emulated processor: to be asked is work
 	}
