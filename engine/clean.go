@@ -336,10 +336,6 @@ func (c *cleaner) weigh(s *search, o *objectInfo) {
 		return // the last one may not be in the map yet
 	}
 	own, unread := im.line.own(uint64(o.number)), c.bad[o.number] || c.later[o.number] > 0
-	if im.accepted.seq < c.fading[o.number] && !c.exceeds() {
-		s.fading += int64(o.sectors) - int64(float64(o.live)*im.cfg.SpaceRatio)
-		return
-	}
 	held := unread || !own || im.super.holds.object(uint64(o.number), 0)
 	if held {
 		s.heldSpace, s.heldLive = s.heldSpace+uint64(o.sectors), s.heldLive+uint64(o.live)
@@ -352,6 +348,10 @@ func (c *cleaner) weigh(s *search, o *objectInfo) {
 		s.list.offer(o, -float64(o.number)) // in the order in which they were written
 	}
 	if held || s.aim == cleanAncestors {
+		return
+	}
+	if im.accepted.seq < c.fading[o.number] && !c.exceeds() {
+		s.fading += int64(o.sectors) - int64(float64(o.live)*im.cfg.SpaceRatio)
 		return
 	}
 	u := float64(o.live) / float64(o.sectors)

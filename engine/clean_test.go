@@ -134,8 +134,8 @@ func TestUnreadableVictims(t *testing.T) {
 		key  func(imageKey) bool
 		left int // objects of 16 that cannot be cleaned
 	}{
-		{"objects", func(k imageKey) bool { return k.kind == keyData && k.ref.Object <= 16 && k.ref.Object%2 == 1 }, 8},
-		{"map", func(k imageKey) bool { return k.kind == keyMap }, 16},
+		{"objects", func(k imageKey) bool { return k.kind == KindData && k.ref.Object <= 16 && k.ref.Object%2 == 1 }, 8},
+		{"map", func(k imageKey) bool { return k.kind == KindMap }, 16},
 	} {
 		t.Run(tt.name, func(t *testing.T) { unreadableVictims(t, tt.key, tt.left) })
 	}
@@ -554,6 +554,11 @@ func TestFadingVictimIsLeftAlone(t *testing.T) {
 	if chosen, fading := look(); chosen || fading != blocks*8-int64(8*ratio) {
 		t.Errorf("it is a victim again: %v; the debt is to fall by %d sectors", chosen, fading)
 	}
+	h.im.clean.bad[1] = true
+	if chosen, fading := look(); chosen || fading != 0 {
+		t.Errorf("what cannot be cleaned is a victim: %v; the debt, in which it is not, is to fall by %d sectors", chosen, fading)
+	}
+	h.im.clean.bad[1] = false
 	h.im.table.space += 1 << 30 // now more is dead than may be
 	if chosen, fading := look(); !chosen || fading != 0 {
 		t.Errorf("although more is dead than may be it is a victim: %v; the debt is to fall by %d sectors", chosen, fading)

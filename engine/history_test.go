@@ -776,9 +776,9 @@ func (p *past) settle() {
 	mustBeSound(p.t, p.st)
 	kept := map[string]int{}
 	_ = p.st.List(context.Background(), "", func(key string) error {
-		if k := parseKey(p.id, key); strings.HasPrefix(key, p.id.String()) && k.kind != keySuper {
+		if k := parseKey(p.id, key); strings.HasPrefix(key, p.id.String()) && k.kind != KindSuperblock {
 			kept[key[len(p.id.String()):][:3]]++
-		} else if k.kind != keySuper && key != backend.DirectoryKey {
+		} else if k.kind != KindSuperblock && key != backend.DirectoryKey {
 			p.t.Errorf("left over: %s", key)
 		}
 		return nil

@@ -14,7 +14,7 @@ func TestKindOf(t *testing.T) {
 		mapKey(id, ref, 3):      KindMap,
 		manifestKey(id, ref, 0): KindManifest,
 		SuperblockKey(id):       KindSuperblock,
-		attributesKey(id):       KindOther,
+		attributesKey(id):       KindAttributes,
 		"directory":             KindOther,
 		"super":                 KindOther,
 		id.String() + "/d":      KindOther,

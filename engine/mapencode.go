@@ -18,31 +18,48 @@ func (e *mapEncoder) encode(ctx context.Context, list []copiedSegment) {
 		}
 	}
 	for _, s := range list {
-		switch {
-		case len(s.changes) > 0 && e.addDelta(ctx, s):
-		case len(s.changes) > 0 || s.span != nil && s.kind == kindWhole:
+		switch e.how(s) {
+		case encodeDelta:
+			if !e.addDelta(ctx, s) {
+				e.addWhole(s)
+			}
+		case encodeWhole:
 			e.addWhole(s)
-		default:
+		case encodeMove:
 			e.move(ctx, s)
 		}
 	}
 }
 
-// wants returns the place of what may have to be read to add a segment; of size 0 if it is nothing.
-func (e *mapEncoder) wants(s copiedSegment) place {
-	switch {
-	case len(s.changes) > 0 && e.mayDelta(s):
-		return s.stored[kindDelta]
+// encoding says how a segment is added.
+type encoding byte
+
+const (
+	encodeMove  encoding = iota // as it is stored
+	encodeWhole                 // from the copy of it
+	encodeDelta                 // what has changed, if that pays
+)
+
+// how decides how a segment is added. No delta pays where little is stored.
+func (e *mapEncoder) how(s copiedSegment) encoding {
+	switch whole := int(s.stored[kindWhole].size); {
+	case len(s.changes) > 0 && whole > 0 && whole >= e.deltaFrom:
+		return encodeDelta
 	case len(s.changes) > 0 || s.span != nil && s.kind == kindWhole:
-		return place{}
+		return encodeWhole
 	}
-	return s.stored[s.kind]
+	return encodeMove
 }
 
-// mayDelta reports whether so much is stored of a segment that has changed that a delta may pay.
-func (e *mapEncoder) mayDelta(s copiedSegment) bool {
-	whole := int(s.stored[kindWhole].size)
-	return whole > 0 && whole >= e.deltaFrom
+// wants returns the place of what may have to be read to add a segment; of size 0 if it is nothing.
+func (e *mapEncoder) wants(s copiedSegment) place {
+	switch e.how(s) {
+	case encodeDelta:
+		return s.stored[kindDelta]
+	case encodeMove:
+		return s.stored[s.kind]
+	}
+	return place{}
 }
 
 // addWhole adds all of a segment of which there is a copy.
@@ -79,7 +96,7 @@ func (e *mapEncoder) move(ctx context.Context, s copiedSegment) {
 // is to be written whole.
 func (e *mapEncoder) addDelta(ctx context.Context, s copiedSegment) bool {
 	base, whole := segmentStart(s.index), int(s.stored[kindWhole].size)
-	if !e.mayDelta(s) || shrunk(s.span, base, whole) {
+	if shrunk(s.span, base, whole) {
 		return false
 	}
 	var old []sectorRange

@@ -14,39 +14,62 @@ import (
 	"github.com/lsd-ceph/lsd/backend"
 )
 
-// keyKind says which of an image's objects a key names.
-type keyKind byte
+// ObjectKind says what an object of a store is to an image.
+type ObjectKind byte
 
+// Kinds of objects.
 const (
-	keyUnknown keyKind = iota
-	keySuper
-	keyData
-	keyManifest
-	keyMap
-	keyAttributes
+	KindOther      ObjectKind = iota // no image's alone: names, lists
+	KindSuperblock                   // of an image
+	KindData                         // written blocks
+	KindManifest                     // of a checkpoint
+	KindMap                          // segments of the object map
+	KindAttributes                   // what users keep beside an image
+	ObjectKinds                      // their number
 )
+
+// String returns the kind in a word.
+func (k ObjectKind) String() string {
+	return [ObjectKinds]string{"other", "superblock", "data", "manifest", "map", "attributes"}[k]
+}
+
+// KindOf returns the kind of the object that a key names, by its form alone. It allocates nothing.
+func KindOf(key string) ObjectKind {
+	_, rest, _ := strings.Cut(key, "/")
+	switch kind, _, deep := strings.Cut(rest, "/"); {
+	case kind == "super" && !deep:
+		return KindSuperblock
+	case kind == "attributes" && !deep:
+		return KindAttributes
+	case kind == "d" && deep:
+		return KindData
+	case kind == "c" && deep:
+		return KindManifest
+	case kind == "m" && deep:
+		return KindMap
+	}
+	return KindOther
+}
 
 // imageKey is a key of an image's object, taken apart.
 type imageKey struct {
-	kind keyKind
+	kind ObjectKind
 	ref  checkpointRef // of data objects as well: number and epoch
 	part uint64
 }
 
 // parseKey takes a key below an image's id apart. What no image has is
-// keyUnknown.
+// KindOther.
 func parseKey(id uuid.UUID, key string) imageKey {
 	rest, ok := strings.CutPrefix(key, id.String()+"/")
 	if !ok {
 		return imageKey{}
 	}
-	switch rest {
-	case "super":
-		return imageKey{kind: keySuper}
-	case "attributes":
-		return imageKey{kind: keyAttributes}
+	kind := KindOf(key)
+	if kind == KindSuperblock || kind == KindAttributes {
+		return imageKey{kind: kind}
 	}
-	kind, name, _ := strings.Cut(rest, "/")
+	_, name, _ := strings.Cut(rest, "/")
 	var n [3]uint64
 	parts := strings.Split(name, ".")
 	for i, p := range parts {
@@ -56,52 +79,15 @@ func parseKey(id uuid.UUID, key string) imageKey {
 		}
 		n[i] = v
 	}
-	k := imageKey{ref: checkpointRef{n[0], n[1]}, part: n[2]}
+	k := imageKey{kind: kind, ref: checkpointRef{n[0], n[1]}, part: n[2]}
 	switch {
-	case kind == "d" && len(parts) == 2 && key == dataKey(id, n[0], n[1]):
-		k.kind = keyData
-	case kind == "c" && len(parts) == 3 && key == manifestKey(id, k.ref, int(n[2])):
-		k.kind = keyManifest
-	case kind == "m" && len(parts) == 3 && key == mapKey(id, k.ref, uint32(n[2])):
-		k.kind = keyMap
+	case kind == KindData && len(parts) == 2 && key == dataKey(id, n[0], n[1]):
+	case kind == KindManifest && len(parts) == 3 && key == manifestKey(id, k.ref, int(n[2])):
+	case kind == KindMap && len(parts) == 3 && key == mapKey(id, k.ref, uint32(n[2])):
 	default:
 		return imageKey{}
 	}
 	return k
-}
-
-// ObjectKind says what an object of a store is to an image.
-type ObjectKind int
-
-// Kinds of objects.
-const (
-	KindData       ObjectKind = iota // written blocks
-	KindMap                          // segments of the object map
-	KindManifest                     // of a checkpoint
-	KindSuperblock                   // of the image
-	KindOther                        // its attributes, and what is no image's alone: names, lists
-	ObjectKinds                      // their number
-)
-
-// String returns the kind in a word.
-func (k ObjectKind) String() string {
-	return [ObjectKinds]string{"data", "map", "manifest", "superblock", "other"}[k]
-}
-
-// KindOf returns the kind of the object that a key names, by its form alone. It allocates nothing.
-func KindOf(key string) ObjectKind {
-	_, rest, _ := strings.Cut(key, "/")
-	switch kind, _, deep := strings.Cut(rest, "/"); {
-	case kind == "super" && !deep:
-		return KindSuperblock
-	case kind == "d" && deep:
-		return KindData
-	case kind == "m" && deep:
-		return KindMap
-	case kind == "c" && deep:
-		return KindManifest
-	}
-	return KindOther
 }
 
 // keyClass says why an object is in the store.
@@ -279,10 +265,10 @@ func (r *reach) loadGone(ctx context.Context, st backend.Store) error {
 // has reports whether an object was one of the state's.
 func (g *goneState) has(k imageKey) bool {
 	switch k.kind {
-	case keyData:
+	case KindData:
 		o, ok := g.data[k.ref.Object]
 		return ok && o.epoch == k.ref.Epoch
-	case keyMap:
+	case KindMap:
 		_, ok := g.maps[mapName{k.ref, uint32(k.part)}]
 		return ok
 	}
@@ -293,11 +279,11 @@ func (g *goneState) has(k imageKey) bool {
 func (r *reach) class(key string) keyClass {
 	k := parseKey(r.sb.Image, key)
 	switch k.kind {
-	case keySuper, keyAttributes:
+	case KindSuperblock, KindAttributes:
 		return classNeeded
-	case keyData:
+	case KindData:
 		return r.dataClass(k)
-	case keyManifest:
+	case KindManifest:
 		for _, v := range r.views {
 			if v.ref != nil && *v.ref == k.ref && int(k.part) < v.m.parts() {
 				return classNeeded
@@ -307,7 +293,7 @@ func (r *reach) class(key string) keyClass {
 			return classStale
 		}
 		return r.leftover(k)
-	case keyMap:
+	case KindMap:
 		return r.mapClass(k)
 	}
 	return classForeign
@@ -363,11 +349,11 @@ func (r *reach) leftover(k imageKey) keyClass {
 	if slices.ContainsFunc(r.gone, func(g *goneState) bool { return g.has(k) }) {
 		return classDead // an owner removes it, in its order
 	}
-	if c := r.sb.Intent; c != nil && k.kind != keyData && *c == k.ref {
+	if c := r.sb.Intent; c != nil && k.kind != KindData && *c == k.ref {
 		return classStale
 	}
 	for _, x := range r.sb.Stale {
-		if x.Epoch != k.ref.Epoch || x.Checkpoint == (k.kind == keyData) {
+		if x.Epoch != k.ref.Epoch || x.Checkpoint == (k.kind == KindData) {
 			continue
 		}
 		if x.Checkpoint && x.Object == k.ref.Object || !x.Checkpoint && k.ref.Object >= x.Object && k.ref.Object <= x.Object+uint64(r.sb.Window) {

@@ -251,7 +251,7 @@ func unneeded(ctx context.Context, st backend.Store, sb *superblock, most int) (
 		bounded := most > 0 && len(sb.Clones) == 0 // nor will there be any
 		lerr := st.List(ctx, sb.Image.String()+"/", func(key string) error {
 			switch {
-			case parseKey(sb.Image, key).kind == keySuper:
+			case parseKey(sb.Image, key).kind == KindSuperblock:
 				return nil
 			case bounded && len(keys) == most:
 				return enough
@@ -416,11 +416,11 @@ func (n *cloneNeeds) needs(k imageKey) bool {
 		return mutate.On(mutate.ReclaimKept)
 	}
 	switch k.kind {
-	case keyData:
+	case KindData:
 		return n.data[k.ref]
-	case keyManifest:
+	case KindManifest:
 		return n.manifests[k.ref]
-	case keyMap:
+	case KindMap:
 		return n.maps[mapName{k.ref, uint32(k.part)}]
 	}
 	return false

@@ -41,7 +41,7 @@ func (w *world) checkStore() {
 // countGroups counts the objects that are joined to the next one.
 func (w *world) countGroups() {
 	for _, key := range w.keys() {
-		if parseKey(w.id, key).kind != keyData {
+		if parseKey(w.id, key).kind != KindData {
 			continue
 		}
 		b, err := readWhole(context.Background(), w.inner, key)
@@ -104,7 +104,7 @@ func (w *world) damageStore() {
 // what is damaged is not missed.
 func (w *world) headerAlone(c *simHost, key string) bool {
 	k := parseKey(c.im.id, key)
-	if k.kind != keyData {
+	if k.kind != KindData {
 		return false
 	}
 	if o := c.im.table.find(k.ref.Object); o == nil || o.live > 0 {
@@ -153,11 +153,11 @@ func (w *world) readDamaged(c *simHost) (failed int) {
 // parts may be out of date, and of a data object that a point needs, the data.
 func (w *world) wholeNeeded(rep *CheckReport, key string) bool {
 	switch parseKey(w.id, key).kind {
-	case keySuper:
+	case KindSuperblock:
 		return true
-	case keyMap:
+	case KindMap:
 		return false
-	case keyData:
+	case KindData:
 		return rep.Points+rep.Snapshots == 0 && !slices.Contains(rep.Stale, key)
 	}
 	return !slices.Contains(rep.Stale, key)

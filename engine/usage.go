@@ -127,7 +127,7 @@ type usedImage struct {
 // listed is an object, as its key says.
 type listed struct {
 	number, epoch, part uint32
-	kind                keyKind
+	kind                ObjectKind
 }
 
 func compareListed(a, b listed) int {
@@ -138,13 +138,13 @@ func compareListed(a, b listed) int {
 func (l listed) key(id uuid.UUID) string {
 	ref := checkpointRef{uint64(l.number), uint64(l.epoch)}
 	switch l.kind {
-	case keyData:
+	case KindData:
 		return dataKey(id, ref.Object, ref.Epoch)
-	case keyManifest:
+	case KindManifest:
 		return manifestKey(id, ref, int(l.part))
-	case keyMap:
+	case KindMap:
 		return mapKey(id, ref, l.part)
-	case keyAttributes:
+	case KindAttributes:
 		return attributesKey(id)
 	}
 	return SuperblockKey(id)
@@ -162,7 +162,7 @@ func (m *measurer) list(ctx context.Context) error {
 		switch {
 		case key == backend.DirectoryKey:
 			return nil
-		case !ok || k.kind == keyUnknown:
+		case !ok || k.kind == KindOther:
 			m.strange++
 			return nil
 		}

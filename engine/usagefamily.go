@@ -61,7 +61,7 @@ func (m *measurer) measure(ctx context.Context, images []*usedImage) error {
 	for _, im := range images {
 		im.first, im.done = len(f.objects), true
 		for _, l := range im.list {
-			f.objects = append(f.objects, tally{bytes: uint32(im.super), known: l.kind == keySuper && im.super > 0})
+			f.objects = append(f.objects, tally{bytes: uint32(im.super), known: l.kind == KindSuperblock && im.super > 0})
 		}
 	}
 	f.live, f.need = make([]uint32, len(f.objects)), make([]uint32, len(f.objects))
@@ -188,7 +188,7 @@ func (f *family) state(ctx context.Context, sb *superblock, p *point, present bo
 // manifest adds what a checkpoint refers to.
 func (f *family) manifest(line *lineage, m *manifest, present bool) {
 	for _, o := range m.objects {
-		i := f.find(line.of(uint64(o.number)), listed{o.number, o.epoch, 0, keyData})
+		i := f.find(line.of(uint64(o.number)), listed{o.number, o.epoch, 0, KindData})
 		if i < 0 {
 			continue
 		}
@@ -197,13 +197,13 @@ func (f *family) manifest(line *lineage, m *manifest, present bool) {
 		f.touch(i, o.live, present)
 	}
 	for _, o := range m.maps {
-		if i := f.find(line.of(o.at.Object), listed{uint32(o.at.Object), uint32(o.at.Epoch), o.part, keyMap}); i >= 0 && o.size > 0 {
+		if i := f.find(line.of(o.at.Object), listed{uint32(o.at.Object), uint32(o.at.Epoch), o.part, KindMap}); i >= 0 && o.size > 0 {
 			t := &f.objects[i]
 			t.bytes, t.known, t.needed = o.size, true, t.needed || o.live > 0
 		}
 	}
 	for part, left := 0, m.size(); left > 0; part, left = part+1, left-manifestPart {
-		if i := f.find(line.of(m.at.object), listed{uint32(m.at.object), uint32(m.epoch), uint32(part), keyManifest}); i >= 0 {
+		if i := f.find(line.of(m.at.object), listed{uint32(m.at.object), uint32(m.epoch), uint32(part), KindManifest}); i >= 0 {
 			f.objects[i] = tally{bytes: uint32(min(left, manifestPart)), known: true, needed: true}
 		}
 	}
@@ -218,8 +218,8 @@ func (f *family) replayed(sb *superblock, line *lineage, r run64, present bool) 
 			id, last = line.origins[k].Image, min(last, line.origins[k].Last)
 		}
 		if im := f.byID[id]; im != nil && from <= last {
-			i, _ := slices.BinarySearchFunc(im.list, listed{number: uint32(from), kind: keyData}, compareListed)
-			for ; i < len(im.list) && im.list[i].kind == keyData && uint64(im.list[i].number) <= last; i++ {
+			i, _ := slices.BinarySearchFunc(im.list, listed{number: uint32(from), kind: KindData}, compareListed)
+			for ; i < len(im.list) && im.list[i].kind == KindData && uint64(im.list[i].number) <= last; i++ {
 				if uint64(im.list[i].epoch) == sb.epochOf(uint64(im.list[i].number)) {
 					f.touch(im.first+i, allOf, present)
 				}
@@ -315,8 +315,8 @@ func (f *family) sizes(ctx context.Context, places iter.Seq[int]) error {
 }
 
 // size returns the bytes of an object, and of its data; none if it is not there any more.
-func (f *family) size(ctx context.Context, key string, kind keyKind) (size, data int64, err error) {
-	if kind == keyData {
+func (f *family) size(ctx context.Context, key string, kind ObjectKind) (size, data int64, err error) {
+	if kind == KindData {
 		b := make([]byte, objectFixed)
 		n, err := f.st.Get(ctx, key, b, 0)
 		if err != nil && !damaged(err) {
@@ -347,9 +347,9 @@ func (f *family) sum() {
 		for i, l := range im.list {
 			t := &f.objects[im.first+i]
 			switch {
-			case l.kind == keySuper && im.sb != nil, l.kind == keyAttributes && im.sb != nil && !im.sb.Removed:
+			case l.kind == KindSuperblock && im.sb != nil, l.kind == KindAttributes && im.sb != nil && !im.sb.Removed:
 				t.needed = true
-			case l.kind == keyManifest || l.kind == keyMap:
+			case l.kind == KindManifest || l.kind == KindMap:
 				// A checkpoint that is being written.
 				intent := im.sb != nil && sameRef(im.sb.Intent, &checkpointRef{uint64(l.number), uint64(l.epoch)})
 				t.needed = t.needed || intent

@@ -2,6 +2,7 @@ package daemon
 
 import (
 	"net/http"
+	"slices"
 	"strconv"
 
 	"github.com/lsd-ceph/lsd/cache/readcache"
@@ -171,7 +172,7 @@ func (c *collector) Describe(ch chan<- *prometheus.Desc) {
 	ch <- c.up
 	ch <- c.down
 	ch <- c.reclaim
-	for _, d := range [...]*prometheus.Desc{c.burst[0], c.burst[1], c.ops[0], c.ops[1]} {
+	for _, d := range slices.Concat(c.burst[:], c.ops[:]) {
 		ch <- d
 	}
 	for _, m := range c.metrics {

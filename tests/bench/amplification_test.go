@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"maps"
 	"math"
 	"math/rand/v2"
 	"testing"
@@ -221,10 +222,7 @@ func (o *overwriter) measure(rounds, warm int) (a amplification) {
 	next := func(n uint64) uint64 { return o.pattern.next(o.rng, n, o.blocks) }
 	whole, filled := o.st.total(), o.written
 	o.write(uint64(warm)*o.blocks, next, func() {})
-	before := map[string]int64{}
-	for k, v := range o.st.put {
-		before[k] = v
-	}
+	before := maps.Clone(o.st.put)
 	puts, moved, began := o.st.total(), o.im.Stats().Cleaned, o.written
 	dataPut, ops, samples, turn := o.im.Stats().PutBytes, o.st.ops, 0, 0
 	o.write(uint64(rounds-warm)*o.blocks, next, func() {
@@ -245,7 +243,9 @@ func (o *overwriter) measure(rounds, warm int) (a amplification) {
 	a.ops = float64(o.st.ops-ops) / written * (1 << 30)
 	a.writeAll = float64(o.st.total()-whole) / (float64(o.written-filled) * 4096)
 	a.cleaned = float64(s.Cleaned-moved) / written
-	a.maps = float64(o.st.put["m"]-before["m"]+o.st.put["c"]-before["c"]+o.st.put["super"]-before["super"]) / written
+	for _, k := range []engine.ObjectKind{engine.KindMap, engine.KindManifest, engine.KindSuperblock} {
+		a.maps += float64(o.st.put[k]-before[k]) / written
+	}
 	a.header = float64(s.PutBytes-dataPut)/written - 1 - a.cleaned
 	a.space /= float64(samples)
 	a.table /= float64(samples)

@@ -5,10 +5,10 @@ import (
 	"context"
 	"encoding/binary"
 	"fmt"
-	"strings"
 
 	"github.com/lsd-ceph/lsd/backend"
 	"github.com/lsd-ceph/lsd/backend/mem"
+	"github.com/lsd-ceph/lsd/engine"
 )
 
 // countingStore counts the bytes that are put into it, by kind of object, and
@@ -18,22 +18,14 @@ import (
 type countingStore struct {
 	*mem.Store
 	block []byte
-	data  map[string]int64 // bytes of data, of each data object
-	put   map[string]int64 // bytes put, by kind
-	space int64            // sum of data
-	ops   int              // operations but Load, List and Stat: several parts of an object are read by one
+	data  map[string]int64            // bytes of data, of each data object
+	put   map[engine.ObjectKind]int64 // bytes put, by kind
+	space int64                       // sum of data
+	ops   int                         // operations but Load, List and Stat: several parts of an object are read by one
 }
 
 func newCountingStore(block []byte) *countingStore {
-	return &countingStore{Store: mem.New(), block: block, data: map[string]int64{}, put: map[string]int64{}}
-}
-
-// kindOf returns what the key is: d, c, m, super or directory.
-func kindOf(key string) string {
-	if part := strings.Split(key, "/"); len(part) > 1 {
-		return part[1]
-	}
-	return key
+	return &countingStore{Store: mem.New(), block: block, data: map[string]int64{}, put: map[engine.ObjectKind]int64{}}
 }
 
 // total returns all bytes put.
@@ -47,8 +39,8 @@ func (s *countingStore) total() (n int64) {
 // Put implements backend.Store.
 func (s *countingStore) Put(ctx context.Context, key string, data []byte) error {
 	s.ops++
-	kind, kept := kindOf(key), data
-	if kind == "d" {
+	kind, kept := engine.KindOf(key), data
+	if kind == engine.KindData {
 		kept = data[:binary.LittleEndian.Uint32(data[88:])] // the header
 		for rest := data[len(kept):]; len(rest) > 0; rest = rest[min(len(rest), len(s.block)):] {
 			if n := min(len(rest), len(s.block)); !bytes.Equal(rest[:n], s.block[:n]) {
@@ -60,7 +52,7 @@ func (s *countingStore) Put(ctx context.Context, key string, data []byte) error 
 		return err
 	}
 	s.put[kind] += int64(len(data))
-	if kind == "d" {
+	if kind == engine.KindData {
 		s.data[key] = int64(len(data) - len(kept))
 		s.space += s.data[key]
 	}
@@ -70,7 +62,7 @@ func (s *countingStore) Put(ctx context.Context, key string, data []byte) error 
 // Swap implements backend.Store.
 func (s *countingStore) Swap(ctx context.Context, key string, old backend.Version, data []byte) (backend.Version, error) {
 	s.ops++
-	s.put[kindOf(key)] += int64(len(data))
+	s.put[engine.KindOf(key)] += int64(len(data))
 	return s.Store.Swap(ctx, key, old, data)
 }
 

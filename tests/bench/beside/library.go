@@ -40,7 +40,7 @@ func library() comparison {
 			{Name: "randwrite 4k, depth 32", Do: libraryJob{args: lab.Random("randwrite", 32, s), raw: true}},
 			{Name: "randwrite 4k, depth 128", Do: libraryJob{args: lab.Random("randwrite", 128, s), raw: true}},
 			{Name: "the same, depth 32, with cleaning", Do: libraryJob{args: lab.Random("randwrite", 32, s), full: true}},
-			{Name: "randread 4k, hot, depth 32", Do: libraryJob{args: append(lab.Random("randread", 32, s), "--size="+lab.Pick(h.Effort, "64m", "256m")), full: true, warm: true, reading: true}},
+			{Name: "randread 4k, hot, depth 32", Do: libraryJob{args: append(lab.Random("randread", 32, s), "--size="+hotSize(h)), full: true, warm: true, reading: true}},
 			{Name: "write 64k, depth 32", Do: libraryJob{args: sequential("64k", 32)}},
 			{Name: "write 1m, depth 16", Do: libraryJob{args: sequential("1m", 16)}},
 			{Name: "write 1m, into the store", Do: libraryJob{args: []string{"--rw=write", "--bs=1m", "--iodepth=16", "--io_size=" + lab.Pick(h.Effort, "512m", "2g"), "--end_fsync=1"}, stored: true}},
@@ -55,7 +55,7 @@ func library() comparison {
 			{Name: "io_uring on a file", Turn: l.file},
 		}
 		if h.Short {
-			all = slices.Delete(all, 2, 3)
+			all = slices.Delete(all, 2, 3) // the cache is on by default
 		}
 		m, err := lab.Turns(ctx, h, cases, all)
 		if err != nil {
@@ -68,6 +68,9 @@ func library() comparison {
 		}, nil
 	}}
 }
+
+// hotSize is the size of the part of the images that reads which are to be hot are of.
+func hotSize(h *lab.Host) string { return lab.Pick(h.Effort, "64m", "256m") }
 
 // libraries are the sides, on one cluster and one disk.
 type libraries struct {
@@ -160,7 +163,7 @@ func (l *libraries) file(ctx context.Context, j libraryJob) (lab.Figures, error)
 func (l *libraries) measure(ctx context.Context, j libraryJob, fio func(args []string) (lab.Fio, error)) (lab.Figures, error) {
 	if j.warm {
 		for range 2 {
-			if _, err := fio([]string{"--rw=read", "--bs=1m", "--iodepth=16", "--size=" + lab.Pick(l.h.Effort, "64m", "256m")}); err != nil {
+			if _, err := fio([]string{"--rw=read", "--bs=1m", "--iodepth=16", "--size=" + hotSize(l.h)}); err != nil {
 				return nil, err
 			}
 		}

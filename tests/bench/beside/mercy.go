@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"fmt"
+	"maps"
 	"slices"
 
 	"github.com/google/uuid"
@@ -152,7 +153,7 @@ func (s *mercySides) lsd(ctx context.Context, j mercyJob) (lab.Figures, error) {
 	if _, err := s.fio(ctx, image, []string{"--rw=read", "--bs=4k", "--number_ios=1"}); err != nil {
 		return nil, err
 	}
-	return s.count(ctx, func() (lab.Fio, error) {
+	return s.count(ctx, true, func() (lab.Fio, error) {
 		f, err := s.fio(ctx, image, j.args)
 		if err != nil {
 			return f, err
@@ -190,12 +191,7 @@ func (s *mercySides) librbd(cache bool) func(context.Context, mercyJob) (lab.Fig
 		if err != nil {
 			return nil, err
 		}
-		f, err := s.count(ctx, func() (lab.Fio, error) { return s.fioPeer(ctx, cache, image, j.args) })
-		delete(f, "MiB to own disk") // the daemon's, which has no part in this
-		for _, p := range mercyParts() {
-			delete(f, p)
-		}
-		return f, err
+		return s.count(ctx, false, func() (lab.Fio, error) { return s.fioPeer(ctx, cache, image, j.args) })
 	}
 }
 
@@ -228,8 +224,9 @@ func (s *mercySides) effort(ctx context.Context) (e mercyEffort, err error) {
 }
 
 // count has work done, until all have come to rest. They are at rest when it begins: what was
-// counted before has ended so, and nothing is removed, which would go on for a while.
-func (s *mercySides) count(ctx context.Context, work func() (lab.Fio, error)) (lab.Figures, error) {
+// counted before has ended so, and nothing is removed, which would go on for a while. What the
+// daemon has done counts if it has a part in it.
+func (s *mercySides) count(ctx context.Context, daemon bool, work func() (lab.Fio, error)) (lab.Figures, error) {
 	before, err := s.effort(ctx)
 	if err != nil {
 		return nil, err
@@ -245,15 +242,20 @@ func (s *mercySides) count(ctx context.Context, work func() (lab.Fio, error)) (l
 	if err != nil {
 		return nil, err
 	}
-	return mercyFigures(before, after, f.Ops, f.Bytes*f.Took.Seconds()), nil
+	written := f.Bytes * f.Took.Seconds()
+	figures := mercyFigures(before, after, f.Ops, written)
+	if daemon {
+		maps.Copy(figures, mercyDaemon(before, after, written))
+	}
+	return figures, nil
 }
 
-// mercyFigures returns what was done between, for each of a client's writes and for each GiB.
+// mercyFigures returns what the cluster has done between, for each of a client's writes and for each GiB.
 func mercyFigures(before, after mercyEffort, writes, written float64) lab.Figures {
 	d := after.Sub(before.OSD)
 	operations, gib := d.Writes+d.Reads, written/(1<<30)
 	mib := func(bytes float64) float64 { return bytes / (1 << 20) / gib }
-	f := lab.Figures{
+	return lab.Figures{
 		"operations for 1,000 writes": operations / writes * 1000,
 		"operations for a GiB":        operations / gib,
 		"µs CPU for a write":          d.CPU.Seconds() * 1e6 / writes,
@@ -261,8 +263,13 @@ func mercyFigures(before, after mercyEffort, writes, written float64) lab.Figure
 		"MiB of traffic":              mib(d.WriteBytes + d.ReadBytes),
 		"MiB of metadata":             mib(d.Metadata),
 		"MiB to disk":                 mib(after.disk - before.disk),
-		"MiB to own disk":             mib(after.own - before.own),
 	}
+}
+
+// mercyDaemon returns what the daemon has done between, for each GiB.
+func mercyDaemon(before, after mercyEffort, written float64) lab.Figures {
+	gib := written / (1 << 30)
+	f := lab.Figures{"MiB to own disk": (after.own - before.own) / (1 << 20) / gib}
 	for kind, n := range after.asked {
 		part := lab.Metric(kind)
 		if !slices.Contains(mercyParts(), part) {

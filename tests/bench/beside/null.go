@@ -26,9 +26,9 @@ func null() comparison {
 			return nil, err
 		}
 		j := deviceJob{args: []string{fmt.Sprintf("--size=%d", nullSize)}}
-		cases := append(random(h, "randread", j), sequential(h, "write", j)...)
-		if !h.Short {
-			cases = slices.Concat(random(h, "randread", j), random(h, "randwrite", j), sequential(h, "read", j), sequential(h, "write", j))
+		cases := slices.Concat(random(h, "randread", j), random(h, "randwrite", j), sequential(h, "read", j), sequential(h, "write", j))
+		if h.Short {
+			cases = []lab.Case[deviceJob]{cases[0], cases[3]}
 		}
 		m, err := lab.Turns(ctx, h, cases, sides(&devices{all: all}, func(ctx context.Context, b *blockDevice, j deviceJob) (lab.Figures, error) {
 			f, err := fioOn(ctx, h, b.path, j.args...)

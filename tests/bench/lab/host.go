@@ -43,7 +43,7 @@ type Host struct {
 	// is measured as well.
 	Spare string
 	// Idle is what daemons with many images take of the processors in half a second when nothing
-	// is done: Rest takes that for rest.
+	// is done: Rest takes that for rest, between two of its looks.
 	Idle time.Duration
 
 	began   time.Time
@@ -139,6 +139,7 @@ func Await(ctx context.Context, what string, limit time.Duration, is func() (boo
 
 // Rest waits until the daemons and the OSD have nothing left to do from earlier turns.
 func (h *Host) Rest(ctx context.Context) error {
+	// There is a rest after each turn: of a first look, whose figures nobody quotes, it is a fifth.
 	look := Pick(h.Effort, 300*time.Millisecond, 500*time.Millisecond)
 	quiet := look / 20
 	if h.VM {
