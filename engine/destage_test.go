@@ -20,9 +20,15 @@ import (
 // openLargeLog returns a host that has the image open, with a log of 32 segments, which pool lends memory.
 func openLargeLog(t *testing.T, st backend.Store, id uuid.UUID, pool *lender) *host {
 	t.Helper()
+	return openLog(t, st, id, pool, 32)
+}
+
+// openLog opens an image with a log of so many segments.
+func openLog(t *testing.T, st backend.Store, id uuid.UUID, pool *lender, segments int64) *host {
+	t.Helper()
 	h := newHost(t, "alpha", st, 1)
 	h.pool = pool
-	h.disk = simdisk.New(writelog.DataOffset+32*writelog.SegmentSize, rand.New(rand.NewPCG(1, 1)))
+	h.disk = simdisk.New(writelog.DataOffset+segments*writelog.SegmentSize, rand.New(rand.NewPCG(1, 1)))
 	h.again()
 	if err := h.open(id, false); err != nil {
 		t.Fatal(err)
@@ -66,6 +72,30 @@ func TestBatchBeyondMemory(t *testing.T) {
 	h.mustReopen(id)
 	for block := range uint64(memory / 4096) {
 		h.mustRead(block, 1+block/16)
+	}
+}
+
+// TestSmallWritesFill: blocks of 4 KiB that lie apart fill an object of any size.
+func TestSmallWritesFill(t *testing.T) {
+	for _, size := range []uint32{MinObjectSize, DefaultObjectSize, MaxObjectSize} {
+		st := mem.New()
+		id, err := Create(t.Context(), st, "disk", CreateOptions{Size: 1 << 30, ObjectSize: size})
+		if err != nil {
+			t.Fatal(err)
+		}
+		h := openLog(t, st, id, &lender{}, 64)
+		buf := make([]byte, 4096)
+		for n := range uint64(size/4096) + 1 {
+			h.im.Submit(&Request{Op: Write, Sector: n * 16, Sectors: 8, Buf: buf, Done: doneFunc(func(*Request) {})})
+			if n%32 == 0 {
+				h.run(0)
+			}
+		}
+		h.mustDestage()
+		if got := h.im.Stats().Objects; got != 2 {
+			t.Errorf("objects of %d bytes: %d of them hold what fills one, and a block", size, got)
+		}
+		h.mustClose()
 	}
 }
 

@@ -72,8 +72,8 @@ const (
 	// put, or wait for those before them: a store that has answered finds the next one built.
 	maxUnderWay = maxPuts + 4
 	// maxBatchExtents bounds what one object changes in the map, and so the
-	// memory that it takes to enter it.
-	maxBatchExtents = 1 << 12
+	// memory that it takes to enter it: writes of 4 KiB fill the largest.
+	maxBatchExtents = MaxObjectSize / 4096
 )
 
 // An Op is what a request asks for.

@@ -303,6 +303,17 @@ func TestAmplification(t *testing.T) {
 	}
 }
 
+// TestAskedWithLargeObjects: with the largest objects, of which random writes of 4 KiB and the cleaner
+// fill the whole, the store is asked for no more than one operation for 500 of the client's writes.
+func TestAskedWithLargeObjects(t *testing.T) {
+	const bound = (1 << 30) / 4096 / 500
+	a := amplify(t, patterns[0], overwriting{1024, 32, 3, 1, engine.DefaultSpaceRatio, engine.DefaultMapMemory >> 20, 0})
+	t.Log(a)
+	if a.ops > bound {
+		t.Errorf("%s: the store is asked for %.0f operations for a GiB, more than %d", patterns[0].name, a.ops, bound)
+	}
+}
+
 func TestOldestFirst(t *testing.T) {
 	// From the fixed point of u = exp(-a (1-u)), for what lives of the oldest object.
 	for _, c := range []struct{ ratio, want float64 }{{1.1, 5.67}, {1.3, 2.364}, {2, 1.255}} {
