@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"math/rand/v2"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"time"
@@ -23,12 +24,21 @@ import (
 
 // writeLog has the engine write 4 KiB blocks at random through its write log, on its reactor and
 // without a device, and fio on the same file: what the disk gives. The log has room for all that is
-// written in a turn: what comes beyond is measured as overload.
+// written in a turn: what comes beyond is measured as overload. It is lent memory as by a daemon that
+// has been running for a while.
 func writeLog() comparison {
 	return comparison{name: "log", title: "the engine's writes through its log, beside fio on the same file", run: func(ctx context.Context, h *lab.Host) ([]bench.Table, error) {
 		daemon.SpareProcessors() // as the daemon does
 		path := filepath.Join(h.Dir, "log")
 		if err := writelog.MakeFile(ctx, path, int64(lab.Pick(h.Effort, 2, 6))<<30, nil); err != nil {
+			return nil, err
+		}
+		burst, err := uring.NewArena(int(daemon.DefaultBurstMemory()))
+		if err != nil {
+			return nil, err
+		}
+		defer burst.Close()
+		if err := burst.Populate(); err != nil {
 			return nil, err
 		}
 		var cases []lab.Case[int]
@@ -38,7 +48,7 @@ func writeLog() comparison {
 		length := time.Duration(h.Seconds) * time.Second
 		m, err := lab.Turns(ctx, h, cases, []lab.Side[int]{
 			{Name: "lsd", Turn: func(ctx context.Context, depth int) (lab.Figures, error) {
-				return writeThroughLog(ctx, path, depth, length)
+				return writeThroughLog(ctx, path, newLender(burst.Bytes()), depth, length)
 			}},
 			{Name: "fio io_uring, O_DIRECT", Turn: func(ctx context.Context, depth int) (lab.Figures, error) {
 				args := append(lab.Random("randwrite", depth, h.Seconds), "--ioengine=io_uring", "--direct=1", "--filename="+path)
@@ -67,6 +77,34 @@ func (s sink) Put(ctx context.Context, key string, data []byte) error {
 	}
 	return s.Store.Put(ctx, key, data)
 }
+
+// lender lends a log memory whose pages are there, as a daemon does. The reactor owns it.
+type lender struct{ free [][]byte }
+
+// newLender returns one that lends mem, of which nobody uses anything any more.
+func newLender(mem []byte) *lender {
+	l := &lender{}
+	for b := range slices.Chunk(mem, writelog.SegmentSize) {
+		if len(b) == writelog.SegmentSize {
+			l.free = append(l.free, b)
+		}
+	}
+	return l
+}
+
+// Lend implements writelog.Pool.
+func (l *lender) Lend() []byte {
+	n := len(l.free) - 1
+	if n < 0 {
+		return nil
+	}
+	b := l.free[n]
+	l.free = l.free[:n]
+	return b
+}
+
+// Return implements writelog.Pool.
+func (l *lender) Return(b []byte) { l.free = append(l.free, b) }
 
 // environment joins a reactor to the engine.
 type environment struct{ *reactor.Reactor }
@@ -114,7 +152,7 @@ func (l *load) submit(r *engine.Request) {
 }
 
 // writeThroughLog opens a new image with the log in a file, and writes to it for some time.
-func writeThroughLog(ctx context.Context, path string, depth int, length time.Duration) (lab.Figures, error) {
+func writeThroughLog(ctx context.Context, path string, pool *lender, depth int, length time.Duration) (lab.Figures, error) {
 	const size = 8 << 30
 	f, err := writelog.OpenFile(ctx, path)
 	if err != nil {
@@ -129,7 +167,7 @@ func writeThroughLog(ctx context.Context, path string, depth int, length time.Du
 	if err != nil {
 		return nil, err
 	}
-	im, err := engine.Open(ctx, st, id, engine.OpenOptions{Log: f, URL: "mem:/bench", Host: "bench", Config: engine.Config{Logger: slog.New(slog.NewTextHandler(io.Discard, nil))}})
+	im, err := engine.Open(ctx, st, id, engine.OpenOptions{Log: f, URL: "mem:/bench", Host: "bench", Config: engine.Config{LogPool: pool, Logger: slog.New(slog.NewTextHandler(io.Discard, nil))}})
 	if err != nil {
 		return nil, err
 	}
