@@ -15,7 +15,7 @@ import (
 // A mercyJob is what a client writes.
 type mercyJob struct {
 	args []string
-	full bool // onto an image that was written all over, and then at random as much again, so that there is cleaning; else onto a new one
+	onto string // lsd's image, of those that were written all over, and then at random as much again, so that there is cleaning; "": a new one
 }
 
 // mercy counts what the same client work asks of the cluster: a number of writes, not a time,
@@ -31,10 +31,12 @@ func mercy() comparison {
 		random := mercyRandom("--number_ios=" + lab.Pick(h.Effort, "12000", "60000"))
 		cases := []lab.Case[mercyJob]{
 			{Name: "randwrite 4k, new image", Do: mercyJob{args: random}},
-			{Name: "randwrite 4k, with cleaning", Do: mercyJob{args: random, full: true}},
+			{Name: "randwrite 4k, with cleaning", Do: mercyJob{args: random, onto: mercyFull}},
 		}
 		if !h.Short {
-			cases = append(cases, lab.Case[mercyJob]{Name: "write 64k", Do: mercyJob{args: []string{"--rw=write", "--bs=64k", "--iodepth=32", "--io_size=512m", "--end_fsync=1"}}})
+			cases = append(cases,
+				lab.Case[mercyJob]{Name: "the same, objects of 32 MiB", Do: mercyJob{args: mercyRandom("--number_ios=120000"), onto: mercyLarge}},
+				lab.Case[mercyJob]{Name: "write 64k", Do: mercyJob{args: []string{"--rw=write", "--bs=64k", "--iodepth=32", "--io_size=512m", "--end_fsync=1"}}})
 		}
 		m, err := lab.Turns(ctx, h, cases, []lab.Side[mercyJob]{
 			{Name: "lsd", Turn: s.lsd},
@@ -75,8 +77,12 @@ type mercySides struct {
 	made    int    // images
 }
 
-// mercyFull is the name of the image that stays, full.
-const mercyFull = "full"
+// The names of the images that stay, full: with objects as large as they are by default, and as
+// large as they can be. The peer has one of them.
+const (
+	mercyFull  = "full"
+	mercyLarge = "large"
+)
 
 // newMercySides makes the images that stay, and has them in the state in which writing them at
 // random for ever leaves them.
@@ -89,32 +95,36 @@ func newMercySides(ctx context.Context, h *lab.Host) (s *mercySides, err error) 
 		return nil, err
 	}
 	size := lab.Pick(h.Effort, "128M", "1G")
-	if err := s.create(ctx, mercyFull, size); err != nil {
-		return nil, err
+	fill := func(fio func(args []string) (lab.Fio, error)) error {
+		if _, err := fio([]string{"--rw=write", "--bs=1m", "--iodepth=16", "--end_fsync=1"}); err != nil {
+			return err
+		}
+		_, err := fio(mercyRandom("--io_size=" + size))
+		return err
 	}
 	if err := s.createPeer(ctx, mercyFull, size); err != nil {
 		return nil, err
 	}
-	for _, args := range [][]string{
-		{"--rw=write", "--bs=1m", "--iodepth=16", "--end_fsync=1"},
-		mercyRandom("--io_size=" + size),
-	} {
-		if _, err := s.fio(ctx, mercyFull, args); err != nil {
-			return nil, err
-		}
-		if _, err := s.fioPeer(ctx, true, mercyFull, args); err != nil {
-			return nil, err
-		}
-	}
-	// Or it is let go of between two turns, and the cleaner has to load the map first.
-	if err := s.daemon.Hold(ctx, s.store, mercyFull); err != nil {
+	if err := fill(func(args []string) (lab.Fio, error) { return s.fioPeer(ctx, true, mercyFull, args) }); err != nil {
 		return nil, err
+	}
+	for _, image := range [][]string{{mercyFull}, {mercyLarge, "--object-size", "32M"}} {
+		if err := s.create(ctx, image[0], size, image[1:]...); err != nil {
+			return nil, err
+		}
+		if err := fill(func(args []string) (lab.Fio, error) { return s.fio(ctx, image[0], args) }); err != nil {
+			return nil, err
+		}
+		// Or it is let go of between two turns, and the cleaner has to load the map first.
+		if err := s.daemon.Hold(ctx, s.store, image[0]); err != nil {
+			return nil, err
+		}
 	}
 	return s, h.Rest(ctx)
 }
 
-func (s *mercySides) create(ctx context.Context, image, size string) error {
-	_, err := s.daemon.Lsdctl(ctx, "create", s.store+"/"+image, "--size", size)
+func (s *mercySides) create(ctx context.Context, image, size string, how ...string) error {
+	_, err := s.daemon.Lsdctl(ctx, append([]string{"create", s.store + "/" + image, "--size", size}, how...)...)
 	return err
 }
 
@@ -133,22 +143,22 @@ func (s *mercySides) fioPeer(ctx context.Context, cache bool, image string, args
 	return lab.RunFio(s.h.Librbd(ctx, cache, lab.RBDArgs(image, args...)...))
 }
 
-// image returns the image for a job, and makes it if it is to be a new one.
-func (s *mercySides) image(ctx context.Context, j mercyJob, create func(ctx context.Context, image, size string) error) (string, error) {
-	if j.full {
-		return mercyFull, nil
-	}
+// fresh returns the name of a new image, and how large it is to be.
+func (s *mercySides) fresh() (image, size string) {
 	s.made++
-	image := fmt.Sprintf("fresh%d", s.made)
-	return image, create(ctx, image, lab.Pick(s.h.Effort, "512M", "2G"))
+	return fmt.Sprintf("fresh%d", s.made), lab.Pick(s.h.Effort, "512M", "2G")
 }
 
 // lsd does a job on lsd's library. The image is attached before, for the log's file is made
 // then; a new one is detached in the end, and the checkpoint that this takes counts.
 func (s *mercySides) lsd(ctx context.Context, j mercyJob) (lab.Figures, error) {
-	image, err := s.image(ctx, j, s.create)
-	if err != nil {
-		return nil, err
+	image := j.onto
+	if image == "" {
+		name, size := s.fresh()
+		if err := s.create(ctx, name, size); err != nil {
+			return nil, err
+		}
+		image = name
 	}
 	if _, err := s.fio(ctx, image, []string{"--rw=read", "--bs=4k", "--number_ios=1"}); err != nil {
 		return nil, err
@@ -162,7 +172,7 @@ func (s *mercySides) lsd(ctx context.Context, j mercyJob) (lab.Figures, error) {
 		if err != nil {
 			return f, err
 		}
-		if j.full {
+		if j.onto != "" {
 			return f, s.daemon.Client.Flush(ctx, id, nil)
 		}
 		_, err = s.daemon.Client.Detach(ctx, id, api.DetachRequest{}, nil)
@@ -187,9 +197,13 @@ func (s *mercySides) device(ctx context.Context, image string) (int, error) {
 // librbd returns the side of Ceph's library, with its cache or without.
 func (s *mercySides) librbd(cache bool) func(context.Context, mercyJob) (lab.Figures, error) {
 	return func(ctx context.Context, j mercyJob) (lab.Figures, error) {
-		image, err := s.image(ctx, j, s.createPeer)
-		if err != nil {
-			return nil, err
+		image := mercyFull
+		if j.onto == "" {
+			name, size := s.fresh()
+			if err := s.createPeer(ctx, name, size); err != nil {
+				return nil, err
+			}
+			image = name
 		}
 		return s.count(ctx, false, func() (lab.Fio, error) { return s.fioPeer(ctx, cache, image, j.args) })
 	}
