@@ -14,6 +14,17 @@ import (
 	"github.com/lsd-ceph/lsd/tests/bench/lab"
 )
 
+// A destageJob is what the log is filled with, and how many bytes a second the OSD may write to its
+// disk when that is written to the store; 0: as many as it can.
+type destageJob struct {
+	args  []string
+	bound int64
+}
+
+// slowDisk is a bound that leaves the processors time to spare: what the store takes is what the
+// disk does.
+const slowDisk = 800 << 20
+
 // destage has what a log holds written to the store, and nothing else: it is filled while the store
 // stands still. Beside it is rados bench, with objects of the same size, as many at a time.
 func destage() comparison {
@@ -22,11 +33,18 @@ func destage() comparison {
 		if err != nil {
 			return nil, err
 		}
-		cases := []lab.Case[[]string]{
-			{Name: "random writes of 4k", Do: []string{"--rw=randwrite", "--norandommap", "--bs=4k", "--iodepth=32"}},
-			{Name: "writes of 1m in order", Do: []string{"--rw=write", "--bs=1m", "--iodepth=8"}},
+		random, ordered := []string{"--rw=randwrite", "--norandommap", "--bs=4k", "--iodepth=32"}, []string{"--rw=write", "--bs=1m", "--iodepth=8"}
+		slower := fmt.Sprintf(", onto a disk of %d MiB/s", slowDisk>>20)
+		cases := []lab.Case[destageJob]{
+			{Name: "random writes of 4k", Do: destageJob{args: random}},
+			{Name: "writes of 1m in order", Do: destageJob{args: ordered}},
+			{Name: "random writes of 4k" + slower, Do: destageJob{random, slowDisk}},
+			{Name: "writes of 1m in order" + slower, Do: destageJob{ordered, slowDisk}},
 		}
-		m, err := lab.Turns(ctx, h, cases, []lab.Side[[]string]{
+		if h.Short {
+			cases = cases[:3]
+		}
+		m, err := lab.Turns(ctx, h, cases, []lab.Side[destageJob]{
 			{Name: "lsd", Turn: d.lsd},
 			{Name: "rados bench", Turn: d.bench},
 		})
@@ -71,12 +89,12 @@ func newDestaging(ctx context.Context, h *lab.Host) (d *destaging, err error) {
 }
 
 // lsd fills the log while the store stands still, and lets it go on then.
-func (d *destaging) lsd(ctx context.Context, how []string) (lab.Figures, error) {
-	if err := d.h.Rest(ctx); err != nil {
+func (d *destaging) lsd(ctx context.Context, j destageJob) (lab.Figures, error) {
+	if err := d.begin(ctx, j); err != nil {
 		return nil, err
 	}
 	// The image is opened before.
-	args := append([]string{fmt.Sprintf("--io_size=%d", d.bytes), "--size=64G", "--exec_prerun=" + d.cluster.Command("pause")}, how...)
+	args := append([]string{fmt.Sprintf("--io_size=%d", d.bytes), "--size=64G", "--exec_prerun=" + d.cluster.Command("pause")}, j.args...)
 	_, err := lab.RunFio(d.daemon.Command(ctx, d.store, lab.RBDArgs(destageImage, args...)...))
 	dirty, asked := d.daemon.Dirty(ctx)
 	if err == nil && asked == nil && dirty < uint64(d.bytes) {
@@ -98,6 +116,17 @@ func (d *destaging) lsd(ctx context.Context, how []string) (lab.Figures, error) 
 	return destaged(mib/took.Seconds(), mib, client2-client, osd2-osd), err
 }
 
+// begin waits until all have come to rest, and bounds what the OSD may write.
+func (d *destaging) begin(ctx context.Context, j destageJob) error {
+	if err := d.h.SlowDown(0); err != nil { // as the job before has left it
+		return err
+	}
+	if err := d.h.Rest(ctx); err != nil {
+		return err
+	}
+	return d.h.SlowDown(j.bound)
+}
+
 // destaged returns the figures of so many MiB.
 func destaged(rate, mib float64, client, osd time.Duration) lab.Figures {
 	return lab.Figures{"MiB/s": rate, "client CPU": client.Seconds() * 1024 / mib, "OSD CPU": osd.Seconds() * 1024 / mib}
@@ -112,8 +141,8 @@ func (d *destaging) cpu() (client, osd time.Duration, err error) {
 }
 
 // bench has rados bench put about as much.
-func (d *destaging) bench(ctx context.Context, _ []string) (lab.Figures, error) {
-	if err := d.h.Rest(ctx); err != nil {
+func (d *destaging) bench(ctx context.Context, j destageJob) (lab.Figures, error) {
+	if err := d.begin(ctx, j); err != nil {
 		return nil, err
 	}
 	_, osd, err := d.cpu()

@@ -48,6 +48,7 @@ type Host struct {
 
 	began   time.Time
 	cluster *Cluster
+	slow    *group // of the OSD, once it has been slowed down
 	daemons []*Daemon
 	closers []func() // the last one first
 }

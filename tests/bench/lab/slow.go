@@ -14,16 +14,28 @@ import (
 const cgroups = "/sys/fs/cgroup"
 
 // SlowDown has the OSD write no more than so many bytes a second to its disk, by a control group
-// of its own, until the host is closed.
+// of its own, until it is called again or the host is closed; 0: as many as it can.
 func (h *Host) SlowDown(bytes int64) error {
 	if h.cluster == nil || h.cluster.osd == 0 {
 		return errors.New("there is no OSD here that could be slowed down")
 	}
-	pid := strconv.Itoa(h.cluster.osd)
 	device, err := diskOf(h.Dir)
 	if err != nil {
 		return err
 	}
+	if h.slow == nil {
+		if err := h.setApart(strconv.Itoa(h.cluster.osd)); err != nil {
+			return err
+		}
+	}
+	if err := write(filepath.Join(h.slow.own, h.slow.limit), device+" "+h.slow.bound(bytes)); err != nil {
+		return fmt.Errorf("bounding what is written to device %s: %w", device, err)
+	}
+	return nil
+}
+
+// setApart gives a process a control group of its own until the host is closed.
+func (h *Host) setApart(pid string) error {
 	in, err := os.ReadFile("/proc/" + pid + "/cgroup")
 	if err != nil {
 		return err
@@ -35,18 +47,16 @@ func (h *Host) SlowDown(bytes int64) error {
 	if err := g.prepare(); err != nil {
 		return err
 	}
-	own := filepath.Join(g.root, "lsd-beside."+pid)
-	if err := os.Mkdir(own, 0o755); err != nil {
+	g.own = filepath.Join(g.root, "lsd-beside."+pid)
+	if err := os.Mkdir(g.own, 0o755); err != nil {
 		return err
 	}
+	h.slow = &g
 	h.Defer(func() {
 		_ = write(filepath.Join(g.root, g.path, "cgroup.procs"), pid) // it may have ended
-		_ = os.Remove(own)
+		_ = os.Remove(g.own)
 	})
-	if err := write(filepath.Join(own, g.limit), device+" "+g.key+strconv.FormatInt(bytes, 10)); err != nil {
-		return fmt.Errorf("bounding what is written to device %s: %w", device, err)
-	}
-	return write(filepath.Join(own, "cgroup.procs"), pid)
+	return write(filepath.Join(g.own, "cgroup.procs"), pid)
 }
 
 // group is where a process is in the control groups that bound what is written to disks.
@@ -55,6 +65,16 @@ type group struct {
 	path  string // of the process, below root
 	limit string // name of the file with the bounds
 	key   string // before a bound
+	none  string // instead of a bound, where there is to be none
+	own   string // the group that SlowDown has made
+}
+
+// bound returns what is written into the file for so many bytes a second, after the disk's number.
+func (g *group) bound(bytes int64) string {
+	if bytes == 0 {
+		return g.key + g.none
+	}
+	return g.key + strconv.FormatInt(bytes, 10)
 }
 
 // blockGroup finds in a process's list of control groups that for disks: of a hierarchy of its
@@ -67,7 +87,7 @@ func blockGroup(list string) (group, error) {
 			continue
 		}
 		if f[1] == "blkio" {
-			return group{filepath.Join(cgroups, f[1]), f[2], "blkio.throttle.write_bps_device", ""}, nil
+			return group{root: filepath.Join(cgroups, f[1]), path: f[2], limit: "blkio.throttle.write_bps_device", none: "0"}, nil
 		}
 		if f[1] == "" {
 			unified = f[2]
@@ -76,7 +96,7 @@ func blockGroup(list string) (group, error) {
 	if unified == "" {
 		return group{}, fmt.Errorf("the OSD is in no control group for disks: mount them at %s", cgroups)
 	}
-	return group{cgroups, unified, "io.max", "wbps="}, nil
+	return group{root: cgroups, path: unified, limit: "io.max", key: "wbps=", none: "max"}, nil
 }
 
 // prepare sees to it that groups below the root have the file with the bounds.
