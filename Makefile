@@ -126,8 +126,7 @@ beside_flags = $(if $(ONLY),--only '$(ONLY)') $(if $(CASES),--cases '$(CASES)') 
 bench: setup build ## lsd side by side with its peers, and the tables and plots of docs/benchmarks.md: two and a half hours (ONLY=name|name TURNS=5)
 	$(if $(CASES),@echo "CASES is for make bench-short: docs/benchmarks.md has all" >&2; exit 1)
 	scripts/setup bench
-	$(BESIDE) run --out docs/benchmarks $(beside_flags)
-	$(BESIDE) report
+	$(BESIDE) run --out docs/benchmarks $(beside_flags); ran=$$?; bin/beside report && exit $$ran
 
 .PHONY: bench-short
 bench-short: setup build ## a first look at the same, ten minutes, into bin/beside.out (ONLY=name|name CASES=regex TURNS=1)

@@ -3,12 +3,15 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"fmt"
+	"io"
 	"os"
 	"os/signal"
 	"path/filepath"
 	"regexp"
+	"strings"
 	"time"
 
 	"github.com/lsd-ceph/lsd/tests/bench"
@@ -155,18 +158,33 @@ func runCommand() *cobra.Command {
 			if err := o.complete(); err != nil {
 				return err
 			}
-			for _, c := range chosen {
-				if err := o.measure(cmd.Context(), c); err != nil {
-					return fmt.Errorf("%s: %w", c.name, err)
-				}
-			}
-			return nil
+			return eachOf(cmd.Context(), chosen, cmd.ErrOrStderr(), o.measure)
 		},
 	}
 	o.flags(c)
 	c.Flags().StringVar(&o.only, "only", "", "only the comparisons of these names, a regular expression for all of a name")
 	c.Flags().StringVar(&o.dir, "dir", "", "a directory on the disk that is measured (default: .cache in the project's)")
 	return c
+}
+
+// eachOf measures one comparison after the other, until ctx ends. All of them take hours, so one that
+// fails, and why, is told at once, and the others have their turn still.
+func eachOf(ctx context.Context, chosen []comparison, w io.Writer, measure func(context.Context, comparison) error) error {
+	var failed []string
+	for _, c := range chosen {
+		err := measure(ctx, c)
+		if ctx.Err() != nil {
+			return fmt.Errorf("%s: %w", c.name, cmp.Or(err, ctx.Err()))
+		}
+		if err != nil {
+			fmt.Fprintf(w, "== %s has failed: %v\n", c.name, err)
+			failed = append(failed, c.name)
+		}
+	}
+	if len(failed) > 0 {
+		return fmt.Errorf("%d of %d comparisons have failed: %s", len(failed), len(chosen), strings.Join(failed, ", "))
+	}
+	return nil
 }
 
 func (o *options) chosen() (all []comparison, err error) {
