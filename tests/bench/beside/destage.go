@@ -42,7 +42,7 @@ func destage() comparison {
 			{Name: "writes of 1m in order" + slower, Do: destageJob{ordered, slowDisk}},
 		}
 		if h.Short {
-			cases = cases[:3]
+			cases = []lab.Case[destageJob]{cases[0], cases[2]}
 		}
 		m, err := lab.Turns(ctx, h, cases, []lab.Side[destageJob]{
 			{Name: "lsd", Turn: d.lsd},

@@ -15,10 +15,11 @@ import (
 // A libraryJob is what fio is to do.
 type libraryJob struct {
 	args    []string
-	full    bool // lsd's image is one that is written all over again and again, so that there is cleaning; else a new one
-	raw     bool // the plain file does it too
-	stored  bool // the time is that until all of it is in the store
-	warm    bool // all that it may read has been read twice before, after which caches have what they keep
+	full    bool  // lsd's image is one that is written all over again and again, so that there is cleaning; else a new one
+	raw     bool  // the plain file does it too
+	stored  bool  // the time is that until all of it is in the store
+	bound   int64 // bytes a second that the OSD may write to its disk; 0: as many as it can
+	warm    bool  // all that it may read has been read twice before, after which caches have what they keep
 	reading bool
 }
 
@@ -34,6 +35,7 @@ func library() comparison {
 		sequential := func(bs string, depth int) []string {
 			return []string{"--rw=write", "--bs=" + bs, fmt.Sprintf("--iodepth=%d", depth), "--io_size=" + lab.Pick(h.Effort, "256m", "1g")}
 		}
+		long := []string{"--rw=write", "--bs=1m", "--iodepth=16", "--io_size=" + lab.Pick(h.Effort, "512m", "2g"), "--end_fsync=1"}
 		s := h.Seconds
 		cases := []lab.Case[libraryJob]{
 			{Name: "randwrite 4k, depth 1", Do: libraryJob{args: lab.Random("randwrite", 1, s), raw: true}},
@@ -43,21 +45,13 @@ func library() comparison {
 			{Name: "randread 4k, hot, depth 32", Do: libraryJob{args: append(lab.Random("randread", 32, s), "--size="+hotSize(h)), full: true, warm: true, reading: true}},
 			{Name: "write 64k, depth 32", Do: libraryJob{args: sequential("64k", 32)}},
 			{Name: "write 1m, depth 16", Do: libraryJob{args: sequential("1m", 16)}},
-			{Name: "write 1m, into the store", Do: libraryJob{args: []string{"--rw=write", "--bs=1m", "--iodepth=16", "--io_size=" + lab.Pick(h.Effort, "512m", "2g"), "--end_fsync=1"}, stored: true}},
+			{Name: "write 1m, into the store", Do: libraryJob{args: long, stored: true}},
+			{Name: fmt.Sprintf("the same, onto a disk of %d MiB/s", slowLibraryDisk>>20), Do: libraryJob{args: long, stored: true, bound: slowLibraryDisk}},
 		}
 		if h.Short {
-			cases = []lab.Case[libraryJob]{cases[0], cases[1], cases[4], cases[7]}
+			cases = []lab.Case[libraryJob]{cases[1], cases[4], cases[7]} // fsync has depth 1
 		}
-		all := []lab.Side[libraryJob]{
-			{Name: "lsd", Turn: l.lsd},
-			{Name: "librbd, cache on", Turn: l.librbd(true)},
-			{Name: "librbd, cache off", Turn: l.librbd(false)},
-			{Name: "io_uring on a file", Turn: l.file},
-		}
-		if h.Short {
-			all = slices.Delete(all, 2, 3) // the cache is on by default
-		}
-		m, err := lab.Turns(ctx, h, cases, all)
+		m, err := lab.Turns(ctx, h, cases, l.sides())
 		if err != nil {
 			return nil, err
 		}
@@ -68,6 +62,10 @@ func library() comparison {
 		}, nil
 	}}
 }
+
+// slowLibraryDisk is a bound that leaves the processors time to spare: what gets into the store is
+// what its disk takes.
+const slowLibraryDisk = 200 << 20
 
 // hotSize is the size of the part of the images that reads which are to be hot are of.
 func hotSize(h *lab.Host) string { return lab.Pick(h.Effort, "64m", "256m") }
@@ -105,6 +103,20 @@ func newLibraries(ctx context.Context, h *lab.Host) (l *libraries, err error) {
 		}
 	}
 	return l, nil
+}
+
+// sides returns them.
+func (l *libraries) sides() []lab.Side[libraryJob] {
+	all := []lab.Side[libraryJob]{
+		{Name: "lsd", Turn: l.lsd},
+		{Name: "librbd, cache on", Turn: l.librbd(true)},
+		{Name: "librbd, cache off", Turn: l.librbd(false)},
+		{Name: "io_uring on a file", Turn: l.file},
+	}
+	if l.h.Short {
+		all = slices.Delete(all, 2, 3) // the cache is on by default
+	}
+	return all
 }
 
 // engine returns the arguments of fio's rbd engine for a job on an image.
@@ -171,6 +183,9 @@ func (l *libraries) measure(ctx context.Context, j libraryJob, fio func(args []s
 	if err := l.h.Rest(ctx); err != nil {
 		return nil, err
 	}
+	if err := l.h.SlowDown(j.bound); err != nil {
+		return nil, err
+	}
 	daemon, osd, err := l.spent()
 	if err != nil {
 		return nil, err
@@ -197,6 +212,9 @@ func (l *libraries) measure(ctx context.Context, j libraryJob, fio func(args []s
 	figures := lab.Figures{"ops/s": rate, "µs CPU": (f.CPU + daemon2 - daemon).Seconds() * 1e6 / f.Ops}
 	if !j.reading {
 		figures["µs CPU in the OSD"] = (osd2 - osd).Seconds() * 1e6 / f.Ops
+	}
+	if f.SyncP99 > 0 {
+		figures["p99 ms"] = ms(f.SyncP99)
 	}
 	return figures, nil
 }

@@ -40,6 +40,7 @@ func comparisons() []comparison {
 		null(),
 		device(),
 		syncs(),
+		fsyncs(),
 		library(),
 		mercy(),
 		destage(),

@@ -108,7 +108,11 @@ func newMercySides(ctx context.Context, h *lab.Host) (s *mercySides, err error) 
 	if err := fill(func(args []string) (lab.Fio, error) { return s.fioPeer(ctx, true, mercyFull, args) }); err != nil {
 		return nil, err
 	}
-	for _, image := range [][]string{{mercyFull}, {mercyLarge, "--object-size", "32M"}} {
+	images := [][]string{{mercyFull}, {mercyLarge, "--object-size", "32M"}}
+	if h.Short {
+		images = images[:1]
+	}
+	for _, image := range images {
 		if err := s.create(ctx, image[0], size, image[1:]...); err != nil {
 			return nil, err
 		}
