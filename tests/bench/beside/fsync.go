@@ -2,7 +2,6 @@ package main
 
 import (
 	"context"
-	"fmt"
 
 	"github.com/lsd-ceph/lsd/tests/bench"
 	"github.com/lsd-ceph/lsd/tests/bench/lab"
@@ -17,9 +16,8 @@ func fsyncs() comparison {
 			return nil, err
 		}
 		var cases []lab.Case[libraryJob]
-		for _, bs := range lab.Pick(h.Effort, []string{"4k"}, []string{"4k", "8k", "16k"}) {
-			args := []string{"--rw=randwrite", "--bs=" + bs, "--iodepth=1", "--fsync=1", "--norandommap", "--time_based", fmt.Sprintf("--runtime=%d", h.Seconds)}
-			cases = append(cases, lab.Case[libraryJob]{Name: "write " + bs + ", fsync after each", Do: libraryJob{args: args, raw: true}})
+		for _, c := range fsyncWrites(h, h.Seconds) {
+			cases = append(cases, lab.Case[libraryJob]{Name: c.Name, Do: libraryJob{args: c.Do, raw: true}})
 		}
 		m, err := lab.Turns(ctx, h, cases, l.sides())
 		if err != nil {

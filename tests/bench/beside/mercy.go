@@ -113,7 +113,7 @@ func newMercySides(ctx context.Context, h *lab.Host) (s *mercySides, err error) 
 		images = images[:1]
 	}
 	for _, image := range images {
-		if err := s.create(ctx, image[0], size, image[1:]...); err != nil {
+		if err := s.createWith(ctx, image[0], size, image[1:]...); err != nil {
 			return nil, err
 		}
 		if err := fill(func(args []string) (lab.Fio, error) { return s.fio(ctx, image[0], args) }); err != nil {
@@ -127,7 +127,12 @@ func newMercySides(ctx context.Context, h *lab.Host) (s *mercySides, err error) 
 	return s, h.Rest(ctx)
 }
 
-func (s *mercySides) create(ctx context.Context, image, size string, how ...string) error {
+func (s *mercySides) create(ctx context.Context, image, size string) error {
+	return s.createWith(ctx, image, size)
+}
+
+// createWith creates an image with more of lsdctl's flags.
+func (s *mercySides) createWith(ctx context.Context, image, size string, how ...string) error {
 	_, err := s.daemon.Lsdctl(ctx, append([]string{"create", s.store + "/" + image, "--size", size}, how...)...)
 	return err
 }
@@ -147,22 +152,22 @@ func (s *mercySides) fioPeer(ctx context.Context, cache bool, image string, args
 	return lab.RunFio(s.h.Librbd(ctx, cache, lab.RBDArgs(image, args...)...))
 }
 
-// fresh returns the name of a new image, and how large it is to be.
-func (s *mercySides) fresh() (image, size string) {
+// image returns the image that stays, if there is to be one, and makes a new one else.
+func (s *mercySides) image(ctx context.Context, stays string, create func(ctx context.Context, image, size string) error) (string, error) {
+	if stays != "" {
+		return stays, nil
+	}
 	s.made++
-	return fmt.Sprintf("fresh%d", s.made), lab.Pick(s.h.Effort, "512M", "2G")
+	image := fmt.Sprintf("fresh%d", s.made)
+	return image, create(ctx, image, lab.Pick(s.h.Effort, "512M", "2G"))
 }
 
 // lsd does a job on lsd's library. The image is attached before, for the log's file is made
 // then; a new one is detached in the end, and the checkpoint that this takes counts.
 func (s *mercySides) lsd(ctx context.Context, j mercyJob) (lab.Figures, error) {
-	image := j.onto
-	if image == "" {
-		name, size := s.fresh()
-		if err := s.create(ctx, name, size); err != nil {
-			return nil, err
-		}
-		image = name
+	image, err := s.image(ctx, j.onto, s.create)
+	if err != nil {
+		return nil, err
 	}
 	if _, err := s.fio(ctx, image, []string{"--rw=read", "--bs=4k", "--number_ios=1"}); err != nil {
 		return nil, err
@@ -201,13 +206,13 @@ func (s *mercySides) device(ctx context.Context, image string) (int, error) {
 // librbd returns the side of Ceph's library, with its cache or without.
 func (s *mercySides) librbd(cache bool) func(context.Context, mercyJob) (lab.Figures, error) {
 	return func(ctx context.Context, j mercyJob) (lab.Figures, error) {
-		image := mercyFull
-		if j.onto == "" {
-			name, size := s.fresh()
-			if err := s.createPeer(ctx, name, size); err != nil {
-				return nil, err
-			}
-			image = name
+		stays := j.onto
+		if stays != "" {
+			stays = mercyFull // whatever lsd's objects are
+		}
+		image, err := s.image(ctx, stays, s.createPeer)
+		if err != nil {
+			return nil, err
 		}
 		return s.count(ctx, false, func() (lab.Fio, error) { return s.fioPeer(ctx, cache, image, j.args) })
 	}

@@ -6,6 +6,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"time"
 
 	"github.com/lsd-ceph/lsd/tests/bench"
@@ -58,13 +59,22 @@ func syncs() comparison {
 	}
 }
 
+// fsyncWrites returns the cases in which fio waits for stable storage after each write, and its
+// arguments.
+func fsyncWrites(h *lab.Host, seconds int) (cases []lab.Case[[]string]) {
+	for _, bs := range lab.Pick(h.Effort, []string{"4k"}, []string{"4k", "8k", "16k"}) {
+		cases = append(cases, lab.Case[[]string]{Name: "write " + bs + ", fsync after each", Do: []string{
+			"--rw=randwrite", "--bs=" + bs, "--fsync=1", "--norandommap", "--time_based", fmt.Sprintf("--runtime=%d", seconds)}})
+	}
+	return cases
+}
+
 // syncCases returns the cases: fio's on what the file system leaves of the device.
 func (d *devices) syncCases(image, fs int64) (cases []lab.Case[syncWork]) {
 	add := func(name string, do syncWork) { cases = append(cases, lab.Case[syncWork]{Name: name, Do: do}) }
-	for _, bs := range lab.Pick(d.h.Effort, []string{"4k"}, []string{"4k", "8k", "16k"}) {
-		add("write "+bs+", fsync after each", func(ctx context.Context, b *blockDevice) (lab.Figures, error) {
-			f, err := fioOn(ctx, d.h, b.path, "--rw=randwrite", "--bs="+bs, "--fsync=1", "--norandommap", fmt.Sprintf("--offset=%d", fs), fmt.Sprintf("--size=%d", image-fs),
-				"--time_based", fmt.Sprintf("--runtime=%d", turnSeconds(d.h)))
+	for _, c := range fsyncWrites(d.h, turnSeconds(d.h)) {
+		add(c.Name, func(ctx context.Context, b *blockDevice) (lab.Figures, error) {
+			f, err := fioOn(ctx, d.h, b.path, append(slices.Clip(c.Do), fmt.Sprintf("--offset=%d", fs), fmt.Sprintf("--size=%d", image-fs))...)
 			return lab.Figures{"ops/s": f.Rate, "p99 ms": ms(f.SyncP99)}, err
 		})
 	}
