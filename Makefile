@@ -123,7 +123,7 @@ BESIDE := go build $(GOFLAGS_LINK) -o bin/ ./tests/bench/beside && bin/beside
 beside_flags = $(if $(ONLY),--only '$(ONLY)') $(if $(CASES),--cases '$(CASES)') $(if $(TURNS),--turns $(TURNS))
 
 .PHONY: bench
-bench: setup build ## lsd side by side with its peers, and the tables and plots of docs/benchmarks.md: two and a half hours (ONLY=name|name TURNS=5)
+bench: setup build ## lsd side by side with its peers, and the tables and plots of docs/benchmarks.md: nearly three hours (ONLY=name|name TURNS=5)
 	$(if $(CASES),@echo "CASES is for make bench-short: docs/benchmarks.md has all" >&2; exit 1)
 	scripts/setup bench
 	$(BESIDE) run --out docs/benchmarks $(beside_flags); ran=$$?; bin/beside report && exit $$ran

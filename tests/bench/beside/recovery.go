@@ -23,6 +23,18 @@ type dirtyLog struct {
 	block string // size of the writes
 }
 
+// dirtyCases returns a row for each.
+func dirtyCases(all []dirtyLog) (cases []lab.Case[dirtyLog]) {
+	for _, d := range all {
+		size := fmt.Sprintf("%d MiB", d.bytes>>20)
+		if d.bytes >= 1<<30 {
+			size = fmt.Sprintf("%d GiB", d.bytes>>30)
+		}
+		cases = append(cases, lab.Case[dirtyLog]{Name: size + " of random writes of " + d.block, Do: d})
+	}
+	return cases
+}
+
 // recovery kills the daemon while a client writes, and starts it again at once: how long the client
 // waits depends on how much there is in the write log that the store does not have. The log is
 // filled while the store stands still, which goes on when the daemon dies.
@@ -32,19 +44,11 @@ func recovery() comparison {
 		if err != nil {
 			return nil, err
 		}
-		var cases []lab.Case[dirtyLog]
-		add := func(name string, d dirtyLog) {
-			cases = append(cases, lab.Case[dirtyLog]{Name: name + " of random writes of " + d.block, Do: d})
-		}
-		add("64 MiB", dirtyLog{64 << 20, "4k"})
+		dirty := []dirtyLog{{64 << 20, "4k"}}
 		if !h.Short {
-			add("256 MiB", dirtyLog{256 << 20, "4k"})
-			add("1 GiB", dirtyLog{1 << 30, "4k"})
-			add("4 GiB", dirtyLog{4 << 30, "4k"})
-			add("1 GiB", dirtyLog{1 << 30, "64k"})
-			add("4 GiB", dirtyLog{4 << 30, "64k"})
+			dirty = append(dirty, dirtyLog{256 << 20, "4k"}, dirtyLog{1 << 30, "4k"}, dirtyLog{4 << 30, "4k"}, dirtyLog{1 << 30, "64k"}, dirtyLog{4 << 30, "64k"})
 		}
-		m, err := lab.Turns(ctx, h, cases, []lab.Side[dirtyLog]{
+		m, err := lab.Turns(ctx, h, dirtyCases(dirty), []lab.Side[dirtyLog]{
 			{Name: "lsd", Turn: r.lsd},
 			{Name: "reading as much of the log", Turn: r.read},
 			{Name: "goal: 0.5 s and 1 s for a GiB", Turn: r.goal},

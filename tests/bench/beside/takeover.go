@@ -9,6 +9,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/google/uuid"
 	"github.com/lsd-ceph/lsd/tests/bench"
 	"github.com/lsd-ceph/lsd/tests/bench/lab"
 )
@@ -22,11 +23,11 @@ func takeover() comparison {
 			if err != nil {
 				return nil, err
 			}
-			var cases []lab.Case[dirtyLog]
-			for _, mib := range lab.Pick(h.Effort, []int64{64}, []int64{64, 256}) {
-				cases = append(cases, lab.Case[dirtyLog]{Name: fmt.Sprintf("%d MiB of random writes of 4k", mib), Do: dirtyLog{mib << 20, "4k"}})
+			dirty := []dirtyLog{{64 << 20, "4k"}}
+			if !h.Short {
+				dirty = append(dirty, dirtyLog{256 << 20, "4k"}, dirtyLog{1 << 30, "4k"}, dirtyLog{1 << 30, "64k"}, dirtyLog{4 << 30, "64k"})
 			}
-			m, err := lab.Turns(ctx, h, cases, []lab.Side[dirtyLog]{
+			m, err := lab.Turns(ctx, h, dirtyCases(dirty), []lab.Side[dirtyLog]{
 				{Name: "lsd", Turn: t.lsd},
 				{Name: "reading as much of the log", Turn: t.read},
 			})
@@ -37,18 +38,21 @@ func takeover() comparison {
 		}}
 }
 
-// takeovers are the sides, on one device.
+// takeovers are the sides.
 type takeovers struct {
 	h      *lab.Host
 	daemon *lab.Daemon
-	path   string              // of the device
-	log    string              // its write log's file
-	logged map[dirtyLog]uint64 // bytes of the log that were in use at the last kill
+	logs   map[dirtyLog]leftLog // of the last turn
+}
+
+// A leftLog is the file of a write log, and how many bytes of it were in use at the kill.
+type leftLog struct {
+	path string // another name of the file, which stays when the image is detached
+	used uint64
 }
 
 func newTakeovers(ctx context.Context, h *lab.Host) (t *takeovers, err error) {
-	const store = "rados://rbd/takeover"
-	t = &takeovers{h: h, logged: map[dirtyLog]uint64{}}
+	t = &takeovers{h: h, logs: map[dirtyLog]leftLog{}}
 	if _, err := h.Cluster(ctx); err != nil {
 		return nil, err
 	}
@@ -56,18 +60,7 @@ func newTakeovers(ctx context.Context, h *lab.Host) (t *takeovers, err error) {
 		return nil, err
 	}
 	h.Defer(func() { _ = h.LetCluster(context.WithoutCancel(ctx), "resume") })
-	if _, err := t.daemon.Lsdctl(ctx, "create", store+"/image", "--size", "1G"); err != nil {
-		return nil, err
-	}
-	// A log of more than twice of what is to be in it: from half of it on writes are slowed down.
-	path, err := t.daemon.Lsdctl(ctx, "add", store+"/image", "--log-size", lab.Pick(h.Effort, "256M", "1G"))
-	if err != nil {
-		return nil, err
-	}
-	t.path = strings.TrimSpace(path)
-	im, err := onlyImage(ctx, t.daemon)
-	t.log = im.Log
-	return t, errors.Join(err, awaitBlockDevice(ctx, t.path))
+	return t, nil
 }
 
 // read reads as many bytes of the log's file as the recovery before has had to.
@@ -75,15 +68,55 @@ func (t *takeovers) read(ctx context.Context, d dirtyLog) (lab.Figures, error) {
 	if err := t.h.Rest(ctx); err != nil {
 		return nil, err
 	}
-	return readLog(ctx, t.h, t.log, t.logged[d])
+	return readLog(ctx, t.h, t.logs[d].path, t.logs[d].used)
 }
 
-// lsd fills the log, kills the daemon under a client that writes one block after the other, and
-// starts it again.
+// lsd fills the log of a new image, kills the daemon under a client that writes one block after the
+// other, and starts it again. It does not wait until all is in the store, which is through the
+// emulated network and would take longer than all else.
 func (t *takeovers) lsd(ctx context.Context, d dirtyLog) (lab.Figures, error) {
-	if err := t.daemon.AwaitStored(ctx, settleLimit); err != nil {
+	if left, ok := t.logs[d]; ok {
+		if err := os.Remove(left.path); err != nil {
+			return nil, err
+		}
+		delete(t.logs, d)
+	}
+	path, err := t.attach(ctx, d)
+	if err != nil {
 		return nil, err
 	}
+	im, err := onlyImage(ctx, t.daemon)
+	if err != nil {
+		return nil, err
+	}
+	f, err := t.killed(ctx, path, d)
+	_, derr := t.daemon.Lsdctl(context.WithoutCancel(ctx), "del", path, "--force", "--timeout", "1s")
+	rerr := os.Remove(im.Log)
+	if errors.Is(rerr, os.ErrNotExist) { // all of it was in the store by then
+		rerr = nil
+	}
+	return f, errors.Join(err, derr, rerr)
+}
+
+// attach makes an image and attaches it. It is the daemon's without the store's word for as long as
+// filling its log takes, which has room for more than twice as much as is to be in it: from half of
+// it on writes are slowed down.
+func (t *takeovers) attach(ctx context.Context, d dirtyLog) (path string, err error) {
+	image := "rados://rbd/takeover/" + uuid.NewString()
+	if _, err := t.daemon.Lsdctl(ctx, "create", image, "--size", "8G"); err != nil {
+		return "", err
+	}
+	path, err = t.daemon.Lsdctl(ctx, "add", image, "--log-size", fmt.Sprint(max(256<<20, d.bytes/2*5)), "--lease", "10m")
+	if err != nil {
+		return "", err
+	}
+	path = strings.TrimSpace(path)
+	return path, awaitBlockDevice(ctx, path)
+}
+
+// killed has the daemon of a device killed while the store stands still, and tells how long the
+// client has waited.
+func (t *takeovers) killed(ctx context.Context, path string, d dirtyLog) (lab.Figures, error) {
 	if err := t.h.Rest(ctx); err != nil {
 		return nil, err
 	}
@@ -92,7 +125,7 @@ func (t *takeovers) lsd(ctx context.Context, d dirtyLog) (lab.Figures, error) {
 	}
 	latencies := filepath.Join(t.h.Dir, "client_clat.log")
 	_ = os.Remove(latencies) // of an earlier turn
-	k, client, err := t.kill(ctx, d)
+	k, client, err := t.kill(ctx, path, d)
 	if err = errors.Join(err, t.h.LetCluster(context.WithoutCancel(ctx), "resume")); client != nil {
 		err = errors.Join(err, <-client)
 	}
@@ -104,13 +137,15 @@ func (t *takeovers) lsd(ctx context.Context, d dirtyLog) (lab.Figures, error) {
 
 // kill fills the log, starts a client, and kills the daemon and starts it again. The client tells
 // how it has ended.
-func (t *takeovers) kill(ctx context.Context, d dirtyLog) (k kill, client chan error, err error) {
-	if _, err := fioOn(ctx, t.h, t.path, "--rw=randwrite", "--bs="+d.block, "--iodepth=32", fmt.Sprintf("--io_size=%d", d.bytes)); err != nil {
+func (t *takeovers) kill(ctx context.Context, path string, d dirtyLog) (k kill, client chan error, err error) {
+	if _, err := fioOn(ctx, t.h, path, "--rw=randwrite", "--bs="+d.block, "--iodepth=32", fmt.Sprintf("--io_size=%d", d.bytes)); err != nil {
 		return k, nil, err
 	}
+	// It is still there when the daemon is back.
+	took := 15*time.Second + time.Duration(d.bytes>>30)*20*time.Second
 	client = make(chan error, 1)
 	go func() {
-		_, err := fioOn(ctx, t.h, t.path, "--rw=randwrite", "--bs=4k", "--iodepth=1", "--thinktime=1ms", "--time_based", "--runtime=15",
+		_, err := fioOn(ctx, t.h, path, "--rw=randwrite", "--bs=4k", "--iodepth=1", "--thinktime=1ms", "--time_based", fmt.Sprintf("--runtime=%d", took/time.Second),
 			"--write_lat_log="+filepath.Join(t.h.Dir, "client"), "--per_job_logs=0", "--log_unix_epoch=1")
 		client <- err
 	}()
@@ -121,8 +156,11 @@ func (t *takeovers) kill(ctx context.Context, d dirtyLog) (k kill, client chan e
 	case im.Stats.Dirty < uint64(d.bytes):
 		err = fmt.Errorf("%d bytes are in the log alone, not %d: the store does not stand still", im.Stats.Dirty, d.bytes)
 	default:
-		t.logged[d] = im.Stats.LogUsed
-		k, err = killUnder(ctx, t.h, t.daemon)
+		left := leftLog{im.Log + ".left", im.Stats.LogUsed}
+		if err = os.Link(im.Log, left.path); err == nil {
+			t.logs[d] = left
+			k, err = killUnder(ctx, t.h, t.daemon)
+		}
 	}
 	return k, client, err
 }
