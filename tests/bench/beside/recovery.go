@@ -13,6 +13,7 @@ import (
 
 	"github.com/google/uuid"
 	"github.com/lsd-ceph/lsd/internal/api"
+	"github.com/lsd-ceph/lsd/internal/bytesize"
 	"github.com/lsd-ceph/lsd/tests/bench"
 	"github.com/lsd-ceph/lsd/tests/bench/lab"
 )
@@ -26,11 +27,7 @@ type dirtyLog struct {
 // dirtyCases returns a row for each.
 func dirtyCases(all []dirtyLog) (cases []lab.Case[dirtyLog]) {
 	for _, d := range all {
-		size := fmt.Sprintf("%d MiB", d.bytes>>20)
-		if d.bytes >= 1<<30 {
-			size = fmt.Sprintf("%d GiB", d.bytes>>30)
-		}
-		cases = append(cases, lab.Case[dirtyLog]{Name: size + " of random writes of " + d.block, Do: d})
+		cases = append(cases, lab.Case[dirtyLog]{Name: bytesize.Human(uint64(d.bytes)) + " of random writes of " + d.block, Do: d})
 	}
 	return cases
 }

@@ -85,28 +85,35 @@ func (t *takeovers) lsd(ctx context.Context, d dirtyLog) (lab.Figures, error) {
 	if err != nil {
 		return nil, err
 	}
+	f, err := t.killed(ctx, path, d)
+	return f, errors.Join(err, t.letGo(context.WithoutCancel(ctx), path))
+}
+
+// letGo detaches the device with what is in its log alone, and removes the log, which is kept for
+// that.
+func (t *takeovers) letGo(ctx context.Context, path string) error {
 	im, err := onlyImage(ctx, t.daemon)
 	if err != nil {
-		return nil, err
+		return err
 	}
-	f, err := t.killed(ctx, path, d)
-	_, derr := t.daemon.Lsdctl(context.WithoutCancel(ctx), "del", path, "--force", "--timeout", "1s")
-	rerr := os.Remove(im.Log)
-	if errors.Is(rerr, os.ErrNotExist) { // all of it was in the store by then
-		rerr = nil
+	if _, err := t.daemon.Lsdctl(ctx, "del", path, "--force", "--timeout", "1s"); err != nil {
+		return err
 	}
-	return f, errors.Join(err, derr, rerr)
+	if err := os.Remove(im.Log); !errors.Is(err, os.ErrNotExist) { // all was in the store by then
+		return err
+	}
+	return nil
 }
 
 // attach makes an image and attaches it. It is the daemon's without the store's word for as long as
 // filling its log takes, which has room for more than twice as much as is to be in it: from half of
 // it on writes are slowed down.
-func (t *takeovers) attach(ctx context.Context, d dirtyLog) (path string, err error) {
+func (t *takeovers) attach(ctx context.Context, d dirtyLog) (string, error) {
 	image := "rados://rbd/takeover/" + uuid.NewString()
 	if _, err := t.daemon.Lsdctl(ctx, "create", image, "--size", "8G"); err != nil {
 		return "", err
 	}
-	path, err = t.daemon.Lsdctl(ctx, "add", image, "--log-size", fmt.Sprint(max(256<<20, d.bytes/2*5)), "--lease", "10m")
+	path, err := t.daemon.Lsdctl(ctx, "add", image, "--log-size", fmt.Sprint(max(256<<20, d.bytes/2*5)), "--lease", "10m")
 	if err != nil {
 		return "", err
 	}
