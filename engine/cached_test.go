@@ -272,27 +272,40 @@ func written(t *testing.T, st backend.Store, scattered bool) uuid.UUID {
 // writtenInObjects is written with objects of some size.
 func writtenInObjects(t *testing.T, st backend.Store, object uint32, scattered bool) uuid.UUID {
 	t.Helper()
-	ctx := context.Background()
-	id, err := engine.Create(ctx, st, "disk", engine.CreateOptions{Size: imageSize, ObjectSize: object})
-	if err != nil {
-		t.Fatal(err)
-	}
-	f := newFile(2 * writelog.MinSize)
-	im, err := engine.Open(ctx, st, id, engine.OpenOptions{Log: f, Host: "test", Config: engine.Config{Logger: silent}})
+	id, err := engine.Create(context.Background(), st, "disk", engine.CreateOptions{Size: imageSize, ObjectSize: object})
 	if err != nil {
 		t.Fatal(err)
 	}
 	l := newLoop()
-	defer close(l.posted)
-	l.call(func() {
-		im.Start(l, &device{f: f, l: l}, make([]byte, 4*writelog.SegmentSize))
-		l.hook = im.EndTurn
-	})
+	im := openWriter(t, st, id, l, engine.Config{Logger: silent})
 	if scattered {
 		drive(t, l, im, engine.Write, 32, 4096, shuffled())
 	} else {
 		drive(t, l, im, engine.Write, 8, 1<<20, inOrder(1<<20))
 	}
+	closeWriter(t, l, im)
+	return id
+}
+
+// openWriter opens an image that is to be written, with a new log.
+func openWriter(t *testing.T, st backend.Store, id uuid.UUID, l *loop, c engine.Config) *engine.Image {
+	t.Helper()
+	f := newFile(2 * writelog.MinSize)
+	im, err := engine.Open(context.Background(), st, id, engine.OpenOptions{Log: f, Host: "test", Config: c})
+	if err != nil {
+		t.Fatal(err)
+	}
+	l.call(func() {
+		im.Start(l, &device{f: f, l: l}, make([]byte, 4*writelog.SegmentSize))
+		l.hook = im.EndTurn
+	})
+	return im
+}
+
+// closeWriter brings all into the store, and waits until nobody is at it any more.
+func closeWriter(t *testing.T, l *loop, im *engine.Image) {
+	t.Helper()
+	defer close(l.posted)
 	closed := make(chan error, 1)
 	l.call(func() { im.Close(func(err error) { closed <- err }) })
 	if err := <-closed; err != nil {
@@ -300,7 +313,6 @@ func writtenInObjects(t *testing.T, st backend.Store, object uint32, scattered b
 	}
 	time.Sleep(time.Minute)
 	synctest.Wait()
-	return id
 }
 
 // reader is an image that is read through a cache.
@@ -571,6 +583,33 @@ func TestHotReads(t *testing.T) {
 			})
 		})
 	}
+}
+
+// TestDeletedObjectsLeaveTheCache: what the read cache has of objects that are deleted, since all of them
+// has been overwritten, is not in it any more.
+func TestDeletedObjectsLeaveTheCache(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		st := &farStore{Store: mem.New(), latency: time.Millisecond}
+		id := written(t, st, false)
+		f, l := newFile(160<<20), newLoop()
+		cache := openCache(t, f)
+		im := openWriter(t, st, id, l, engine.Config{Logger: silent, ReadCache: cache, ReadCacheDevice: &device{f: f, l: l}})
+		drive(t, l, im, engine.Read, 16, 4096, shuffled())
+		before := cache.Stats()
+		drive(t, l, im, engine.Write, 8, 1<<20, inOrder(1<<20))
+		closeWriter(t, l, im)
+		after := cache.Stats()
+		if before.Used < imageSize*9/10 || after.Used > imageSize/10 || after.Forgotten != before.Used-after.Used {
+			t.Errorf("%d bytes were cached, and %d when all of it had been overwritten; %d were forgotten", before.Used, after.Used, after.Forgotten)
+		}
+		r := openReader(t, st, id, cache, f)
+		drive(t, r.l, r.im, engine.Read, 16, 4096, shuffled())
+		r.close()
+		if s := cache.Stats(); s.Used < imageSize*9/10 || s.Mismatches != 0 {
+			t.Errorf("stats when it had been read again: %+v", s)
+		}
+		cache.Close()
+	})
 }
 
 // TestClonesShareTheCache: ten clones of an image, each read once, fetch it from the store once.

@@ -1,9 +1,12 @@
 package engine
 
 import (
+	"context"
 	"slices"
 	"time"
 
+	"github.com/lsd-ceph/lsd/backend"
+	"github.com/lsd-ceph/lsd/cache/readcache"
 	"github.com/lsd-ceph/lsd/internal/mutate"
 )
 
@@ -85,22 +88,42 @@ func (im *Image) reap() {
 	r := new(removal)
 	for _, o := range batch {
 		x.going[o.number] = true
-		r.add(im.dataObject(o))
+		r.add(im.deadData(o))
 	}
 	im.remove(r, func() {
 		x.jobs--
 		for _, o := range batch {
 			delete(x.going, o.number)
-			im.reapedOne(o, r.ended[im.dataObject(o)])
+			im.reapedOne(o, r.ended[im.deadData(o)])
 		}
 		im.reap()
 	})
 	im.reap()
 }
 
-// dataObject names a data object that is dead.
-func (im *Image) dataObject(o objectInfo) object {
-	return object(dataKey(im.id, uint64(o.number), uint64(o.epoch)))
+// deadData is a data object that is garbage, and of which the read cache may have blocks.
+type deadData struct {
+	object
+	cache *readcache.Cache
+	name  readcache.Object
+	data  uint32 // blocks
+	sums  uint32 // of its checksums
+}
+
+// deadData returns the garbage that a data object is.
+func (im *Image) deadData(o objectInfo) deadData {
+	_, sums := im.sumsKey(&o)
+	return deadData{object(dataKey(im.id, uint64(o.number), uint64(o.epoch))), im.cache, im.objectName(&o), uint32(sumCount(&o)), sums}
+}
+
+// remove implements garbage.
+func (d deadData) remove(ctx context.Context, st backend.Store) error {
+	if err := d.object.remove(ctx, st); err != nil {
+		return err
+	}
+	d.cache.Forget(d.name, 0, d.data)
+	d.cache.Forget(d.name, sumsBlock, d.sums)
+	return nil
 }
 
 // reapedOne says whether a data object has been deleted.

@@ -149,9 +149,9 @@ func (c *Cache) segmentBytes() int { return (headerBlocks + c.opt.SegmentBlocks)
 
 // fillCounts count blocks and bytes that went to the SSD.
 type fillCounts struct {
-	written                         uint64 // bytes
-	filled, moved, evicted, dropped uint64 // blocks
-	writeErrors                     uint64
+	written                                    uint64 // bytes
+	filled, moved, evicted, forgotten, dropped uint64 // blocks
+	writeErrors                                uint64
 }
 
 // None returns a cache without a file.

@@ -604,6 +604,45 @@ func TestRace(t *testing.T) {
 	c.verifyAccounts(t)
 }
 
+// TestForget: blocks that are forgotten are not found, nor kept for having been used when their segments
+// are reclaimed; others are.
+func TestForget(t *testing.T) {
+	c := mustOpen(t, newMemFile(MinSize))
+	u := c.Client()
+	const blocks = testBlocks
+	for range 3 {
+		for n := range uint64(8) {
+			read(t, u, n, 0, testSize, Keep)
+		}
+	}
+	used := c.Stats().Used
+	for n := range uint64(4) {
+		c.Forget(testObject(n), 0, blocks)
+		c.Forget(testObject(n), 0, blocks) // once is enough
+	}
+	c.Forget(testObject(4), blocks, 1000) // nothing of it is there
+	s := c.Stats()
+	if forgotten := uint64(4 * blocks * BlockSize); s.Forgotten != forgotten || s.Used != used-forgotten {
+		t.Errorf("%d bytes forgotten of %d, %d used; want %d forgotten", s.Forgotten, used, s.Used, forgotten)
+	}
+	c.verifyAccounts(t)
+	for n := range uint64(8) {
+		k := key(c, n)
+		if r := c.Next(&k, 0, blocks, false); r.Cached != (n >= 4) {
+			t.Errorf("object %d is found: %v", n, r.Cached)
+		}
+	}
+	for n := uint64(100); n < 200; n++ { // more than the cache holds
+		read(t, u, n, 0, testSize, Keep)
+	}
+	if s := c.Stats(); s.Moved == 0 || s.Moved > 4*uint64(blocks)*BlockSize {
+		t.Errorf("%d bytes were moved, of %d that were not forgotten", s.Moved, 4*blocks*BlockSize)
+	}
+	c.verifyAccounts(t)
+	c.Close()
+	None(Options{}).Forget(testObject(1), 0, blocks)
+}
+
 // TestWearIsCounted: what the statistics say was written to the SSD is what was, headers
 // and what is kept by writing it again included.
 func TestWearIsCounted(t *testing.T) {

@@ -78,7 +78,7 @@ func (c *Cache) keep(b *newBlock, k *blockKey, data []byte) bool {
 	if _, at := c.index.find(b.hash); at >= 0 {
 		return true
 	}
-	if !c.put(b.queue, keptBuffers, k, b.hash, 0, b.sum, data) {
+	if c.put(b.queue, keptBuffers, k, b.hash, 0, b.sum, data) == nowhere {
 		c.counts.dropped++
 		if b.queue == large {
 			c.ghost.add(b.hash) // the next time is not the first one
@@ -113,21 +113,21 @@ func (c *Cache) sort(blocks []newBlock, how How) (any bool) {
 	return any
 }
 
-// put appends a block to the open segment of a queue, and reports false if there
-// is none to be had. The caller holds mu.
-func (c *Cache) put(q queue, keep int, k *blockKey, h uint64, uses int, sum uint32, data []byte) bool {
+// put appends a block to the open segment of a queue, and returns its place, or nowhere if
+// there is none to be had. The caller holds mu.
+func (c *Cache) put(q queue, keep int, k *blockKey, h uint64, uses int, sum uint32, data []byte) place {
 	b := c.open[q]
 	if b == nil {
 		if b = c.begin(q, keep); b == nil {
 			c.wants.Store(true)
-			return false
+			return nowhere
 		}
 	}
 	i := b.h.entries
 	p := placeOf(b.h.index, headerBlocks+i)
 	copy(b.mem[p.block()*BlockSize:][:BlockSize], data)
 	if !c.index.insert(h, uses, p, sum) {
-		return false
+		return nowhere
 	}
 	setEntry(entry(b.mem, i), k, sum)
 	if b.h.entries++; b.h.entries == c.opt.SegmentBlocks {
@@ -135,7 +135,7 @@ func (c *Cache) put(q queue, keep int, k *blockKey, h uint64, uses int, sum uint
 		c.full = append(c.full, b)
 		c.wants.Store(true)
 	}
-	return true
+	return p
 }
 
 // begin opens a segment for a queue, if there is a free one and, beyond keep, a
@@ -166,6 +166,27 @@ func (c *Cache) begin(q queue, keep int) *buffer {
 	c.segments[s].buf.Store(b)
 	c.open[q] = b
 	return b
+}
+
+// Forget takes out the blocks from first on, n at most, of an object that nobody reads any more, or
+// they would be written again and again for having been read once. It may block.
+func (c *Cache) Forget(o Object, first, n uint32) {
+	if c.off.Load() {
+		return
+	}
+	object := c.hash.object(&o)
+	for i := range n {
+		h := c.hash.block(object, first+i)
+		w, at := c.index.find(h)
+		if at < 0 {
+			continue
+		}
+		c.mu.Lock()
+		if _, was := c.index.remove(h, placeIn(w)); was { // else it has moved: so be it
+			c.counts.forgotten++
+		}
+		c.mu.Unlock()
+	}
 }
 
 // Wants reports whether Maintain has something to do.
@@ -271,7 +292,7 @@ func (c *Cache) reclaim() {
 	c.segments[s].written = false
 	c.mu.Unlock()
 	c.chill(s)
-	c.segments[s].heat.Store(0)
+	heat := c.segments[s].heat.Swap(0)
 	c.segments[s].next.Store(0)
 
 	if c.scratch == nil {
@@ -294,7 +315,7 @@ func (c *Cache) reclaim() {
 	keep := c.evict(q, &h, head)
 	c.mu.Unlock()
 	if len(keep) > 0 {
-		c.move(s, head, keep)
+		c.move(s, head, keep, heat/uint32(h.entries))
 	}
 	c.mu.Lock()
 	c.free = append(c.free, s)
@@ -331,8 +352,9 @@ func (c *Cache) evict(q queue, h *segmentHeader, head []byte) (keep []survivor) 
 	return keep
 }
 
-// move writes survivors of the segment s to the end of the large queue.
-func (c *Cache) move(s uint32, head []byte, keep []survivor) {
+// move writes survivors of the segment s to the end of the large queue. Each brings that much heat
+// to the segment that it comes to.
+func (c *Cache) move(s uint32, head []byte, keep []survivor, heat uint32) {
 	first, last := keep[0].at, keep[len(keep)-1].at
 	data := c.scratch[headerBytes:][:(last-first+1)*BlockSize]
 	err := c.readAt(data, placeOf(s, headerBlocks+first))
@@ -343,11 +365,15 @@ func (c *Cache) move(s uint32, head []byte, keep []survivor) {
 		good := err == nil && k.blockSum(v.key.block, b) == sum
 		c.mu.Lock()
 		_, was := c.index.remove(v.hash, placeOf(s, headerBlocks+v.at))
+		to := nowhere
+		if was && good {
+			to = c.put(large, 0, &v.key, v.hash, v.uses, sum, b)
+		}
 		switch {
-		case !was:
-		case good && c.put(large, 0, &v.key, v.hash, v.uses, sum, b):
+		case to != nowhere:
 			c.counts.moved++
-		default:
+			c.segments[to.segment()].heat.Add(heat)
+		case was:
 			c.counts.evicted++
 		}
 		full := c.nextFull()

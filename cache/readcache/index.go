@@ -10,6 +10,9 @@ import (
 // block of data has place 0.
 type place uint32
 
+// nowhere is no block's place.
+const nowhere place = 0
+
 func (p place) segment() uint32 { return uint32(p) / segmentBlocks }
 func (p place) block() int      { return int(p % segmentBlocks) }
 

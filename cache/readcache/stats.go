@@ -22,9 +22,10 @@ type Stats struct {
 	Filled     uint64 `json:"filled_bytes"`  // kept, of what was fetched
 	Moved      uint64 `json:"moved_bytes"`   // written again, since it was used
 	Evicted    uint64 `json:"evicted_bytes"`
-	Dropped    uint64 `json:"dropped_bytes"` // not kept, since the SSD was behind
-	Mismatches uint64 `json:"mismatches"`    // blocks and headers that failed their checksum
-	Errors     uint64 `json:"errors"`        // of the SSD
+	Forgotten  uint64 `json:"forgotten_bytes"` // of objects that are no more
+	Dropped    uint64 `json:"dropped_bytes"`   // not kept, since the SSD was behind
+	Mismatches uint64 `json:"mismatches"`      // blocks and headers that failed their checksum
+	Errors     uint64 `json:"errors"`          // of the SSD
 }
 
 // ClientStats is what clients of a cache have done.
@@ -78,7 +79,7 @@ func (c *Cache) Stats() Stats {
 		ClientStats: total.ClientStats,
 		Warmed:      c.warm.taken.Load() * uint64(c.segmentBytes()),
 		Written:     n.written, Filled: n.filled * BlockSize, Moved: n.moved * BlockSize,
-		Evicted: n.evicted * BlockSize, Dropped: n.dropped * BlockSize,
+		Evicted: n.evicted * BlockSize, Forgotten: n.forgotten * BlockSize, Dropped: n.dropped * BlockSize,
 		Mismatches: c.errs.mismatches.Load(), Errors: c.errs.failed.Load(),
 	}
 	switch {

@@ -147,6 +147,31 @@ func TestWarmReclaimed(t *testing.T) {
 	w.verifyAccounts(t)
 }
 
+// TestHeatMoves: what is read much is so still when its segment has been reclaimed and it is in another
+// one: it is in memory again when it is asked for.
+func TestHeatMoves(t *testing.T) {
+	w := newWarmCache(t, 4)
+	w.keep(t, 2)
+	w.scan(t, 0, 10)
+	w.scan(t, 1, 1)                      // so that some of it fills the segment up that object 0 comes to
+	for n := uint64(100); n < 200; n++ { // more than the cache holds
+		read(t, w.u, n, 0, testSize, Keep)
+	}
+	w.Maintain()
+	if moved := w.Stats().Moved; moved < maxEntries*BlockSize || w.isWarm(0) {
+		t.Fatalf("%d bytes were moved; in memory: %v", moved, w.isWarm(0))
+	}
+	for b := range maxEntries / 2 {
+		read(t, w.u, 0, b*BlockSize, BlockSize, Keep)
+		w.Maintain()
+	}
+	if !w.isWarm(0) {
+		t.Error("it is not in memory")
+	}
+	w.verifyWarm(t)
+	w.verifyAccounts(t)
+}
+
 // TestNoMemory: where there is none the SSD serves, and it is tried again later.
 func TestNoMemory(t *testing.T) {
 	w := newWarmCache(t, 2)

@@ -46,6 +46,6 @@ func printCache(row func(...any), v api.ReadCache) {
 	}
 	row("reads", fmt.Sprintf("%s found, %s not (%.1f%% found)", human(v.HitBytes), human(v.MissBytes), hits))
 	row("store", fmt.Sprintf("%s read; %s of it ahead, %s of that used; %s missed came with another's read", human(v.Fetched), human(v.Ahead), human(v.AheadUsed), human(v.Joined)))
-	row("SSD", fmt.Sprintf("%s written; %s new, %s moved, %s evicted, %s not kept", human(v.Written), human(v.Filled), human(v.Moved), human(v.Evicted), human(v.Dropped)))
+	row("SSD", fmt.Sprintf("%s written; %s new, %s moved, %s evicted, %s deleted, %s not kept", human(v.Written), human(v.Filled), human(v.Moved), human(v.Evicted), human(v.Forgotten), human(v.Dropped)))
 	row("errors", fmt.Sprintf("%d of the SSD, %d failed checksums", v.Errors, v.Mismatches))
 }

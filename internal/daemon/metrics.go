@@ -77,6 +77,7 @@ func cacheMetrics() []cacheMetric {
 		counter("filled_bytes", "Bytes of blocks that were kept.", func(s *readcache.Stats) uint64 { return s.Filled }),
 		counter("moved_bytes", "Bytes of blocks written again, since they were in use.", func(s *readcache.Stats) uint64 { return s.Moved }),
 		counter("evicted_bytes", "Bytes of blocks that were evicted.", func(s *readcache.Stats) uint64 { return s.Evicted }),
+		counter("forgotten_bytes", "Bytes of blocks of objects that were deleted.", func(s *readcache.Stats) uint64 { return s.Forgotten }),
 		counter("dropped_bytes", "Bytes of blocks not kept since the SSD was behind.", func(s *readcache.Stats) uint64 { return s.Dropped }),
 		counter("mismatches", "Blocks and headers that failed their checksum.", func(s *readcache.Stats) uint64 { return s.Mismatches }),
 		counter("errors", "Errors of the SSD.", func(s *readcache.Stats) uint64 { return s.Errors }),
