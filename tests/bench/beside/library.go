@@ -96,13 +96,37 @@ func newLibraries(ctx context.Context, h *lab.Host) (l *libraries, err error) {
 	if _, err := h.Shell(ctx, fmt.Sprintf("rbd create peer --size %s --image-feature layering,exclusive-lock,object-map,fast-diff && fallocate -l %[1]s raw", l.size)); err != nil {
 		return nil, err
 	}
-	fill := libraryJob{args: []string{"--rw=write", "--bs=1m", "--iodepth=16", "--end_fsync=1"}, full: true, raw: true}
-	for _, side := range []func(context.Context, libraryJob) (lab.Figures, error){l.lsd, l.librbd(true), l.file} {
-		if _, err := side(ctx, fill); err != nil {
+	// Whoever is measured first waits until all have come to rest.
+	for _, fio := range []fioRun{l.fioLSD(ctx, "full"), l.fioLibrbd(ctx, true), l.fioFile(ctx)} {
+		if _, err := fio([]string{"--rw=write", "--bs=1m", "--iodepth=16", "--end_fsync=1"}); err != nil {
 			return nil, err
 		}
 	}
 	return l, nil
+}
+
+// A fioRun has fio do a job, with these arguments, on one image or file.
+type fioRun func(args []string) (lab.Fio, error)
+
+// fioLSD is on an image of lsd's, through its library.
+func (l *libraries) fioLSD(ctx context.Context, image string) fioRun {
+	return func(args []string) (lab.Fio, error) {
+		return lab.RunFio(l.daemon.Command(ctx, l.store, l.engine(image, args)...))
+	}
+}
+
+// fioLibrbd is on Ceph's image, through its library with its cache or without.
+func (l *libraries) fioLibrbd(ctx context.Context, cache bool) fioRun {
+	return func(args []string) (lab.Fio, error) {
+		return lab.RunFio(l.h.Librbd(ctx, cache, l.engine("peer", args)...))
+	}
+}
+
+// fioFile is on the plain file.
+func (l *libraries) fioFile(ctx context.Context) fioRun {
+	return func(args []string) (lab.Fio, error) {
+		return l.h.Fio(ctx, append([]string{"--ioengine=io_uring", "--direct=1", "--size=" + l.size, "--filename=" + filepath.Join(l.h.Dir, "raw")}, args...)...)
+	}
 }
 
 // sides returns them.
@@ -135,9 +159,7 @@ func (l *libraries) lsd(ctx context.Context, j libraryJob) (lab.Figures, error) 
 			return nil, err
 		}
 	}
-	fio := func(args []string) (lab.Fio, error) {
-		return lab.RunFio(l.daemon.Command(ctx, l.store, l.engine(image, args)...))
-	}
+	fio := l.fioLSD(ctx, image)
 	if _, err := fio([]string{"--rw=read", "--bs=4k", "--number_ios=1"}); err != nil {
 		return nil, err
 	}
@@ -155,9 +177,7 @@ func (l *libraries) lsd(ctx context.Context, j libraryJob) (lab.Figures, error) 
 // librbd returns the side of Ceph's library, with its cache or without.
 func (l *libraries) librbd(cache bool) func(context.Context, libraryJob) (lab.Figures, error) {
 	return func(ctx context.Context, j libraryJob) (lab.Figures, error) {
-		return l.measure(ctx, j, func(args []string) (lab.Fio, error) {
-			return lab.RunFio(l.h.Librbd(ctx, cache, l.engine("peer", args)...))
-		})
+		return l.measure(ctx, j, l.fioLibrbd(ctx, cache))
 	}
 }
 
@@ -166,13 +186,11 @@ func (l *libraries) file(ctx context.Context, j libraryJob) (lab.Figures, error)
 	if !j.raw {
 		return nil, nil
 	}
-	return l.measure(ctx, j, func(args []string) (lab.Fio, error) {
-		return l.h.Fio(ctx, append([]string{"--ioengine=io_uring", "--direct=1", "--size=" + l.size, "--filename=" + filepath.Join(l.h.Dir, "raw")}, args...)...)
-	})
+	return l.measure(ctx, j, l.fioFile(ctx))
 }
 
 // measure does a job once all have come to rest, and counts what it costs until they have again.
-func (l *libraries) measure(ctx context.Context, j libraryJob, fio func(args []string) (lab.Fio, error)) (lab.Figures, error) {
+func (l *libraries) measure(ctx context.Context, j libraryJob, fio fioRun) (lab.Figures, error) {
 	if j.warm {
 		for range 2 {
 			if _, err := fio([]string{"--rw=read", "--bs=1m", "--iodepth=16", "--size=" + hotSize(l.h)}); err != nil {
