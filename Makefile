@@ -133,6 +133,11 @@ bench-short: setup build ## a first look at the same, ten minutes, into bin/besi
 	scripts/setup bench
 	$(BESIDE) run --short $(beside_flags)
 
+.PHONY: bench-ublk
+bench-ublk: setup ## what ublk's features do that lsd goes without, each on and off, in the VM: zero copy, threads (TURNS=5)
+	go test $(GOFLAGS_LINK) -tags ublk -count=1 -run xxx -bench 'ZeroCopy|Threads' -benchtime 1x -timeout 0 \
+	  -exec "$(CURDIR)/scripts/vm --cpus 2 --timeout 3600 --disk 1G --" ./ublk -ublk.disk /dev/vda $(if $(TURNS),-ublk.turns $(TURNS))
+
 .PHONY: bench-engine
 bench-engine: ## the engine's cost in CPU
 	go test $(GOFLAGS_LINK) -run xxx -bench . -benchmem ./engine ./internal/extmap
