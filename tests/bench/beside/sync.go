@@ -72,7 +72,11 @@ func fsyncWrites(h *lab.Host, seconds int) (cases []lab.Case[[]string]) {
 // syncCases returns the cases: fio's on what the file system leaves of the device.
 func (d *devices) syncCases(image, fs int64) (cases []lab.Case[syncWork]) {
 	add := func(name string, do syncWork) { cases = append(cases, lab.Case[syncWork]{Name: name, Do: do}) }
-	for _, c := range fsyncWrites(d.h, turnSeconds(d.h)) {
+	writes := fsyncWrites(d.h, turnSeconds(d.h))
+	if d.h.Short {
+		writes = nil // fsyncs has one
+	}
+	for _, c := range writes {
 		add(c.Name, func(ctx context.Context, b *blockDevice) (lab.Figures, error) {
 			f, err := fioOn(ctx, d.h, b.path, append(slices.Clip(c.Do), fmt.Sprintf("--offset=%d", fs), fmt.Sprintf("--size=%d", image-fs))...)
 			return lab.Figures{"ops/s": f.Rate, "p99 ms": ms(f.SyncP99)}, err

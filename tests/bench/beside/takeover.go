@@ -149,14 +149,14 @@ func (t *takeovers) kill(ctx context.Context, path string, d dirtyLog) (k kill, 
 		return k, nil, err
 	}
 	// It is still there when the daemon is back.
-	took := 15*time.Second + time.Duration(d.bytes>>30)*20*time.Second
+	took := lab.Pick(t.h.Effort, 12*time.Second, 15*time.Second) + time.Duration(d.bytes>>30)*20*time.Second
 	client = make(chan error, 1)
 	go func() {
 		_, err := fioOn(ctx, t.h, path, "--rw=randwrite", "--bs=4k", "--iodepth=1", "--thinktime=1ms", "--time_based", fmt.Sprintf("--runtime=%d", took/time.Second),
 			"--write_lat_log="+filepath.Join(t.h.Dir, "client"), "--per_job_logs=0", "--log_unix_epoch=1")
 		client <- err
 	}()
-	time.Sleep(5 * time.Second) // it has begun
+	time.Sleep(lab.Pick(t.h.Effort, 2*time.Second, 5*time.Second)) // it has begun
 	im, err := onlyImage(ctx, t.daemon)
 	switch {
 	case err != nil:
