@@ -1145,15 +1145,3 @@ func TestVMNoData(t *testing.T) {
 		})
 	}
 }
-
-// TestVMServeNull serves a null device until its standard input ends; it is how
-// benchmarks outside of this test get one. It runs on request only.
-func TestVMServeNull(t *testing.T) {
-	if os.Getenv("LSD_UBLK_SERVE_NULL") == "" {
-		t.Skip("set LSD_UBLK_SERVE_NULL to the number of queues")
-	}
-	queues, _ := strconv.Atoi(os.Getenv("LSD_UBLK_SERVE_NULL"))
-	d := start(t, openControl(t), Params{SizeBytes: 1 << 40, Queues: queues}, Null{})
-	fmt.Println(d.Path())
-	io.Copy(io.Discard, os.Stdin)
-}
