@@ -86,15 +86,17 @@ func (im *Image) reap() {
 	}
 	x.jobs++
 	r := new(removal)
-	for _, o := range batch {
+	dead := make([]garbage, len(batch))
+	for i, o := range batch {
 		x.going[o.number] = true
-		r.add(im.deadData(o))
+		dead[i] = im.deadData(o)
+		r.add(dead[i])
 	}
 	im.remove(r, func() {
 		x.jobs--
-		for _, o := range batch {
+		for i, o := range batch {
 			delete(x.going, o.number)
-			im.reapedOne(o, r.ended[im.deadData(o)])
+			im.reapedOne(o, r.ended[dead[i]])
 		}
 		im.reap()
 	})

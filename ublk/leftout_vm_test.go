@@ -17,7 +17,6 @@ import (
 	"testing"
 	"unsafe"
 
-	"github.com/lsd-ceph/lsd/internal/uring"
 	"github.com/lsd-ceph/lsd/tests/bench"
 	"github.com/lsd-ceph/lsd/tests/bench/lab"
 	"github.com/pawelgaczynski/giouring"
@@ -56,28 +55,18 @@ type bareConfig struct {
 // bare is a server of one device. Its threads have a ring each, and know nothing of each other.
 type bare struct {
 	bareConfig
-	c    *Control
-	id   int
-	char int
-	desc [][]byte // of each queue
-	mem  *uring.Arena
+	*Device // which has neither a reactor nor use for its carriers
 }
 
 // bareThread is one thread of it.
 type bareThread struct {
 	*bare
 	ring *giouring.Ring
-	tags []bareTag
+	tags []*tag
 	left int // tags that the kernel has not given back
 
 	table *crc32.Table
 	crc   uint32 // of all that was written, so that it is taken
-}
-
-// bareTag is one request slot.
-type bareTag struct {
-	queue, tag uint16
-	desc, buf  []byte
 }
 
 // serveBare makes a device, serves it until the benchmark's end, and returns its path.
@@ -105,18 +94,17 @@ func serveBare(b *testing.B, c *Control, cfg bareConfig) string {
 		b.Fatalf("%s: %v", cfg.name, err)
 	default:
 	}
-	if _, err := c.do(testContext(b), cmdStartDev, ctrlCmd{DevID: uint32(s.id), QueueID: noQueue, Data: uint64(os.Getpid())}, nil); err != nil {
+	if _, err := c.do(testContext(b), cmdStartDev, ctrlCmd{DevID: uint32(s.ID()), QueueID: noQueue, Data: uint64(os.Getpid())}, nil); err != nil {
 		b.Fatalf("%s: %v", cfg.name, err)
 	}
-	if err := awaitNode(testContext(b), blockPath(s.id), unix.S_IFBLK); err != nil {
+	if err := awaitNode(testContext(b), s.Path(), unix.S_IFBLK); err != nil {
 		b.Fatal(err)
 	}
-	return blockPath(s.id)
+	return s.Path()
 }
 
 // addBare makes a device with exactly these flags, and what serving it takes.
 func addBare(ctx context.Context, c *Control, cfg bareConfig) (*bare, error) {
-	s := &bare{bareConfig: cfg, c: c, char: -1}
 	p := Params{ID: -1, SizeBytes: bareSize, Queues: cfg.queues, Depth: bareDepth, NoRecovery: true}.withDefaults()
 	flags := cfg.flags | FeatureIoctlEncode
 	buf, err := binary.Append(nil, binary.NativeEndian, &devInfo{
@@ -132,64 +120,36 @@ func addBare(ctx context.Context, c *Control, cfg bareConfig) (*bare, error) {
 	if err != nil {
 		return nil, err
 	}
-	s.id = info.ID
-	return s, s.prepare(ctx, info, p, flags)
-}
-
-func (s *bare) prepare(ctx context.Context, info Info, p Params, flags Features) (err error) {
 	if !info.Flags.Has(flags) || info.Queues != p.Queues {
-		return fmt.Errorf("the kernel gave %d queues and %v, not %d and %v", info.Queues, info.Flags, p.Queues, flags)
+		return nil, fmt.Errorf("the kernel gave %d queues and %v, not %d and %v", info.Queues, info.Flags, p.Queues, flags)
 	}
-	if _, err := s.c.do(ctx, cmdSetParams, ctrlCmd{DevID: uint32(s.id), QueueID: noQueue}, p.encode()); err != nil {
-		return err
+	if _, err := c.do(ctx, cmdSetParams, ctrlCmd{DevID: uint32(info.ID), QueueID: noQueue}, p.encode()); err != nil {
+		return nil, err
 	}
-	if s.mem, err = uring.NewArena(p.Queues * p.Depth * p.MaxIOBytes); err != nil {
-		return err
+	d, err := c.newDevice(info, p)
+	if err != nil {
+		return nil, err
 	}
-	if err := awaitNode(ctx, charPath(s.id), unix.S_IFCHR); err != nil {
-		return err
+	if err := d.open(ctx); err != nil {
+		return nil, err
 	}
-	if s.char, err = unix.Open(charPath(s.id), unix.O_RDWR|unix.O_CLOEXEC, 0); err != nil {
-		return err
-	}
-	page := os.Getpagesize()
-	stride := (maxQueueDepth*sizeofIODesc + page - 1) / page * page
-	for q := range p.Queues {
-		desc, err := unix.Mmap(s.char, int64(cmdBufOffset+q*stride), (p.Depth*sizeofIODesc+page-1)/page*page, unix.PROT_READ, unix.MAP_SHARED|unix.MAP_POPULATE)
-		if err != nil {
-			return err
-		}
-		s.desc = append(s.desc, desc)
-	}
-	return nil
+	return &bare{cfg, d}, d.mapDescriptors()
 }
 
 // end takes the device away and waits for the threads.
 func (s *bare) end(ctx context.Context, ended chan error) error {
-	err := s.c.Stop(ctx, s.id, true)
+	err := s.c.Stop(ctx, s.info.ID, true)
 	for range s.threads {
 		err = errors.Join(err, <-ended)
 	}
-	for _, desc := range s.desc {
-		err = errors.Join(err, unix.Munmap(desc))
-	}
-	return errors.Join(err, unix.Close(s.char), s.c.Delete(ctx, s.id), s.mem.Close())
+	return errors.Join(err, s.Delete(ctx, true))
 }
 
-// tags returns the tags of thread k: those of its queue, or each so many of the only one.
-func (s *bare) tags(k int) (tags []bareTag) {
-	add := func(q, t int) {
-		n := q*bareDepth + t
-		tags = append(tags, bareTag{queue: uint16(q), tag: uint16(t),
-			desc: s.desc[q][t*sizeofIODesc : (t+1)*sizeofIODesc],
-			buf:  s.mem.Bytes()[n*defaultMaxIO : (n+1)*defaultMaxIO]})
-	}
-	for t := range bareDepth {
-		switch {
-		case s.queues > 1:
-			add(k, t)
-		case t%s.threads == k:
-			add(0, t)
+// tagsOf returns the tags of thread k: those of its queue, or each so many of the only one.
+func (s *bare) tagsOf(k int) (tags []*tag) {
+	for i := range s.Device.tags {
+		if t := &s.Device.tags[i]; s.queues > 1 && int(t.io.Queue) == k || s.queues == 1 && i%s.threads == k {
+			tags = append(tags, t)
 		}
 	}
 	return tags
@@ -201,7 +161,7 @@ func (s *bare) serve(k int, offered *sync.WaitGroup) (err error) {
 	runtime.LockOSThread() // for good: the thread may be bound, and ends with this
 	say := sync.OnceFunc(offered.Done)
 	defer say()
-	t := &bareThread{bare: s, ring: giouring.NewRing(), tags: s.tags(k), table: crc32.MakeTable(crc32.Castagnoli)}
+	t := &bareThread{bare: s, ring: giouring.NewRing(), tags: s.tagsOf(k), table: crc32.MakeTable(crc32.Castagnoli)}
 	if s.bound {
 		if err := s.bind(k % s.queues); err != nil {
 			return err
@@ -231,7 +191,7 @@ func (s *bare) serve(k int, offered *sync.WaitGroup) (err error) {
 func (s *bare) bind(queue int) error {
 	var set unix.CPUSet
 	mask := make([]byte, unsafe.Sizeof(set))
-	if _, err := s.c.do(context.Background(), cmdGetQueueAffinity, ctrlCmd{DevID: uint32(s.id), QueueID: noQueue, Data: uint64(queue)}, mask); err != nil {
+	if _, err := s.c.do(context.Background(), cmdGetQueueAffinity, ctrlCmd{DevID: uint32(s.ID()), QueueID: noQueue, Data: uint64(queue)}, mask); err != nil {
 		return err
 	}
 	for i, bits := range mask {
@@ -272,7 +232,7 @@ func (t *bareThread) loop() error {
 
 // handle begins, or does, the request in a tag.
 func (t *bareThread) handle(i int) {
-	tag := &t.tags[i]
+	tag := t.tags[i]
 	op := Op(binary.NativeEndian.Uint32(tag.desc[0:]))
 	n := binary.NativeEndian.Uint32(tag.desc[4:]) * sectorSize
 	at := binary.NativeEndian.Uint64(tag.desc[8:]) * sectorSize
@@ -288,24 +248,22 @@ func (t *bareThread) handle(i int) {
 		t.check(tag.buf[:n])
 	}
 	e := t.sqe()
-	// Unsafe: the kernel is given the address of arena memory.
-	addr := uintptr(unsafe.Pointer(unsafe.SliceData(tag.buf)))
 	switch zero := t.flags.Has(FeatureZeroCopy); {
 	case zero && op == OpWrite: // the addresses in a buffer that a driver registers begin with 0
 		e.PrepareWriteFixed(t.disk, 0, n, at, i)
 	case zero:
 		e.PrepareReadFixed(t.disk, 0, n, at, i)
 	case op == OpWrite:
-		e.PrepareWrite(t.disk, addr, n, at)
+		e.PrepareWrite(t.disk, uintptr(tag.addr), n, at)
 	default:
-		e.PrepareRead(t.disk, addr, n, at)
+		e.PrepareRead(t.disk, uintptr(tag.addr), n, at)
 	}
 	e.UserData = uint64(i)<<1 | 1
 }
 
 // done ends the request in a tag that the disk has done.
 func (t *bareThread) done(i int, res int32) {
-	tag := &t.tags[i]
+	tag := t.tags[i]
 	if Op(binary.NativeEndian.Uint32(tag.desc[0:])) == OpRead && res > 0 {
 		t.check(tag.buf[:res])
 	}
@@ -328,19 +286,19 @@ func (t *bareThread) sqe() *giouring.SubmissionQueueEntry {
 
 // command offers a tag, with the result of its request if there was one.
 func (t *bareThread) command(i int, op command, res int32) {
-	tag := &t.tags[i]
+	tag := t.tags[i]
 	e := t.sqe()
 	e.OpCode, e.Fd, e.Off, e.UserData = giouring.OpUringCmd, int32(t.char), uint64(t.c.number(op)), uint64(i)<<1
 	// Unsafe: the payload is the last 16 bytes of an entry of 64 (struct io_uring_sqe).
 	cmd := unsafe.Slice((*byte)(unsafe.Add(unsafe.Pointer(e), 48)), sizeofIOCmd)
-	binary.NativeEndian.PutUint16(cmd[0:], tag.queue)
-	binary.NativeEndian.PutUint16(cmd[2:], tag.tag)
+	binary.NativeEndian.PutUint16(cmd[0:], tag.io.Queue)
+	binary.NativeEndian.PutUint16(cmd[2:], tag.io.Tag)
 	binary.NativeEndian.PutUint32(cmd[4:], uint32(res))
 	switch {
 	case t.flags.Has(FeatureAutoBufReg):
 		e.Addr = uint64(i) // struct ublk_auto_buf_reg: the index of the ring's buffer
 	case !t.flags.Has(FeatureUserCopy):
-		binary.NativeEndian.PutUint64(cmd[8:], uint64(uintptr(unsafe.Pointer(unsafe.SliceData(tag.buf)))))
+		binary.NativeEndian.PutUint64(cmd[8:], tag.addr)
 	}
 }
 
